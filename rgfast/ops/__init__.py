@@ -1,0 +1,1 @@
+"""The ops, one room each: spectrum, cka, residual_mlp."""

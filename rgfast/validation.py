@@ -1,0 +1,45 @@
+"""Checks that public functions share: one sentence naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "as_real_tensor", "check_choice", "widen"]
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_real_tensor(value: Any, name: str, *, min_dim: int = 0) -> Tensor:
+    """``value`` as a real floating tensor of at least ``min_dim`` dimensions (numpy arrays are wrapped).
+
+    Raises TypeError for anything but a floating tensor or array, ValueError for too few dimensions.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or numpy array, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise TypeError(f"{name} must be one of {kinds}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.dim() < min_dim:
+        raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_choice(value: Any, name: str, choices: Iterable[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def widen(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``x`` in at least the precision of ``dtype``; exact, since every float here is a subset of fp64."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
