@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "as_real_tensor", "check_choice", "widen"]
+__all__ = ["FLOATS", "as_real_tensor", "check_choice", "check_positive_int", "widen"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +38,14 @@ def check_choice(value: Any, name: str, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive_int(value: Any, name: str) -> None:
+    """Raise unless ``value`` is a whole number of at least 1 (TypeError for what is no whole number)."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def widen(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
