@@ -1,0 +1,6 @@
+#include "bind/register.hpp"
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled CPU kernels of rgfast.";
+  rgfast::bind::register_runtime(m);
+}

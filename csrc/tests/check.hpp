@@ -1,0 +1,44 @@
+// The least that a test needs: named cases, and a check that says where it failed.
+#pragma once
+
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace rgfast::test {
+
+struct Case {
+  std::string name;
+  std::function<void()> run;
+};
+
+inline std::vector<Case>& cases() {
+  static std::vector<Case> all;
+  return all;
+}
+
+inline int& failures() {
+  static int count = 0;
+  return count;
+}
+
+struct Register {
+  Register(const char* name, std::function<void()> run) { cases().push_back({name, std::move(run)}); }
+};
+
+}  // namespace rgfast::test
+
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++rgfast::test::failures();                                         \
+    }                                                                     \
+  } while (false)
+
+#define TEST(name)                                                         \
+  static void test_##name();                                               \
+  static const rgfast::test::Register register_##name(#name, test_##name); \
+  static void test_##name()
