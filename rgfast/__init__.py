@@ -1,7 +1,8 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
+from rgfast.ops.residual_mlp import residual_mlp
 
 __version__ = "0.1.0"
 
-__all__ = ["FallbackWarning", "ImplUnavailable", "__version__", "explain", "record"]
+__all__ = ["FallbackWarning", "ImplUnavailable", "__version__", "explain", "record", "residual_mlp"]

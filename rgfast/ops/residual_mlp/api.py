@@ -1,0 +1,184 @@
+"""The public residual block: validates, selects an implementation, documents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgfast import dispatch
+from rgfast.dispatch import Impl, ImplName
+from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
+from rgfast.validation import as_real_tensor, check_choice
+
+__all__ = ["OP", "Activation", "Norm", "residual_mlp"]
+
+Norm = Literal["layer", "rms"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
+
+NORMS = ("layer", "rms", None)
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+
+OP = dispatch.Op("residual_mlp")
+OP.add(Impl("reference", residual_mlp_reference, lambda *args: None))
+
+
+def residual_mlp(
+    x: Tensor | np.ndarray[Any, Any],
+    w1: Tensor | np.ndarray[Any, Any],
+    b1: Tensor | np.ndarray[Any, Any] | None,
+    w2: Tensor | np.ndarray[Any, Any],
+    b2: Tensor | np.ndarray[Any, Any] | None,
+    *,
+    norm: Norm | None = "layer",
+    norm_weight: Tensor | np.ndarray[Any, Any] | None = None,
+    norm_bias: Tensor | np.ndarray[Any, Any] | None = None,
+    activation: Activation = "gelu",
+    residual_scale: float = 1.0,
+    eps: float = 1e-5,
+    impl: ImplName = "auto",
+) -> Tensor:
+    """The residual block ``x + residual_scale * (act(norm(x) w1^T + b1) w2^T + b2)``, shaped like ``x``.
+
+    Args:
+        x: the residual stream, ``[..., D]``; any leading dimensions, none and zero rows included.
+        w1: ``[H, D]``, as in ``nn.Linear(D, H)``; b1: ``[H]`` or None.
+        w2: ``[D, H]``, as in ``nn.Linear(H, D)``; b2: ``[D]`` or None.
+        norm: ``"layer"`` (biased variance), ``"rms"`` or None.
+        norm_weight: ``[D]`` or None for ones. norm_bias: ``[D]`` or None for zeros.
+        activation: ``"gelu"`` is exact (erf), ``"gelu_tanh"`` its tanh approximation.
+        residual_scale: factor of the update, dimensionless and finite.
+        eps: added to the variance (or mean square) under the root.
+        impl: which implementation runs; a named one never falls back.
+
+    fp64 is computed in fp64 and fp32 in fp32. bf16 and fp16 are storage: computed in fp32, rounded once at
+    the end. ``x`` and the parameters may mix fp32, bf16 and fp16 (an autocast region hands over such mixtures);
+    fp64 mixes with nothing. The result has the dtype and device of ``x``. Autocast does not reach inside.
+    Differentiable in every tensor argument.
+
+    Raises:
+        TypeError: an argument is not a floating tensor or array, fp64 is mixed with a narrower type, or
+            ``residual_scale`` or ``eps`` is not a number.
+        ValueError: shapes do not fit, devices differ, a name is unknown, ``norm_weight`` or ``norm_bias``
+            comes with ``norm=None``, ``residual_scale`` is not finite, or ``eps`` is negative or not finite.
+        ImplUnavailable: the named ``impl`` cannot run this input; the message says why.
+
+    The pre-norm block of Xiong et al. 2020 (arXiv 2002.04745) without attention.
+
+    >>> import rgfast, torch
+    >>> x = torch.randn(5, 12, 16)
+    >>> w1, w2 = torch.randn(64, 16), torch.zeros(16, 64)
+    >>> torch.equal(rgfast.residual_mlp(x, w1, None, w2, None), x)
+    True
+    """
+    args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
+    return OP.select(impl, args[0].device, *args).run(*args)  # type: ignore[no-any-return]
+
+
+def _validated(
+    x: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    norm: Any,
+    activation: Any,
+    residual_scale: Any,
+    eps: Any,
+) -> tuple[Any, ...]:
+    """The arguments as implementations take them: tensors that fit together, floats, known names."""
+    x = as_real_tensor(x, "x", min_dim=1)
+    width = x.shape[-1]
+    if width < 1:
+        raise ValueError(
+            f"x must have at least one feature in its last dimension, got shape {tuple(x.shape)}"
+        )
+    w1 = _parameter(w1, "w1", x)
+    if w1.dim() != 2 or w1.shape[1] != width or w1.shape[0] < 1:
+        raise ValueError(f"w1 must have shape [H, {width}] with H >= 1, got {tuple(w1.shape)}")
+    hidden = w1.shape[0]
+    w2 = _parameter(w2, "w2", x)
+    if w2.shape != (width, hidden):
+        raise ValueError(f"w2 must have shape [{width}, {hidden}], got {tuple(w2.shape)}")
+    b1 = _vector(b1, "b1", x, hidden)
+    b2 = _vector(b2, "b2", x, width)
+    if norm not in NORMS:
+        check_choice(norm, "norm", NORMS)
+    if norm is None:
+        for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            if value is not None:
+                raise ValueError(f"{name} must be None where norm=None, got {_kind(value)}")
+    norm_weight = _vector(norm_weight, "norm_weight", x, width)
+    norm_bias = _vector(norm_bias, "norm_bias", x, width)
+    if activation not in ACTIVATION_NAMES:
+        check_choice(activation, "activation", ACTIVATION_NAMES)
+    residual_scale = _number(residual_scale, "residual_scale")
+    eps = _number(eps, "eps")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps
+
+
+def _parameter(value: Any, name: str, x: Tensor) -> Tensor:
+    tensor = as_real_tensor(value, name)
+    if tensor.dtype != x.dtype and torch.float64 in (tensor.dtype, x.dtype):
+        raise TypeError(
+            f"{name} must be {_plain(x.dtype)} like x if either is float64, got {_plain(tensor.dtype)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    return tensor
+
+
+def _vector(value: Any, name: str, x: Tensor, length: int) -> Tensor | None:
+    if value is None:
+        return None
+    tensor = _parameter(value, name, x)
+    if tensor.dim() != 1 or tensor.shape[0] != length:
+        raise ValueError(f"{name} must have shape [{length}] or be None, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def _number(value: Any, name: str) -> float:
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a value of shape {tuple(shape)}" if shape is not None else type(value).__name__
+
+
+def _prepare(
+    x: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    *,
+    norm: Any = "layer",
+    norm_weight: Any = None,
+    norm_bias: Any = None,
+    activation: Any = "gelu",
+    residual_scale: Any = 1.0,
+    eps: Any = 1e-5,
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
+    return args[0].device, args, {}
+
+
+dispatch.register(OP, _prepare)
