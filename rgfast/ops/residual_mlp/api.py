@@ -55,7 +55,7 @@ def residual_mlp(
         impl: which implementation runs; a named one never falls back.
 
     fp64 is computed in fp64 and fp32 in fp32. bf16 and fp16 are storage: computed in fp32, rounded once at
-    the end. ``x`` and the parameters may mix fp32, bf16 and fp16 (an autocast region hands over such mixtures);
+    the end. ``x`` and the parameters may mix fp32, bf16 and fp16 (autocast regions hand over such mixtures);
     fp64 mixes with nothing. The result has the dtype and device of ``x``. Autocast does not reach inside.
     Differentiable in every tensor argument.
 
