@@ -2,7 +2,17 @@
 
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
 from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.stack import MaskedTokenModel, ResidualStack
 
 __version__ = "0.1.0"
 
-__all__ = ["FallbackWarning", "ImplUnavailable", "__version__", "explain", "record", "residual_mlp"]
+__all__ = [
+    "FallbackWarning",
+    "ImplUnavailable",
+    "MaskedTokenModel",
+    "ResidualStack",
+    "__version__",
+    "explain",
+    "record",
+    "residual_mlp",
+]

@@ -1,0 +1,47 @@
+# Both main targets work on a machine with Python >= 3.10 and a C++17 compiler, nothing else prepared.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The version that development and CI use; users may have any torch >= 2.8.
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What an installed package is built from; Python files are used where they lie.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: reproduce test lint native-test bench clean
+
+reproduce: $(VENV)/.installed
+	$(BIN)/rgfast reproduce --preset quick
+
+test: $(VENV)/.dev lint native-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.hpp')
+
+native-test: $(VENV)/.dev
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRGFAST_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+bench: $(VENV)/.dev
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build

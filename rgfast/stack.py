@@ -1,0 +1,324 @@
+"""The MLP residual stack, its mixing across positions, and the masked-token model around it.
+
+Every block adds to a residual stream ``[B, T, D]``:
+
+    x <- x + MLP_T(norm(x))     across positions, T -> hT -> T      (``mixing="mixer"`` only)
+    x <- x + MLP_D(norm(x))     across features,  D -> hD -> D
+
+with ``MLP(z) = W2 act(W1 z + b1) + b2``. W1 ~ N(0, 1/fan_in); W2 ~ N(0, w2_scale²/fan_in), and the default
+``w2_scale=0`` starts the stack as the identity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rgfast.files import write_atomically
+from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.validation import check_choice, check_positive_int
+
+__all__ = ["MaskedTokenModel", "ResidualStack"]
+
+Mixing = Literal["mixer", "none"]
+Norm = Literal["layer", "rms"] | None
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
+
+MIXINGS = ("mixer", "none")
+NORMS = ("layer", "rms", None)
+EPS = 1e-5
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+class _Normalisation(nn.Module):
+    """LayerNorm, RMSNorm or nothing over the last dimension, with learned weight (and bias for LayerNorm)."""
+
+    def __init__(self, width: int, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(width)) if norm else None
+        self.bias = nn.Parameter(torch.zeros(width)) if norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm == "layer":
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, EPS)
+        if self.norm == "rms":
+            return F.rms_norm(x, x.shape[-1:], self.weight, EPS)
+        return x
+
+
+class _MLP(nn.Module):
+    """Parameters of one two-layer MLP ``size -> hidden -> size`` and of the norm before it."""
+
+    def __init__(
+        self,
+        size: int,
+        hidden: int,
+        normalised: int,
+        norm: Norm,
+        activation: Activation,
+        w2_scale: float,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.norm = _Normalisation(normalised, norm)
+        self.w1 = _normal((hidden, size), 1 / math.sqrt(size), generator)
+        self.b1 = nn.Parameter(torch.zeros(hidden))
+        # Drawn even when scaled to zero, so that every w2_scale sees the same later draws.
+        self.w2 = _normal((size, hidden), w2_scale / math.sqrt(hidden), generator)
+        self.b2 = nn.Parameter(torch.zeros(size))
+
+
+class FeatureMLP(_MLP):
+    """x + MLP_D(norm(x)) on the last dimension: the op ``residual_mlp``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_mlp(
+            x,
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            norm=self.norm.norm,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            activation=self.activation,
+            eps=EPS,
+        )
+
+
+class PositionMLP(_MLP):
+    """x + MLP_T(norm(x)) across positions: the norm is over features, the MLP over T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x).transpose(-1, -2)  # [B, D, T]
+        h = ACTIVATIONS[self.activation](F.linear(z, self.w1, self.b1))
+        return x + F.linear(h, self.w2, self.b2).transpose(-1, -2)
+
+
+class Block(nn.Module):
+    """One layer of the stack: mixing across positions (where there is any), then the feature MLP."""
+
+    def __init__(self, mix: PositionMLP | None, mlp: FeatureMLP) -> None:
+        super().__init__()
+        self.mix = mix
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mix is not None:
+            x = self.mix(x)
+        return self.mlp(x)  # type: ignore[no-any-return]
+
+
+class ResidualStack(nn.Module):
+    """A pure MLP residual stack: maps a residual stream to one of the same shape.
+
+    Args:
+        width: D, features of the stream.
+        depth: L, number of blocks (at least 1).
+        hidden: hidden units of the feature MLP, default ``4 * width``. The mixing MLP has the same ratio.
+        mixing: ``"mixer"`` (an MLP across positions before each feature MLP; needs ``length``) or ``"none"``
+            (every position for itself).
+        length: T, positions of the stream; needed by ``"mixer"``.
+        norm: ``"layer"``, ``"rms"`` or None, before each MLP (pre-norm), eps 1e-5.
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
+        w2_scale: standard deviation of W2 in units of 1/sqrt(fan_in); 0 starts the stack as the identity.
+        generator: draws the weights; the global generator where None.
+
+    Shapes: input and output ``[B, T, D]`` for ``"mixer"``, ``[..., D]`` for ``"none"``; computes in the dtype
+    of its parameters. ``stack.blocks[l]`` is layer l; its output is the stream after layer l + 1.
+
+    Raises:
+        ValueError: for a width, depth, hidden or length below 1, an unknown option, ``"mixer"`` without
+            ``length``, or an input of another shape.
+
+    >>> import torch
+    >>> stack = ResidualStack(width=8, depth=2, mixing="none")
+    >>> x = torch.randn(3, 5, 8)
+    >>> bool((stack(x) == x).all())       # W2 starts at zero
+    True
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        hidden: int | None = None,
+        mixing: Mixing = "mixer",
+        length: int | None = None,
+        norm: Norm = "layer",
+        activation: Activation = "gelu",
+        w2_scale: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int(width, "width")
+        check_positive_int(depth, "depth")
+        hidden = 4 * width if hidden is None else hidden
+        check_positive_int(hidden, "hidden")
+        check_choice(mixing, "mixing", MIXINGS)
+        check_choice(norm, "norm", NORMS)
+        check_choice(activation, "activation", ACTIVATIONS)
+        if length is not None:
+            check_positive_int(length, "length")
+        if mixing == "mixer" and length is None:
+            raise ValueError("length must be given with mixing='mixer' (the number of positions), got None")
+        if not math.isfinite(w2_scale) or w2_scale < 0:
+            raise ValueError(f"w2_scale must be a finite number >= 0, got {w2_scale}")
+        self.width, self.depth, self.hidden, self.length = width, depth, hidden, length
+        self.mixing, self.norm, self.activation, self.w2_scale = mixing, norm, activation, w2_scale
+
+        def block() -> Block:
+            mix = None
+            if mixing == "mixer":
+                assert length is not None
+                mixing_hidden = max(1, round(hidden * length / width))
+                mix = PositionMLP(length, mixing_hidden, width, norm, activation, w2_scale, generator)
+            return Block(mix, FeatureMLP(width, hidden, width, norm, activation, w2_scale, generator))
+
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 1 or x.shape[-1] != self.width:
+            raise ValueError(f"x must end in width {self.width}, got shape {tuple(x.shape)}")
+        if self.mixing == "mixer" and (x.dim() < 2 or x.shape[-2] != self.length):
+            raise ValueError(f"x must be [B, {self.length}, {self.width}], got shape {tuple(x.shape)}")
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def extra_repr(self) -> str:
+        return (
+            f"width={self.width}, depth={self.depth}, hidden={self.hidden}, mixing={self.mixing!r}, "
+            f"length={self.length}, norm={self.norm!r}, activation={self.activation!r}"
+        )
+
+
+class MaskedTokenModel(nn.Module):
+    """Token and position embeddings, a :class:`ResidualStack`, and a linear head over the vocabulary.
+
+    Args:
+        states: V, size of the vocabulary; token V is MASK.
+        length: T, positions.
+        width, depth, hidden, mixing, norm, activation, w2_scale: as in :class:`ResidualStack`.
+        token_std, position_std: standard deviations of the embeddings at the start.
+        final_norm: whether the stack's output is normalised before the head.
+        generator: draws all weights.
+
+    ``forward(tokens)`` maps int64 ``[B, T]`` in ``0..V`` to logits ``[B, T, V]``; ``embed(tokens)`` is the
+    stream that enters the stack. ``save(folder)`` and ``load(folder)`` use safetensors and JSON.
+
+    Raises:
+        ValueError: for an unknown or out-of-range option, or tokens of another shape.
+
+    >>> model = MaskedTokenModel(states=4, length=3, width=8, depth=2)
+    >>> model(torch.tensor([[0, 4, 2]])).shape
+    torch.Size([1, 3, 4])
+    """
+
+    def __init__(
+        self,
+        states: int,
+        length: int,
+        width: int,
+        depth: int,
+        hidden: int | None = None,
+        mixing: Mixing = "mixer",
+        norm: Norm = "layer",
+        activation: Activation = "gelu",
+        w2_scale: float = 0.0,
+        token_std: float = 1.0,
+        position_std: float = 0.3,
+        final_norm: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int(states, "states")
+        check_positive_int(length, "length")
+        self.config: dict[str, Any] = {
+            "states": states,
+            "length": length,
+            "width": width,
+            "depth": depth,
+            "hidden": hidden,
+            "mixing": mixing,
+            "norm": norm,
+            "activation": activation,
+            "w2_scale": w2_scale,
+            "token_std": token_std,
+            "position_std": position_std,
+            "final_norm": final_norm,
+        }
+        self.stack = ResidualStack(
+            width, depth, hidden, mixing, length, norm, activation, w2_scale, generator
+        )
+        self.states, self.length = states, length
+        self.token_embedding = _normal((states + 1, width), token_std, generator)
+        self.position_embedding = _normal((length, width), position_std, generator)
+        self.final_norm = _Normalisation(width, (norm or "layer") if final_norm else None)
+        self.head = nn.utils.skip_init(nn.Linear, width, states)
+        with torch.no_grad():
+            self.head.weight.copy_(_normal((states, width), 1 / math.sqrt(width), generator))
+            self.head.bias.zero_()
+
+    @property
+    def mask_token(self) -> int:
+        """The token that stands for a hidden one: V."""
+        return self.states
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream before the first block, ``[B, T, D]``."""
+        if tokens.dim() != 2 or tokens.shape[1] != self.length:
+            raise ValueError(f"tokens must be [B, {self.length}], got shape {tuple(tokens.shape)}")
+        return F.embedding(tokens, self.token_embedding) + self.position_embedding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.final_norm(self.stack(self.embed(tokens))))  # type: ignore[no-any-return]
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``model.json`` into ``folder`` (made where missing)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
+        text = json.dumps({"format": "rgfast.MaskedTokenModel/1", **self.config}, indent=2) + "\n"
+        write_atomically(folder / "model.json", lambda path: path.write_text(text))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MaskedTokenModel:
+        """The model that :meth:`save` wrote into ``folder``.
+
+        Raises ValueError where ``model.json`` is of another format or does not fit the weights.
+        """
+        folder = Path(folder)
+        config = json.loads((folder / "model.json").read_text())
+        form = config.pop("format", None)
+        if form != "rgfast.MaskedTokenModel/1":
+            raise ValueError(
+                f"{folder / 'model.json'}: format must be 'rgfast.MaskedTokenModel/1', got {form!r}"
+            )
+        model = cls(**config)
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit model.json: {error}") from error
+        return model

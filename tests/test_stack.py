@@ -1,0 +1,142 @@
+import json
+
+import pytest
+import torch
+
+from rgfast import MaskedTokenModel, ResidualStack
+from rgfast.stack import ACTIVATIONS
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("mixing", ["mixer", "none"])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_zero_w2_is_the_identity(mixing, norm):
+    stack = ResidualStack(6, 3, mixing=mixing, length=5, norm=norm)
+    x = torch.randn(4, 5, 6)
+    assert torch.equal(stack(x), x)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_matches_the_written_out_formula(activation, norm):
+    stack = ResidualStack(
+        6, 2, 10, "mixer", 5, norm, activation, w2_scale=0.7, generator=generator()
+    ).double()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+
+    def normalise(z, module):
+        if norm is None:
+            return z
+        if norm == "rms":
+            return z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight
+        centred = z - z.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight + module.bias
+
+    def mlp(z, m):
+        return ACTIVATIONS[activation](z @ m.w1.T + m.b1) @ m.w2.T + m.b2
+
+    truth = x
+    for block in stack.blocks:
+        mixed = mlp(normalise(truth, block.mix.norm).transpose(1, 2), block.mix)
+        truth = truth + mixed.transpose(1, 2)
+        truth = truth + mlp(normalise(truth, block.mlp.norm), block.mlp)
+    torch.testing.assert_close(stack(x), truth, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(truth, x)
+
+
+def test_mixing_none_takes_any_leading_dimensions_and_sees_no_neighbour():
+    stack = ResidualStack(6, 2, mixing="none", w2_scale=0.5, generator=generator())
+    x = torch.randn(2, 3, 4, 6)
+    out = stack(x)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out[0, 1, 2], stack(x[0, 1, 2]), rtol=1e-5, atol=1e-6)
+    assert stack(torch.zeros(0, 6)).shape == (0, 6)
+
+
+def test_mixer_sees_neighbours():
+    stack = ResidualStack(6, 1, mixing="mixer", length=4, w2_scale=1.0, generator=generator())
+    x = torch.randn(1, 4, 6, generator=generator(1))
+    moved = x.clone()
+    moved[0, 3, 0] += 1.0  # one feature only: a shift of all would vanish in the norm
+    assert not torch.equal(stack(x)[0, 0], stack(moved)[0, 0])
+
+
+def test_weights_have_the_stated_scales_and_follow_the_generator():
+    a = ResidualStack(64, 2, 256, "none", w2_scale=0.5, generator=generator(3))
+    b = ResidualStack(64, 2, 256, "none", w2_scale=0.5, generator=generator(3))
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    mlp = a.blocks[0].mlp
+    assert mlp.w1.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert mlp.w2.std().item() == pytest.approx(0.5 * 256**-0.5, rel=0.05)
+
+
+def test_first_weights_do_not_depend_on_w2_scale():
+    a = ResidualStack(8, 2, mixing="none", w2_scale=0.0, generator=generator(3))
+    b = ResidualStack(8, 2, mixing="none", w2_scale=0.5, generator=generator(3))
+    assert torch.equal(a.blocks[1].mlp.w1, b.blocks[1].mlp.w1)
+
+
+def test_building_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    MaskedTokenModel(4, 3, 8, 2, generator=generator())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"width": 0, "depth": 1}, "width must be at least 1, got 0"),
+        ({"width": 4, "depth": 0}, "depth must be at least 1, got 0"),
+        ({"width": 4, "depth": 1, "hidden": -1}, "hidden must be at least 1, got -1"),
+        ({"width": 4, "depth": 1, "mixing": "attention"}, "mixing must be one of 'mixer', 'none'"),
+        ({"width": 4, "depth": 1}, "length must be given"),
+        ({"width": 4, "depth": 1, "length": 3, "norm": "batch"}, "norm must be one of"),
+        ({"width": 4, "depth": 1, "length": 3, "activation": "elu"}, "activation must be one of"),
+        ({"width": 4, "depth": 1, "length": 3, "w2_scale": float("nan")}, "w2_scale must be"),
+    ],
+)
+def test_bad_options_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        ResidualStack(**kwargs)
+
+
+def test_bad_input_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"x must end in width 4, got shape \(2, 3\)"):
+        ResidualStack(4, 1, mixing="none")(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"x must be \[B, 5, 4\], got shape \(2, 3, 4\)"):
+        ResidualStack(4, 1, length=5)(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"tokens must be \[B, 3\]"):
+        MaskedTokenModel(4, 3, 8, 1)(torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = MaskedTokenModel(4, 3, 8, 2, w2_scale=0.5, generator=generator())
+    model(torch.randint(0, 5, (6, 3))).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_save_and_load(tmp_path):
+    model = MaskedTokenModel(4, 3, 8, 2, norm="rms", w2_scale=0.5, final_norm=False, generator=generator())
+    model.save(tmp_path / "m")
+    again = MaskedTokenModel.load(tmp_path / "m")
+    tokens = torch.randint(0, 5, (6, 3))
+    assert torch.equal(model(tokens), again(tokens))
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_load_refuses_what_does_not_fit(tmp_path):
+    MaskedTokenModel(4, 3, 8, 2).save(tmp_path)
+    config = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**config, "depth": 3}))
+    with pytest.raises(ValueError, match=r"does not fit model\.json"):
+        MaskedTokenModel.load(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps({**config, "format": "other"}))
+    with pytest.raises(ValueError, match="format must be"):
+        MaskedTokenModel.load(tmp_path)
