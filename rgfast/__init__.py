@@ -1,6 +1,7 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
+from rgfast.ops.cka import cka, cka_matrix, cka_null, hsic, kernel_change, kernel_drift, minibatch_cka
 from rgfast.ops.residual_mlp import residual_mlp
 from rgfast.stack import MaskedTokenModel, ResidualStack
 
@@ -12,7 +13,14 @@ __all__ = [
     "MaskedTokenModel",
     "ResidualStack",
     "__version__",
+    "cka",
+    "cka_matrix",
+    "cka_null",
     "explain",
+    "hsic",
+    "kernel_change",
+    "kernel_drift",
+    "minibatch_cka",
     "record",
     "residual_mlp",
 ]

@@ -1,0 +1,253 @@
+"""Public functions of the room: CKA, HSIC and kernel drift of representations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import Impl, ImplName, Op, register
+from rgfast.ops.cka import reference
+from rgfast.ops.cka.checks import as_layers, as_pair, check_finite, check_rows, check_same_rows
+from rgfast.validation import check_choice, check_positive_int
+
+__all__ = ["cka", "cka_matrix", "cka_null", "hsic", "kernel_change", "kernel_drift", "minibatch_cka"]
+
+Kernel = Literal["linear", "rbf"]
+
+OP = Op("cka")
+
+
+def _reference(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+    for name, value in zip(names, args, strict=False):
+        if value is not None:
+            single = isinstance(value, Tensor)
+            check_finite([value] if single else value, name, stacked=not single)
+    return reference.run(task, *args, **kwargs)
+
+
+OP.add(Impl("reference", _reference, lambda *args, **kwargs: None))
+
+
+def cka(
+    x: Any,
+    y: Any,
+    *,
+    debiased: bool = True,
+    kernel: Kernel = "linear",
+    threshold: float = 1.0,
+    bandwidth: float | None = None,
+    impl: ImplName = "auto",
+) -> Tensor:
+    """Centred kernel alignment ``[...]`` (fp64) of ``x[..., n, d]`` and ``y[..., n, d']``.
+
+    ⟨K, L⟩/(‖K‖‖L‖) of the centred kernels (Kornblith et al. 2019); ``debiased`` (the default, because the
+    level of a CKA is what is read) uses the U-centred ones, the ratio of HSIC_1 of Song et al. 2012: it is 0
+    in the mean for independent data, and negative values stay. Biased values of independent noise are not 0:
+    see :func:`cka_null`. Any of fp64, fp32, bf16, fp16; every sum is fp64. A layer without variance gives
+    NaN, with zero gradient. Differentiable.
+
+    ``kernel="rbf"`` takes exp(−‖x_i − x_j‖²/(2σ²)), σ² = ``threshold``² times the median squared distance (as
+    Kornblith's notebook), or σ = ``bandwidth`` in the units of the data; it holds two n×n kernels, and is NaN
+    where that median is 0.
+
+    Raises TypeError for anything but floating tensors or arrays, ValueError for shapes that do not fit, NaN
+    or Inf, fewer than 4 samples if ``debiased``, a threshold or bandwidth that is not positive.
+
+    >>> import numpy as np, rgfast
+    >>> np.random.seed(1337)
+    >>> x = np.random.randn(100, 10)
+    >>> y = np.random.randn(100, 10) + x
+    >>> round(float(rgfast.cka(x, y)), 10), round(float(rgfast.cka(x, y, debiased=False)), 10)
+    (0.5134564895, 0.5576132566)
+    """
+    device, args, kwargs = _prepare_pair(x, y, debiased, kernel, threshold, bandwidth, normalized=True)
+    value: Tensor = OP(impl, device, *args, **kwargs)
+    return value
+
+
+def hsic(
+    x: Any,
+    y: Any,
+    *,
+    debiased: bool = True,
+    kernel: Kernel = "linear",
+    threshold: float = 1.0,
+    bandwidth: float | None = None,
+    impl: ImplName = "auto",
+) -> Tensor:
+    """Hilbert–Schmidt independence criterion ``[...]`` (fp64) of ``x[..., n, d]`` and ``y[..., n, d']``.
+
+    ``debiased``: HSIC_1 = ⟨K_U, L_U⟩/(n(n−3)) (Song et al. 2012), else HSIC_0 = ⟨K_c, L_c⟩/(n−1)² (Gretton et
+    al. 2005), in units of (x·y)². Kernels, dtypes and errors as in :func:`cka`; data without variance give 0.
+
+    >>> import rgfast, torch
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    >>> float(rgfast.hsic(x, x, debiased=False))
+    1.0
+    """
+    device, args, kwargs = _prepare_pair(x, y, debiased, kernel, threshold, bandwidth, normalized=False)
+    value: Tensor = OP(impl, device, *args, **kwargs)
+    return value
+
+
+def cka_matrix(
+    layers: Any,
+    other: Any = None,
+    *,
+    debiased: bool = True,
+    sample_limit: int = 4096,
+    impl: ImplName = "auto",
+) -> Tensor:
+    """Linear CKA ``[..., L, L']`` (fp64) of every layer with every layer, or with every layer of ``other``.
+
+    ``layers[L, ..., n, d]``, or a sequence of ``[..., n, d_l]`` of different widths; ``other`` likewise, on
+    the same samples. Rows follow ``layers``, columns ``other``, both in the order given. Definitions,
+    precision and errors as in :func:`cka`. Rows and columns of a layer without variance are NaN.
+
+    Gram tiles over samples are used up to n = ``sample_limit`` where they are cheaper than d×d moments; both
+    routes are exact, and neither holds an n×n kernel per layer.
+
+    >>> import rgfast, torch
+    >>> layers = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
+    >>> [round(float(value), 3) for value in rgfast.cka_matrix(layers).diagonal()]
+    [1.0, 1.0, 1.0]
+    """
+    device, args, kwargs = _prepare_matrix(layers, other, debiased=debiased, sample_limit=sample_limit)
+    value: Tensor = OP(impl, device, *args, **kwargs)
+    return value
+
+
+def kernel_drift(layers: Any, *, debiased: bool = False, impl: ImplName = "auto") -> Tensor:
+    """Kernel drift 1 − CKA(l, l+1) ``[..., L-1]`` (fp64) between neighbours of ``layers[L, ..., n, d]``.
+
+    Biased by default, where :func:`cka` is not: of a drift one reads differences, and the biased one is never
+    negative. Computed as ½‖K̂_l − K̂_{l+1}‖² of unit-norm centred kernels, so that a drift of 1e-9, or of
+    1e-20, keeps its digits. A sequence of ``[..., n, d_l]`` will do. NaN beside a layer without variance,
+    with zero gradient. Blind to scale: see :func:`kernel_change`. Errors as in :func:`cka`.
+
+    >>> import rgfast, torch
+    >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    >>> rgfast.kernel_drift([x, 2 * x])
+    tensor([0.], dtype=torch.float64)
+    """
+    device, args, kwargs = _prepare_drift(layers, debiased)
+    value: Tensor = OP(impl, device, *args, **kwargs)
+    return value
+
+
+def kernel_change(layers: Any) -> Tensor:
+    """Relative change ‖K_{l+1} − K_l‖/‖K_l‖ ``[..., L-1]`` (fp64) of neighbouring layers’ centred kernels.
+
+    The drift that sees scale: it is 0 only where the kernel itself stays, and s² − 1 where a layer only
+    multiplies by s > 1. ``layers`` as in :func:`kernel_drift`; NaN where layer l has no variance.
+
+    >>> import rgfast, torch
+    >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    >>> round(float(rgfast.kernel_change([x, 2 * x])), 12)
+    3.0
+    """
+    checked = as_layers(layers, "layers")
+    value: Tensor = OP("reference", checked[0].device, "change", ("layers",), checked)
+    return value
+
+
+def minibatch_cka(
+    layers: Any, other: Any = None, *, batch_size: int = 256, impl: ImplName = "auto"
+) -> Tensor:
+    """Minibatch CKA ``[..., L, L']`` (fp64) of Nguyen et al. 2021: mean HSIC_1 over batches, then the ratio.
+
+    The samples are cut, in order, into ceil(n/batch_size) batches whose sizes differ by at most one, so that
+    there is no ragged rest. Not the CKA of the whole data (:func:`cka_matrix` gives that, exactly, at any n);
+    it is here to compare with work that used it. ``layers`` and ``other`` as in :func:`cka_matrix`.
+
+    Raises what :func:`cka` does, and ValueError for a ``batch_size`` below 4.
+
+    >>> import rgfast, torch
+    >>> layers = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+    >>> one = rgfast.minibatch_cka(layers, batch_size=64)
+    >>> torch.allclose(one, rgfast.cka_matrix(layers))
+    True
+    """
+    device, args, kwargs = _prepare_matrix(layers, other, debiased=True, sample_limit=4096)
+    check_positive_int(batch_size, "batch_size")
+    if batch_size < 4:
+        raise ValueError(f"batch_size must be at least 4, got {batch_size}")
+    n = args[2][0].shape[-2]
+    batches = max(min(math.ceil(n / batch_size), n // 4), 1)
+    bounds = [n * k // batches for k in range(batches + 1)]
+    args = ("minibatch", *args[1:])
+    value: Tensor = OP(impl, device, *args, **kwargs, bounds=bounds)
+    return value
+
+
+def cka_null(n: int, p1: int, p2: int) -> float:
+    """Biased linear CKA that independent Gaussian noise of ``n`` samples and ``p1``, ``p2`` features shows.
+
+    [(1 + n/p1)(1 + n/p2)]^(-1/2), its limit at large n and p: 0.94 at n=256, p=4096. Report it beside a
+    biased value. Raises ValueError unless all three are positive.
+
+    >>> import rgfast
+    >>> round(rgfast.cka_null(256, 4096, 4096), 2)
+    0.94
+    """
+    for name, value in (("n", n), ("p1", p1), ("p2", p2)):
+        if not value > 0 or not math.isfinite(value):
+            raise ValueError(f"{name} must be positive, got {value!r}")
+    return 1.0 / math.sqrt((1.0 + n / p1) * (1.0 + n / p2))
+
+
+def _prepare_pair(
+    x: Any,
+    y: Any,
+    debiased: bool,
+    kernel: str,
+    threshold: float,
+    bandwidth: float | None,
+    normalized: bool,
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    check_choice(kernel, "kernel", ("linear", "rbf"))
+    first, second = as_pair(x, y)
+    check_rows(first.shape[-2], "x", debiased)
+    names = ("x", "y")
+    if kernel == "linear":
+        task = "cka" if normalized else "hsic"
+        return first.device, (task, names, first, second), {"debiased": debiased}
+    for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    options = {"debiased": debiased, "threshold": threshold, "bandwidth": bandwidth, "normalized": normalized}
+    return first.device, ("rbf", names, first, second), options
+
+
+def _prepare_matrix(
+    layers: Any, other: Any = None, *, debiased: bool = True, sample_limit: int = 4096
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    first = as_layers(layers, "layers")
+    second = None if other is None else as_layers(other, "other")
+    if second is not None:
+        check_same_rows(first[0], second[0], ("layers", "other"))
+    check_rows(first[0].shape[-2], "layers", debiased)
+    check_positive_int(sample_limit, "sample_limit")
+    options = {"debiased": debiased, "sample_limit": sample_limit}
+    return first[0].device, ("matrix", ("layers", "other"), first, second), options
+
+
+def _prepare_drift(layers: Any, debiased: bool) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    checked = as_layers(layers, "layers")
+    check_rows(checked[0].shape[-2], "layers", debiased)
+    return checked[0].device, ("drift", ("layers",), checked), {"debiased": debiased}
+
+
+def _prepare(
+    x: Any, y: Any = None, *, kernel: str = "linear", threshold: float = 1.0, **options: Any
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    if y is None or isinstance(x, (list, tuple)):
+        return _prepare_matrix(x, y, **options)
+    bandwidth = options.get("bandwidth")
+    return _prepare_pair(x, y, options.get("debiased", True), kernel, threshold, bandwidth, normalized=True)
+
+
+register(OP, _prepare)
