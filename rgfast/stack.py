@@ -5,7 +5,9 @@ Every block adds to a residual stream ``[B, T, D]``:
     x <- x + MLP_T(norm(x))     across positions, T -> hT -> T      (``mixing="mixer"`` only)
     x <- x + MLP_D(norm(x))     across features,  D -> hD -> D
 
-with ``MLP(z) = W2 act(W1 z + b1) + b2``. W1 ~ N(0, 1/fan_in); W2 ~ N(0, w2_scale²/fan_in), and the default
+with ``MLP(z) = W2 act(W1 z + b1) + b2``. With ``mixing="flat"`` the second one acts on all T·D numbers of a
+sequence at once; a model with ``mixing="window"`` concatenates the embeddings of the ±w neighbours at its
+input, and its stack is then position-wise. W1 ~ N(0, 1/fan_in); W2 ~ N(0, w2_scale²/fan_in), and the default
 ``w2_scale=0`` starts the stack as the identity.
 """
 
@@ -28,11 +30,13 @@ from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["MaskedTokenModel", "ResidualStack"]
 
-Mixing = Literal["mixer", "none"]
+Mixing = Literal["mixer", "flat", "none"]
+ModelMixing = Literal["mixer", "flat", "window", "none"]
 Norm = Literal["layer", "rms"] | None
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
 
-MIXINGS = ("mixer", "none")
+MIXINGS = ("mixer", "flat", "none")
+MODEL_MIXINGS = ("mixer", "flat", "window", "none")
 NORMS = ("layer", "rms", None)
 EPS = 1e-5
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,6 +119,13 @@ class PositionMLP(_MLP):
         return x + F.linear(h, self.w2, self.b2).transpose(-1, -2)
 
 
+class FlatMLP(FeatureMLP):
+    """x + MLP(norm(x)) on all positions and features of a sequence as one vector of T·D."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).reshape(x.shape)
+
+
 class Block(nn.Module):
     """One layer of the stack: mixing across positions (where there is any), then the feature MLP."""
 
@@ -136,20 +147,20 @@ class ResidualStack(nn.Module):
         width: D, features of the stream.
         depth: L, number of blocks (at least 1).
         hidden: hidden units of the feature MLP, default ``4 * width``. The mixing MLP has the same ratio.
-        mixing: ``"mixer"`` (an MLP across positions before each feature MLP; needs ``length``) or ``"none"``
-            (every position for itself).
-        length: T, positions of the stream; needed by ``"mixer"``.
+        mixing: ``"mixer"`` (an MLP across positions before each feature MLP), ``"flat"`` (one MLP on all T·D
+            numbers of a sequence, its hidden units times T) or ``"none"`` (every position for itself).
+        length: T, positions of the stream; needed by ``"mixer"`` and ``"flat"``.
         norm: ``"layer"``, ``"rms"`` or None, before each MLP (pre-norm), eps 1e-5.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
         w2_scale: standard deviation of W2 in units of 1/sqrt(fan_in); 0 starts the stack as the identity.
         generator: draws the weights; the global generator where None.
 
-    Shapes: input and output ``[B, T, D]`` for ``"mixer"``, ``[..., D]`` for ``"none"``; computes in the dtype
+    Shapes: input and output ``[..., T, D]``, or ``[..., D]`` for ``"none"``; computes in the dtype
     of its parameters. ``stack.blocks[l]`` is layer l; its output is the stream after layer l + 1.
 
     Raises:
-        ValueError: for a width, depth, hidden or length below 1, an unknown option, ``"mixer"`` without
-            ``length``, or an input of another shape.
+        ValueError: for a width, depth, hidden or length below 1, an unknown option, a mixing that needs
+            ``length`` without it, or an input of another shape.
 
     >>> import torch
     >>> stack = ResidualStack(width=8, depth=2, mixing="none")
@@ -180,17 +191,22 @@ class ResidualStack(nn.Module):
         check_choice(activation, "activation", ACTIVATIONS)
         if length is not None:
             check_positive_int(length, "length")
-        if mixing == "mixer" and length is None:
-            raise ValueError("length must be given with mixing='mixer' (the number of positions), got None")
+        if mixing != "none" and length is None:
+            raise ValueError(
+                f"length must be given with mixing={mixing!r} (the number of positions), got None"
+            )
         if not math.isfinite(w2_scale) or w2_scale < 0:
             raise ValueError(f"w2_scale must be a finite number >= 0, got {w2_scale}")
         self.width, self.depth, self.hidden, self.length = width, depth, hidden, length
         self.mixing, self.norm, self.activation, self.w2_scale = mixing, norm, activation, w2_scale
 
         def block() -> Block:
-            mix = None
-            if mixing == "mixer":
-                assert length is not None
+            mix: PositionMLP | None = None
+            if mixing == "flat" and length is not None:
+                flat = length * width
+                mlp = FlatMLP(flat, length * hidden, flat, norm, activation, w2_scale, generator)
+                return Block(None, mlp)
+            if mixing == "mixer" and length is not None:
                 mixing_hidden = max(1, round(hidden * length / width))
                 mix = PositionMLP(length, mixing_hidden, width, norm, activation, w2_scale, generator)
             return Block(mix, FeatureMLP(width, hidden, width, norm, activation, w2_scale, generator))
@@ -200,8 +216,8 @@ class ResidualStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.width:
             raise ValueError(f"x must end in width {self.width}, got shape {tuple(x.shape)}")
-        if self.mixing == "mixer" and (x.dim() < 2 or x.shape[-2] != self.length):
-            raise ValueError(f"x must be [B, {self.length}, {self.width}], got shape {tuple(x.shape)}")
+        if self.mixing != "none" and (x.dim() < 2 or x.shape[-2] != self.length):
+            raise ValueError(f"x must be [..., {self.length}, {self.width}], got shape {tuple(x.shape)}")
         for block in self.blocks:
             x = block(x)
         return x
@@ -219,7 +235,10 @@ class MaskedTokenModel(nn.Module):
     Args:
         states: V, size of the vocabulary; token V is MASK.
         length: T, positions.
-        width, depth, hidden, mixing, norm, activation, w2_scale: as in :class:`ResidualStack`.
+        width, depth, hidden, norm, activation, w2_scale: as in :class:`ResidualStack`.
+        mixing: as there, or ``"window"``: the embeddings of positions t - w … t + w side by side (zeros past
+            the ends) are the stream of width (2w + 1) · ``width`` at t, and the stack is position-wise.
+        window: w, for ``mixing="window"`` alone.
         token_std, position_std: standard deviations of the embeddings at the start.
         final_norm: whether the stack's output is normalised before the head.
         generator: draws all weights.
@@ -242,10 +261,11 @@ class MaskedTokenModel(nn.Module):
         width: int,
         depth: int,
         hidden: int | None = None,
-        mixing: Mixing = "mixer",
+        mixing: ModelMixing = "mixer",
         norm: Norm = "layer",
         activation: Activation = "gelu",
         w2_scale: float = 0.0,
+        window: int = 2,
         token_std: float = 1.0,
         position_std: float = 0.3,
         final_norm: bool = True,
@@ -264,20 +284,28 @@ class MaskedTokenModel(nn.Module):
             "norm": norm,
             "activation": activation,
             "w2_scale": w2_scale,
+            "window": window,
             "token_std": token_std,
             "position_std": position_std,
             "final_norm": final_norm,
         }
+        check_choice(mixing, "mixing", MODEL_MIXINGS)
+        check_positive_int(window, "window")
+        self.window = window if mixing == "window" else 0
+        stream = (2 * self.window + 1) * width
+        if hidden is not None:
+            hidden = (2 * self.window + 1) * hidden
+        stacked: Mixing = "none" if mixing == "window" else mixing
         self.stack = ResidualStack(
-            width, depth, hidden, mixing, length, norm, activation, w2_scale, generator
+            stream, depth, hidden, stacked, length, norm, activation, w2_scale, generator
         )
         self.states, self.length = states, length
         self.token_embedding = _normal((states + 1, width), token_std, generator)
         self.position_embedding = _normal((length, width), position_std, generator)
-        self.final_norm = _Normalisation(width, (norm or "layer") if final_norm else None)
-        self.head = nn.utils.skip_init(nn.Linear, width, states)
+        self.final_norm = _Normalisation(stream, (norm or "layer") if final_norm else None)
+        self.head: nn.Linear = nn.utils.skip_init(nn.Linear, stream, states)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self.head.weight.copy_(_normal((states, width), 1 / math.sqrt(width), generator))
+            self.head.weight.copy_(_normal((states, stream), 1 / math.sqrt(stream), generator))
             self.head.bias.zero_()
 
     @property
@@ -289,7 +317,11 @@ class MaskedTokenModel(nn.Module):
         """The residual stream before the first block, ``[B, T, D]``."""
         if tokens.dim() != 2 or tokens.shape[1] != self.length:
             raise ValueError(f"tokens must be [B, {self.length}], got shape {tuple(tokens.shape)}")
-        return F.embedding(tokens, self.token_embedding) + self.position_embedding
+        x = F.embedding(tokens, self.token_embedding) + self.position_embedding
+        if self.window == 0:
+            return x
+        padded = F.pad(x, (0, 0, self.window, self.window))
+        return padded.unfold(1, 2 * self.window + 1, 1).transpose(-1, -2).flatten(-2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.final_norm(self.stack(self.embed(tokens))))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("mixing", ["mixer", "none"])
+@pytest.mark.parametrize("mixing", ["mixer", "flat", "none"])
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_zero_w2_is_the_identity(mixing, norm):
     stack = ResidualStack(6, 3, mixing=mixing, length=5, norm=norm)
@@ -64,6 +64,32 @@ def test_mixer_sees_neighbours():
     assert not torch.equal(stack(x)[0, 0], stack(moved)[0, 0])
 
 
+def test_flat_is_one_mlp_over_the_whole_sequence():
+    stack = ResidualStack(6, 2, mixing="flat", length=4, w2_scale=0.7, generator=generator()).double()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    truth = x.flatten(1)
+    for block in stack.blocks:
+        m = block.mlp
+        assert m.w1.shape == (96, 24)
+        z = torch.nn.functional.layer_norm(truth, (24,), m.norm.weight, m.norm.bias)
+        truth = truth + torch.nn.functional.gelu(z @ m.w1.T + m.b1) @ m.w2.T + m.b2
+    torch.testing.assert_close(stack(x), truth.reshape(3, 4, 6), rtol=1e-12, atol=1e-12)
+
+
+def test_window_puts_the_neighbours_side_by_side_and_sees_no_further():
+    model = MaskedTokenModel(4, 5, 8, 2, mixing="window", window=1, w2_scale=0.5, generator=generator())
+    tokens = torch.randint(0, 5, (3, 5), generator=generator(1))
+    stream = model.embed(tokens)
+    assert stream.shape == (3, 5, 24)
+    single = model.token_embedding[tokens] + model.position_embedding
+    assert torch.equal(stream[:, 2], torch.cat([single[:, 1], single[:, 2], single[:, 3]], -1))
+    assert torch.equal(stream[:, 0], torch.cat([torch.zeros(3, 8), single[:, 0], single[:, 1]], -1))
+    moved = tokens.clone()
+    moved[:, 3] = (moved[:, 3] + 1) % 4
+    same = (model(tokens) == model(moved)).flatten(2).all(-1).all(0)
+    assert same.tolist() == [True, True, False, False, False]
+
+
 def test_weights_have_the_stated_scales_and_follow_the_generator():
     a = ResidualStack(64, 2, 256, "none", w2_scale=0.5, generator=generator(3))
     b = ResidualStack(64, 2, 256, "none", w2_scale=0.5, generator=generator(3))
@@ -93,7 +119,7 @@ def test_building_leaves_the_global_generator_alone():
         ({"width": 0, "depth": 1}, "width must be at least 1, got 0"),
         ({"width": 4, "depth": 0}, "depth must be at least 1, got 0"),
         ({"width": 4, "depth": 1, "hidden": -1}, "hidden must be at least 1, got -1"),
-        ({"width": 4, "depth": 1, "mixing": "attention"}, "mixing must be one of 'mixer', 'none'"),
+        ({"width": 4, "depth": 1, "mixing": "attention"}, "mixing must be one of 'mixer', 'flat', 'none'"),
         ({"width": 4, "depth": 1}, "length must be given"),
         ({"width": 4, "depth": 1, "length": 3, "norm": "batch"}, "norm must be one of"),
         ({"width": 4, "depth": 1, "length": 3, "activation": "elu"}, "activation must be one of"),
@@ -108,7 +134,7 @@ def test_bad_options_are_refused(kwargs, words):
 def test_bad_input_shapes_are_refused():
     with pytest.raises(ValueError, match=r"x must end in width 4, got shape \(2, 3\)"):
         ResidualStack(4, 1, mixing="none")(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"x must be \[B, 5, 4\], got shape \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 5, 4\], got shape \(2, 3, 4\)"):
         ResidualStack(4, 1, length=5)(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"tokens must be \[B, 3\]"):
         MaskedTokenModel(4, 3, 8, 1)(torch.zeros(2, 4, dtype=torch.int64))
