@@ -1,40 +1,54 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
-from rgfast.ops.cka import (
-    CKAAccumulator,
-    CKAResult,
-    MinibatchCKAAccumulator,
-    cka,
-    cka_matrix,
-    cka_null,
-    hsic,
-    kernel_change,
-    kernel_drift,
-    minibatch_cka,
-)
+from rgfast.ops.cka import cka, cka_matrix, cka_null, hsic, kernel_change, kernel_drift, minibatch_cka
 from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.ops.spectrum import (
+    IsotropicBaseline,
+    RankMeasures,
+    SpectrumInfo,
+    effective_rank,
+    eigvalsh,
+    isotropic_baseline,
+    numerical_rank,
+    participation_ratio,
+    rank_measures,
+    rank_measures_from_moment,
+    singular_values,
+    singular_values_from_moment,
+    stable_rank,
+)
 from rgfast.stack import MaskedTokenModel, ResidualStack
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CKAAccumulator",
-    "CKAResult",
     "FallbackWarning",
     "ImplUnavailable",
+    "IsotropicBaseline",
     "MaskedTokenModel",
-    "MinibatchCKAAccumulator",
+    "RankMeasures",
     "ResidualStack",
+    "SpectrumInfo",
     "__version__",
     "cka",
     "cka_matrix",
     "cka_null",
+    "effective_rank",
+    "eigvalsh",
     "explain",
     "hsic",
+    "isotropic_baseline",
     "kernel_change",
     "kernel_drift",
     "minibatch_cka",
+    "numerical_rank",
+    "participation_ratio",
+    "rank_measures",
+    "rank_measures_from_moment",
     "record",
     "residual_mlp",
+    "singular_values",
+    "singular_values_from_moment",
+    "stable_rank",
 ]

@@ -1,0 +1,411 @@
+"""Spectra and rank measures of `x[..., n, d]`: the public functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NoReturn, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import register
+from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.measures import (
+    default_tolerance,
+    effective_rank_of,
+    numerical_rank_of,
+    participation_ratio_of,
+    stable_rank_of,
+)
+from rgfast.ops.spectrum.results import RankMeasures, SpectrumInfo
+from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.ops.spectrum.solve import PATHS, Solved, solve
+from rgfast.ops.spectrum.top import top_eigenpair
+from rgfast.validation import as_real_tensor, check_choice
+
+__all__ = [
+    "effective_rank",
+    "eigvalsh",
+    "numerical_rank",
+    "participation_ratio",
+    "rank_measures",
+    "singular_values",
+    "stable_rank",
+]
+
+Centering = Literal["mean", "none"]
+Precision = Literal["double", "single"]
+Method = Literal["auto", "gram", "svd"]
+Kind = Literal["singular", "variance"]
+
+# Below this the eigenvalues of a Gram matrix cannot tell a small singular value from zero.
+_REFINE_UNDER = 1e-7
+
+
+@overload
+def singular_values(
+    x: Any,
+    *,
+    centering: Centering = ...,
+    precision: Precision = ...,
+    rtol: float = ...,
+    method: Method = ...,
+    impl: str = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def singular_values(
+    x: Any,
+    *,
+    centering: Centering = ...,
+    precision: Precision = ...,
+    rtol: float = ...,
+    method: Method = ...,
+    impl: str = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, SpectrumInfo]: ...
+def singular_values(
+    x: Any,
+    *,
+    centering: Centering = "mean",
+    precision: Precision = "double",
+    rtol: float = 1e-6,
+    method: Method = "auto",
+    impl: str = "auto",
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SpectrumInfo]:
+    """Singular values `[..., min(n, d)]` of each matrix of `x[..., n, d]`, fp64, descending.
+
+    `x` is a tensor or array of fp64, fp32, bf16 or fp16 with any strides: n samples of d features, less
+    their means over the samples if `centering="mean"`. Squared and divided by n they are the eigenvalues of
+    the second moment. Values that cannot be but zero (constant columns, more than n - 1 when centred) are
+    zero exactly.
+
+    `precision="double"` forms the second moment of the smaller side in fp64 from exactly widened, shifted
+    data and takes its eigenvalues; `method="auto"` then bounds the relative error of the singular effective
+    rank and goes on, matrix by matrix, where the bound exceeds `rtol`; `"gram"` never goes on; `"svd"` is
+    LAPACK's fp64 SVD. `precision="single"` accumulates and solves in fp32, never goes on, and is good to
+    about 1e-7 in the participation ratio and 1e-5 in the variance effective rank. With `return_info` a
+    `SpectrumInfo` follows.
+
+    Raises TypeError for anything but a floating tensor or array; ValueError for fewer than two dimensions, no
+    samples or features, NaN or infinity (naming the matrix and the count), or an unknown option;
+    `rgfast.ImplUnavailable` where `impl` names an implementation that cannot run this input.
+
+    >>> import rgfast, torch
+    >>> rgfast.singular_values(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]]))
+    tensor([4.2426, 0.0000], dtype=torch.float64)
+    """
+    x, solved, name = _solved(x, centering, precision, rtol, method, impl)
+    sigma = solved.singular_values().reshape(*x.shape[:-2], min(x.shape[-2:]))
+    return (sigma, _info(x, solved, name)) if return_info else sigma
+
+
+@overload
+def effective_rank(
+    x: Any,
+    *,
+    spectrum: Kind = ...,
+    centering: Centering = ...,
+    precision: Precision = ...,
+    rtol: float = ...,
+    method: Method = ...,
+    impl: str = ...,
+    return_info: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def effective_rank(
+    x: Any,
+    *,
+    spectrum: Kind = ...,
+    centering: Centering = ...,
+    precision: Precision = ...,
+    rtol: float = ...,
+    method: Method = ...,
+    impl: str = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, SpectrumInfo]: ...
+def effective_rank(
+    x: Any,
+    *,
+    spectrum: Kind = "singular",
+    centering: Centering = "mean",
+    precision: Precision = "double",
+    rtol: float = 1e-6,
+    method: Method = "auto",
+    impl: str = "auto",
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SpectrumInfo]:
+    """Effective rank `[...]`, fp64, of each matrix of `x[..., n, d]`: exp of its spectrum's entropy.
+
+    `spectrum="singular"` takes p_i = sigma_i / sum sigma (Roy & Vetterli, EUSIPCO 2007), `"variance"` takes
+    p_i = sigma_i^2 / sum sigma^2 (matrix entropy). The two differ a lot, and a finite sample biases both:
+    compare with `isotropic_baseline(n, d)`. A matrix of zeros, or one that centring makes so, has rank 0.
+
+    Input, precision, the other options and errors are those of `singular_values`; by default the relative
+    error is within 1e-6 (singular) and 1e-12 (variance, fp32 data) of LAPACK's fp64 SVD.
+
+    >>> import rgfast, torch
+    >>> rgfast.effective_rank(torch.eye(8), centering="none")
+    tensor(8.0000, dtype=torch.float64)
+    """
+    check_choice(spectrum, "spectrum", ("singular", "variance"))
+    x, solved, name = _solved(x, centering, precision, rtol, method, impl)
+    rank = effective_rank_of(solved.sigma, spectrum=spectrum).reshape(x.shape[:-2])
+    return (rank, _info(x, solved, name)) if return_info else rank
+
+
+def participation_ratio(
+    x: Any, *, centering: Centering = "mean", precision: Precision = "double", impl: str = "auto"
+) -> Tensor:
+    """Participation ratio `[...]`, fp64, of each matrix of `x[..., n, d]`: (tr C)^2 / tr C^2.
+
+    C is the second moment; no eigenproblem is solved. Zero data give 0. Input and errors are those of
+    `singular_values`.
+
+    >>> import rgfast, torch
+    >>> rgfast.participation_ratio(torch.eye(8), centering="none")
+    tensor(8., dtype=torch.float64)
+    """
+    x, matrix = _gram(x, centering, precision, impl)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = matrix.square().sum((-2, -1))
+    ratio = trace.square() / torch.where(square > 0, square, 1.0)
+    return ratio.reshape(x.shape[:-2])
+
+
+def stable_rank(
+    x: Any, *, centering: Centering = "mean", precision: Precision = "double", impl: str = "auto"
+) -> Tensor:
+    """Stable rank `[...]`, fp64, of each matrix of `x[..., n, d]`: squared Frobenius over squared 2-norm.
+
+    The largest eigenvalue of the second moment is found by Lanczos to a residual of 1e-10; no spectrum is
+    computed. Zero data give 0. Input and errors are those of `singular_values`.
+
+    >>> import rgfast, torch
+    >>> rgfast.stable_rank(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), centering="none")
+    tensor(1.2500, dtype=torch.float64)
+    """
+    x, matrix = _gram(x, centering, precision, impl)
+    top, _ = top_eigenpair(matrix)
+    rank = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / torch.where(top > 0, top, 1.0)
+    return rank.reshape(x.shape[:-2])
+
+
+def numerical_rank(
+    x: Any,
+    *,
+    tol: float | None = None,
+    centering: Centering = "mean",
+    precision: Precision = "double",
+    rtol: float = 1e-6,
+    method: Method = "auto",
+    impl: str = "auto",
+) -> Tensor:
+    """Numerical rank `[...]`, fp64, of each matrix of `x[..., n, d]`: the number of sigma_i > tol * sigma_1.
+
+    `tol` is max(n, d) times the machine epsilon of the data (of fp32 for halves) unless given. Under 1e-7 a
+    Gram matrix cannot see that far, so `method="auto"` takes the accurate path there. Other arguments and
+    errors are those of `singular_values`; ValueError for a `tol` that is negative or not under 1.
+
+    >>> import rgfast, torch
+    >>> rgfast.numerical_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-9])), tol=1e-6, centering="none")
+    tensor(2., dtype=torch.float64)
+    """
+    x = _checked(x)
+    tol = _tolerance(tol, x)
+    x, solved, _ = _solved(x, centering, precision, rtol, method, impl, tol)
+    return numerical_rank_of(solved.sigma, tol).reshape(x.shape[:-2])
+
+
+def rank_measures(
+    x: Any,
+    *,
+    tol: float | None = None,
+    centering: Centering = "mean",
+    precision: Precision = "double",
+    rtol: float = 1e-6,
+    method: Method = "auto",
+    impl: str = "auto",
+) -> RankMeasures:
+    """Every rank measure of each matrix of `x[..., n, d]` from one spectrum, as a `RankMeasures`.
+
+    It carries the spectrum, the error bound, which path ran for each matrix, n, d and the isotropic Gaussian
+    baseline of the same size. Arguments and errors are those of `singular_values` and `numerical_rank`.
+
+    >>> import rgfast, torch
+    >>> m = rgfast.rank_measures(torch.eye(8), centering="none")
+    >>> float(m.participation_ratio), str(m.path), bool(m.error_bound < 1e-6)
+    (8.0, 'gram', True)
+    """
+    x = _checked(x)
+    tol = _tolerance(tol, x)
+    x, solved, name = _solved(x, centering, precision, rtol, method, impl, tol)
+    info = _info(x, solved, name)
+    lead = x.shape[:-2]
+    return RankMeasures(
+        effective_rank=effective_rank_of(solved.sigma).reshape(lead),
+        effective_rank_variance=effective_rank_of(solved.sigma, spectrum="variance").reshape(lead),
+        participation_ratio=participation_ratio_of(solved.sigma).reshape(lead),
+        stable_rank=stable_rank_of(solved.sigma).reshape(lead),
+        numerical_rank=numerical_rank_of(solved.sigma, tol).reshape(lead),
+        singular_values=solved.singular_values().reshape(*lead, min(x.shape[-2:])),
+        error_bound=info.error_bound,
+        variance_error_bound=info.variance_error_bound,
+        path=info.path,
+        n=info.n,
+        d=info.d,
+        tol=tol,
+        baseline=isotropic_baseline(info.n, info.d, centering=centering),
+    )
+
+
+def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
+    """Eigenvalues `[..., d]`, ascending, of each symmetric matrix of `a[..., d, d]`, in its dtype.
+
+    `a` is fp64 or fp32; only the lower triangle is read. Errors are within max(50, d/2) u of the largest
+    magnitude, u the unit roundoff of the dtype, at any scale.
+
+    Raises TypeError for another dtype; ValueError for matrices that are not square, NaN or infinity (naming
+    the matrix and the count); `rgfast.ImplUnavailable` where `impl` cannot run this input.
+
+    >>> import rgfast, torch
+    >>> rgfast.eigvalsh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    tensor([1., 3.])
+    """
+    a = as_real_tensor(a, "a", min_dim=2)
+    if a.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"a must be float64 or float32, got {str(a.dtype).removeprefix('torch.')}")
+    if a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"a must hold square matrices, got shape {tuple(a.shape)}")
+    chosen = EIGVALSH.select(impl, a.device, a)
+    if a.numel() == 0:
+        return torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
+    values: Tensor
+    try:
+        values = chosen.run(a)
+    except RuntimeError:  # LinAlgError is one; its message names the matrix
+        if bool(torch.isfinite(a).all()):
+            raise
+        _refuse_nonfinite(a, "a")
+    if not bool(torch.isfinite(values).all()):
+        _refuse_nonfinite(a, "a")
+    return values
+
+
+def _checked(value: Any) -> Tensor:
+    x = as_real_tensor(value, "x", min_dim=2)
+    if x.shape[-1] == 0 or x.shape[-2] == 0:
+        raise ValueError(f"x must have at least one sample and one feature, got shape {tuple(x.shape)}")
+    return x
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+def _check_options(centering: str, precision: str) -> torch.dtype:
+    check_choice(centering, "centering", ("mean", "none"))
+    check_choice(precision, "precision", ("double", "single"))
+    return torch.float64 if precision == "double" else torch.float32
+
+
+def _tolerance(tol: float | None, x: Tensor) -> float:
+    if tol is None:
+        return default_tolerance(x.shape[-2], x.shape[-1], x.dtype)
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
+    return float(tol)
+
+
+def _solved(
+    x: Any,
+    centering: str,
+    precision: str,
+    rtol: float,
+    method: str,
+    impl: str,
+    tol: float | None = None,
+) -> tuple[Tensor, Solved, str]:
+    x = _checked(x)
+    dtype = _check_options(centering, precision)
+    check_choice(method, "method", ("auto", "gram", "svd"))
+    if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
+        raise ValueError(f"rtol must be a positive number, got {rtol!r}")
+    if method == "svd" and precision == "single":
+        raise ValueError("method='svd' computes in fp64: precision must be 'double', got 'single'")
+    flat = _flat(x)
+    chosen = SPECTRUM.select(impl, x.device, flat, centering=centering, dtype=dtype, method=method)
+    sharp = tol if tol is not None and tol < _REFINE_UNDER else None
+    solved = solve(flat, chosen, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=sharp)
+    if solved is None:
+        _refuse_nonfinite(x, "x")
+    return x, solved, "lapack" if method == "svd" else chosen.name
+
+
+def _gram(x: Any, centering: str, precision: str, impl: str) -> tuple[Tensor, Tensor]:
+    x = _checked(x)
+    dtype = _check_options(centering, precision)
+    flat = _flat(x)
+    chosen = GRAM.select(impl, x.device, flat, centering=centering, dtype=dtype)
+    matrix, accumulated, _, _ = chosen.run(flat, centering=centering, dtype=dtype)
+    if not bool(torch.isfinite(accumulated).all()):
+        _refuse_nonfinite(x, "x")
+    wide: Tensor = matrix.double()
+    return x, wide
+
+
+def _info(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
+    lead = x.shape[:-2]
+    return SpectrumInfo(
+        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
+        error_bound=solved.bound().reshape(lead),
+        variance_error_bound=solved.bound("variance").reshape(lead),
+        singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),
+        impl=impl,
+        n=x.shape[-2],
+        d=x.shape[-1],
+    )
+
+
+def _refuse_nonfinite(x: Tensor, name: str) -> NoReturn:
+    bad = (~torch.isfinite(x)).sum((-2, -1))
+    index = tuple(int(i) for i in (bad > 0).nonzero()[0])
+    where = f"matrix {index if len(index) > 1 else index[0]} of the batch" if index else "the matrix"
+    others = int((bad > 0).sum()) - 1
+    rest = (
+        f" ({others} more matrices hold some too)"
+        if others > 1
+        else " (one more holds some too)"
+        if others
+        else ""
+    )
+    raise ValueError(f"{name} must be finite, got {int(bad[index])} NaN or infinite values in {where}{rest}")
+
+
+def _prepare(
+    x: Any, *, centering: str = "mean", precision: str = "double", method: str = "auto", **_: Any
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    x = _checked(x)
+    dtype = _check_options(centering, precision)
+    flat = _flat(x)
+    return x.device, (flat,), {"centering": centering, "dtype": dtype, "method": method}
+
+
+def _prepare_gram(
+    x: Any, *, centering: str = "mean", precision: str = "double"
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    device, args, kwargs = _prepare(x, centering=centering, precision=precision)
+    del kwargs["method"]
+    return device, args, kwargs
+
+
+def _prepare_eigvalsh(a: Any) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+    a = as_real_tensor(a, "a", min_dim=2)
+    return a.device, (a,), {}
+
+
+register(SPECTRUM, _prepare)
+register(GRAM, _prepare_gram)
+register(EIGVALSH, _prepare_eigvalsh)

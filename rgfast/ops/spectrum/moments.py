@@ -1,0 +1,143 @@
+"""Rank measures from second moments: for streams, whose data are gone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.measures import (
+    effective_rank_of,
+    numerical_rank_of,
+    participation_ratio_of,
+    stable_rank_of,
+)
+from rgfast.ops.spectrum.results import RankMeasures
+from rgfast.ops.spectrum.selection import EIGVALSH
+from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
+from rgfast.validation import as_real_tensor, check_choice
+
+__all__ = ["rank_measures_from_moment", "singular_values_from_moment"]
+
+Centering = Literal["mean", "none"]
+
+# A moment cannot tell smaller singular values from its own rounding error.
+_DEFAULT_TOL = 1e-7
+
+
+def singular_values_from_moment(
+    scatter: Any,
+    n: int | Tensor,
+    *,
+    centering: Centering = "mean",
+    accumulated: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Singular values `[..., d]` of the n samples whose second moment is given, fp64, descending.
+
+    `scatter[..., d, d]` is sum (x - mean)(x - mean)^T in fp64, not divided by n (sum x x^T with
+    `centering="none"`); n is an integer or an integer tensor `[...]`. Values beyond the largest rank that n
+    samples can have (n - 1 if centred), and those of features without variance, are zero. See
+    `rank_measures_from_moment` for `accumulated` and the errors.
+
+    >>> import rgfast, torch
+    >>> rgfast.singular_values_from_moment(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64)), 8)
+    tensor([3., 2.], dtype=torch.float64)
+    """
+    scatter, count = _checked(scatter, n, centering)
+    sigma = _solved(scatter, count, centering, accumulated, impl).singular_values()
+    return sigma.reshape(scatter.shape[:-1])
+
+
+def rank_measures_from_moment(
+    scatter: Any,
+    n: int | Tensor,
+    *,
+    centering: Centering = "mean",
+    accumulated: Any = None,
+    tol: float = _DEFAULT_TOL,
+    impl: str = "auto",
+) -> RankMeasures:
+    """Every rank measure `[...]` of the n samples whose second moment is given, as a `RankMeasures`.
+
+    `scatter[..., d, d]` is sum (x - mean)(x - mean)^T in fp64, not divided by n (sum x x^T with
+    `centering="none"`); n is an integer or an integer tensor `[...]`. Nothing can be refined without the
+    data: the bound on the error of the effective ranks is in the result, evaluated for this spectrum.
+    `accumulated` `[...]` is the trace of what was really summed, sum |x - shift|^2, where that is larger
+    than the trace of `scatter`. Where n is 0 every measure is NaN; where it is 1 (centred), or all variance
+    is 0, it is 0.
+
+    Raises TypeError for a `scatter` that is not fp64 or an n that is not integer; ValueError for matrices
+    that are not square, negative n, a shape that does not fit, or NaN or infinity.
+
+    >>> import rgfast, torch
+    >>> m = rgfast.rank_measures_from_moment(torch.eye(4, dtype=torch.float64), 100)
+    >>> float(m.participation_ratio), bool(m.error_bound < 1e-6)
+    (4.0, True)
+    """
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
+    scatter, count = _checked(scatter, n, centering)
+    solved = _solved(scatter, count, centering, accumulated, impl)
+    lead, d = scatter.shape[:-2], scatter.shape[-1]
+    known = count > 0
+
+    def shaped(value: Tensor) -> Tensor:
+        return torch.where(known, value, torch.nan).reshape(lead)
+
+    same = int(count[0]) if len(count) and bool((count == count[0]).all()) else 0
+    return RankMeasures(
+        effective_rank=shaped(effective_rank_of(solved.sigma)),
+        effective_rank_variance=shaped(effective_rank_of(solved.sigma, spectrum="variance")),
+        participation_ratio=shaped(participation_ratio_of(solved.sigma)),
+        stable_rank=shaped(stable_rank_of(solved.sigma)),
+        numerical_rank=shaped(numerical_rank_of(solved.sigma, tol)),
+        singular_values=solved.singular_values().reshape(*lead, d),
+        error_bound=shaped(solved.bound()),
+        variance_error_bound=shaped(solved.bound("variance")),
+        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
+        n=n if isinstance(n, int) else count.reshape(lead),
+        d=d,
+        tol=float(tol),
+        baseline=None if same == 0 else isotropic_baseline(same, d, centering=centering),
+    )
+
+
+def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Tensor]:
+    scatter = as_real_tensor(scatter, "scatter", min_dim=2).detach()
+    if scatter.dtype != torch.float64:
+        raise TypeError(f"scatter must be float64, got {str(scatter.dtype).removeprefix('torch.')}")
+    if scatter.shape[-1] != scatter.shape[-2] or scatter.shape[-1] == 0:
+        raise ValueError(f"scatter must hold square matrices, got shape {tuple(scatter.shape)}")
+    check_choice(centering, "centering", ("mean", "none"))
+    count = torch.as_tensor(n, device=scatter.device)
+    if count.dtype == torch.bool or count.is_floating_point() or count.is_complex():
+        raise TypeError(f"n must be an integer or an integer tensor, got {count.dtype}")
+    lead = scatter.shape[:-2]
+    if count.dim() and tuple(count.shape) != tuple(lead):
+        raise ValueError(f"n must be one integer or have shape {tuple(lead)}, got {tuple(count.shape)}")
+    count = count.long().expand(lead).reshape(-1)
+    if bool((count < 0).any()):
+        raise ValueError(f"n must not be negative, got {int(count.min())}")
+    bad = (~torch.isfinite(scatter)).sum((-2, -1)).reshape(-1)
+    if bool(bad.any()):
+        at = int(bad.argmax())
+        index = tuple(int(i) for i in np.unravel_index(at, tuple(lead))) if lead else ()
+        where = f" in matrix {index if len(index) > 1 else index[0]} of the batch" if index else ""
+        raise ValueError(f"scatter must be finite, got {int(bad[at])} NaN or infinite values{where}")
+    return scatter, count
+
+
+def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, impl: str) -> Solved:
+    flat = scatter.reshape(len(count), *scatter.shape[-2:])
+    variance = flat.diagonal(dim1=-2, dim2=-1)
+    trace = variance.sum(-1)
+    if accumulated is not None:
+        given = torch.as_tensor(accumulated, dtype=torch.float64, device=flat.device)
+        trace = torch.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1))
+    limit = torch.minimum((count - 1 if centering == "mean" else count).clamp_min(0), (variance > 0).sum(-1))
+    values = EIGVALSH.select(impl, flat.device, flat).run(flat)
+    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=count)
