@@ -1,7 +1,18 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
-from rgfast.ops.cka import cka, cka_matrix, cka_null, hsic, kernel_change, kernel_drift, minibatch_cka
+from rgfast.ops.cka import (
+    CKAAccumulator,
+    CKAResult,
+    MinibatchCKAAccumulator,
+    cka,
+    cka_matrix,
+    cka_null,
+    hsic,
+    kernel_change,
+    kernel_drift,
+    minibatch_cka,
+)
 from rgfast.ops.residual_mlp import residual_mlp
 from rgfast.ops.spectrum import (
     IsotropicBaseline,
@@ -23,10 +34,13 @@ from rgfast.stack import MaskedTokenModel, ResidualStack
 __version__ = "0.1.0"
 
 __all__ = [
+    "CKAAccumulator",
+    "CKAResult",
     "FallbackWarning",
     "ImplUnavailable",
     "IsotropicBaseline",
     "MaskedTokenModel",
+    "MinibatchCKAAccumulator",
     "RankMeasures",
     "ResidualStack",
     "SpectrumInfo",

@@ -16,6 +16,7 @@ from rgfast.validation import check_choice, check_positive_int
 __all__ = ["cka", "cka_matrix", "cka_null", "hsic", "kernel_change", "kernel_drift", "minibatch_cka"]
 
 Kernel = Literal["linear", "rbf"]
+Precision = Literal["double", "single"]
 
 OP = Op("cka")
 
@@ -25,6 +26,7 @@ def _reference(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> 
         if value is not None:
             single = isinstance(value, Tensor)
             check_finite([value] if single else value, name, stacked=not single)
+    kwargs.pop("precision", None)
     return reference.run(task, *args, **kwargs)
 
 
@@ -99,6 +101,7 @@ def cka_matrix(
     *,
     debiased: bool = True,
     sample_limit: int = 4096,
+    precision: Precision | None = None,
     impl: ImplName = "auto",
 ) -> Tensor:
     """Linear CKA ``[..., L, L']`` (fp64) of every layer with every layer, or with every layer of ``other``.
@@ -115,12 +118,16 @@ def cka_matrix(
     >>> [round(float(value), 3) for value in rgfast.cka_matrix(layers).diagonal()]
     [1.0, 1.0, 1.0]
     """
-    device, args, kwargs = _prepare_matrix(layers, other, debiased=debiased, sample_limit=sample_limit)
+    device, args, kwargs = _prepare_matrix(
+        layers, other, debiased=debiased, sample_limit=sample_limit, precision=precision
+    )
     value: Tensor = OP(impl, device, *args, **kwargs)
     return value
 
 
-def kernel_drift(layers: Any, *, debiased: bool = False, impl: ImplName = "auto") -> Tensor:
+def kernel_drift(
+    layers: Any, *, debiased: bool = False, precision: Precision | None = None, impl: ImplName = "auto"
+) -> Tensor:
     """Kernel drift 1 − CKA(l, l+1) ``[..., L-1]`` (fp64) between neighbours of ``layers[L, ..., n, d]``.
 
     Biased by default, where :func:`cka` is not: of a drift one reads differences, and the biased one is never
@@ -133,7 +140,7 @@ def kernel_drift(layers: Any, *, debiased: bool = False, impl: ImplName = "auto"
     >>> rgfast.kernel_drift([x, 2 * x])
     tensor([0.], dtype=torch.float64)
     """
-    device, args, kwargs = _prepare_drift(layers, debiased)
+    device, args, kwargs = _prepare_drift(layers, debiased, precision)
     value: Tensor = OP(impl, device, *args, **kwargs)
     return value
 
@@ -223,7 +230,12 @@ def _prepare_pair(
 
 
 def _prepare_matrix(
-    layers: Any, other: Any = None, *, debiased: bool = True, sample_limit: int = 4096
+    layers: Any,
+    other: Any = None,
+    *,
+    debiased: bool = True,
+    sample_limit: int = 4096,
+    precision: str | None = None,
 ) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
     first = as_layers(layers, "layers")
     second = None if other is None else as_layers(other, "other")
@@ -231,14 +243,18 @@ def _prepare_matrix(
         check_same_rows(first[0], second[0], ("layers", "other"))
     check_rows(first[0].shape[-2], "layers", debiased)
     check_positive_int(sample_limit, "sample_limit")
-    options = {"debiased": debiased, "sample_limit": sample_limit}
+    check_choice(precision, "precision", (None, "double", "single"))
+    options = {"debiased": debiased, "sample_limit": sample_limit, "precision": precision}
     return first[0].device, ("matrix", ("layers", "other"), first, second), options
 
 
-def _prepare_drift(layers: Any, debiased: bool) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+def _prepare_drift(
+    layers: Any, debiased: bool, precision: str | None
+) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
     checked = as_layers(layers, "layers")
     check_rows(checked[0].shape[-2], "layers", debiased)
-    return checked[0].device, ("drift", ("layers",), checked), {"debiased": debiased}
+    check_choice(precision, "precision", (None, "double", "single"))
+    return checked[0].device, ("drift", ("layers",), checked), {"debiased": debiased, "precision": precision}
 
 
 def _prepare(

@@ -253,6 +253,19 @@ def hsic(x: Tensor, y: Tensor, *, debiased: bool) -> Tensor:
     return scaled(scaled(value, exponent.clamp(-1000, 1000)), exponent.clamp(-1000, 1000))
 
 
+def hsic_sums(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """HSIC_1 ``[..., L, L]`` in units of 2^(2e), the square of its scale ``[..., L]``, and e ``[..., L]``."""
+    both = [centered(x) for x in layers]
+    xs = [x for x, _ in both]
+    n = xs[0].shape[-2]
+    pairs = [(i, j) for i in range(len(xs)) for j in range(len(xs))]
+    values = torch.stack(list(inner(xs, xs, pairs, True)), -1)
+    values = values.reshape(*values.shape[:-1], len(xs), len(xs))
+    trace = torch.stack([x.square().sum((-2, -1)) for x in xs], -1)
+    exponent = torch.stack([e[..., 0, 0] for _, e in both], -1)
+    return values / (n * (n - 3)), trace.square() / (n * n * (n - 3)), exponent
+
+
 def squared_distances(x: Tensor) -> Tensor:
     """‖x_i − x_j‖² ``[..., n, n]`` of centred ``x``."""
     a = x.square().sum(-1)
@@ -315,5 +328,6 @@ _TASKS: dict[str, Any] = {
     "change": change,
     "hsic": hsic,
     "minibatch": matrix,
+    "hsic_sums": hsic_sums,
     "rbf": rbf,
 }
