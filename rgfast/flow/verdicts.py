@@ -195,7 +195,35 @@ def _collapse(runs: _Runs, xi: float, view: str, key: str, title: str) -> Verdic
     )
     core = ratio.mean <= bars.short_ratio
     pooled = {"R": asdict(ratio), "largest_rise": rise, "allowance": allowance, "worst_rise_share": worst}
-    return Verdict(key, title, _status(checks, core), summary, tuple(checks), pooled, tuple(rows))
+    notes = _runaway(runs, xi, view, seeds, checks)
+    return Verdict(key, title, _status(checks, core), summary, tuple(checks), pooled, tuple(rows), notes)
+
+
+def _runaway(runs: _Runs, xi: float, view: str, seeds: list[int], checks: Iterable[Check]) -> tuple[str, ...]:
+    """Where a control falls as far as the trained stack: whether one growing direction is what makes it fall.
+
+    A stack with nothing to learn still moves under a normalising optimiser, often along one direction; the
+    stable rank (1 where one direction holds all variance) tells that from a loss of many directions.
+    """
+    if "stable_rank" not in runs.result:
+        return ()
+
+    def last(stage: str) -> float:
+        found = [
+            curve(runs.result, "stable_rank", chain=runs.chain, xi=xi, seed=seed, stage=stage, view=view)
+            for seed in seeds
+        ]
+        return _mean(float(values[-1]) for values in found)
+
+    beaten = {
+        c.name.removeprefix("R below ") for c in checks if not c.holds and c.name.startswith("R below ")
+    }
+    return tuple(
+        f"{stage} falls as far, with stable rank {last(stage):.2f} at the last layer (trained: "
+        f"{last('trained'):.2f}): 1 means that a single growing direction holds the variance"
+        for stage in CONTROLS
+        if stage in beaten
+    )
 
 
 def _selective(runs: _Runs, short: float, long: float) -> Verdict:
@@ -203,7 +231,8 @@ def _selective(runs: _Runs, short: float, long: float) -> Verdict:
     seeds = runs.trained(short, long)
     if not seeds:
         return Verdict(key, title, "undertrained", "no seed reached captured 0.90 at both ξ")
-    bars, checks, rows, notes = runs.bars, [], [], []
+    bars, checks, notes = runs.bars, [], []
+    rows: list[dict[str, Any]] = []
     gaps: dict[str, Interval] = {}
     for view, bar in (("visible", bars.long_visible), ("masked", bars.long_masked)):
         differences = []

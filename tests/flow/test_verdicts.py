@@ -99,7 +99,15 @@ def test_a_control_that_collapses_too_spoils_the_finding():
     dataset = result()
     where = {"stage": "control_iid", "view": "visible", "xi": 1.0}
     dataset.effective_rank.loc[where] = FALL * np.linspace(1, 0.5, 7)
-    assert statuses(dataset)["i"] == "partial"
+    dataset["stable_rank"] = dataset.effective_rank / 5
+    dataset.stable_rank.loc[where] = 1.1
+    verdict = next(v for v in judge(dataset, "two-scale") if v.key == "i")
+    assert verdict.status == "partial"
+    assert len(verdict.notes) == 1
+    assert (
+        "control_iid falls as far, with stable rank 1.10 at the last layer (trained: 1.42)"
+        in verdict.notes[0]
+    )
 
 
 def test_a_decaying_drift_is_named_a_relaxation_with_its_rate():
