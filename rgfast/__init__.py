@@ -29,6 +29,7 @@ from rgfast.ops.spectrum import (
     singular_values_from_moment,
     stable_rank,
 )
+from rgfast.probing import Probe, ProbeResult, probe
 from rgfast.stack import MaskedTokenModel, ResidualStack
 
 __version__ = "0.1.0"
@@ -41,6 +42,8 @@ __all__ = [
     "IsotropicBaseline",
     "MaskedTokenModel",
     "MinibatchCKAAccumulator",
+    "Probe",
+    "ProbeResult",
     "RankMeasures",
     "ResidualStack",
     "SpectrumInfo",
@@ -58,6 +61,7 @@ __all__ = [
     "minibatch_cka",
     "numerical_rank",
     "participation_ratio",
+    "probe",
     "rank_measures",
     "rank_measures_from_moment",
     "record",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rgfast.validation import as_real_tensor
 
-__all__ = ["MomentAccumulator", "NonFiniteError", "PairMoments", "state_bytes"]
+__all__ = ["MomentAccumulator", "NonFiniteError", "PairMoments", "check_finite", "state_bytes"]
 
 Pairs = Literal["adjacent", "all"] | Sequence[tuple[int, int]]
 
@@ -128,15 +128,18 @@ class MomentAccumulator:
         held = [*self._shift, *self._moment.values(), *self._rows, self._keep]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def update(self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> MomentAccumulator:
+    def update(
+        self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None = None, *, finite: bool = False
+    ) -> MomentAccumulator:
         """Itself, with the rows of one batch added.
 
         ``layers[l]`` is ``[*, rows, d_l]`` of any float dtype; all share ``*`` and rows. ``mask[*, rows]``
         (bool) keeps the rows where it is True; None keeps all. Rows that are not kept may hold anything.
+        ``finite=True`` says that the caller has looked for NaN and infinity.
         Raises TypeError or ValueError for wrong kinds or shapes and :class:`NonFiniteError` for NaN or
         infinity in a row that counts; after an error nothing of the batch has been added.
         """
-        flat, keep = self._checked(layers, mask)
+        flat, keep = self._checked(layers, mask, finite)
         rows, at = flat[0].shape[1], 0
         while at < rows:
             take = min(rows - at, self._block - self._filled)
@@ -167,7 +170,9 @@ class MomentAccumulator:
             return self
         other.flush()
         if self._lead is None:
-            self._begin(other._lead, other._widths, other._begun.device, pairs=other._asked)
+            if set(other._moment) != set(_pair_keys(self._asked, len(other._widths))):
+                raise ValueError(f"other must keep the pairs {self._asked!r}, got {other._asked!r}")
+            return self._take(other, slice(None), other._lead)
         if (self._lead, self._widths) != (other._lead, other._widths) or set(self._moment) != set(
             other._moment
         ):
@@ -207,12 +212,7 @@ class MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
         self.flush()
         one = MomentAccumulator(pairs=self._asked, pending_bytes=self._pending_bytes)
-        one._begin((), self._widths, self._begun.device)
-        one._exponent = list(self._exponent)
-        one._begun = self._begun[index : index + 1].clone()
-        one._shift = [s[index : index + 1].clone() for s in self._shift]
-        one._moment = {key: m[index : index + 1].clone() for key, m in self._moment.items()}
-        return one
+        return one._take(self, slice(index, index + 1), ())
 
     # ---- what was seen
 
@@ -244,12 +244,11 @@ class MomentAccumulator:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
         self.flush()
         moment, di, dj = self._centred(i, j), self._widths[i], self._widths[j]
-        self_i, self_j = self._centred(i, i), self._centred(j, j)
         return PairMoments(
             count=self._shaped(self._count()).to(torch.int64),
             cross=self._shaped(moment[:, :di, :dj]),
-            trace_i=self._shaped(self_i[:, di, di + 1]),
-            trace_j=self._shaped(self_j[:, dj, dj + 1]),
+            trace_i=self._shaped(self._trace(i)),
+            trace_j=self._shaped(self._trace(j)),
             norm_product=self._shaped(moment[:, di, dj]),
             exponent_i=self._exponent[i] or 0,
             exponent_j=self._exponent[j] or 0,
@@ -306,8 +305,18 @@ class MomentAccumulator:
 
     # ---- inside
 
+    def _take(self, other: MomentAccumulator, part: slice, lead: tuple[int, ...]) -> MomentAccumulator:
+        """Itself, made a copy of some flattened positions of ``other``."""
+        self._lead, self._widths = lead, other._widths
+        self._begun = other._begun[part].clone()
+        self._block = _block_rows(len(self._begun), self._widths, self._pending_bytes)
+        self._exponent = list(other._exponent)
+        self._shift = [s[part].clone() for s in other._shift]
+        self._moment = {key: m[part].clone() for key, m in other._moment.items()}
+        return self
+
     def _checked(
-        self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None
+        self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None, finite: bool
     ) -> tuple[list[Tensor], Tensor | None]:
         seq = [as_real_tensor(x, f"layers[{k}]", min_dim=2) for k, x in enumerate(layers)]
         if not seq:
@@ -333,22 +342,17 @@ class MomentAccumulator:
             if tuple(mask.shape) != (*lead, rows):
                 raise ValueError(f"mask must have shape {(*lead, rows)}, got {tuple(mask.shape)}")
             mask = mask.to(seq[0].device)
-        for k, x in enumerate(seq):
-            _check_finite(x, mask, k)
+        if not finite:
+            for k, x in enumerate(seq):
+                check_finite(x, mask, k)
         if self._lead is None:
             self._begin(lead, widths, seq[0].device)
         positions = math.prod(lead)
         flat = [x.detach().reshape(positions, rows, x.shape[-1]) for x in seq]
         return flat, None if mask is None else mask.reshape(positions, rows)
 
-    def _begin(
-        self,
-        lead: tuple[int, ...],
-        widths: tuple[int, ...],
-        device: torch.device,
-        pairs: Pairs | None = None,
-    ) -> None:
-        keys = _pair_keys(self._asked if pairs is None else pairs, len(widths))
+    def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> None:
+        keys = _pair_keys(self._asked, len(widths))
         positions = math.prod(lead)
         self._lead, self._widths = lead, widths
         self._block = _block_rows(positions, widths, self._pending_bytes)
@@ -457,6 +461,11 @@ class MomentAccumulator:
         off = [self._moment[k, k][:, : self._widths[k], -1] / count for k in (i, j)]
         return _recentred(self._moment[i, j], -off[0], -off[1])
 
+    def _trace(self, layer: int) -> Tensor:
+        """Σ|x_c|² ``[P]``, in the layer's units."""
+        moment, d = self._moment[layer, layer], self._widths[layer]
+        return moment[:, d, d + 1] - moment[:, :d, d + 1].square().sum(-1) / self._count()
+
     def _product(self, i: int, j: int, centering: str) -> Tensor:
         if centering not in ("mean", "none"):
             raise ValueError(f"centering must be 'mean' or 'none', got {centering!r}")
@@ -495,7 +504,8 @@ def _block_rows(positions: int, widths: Sequence[int], budget: int) -> int:
     return rows
 
 
-def _check_finite(x: Tensor, mask: Tensor | None, layer: int) -> None:
+def check_finite(x: Tensor, mask: Tensor | None, layer: int) -> None:
+    """Raise :class:`NonFiniteError` where a row of ``x[*, rows, d]`` that ``mask`` keeps is not finite."""
     if not x.numel():
         return
     low, high = torch.aminmax(x)  # one pass, and NaN comes through

@@ -13,7 +13,7 @@ from rgfast.ops.cka.rows import RowStore, as_rows
 from rgfast.streaming import MomentAccumulator
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["CKAAccumulator", "CKAResult"]
+__all__ = ["CKAAccumulator", "CKAResult", "cka_from_moments"]
 
 Route = Literal["auto", "sample", "features"]
 # ⟨K, K⟩ below this fraction of (tr K)²/n is rounding, not variance.
@@ -146,7 +146,7 @@ class CKAAccumulator:
         if self._moments is not None or self._asked == "features":
             self._to_moments()
             assert self._moments is not None
-            values, constant = _from_moments(self._moments, count, debiased)
+            values, constant = cka_from_moments(self._moments, debiased=debiased)
             drift = 1.0 - values.diagonal(1, -2, -1)
             drift = drift if debiased else drift.clamp(min=0.0)
         else:
@@ -215,7 +215,13 @@ class CKAAccumulator:
         return matrix, drift, constant
 
 
-def _from_moments(moments: MomentAccumulator, count: Tensor, debiased: bool) -> tuple[Tensor, Tensor]:
+def cka_from_moments(moments: MomentAccumulator, *, debiased: bool) -> tuple[Tensor, Tensor]:
+    """CKA ``[P, L, L]`` of every kept pair, and which layers lack variance ``[P, L]``; P flattened positions.
+
+    NaN for pairs that are not kept, beside a layer without variance, and for too few samples (1, or 3 if
+    ``debiased``).
+    """
+    count = moments.count.reshape(-1)
     layers = len(moments.widths)
     n = count.to(torch.float64)
     values = torch.full((len(count), layers, layers), torch.nan, dtype=torch.float64, device=count.device)
@@ -233,6 +239,7 @@ def _from_moments(moments: MomentAccumulator, count: Tensor, debiased: bool) -> 
     own = values.diagonal(0, -2, -1).clone()
     enough = n >= (4 if debiased else 1)
     varies = (own > _NO_VARIANCE * trace.square() / n[:, None]) & enough[:, None]
-    root = torch.where(varies, own, 1.0).sqrt()
-    values = values / (root[:, :, None] * root[:, None, :])
+    own = torch.where(varies, own, 1.0)
+    # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
+    values = values / (own[:, :, None] * own[:, None, :]).sqrt()
     return torch.where(varies[:, :, None] & varies[:, None, :], values, torch.nan), ~varies

@@ -1,0 +1,6 @@
+"""Watch the residual stream of any torch model: every layer and position, one pass, bounded memory."""
+
+from rgfast.probing.result import ProbeResult
+from rgfast.probing.run import Probe, probe
+
+__all__ = ["Probe", "ProbeResult", "probe"]

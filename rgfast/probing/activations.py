@@ -1,0 +1,57 @@
+"""What a module returned, as ``[B, T, D]``: finding the tensor and laying out its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["as_rows", "find_tensor"]
+
+_PREFERRED = ("last_hidden_state", "hidden_states", "hidden_state", "logits")
+
+
+def find_tensor(value: Any, name: str) -> Tensor:
+    """The activation in what layer ``name`` returned or was given.
+
+    A tensor is itself; of a tuple or list it is the first tensor; of a mapping or dataclass the entry called
+    ``last_hidden_state``, ``hidden_states``, ``hidden_state`` or ``logits``, else the first tensor.
+    Raises TypeError where there is none.
+    """
+    found = _find(value)
+    if found is None:
+        raise TypeError(
+            f"layer {name!r} must return a floating tensor (or hold one), got {type(value).__name__}"
+        )
+    return found
+
+
+def _find(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, Mapping):
+        entries = dict(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        entries = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, (tuple, list)):
+        return next((t for t in (_find(item) for item in value) if t is not None), None)
+    else:
+        return None
+    ordered = [*(entries[key] for key in _PREFERRED if key in entries), *entries.values()]
+    return next((t for t in (_find(item) for item in ordered) if t is not None), None)
+
+
+def as_rows(x: Tensor, name: str) -> Tensor:
+    """``[B, T, D]`` of an activation: ``[B, D]`` has one position, ``[B, C, H, W]`` has H·W.
+
+    Raises ValueError for any other number of dimensions.
+    """
+    if x.dim() == 2:
+        return x[:, None]
+    if x.dim() == 3:
+        return x
+    if x.dim() == 4:
+        return x.flatten(2).transpose(1, 2)
+    raise ValueError(f"layer {name!r} must be [B, D], [B, T, D] or [B, C, H, W], got shape {tuple(x.shape)}")

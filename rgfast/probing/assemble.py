@@ -1,0 +1,125 @@
+"""From the streaming state to the labelled dataset: measures by view, error bars, baselines, flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS, Measured, baselines, measure
+from rgfast.probing.plan import POSITIONAL
+from rgfast.probing.views import ViewState
+
+__all__ = ["FORMAT", "VERSION", "assemble"]
+
+FORMAT, VERSION = "rgfast.probe", 1
+
+SAMPLES_PER_FEATURE = 16
+
+_DIMS = (
+    dict.fromkeys(RANKS, ("view", "layer", "position"))
+    | dict.fromkeys(DRIFTS, ("view", "transition", "position"))
+    | dict.fromkeys(PAIRWISE, ("view", "layer", "other_layer", "position"))
+)
+
+
+def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, Any]) -> xr.Dataset:
+    """The dataset of a :class:`~rgfast.probing.result.ProbeResult`."""
+    plan = state.plan
+    layers, views = len(plan.names), plan.views
+    where = [*plan.positions] if any(v in POSITIONAL for v in views) else []
+    if any(v not in POSITIONAL for v in views):
+        where = [-1, *where]
+    sizes = {
+        "view": len(views),
+        "layer": layers,
+        "other_layer": layers,
+        "transition": max(layers - 1, 0),
+        "position": len(where),
+    }
+    data: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {}
+
+    def empty(dims: tuple[str, ...], fill: Any = np.nan) -> NDArray[Any]:
+        return np.full([sizes[d] for d in dims], fill)
+
+    for name in measures:
+        data[name] = (_DIMS[name], empty(_DIMS[name]))
+        if plan.groups > 1:
+            data[f"{name}_se"] = (_DIMS[name], empty(_DIMS[name]))
+        if name in BASELINES:
+            data[f"{name}_baseline"] = (_DIMS[name], empty(_DIMS[name]))
+    rank_dims = ("view", "layer", "position")
+    data["effective_rank_bound"] = (rank_dims, empty(rank_dims))
+    data["sample_limited"] = (rank_dims, empty(rank_dims, False))
+    data["n"] = (("view", "position"), empty(("view", "position"), 0))
+    sizes["component"] = max(plan.widths)
+    spectra = (*rank_dims, "component")
+    data["singular_values"] = (spectra, empty(spectra))
+
+    for v, view in enumerate(views):
+        positional = view in POSITIONAL
+        at = [i for i, t in enumerate(where) if (t >= 0) == positional]
+        found = measure(state.moments(view), spectra=view != "flattened")
+        widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
+        data["n"][1][v, at] = found.count
+        for layer, width in enumerate(widths):
+            data["sample_limited"][1][v, layer, at] = found.count < SAMPLES_PER_FEATURE * width
+        data["effective_rank_bound"][1][v][:, at] = found.bound
+        if view != "flattened":
+            data["singular_values"][1][v][:, at] = found.spectrum
+        expected = baselines(found.count, widths)
+        for name in measures:
+            data[name][1][v][..., at] = _values(found, name)
+            if name in BASELINES:
+                data[f"{name}_baseline"][1][v][:, at] = expected[name]
+        if plan.groups > 1:
+            for name, error in _jackknife(state, view, measures).items():
+                data[f"{name}_se"][1][v][..., at] = error
+
+    dataset = xr.Dataset(
+        data,
+        coords={
+            "view": list(views),
+            "layer": np.arange(layers),
+            "other_layer": np.arange(layers),
+            "transition": np.arange(sizes["transition"]),
+            "position": np.array(where, dtype=np.int64),
+            "component": np.arange(sizes["component"]),
+            "layer_name": ("layer", list(plan.names)),
+            "width": ("layer", np.array(plan.widths, dtype=np.int64)),
+            "positional": ("view", np.array([view in POSITIONAL for view in views])),
+        },
+        attrs={
+            "format": FORMAT,
+            "format_version": VERSION,
+            "sequences": state.sequences,
+            "groups": plan.groups,
+            "length": plan.length,
+            "plan": plan.to_json(masked=state.masked),
+            "provenance": json.dumps(provenance),
+        },
+    )
+    for name, label in LABELS.items():
+        if name in dataset:
+            dataset[name].attrs["long_name"] = label
+    return dataset
+
+
+def _values(found: Measured, name: str) -> NDArray[np.float64]:
+    return (found.ranks | found.drifts | found.pairs)[name]
+
+
+def _jackknife(state: ViewState, view: str, measures: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Standard errors by leaving out one group of sequences at a time: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
+    groups = state.plan.groups
+    left_out = [measure(state.moments(view, without=g), spectra=False) for g in range(groups)]
+    out = {}
+    for name in measures:
+        values = np.stack([_values(found, name) for found in left_out])
+        spread = values - values.mean(0)
+        out[name] = np.sqrt((groups - 1) / groups * (spread**2).sum(0))
+    return out

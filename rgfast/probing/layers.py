@@ -1,0 +1,161 @@
+"""Which tensors of a model are probed: names to taps, and finding the residual stream."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+__all__ = ["LayerSpec", "Tap", "resolve"]
+
+LayerSpec = str | int | re.Pattern[str]
+
+_INPUT = ":input"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One probed tensor: what a module returns, or (``side="input"``) what it is given."""
+
+    name: str
+    module: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A run of blocks of one kind in a container: a residual stream, as far as names tell."""
+
+    blocks: tuple[str, ...]
+    kind: str
+
+    def taps(self) -> list[Tap]:
+        first = Tap(self.blocks[0] + _INPUT, self.blocks[0], "input")
+        return [first, *(Tap(name, name, "output") for name in self.blocks)]
+
+    def __str__(self) -> str:
+        return f"{self.blocks[0]} … {self.blocks[-1]} ({len(self.blocks)} × {self.kind})"
+
+
+def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> tuple[list[Tap], str]:
+    """The taps that ``layers`` asks for, in the model's order for patterns, and a sentence saying which.
+
+    ``"auto"`` is the input of the first block and the output of every block of the model's only stack of
+    blocks. Otherwise a dotted module name (``name:input`` for what it is given), an index into the automatic
+    stream (0 its input, l the output of block l), a glob (``*`` stays within one dotted part, ``**`` does
+    not), a compiled regular expression or ``"re:..."`` matching the whole name, or a sequence of these.
+
+    Raises ValueError for what matches nothing, for a repeated layer, and for ``"auto"`` where there is no
+    stack of blocks or more than one; the message lists the candidates.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        stream = _only_stream(model)
+        return stream.taps(), f"the stream through {stream}: its input and {len(stream.blocks)} outputs"
+    specs = [layers] if isinstance(layers, (str, int, re.Pattern)) else list(layers)
+    taps: list[Tap] = []
+    for spec in specs:
+        taps += _resolve_one(model, spec)
+    if not taps:
+        raise ValueError("layers must name at least one layer, got none")
+    names = [tap.name for tap in taps]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"layers must not repeat a layer, got {name!r} {names.count(name)} times")
+    return taps, f"{len(taps)} layers: {', '.join(names)}"
+
+
+def _resolve_one(model: nn.Module, spec: LayerSpec) -> list[Tap]:
+    if isinstance(spec, bool) or not isinstance(spec, (str, int, re.Pattern)):
+        raise TypeError(f"layers must hold names, indices or patterns, got {spec!r}")
+    if isinstance(spec, int):
+        stream = _only_stream(model).taps()
+        if not -len(stream) <= spec < len(stream):
+            raise ValueError(f"layers must be an index from 0 to {len(stream) - 1}, got {spec}")
+        return [stream[spec]]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if isinstance(spec, re.Pattern) or spec.startswith("re:"):
+        pattern = spec if isinstance(spec, re.Pattern) else re.compile(spec[3:])
+        shown = pattern.pattern
+    elif any(c in spec for c in "*?["):
+        pattern, shown = re.compile(_glob(spec.removesuffix(_INPUT))), spec
+    else:
+        name = spec.removesuffix(_INPUT)
+        if name not in names:
+            raise ValueError(f"layers: there is no module {name!r}; {_candidates(name, names)}")
+        return [_tap(spec)]
+    side = _INPUT if isinstance(spec, str) and spec.endswith(_INPUT) else ""
+    found = [_tap(name + side) for name in names if pattern.fullmatch(name)]
+    if not found:
+        raise ValueError(f"layers: no module matches {shown!r}; {_candidates(shown, names)}")
+    return found
+
+
+def _tap(name: str) -> Tap:
+    return Tap(name, name.removesuffix(_INPUT), "input" if name.endswith(_INPUT) else "output")
+
+
+def _glob(pattern: str) -> str:
+    out = ""
+    for part in re.findall(r"\*\*|\*|\?|\[[^\]]*\]|[^*?\[]+|\[", pattern):
+        if part == "**":
+            out += ".*"
+        elif part == "*":
+            out += r"[^.]*"
+        elif part == "?":
+            out += r"[^.]"
+        elif part.startswith("[") and part.endswith("]"):
+            out += part.replace("[!", "[^")
+        else:
+            out += re.escape(part)
+    return out
+
+
+def _candidates(asked: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(asked, names, n=6, cutoff=0.3) or list(names[:6])
+    rest = f" (of {len(names)} modules)" if len(names) > len(near) else ""
+    return f"near it: {', '.join(near)}{rest}" if near else "the model has no submodules"
+
+
+def _only_stream(model: nn.Module) -> _Stream:
+    streams = list(_streams(model, ""))
+    if len(streams) == 1:
+        return streams[0]
+    names = [name for name, _ in model.named_children()]
+    if not streams:
+        raise ValueError(
+            "layers='auto' found no stack of blocks (a ModuleList or Sequential with modules of one kind in "
+            f"a row) in {type(model).__name__}; name the layers, the top modules are: {', '.join(names)}"
+        )
+    listed = "; ".join(str(stream) for stream in streams)
+    raise ValueError(f"layers='auto' is ambiguous, name one of these as a pattern: {listed}")
+
+
+def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
+    """Outermost runs of blocks of one class. A block has submodules: a row of Linear is no stream."""
+    inside: set[str] = set()
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        children = [(name, child) for name, child in module.named_children()]
+        # A container that holds nothing but one block is a stack of depth 1; elsewhere one is no row.
+        shortest = 1 if len(children) == 1 and isinstance(module, nn.ModuleList) else 2
+        run: list[tuple[str, nn.Module]] = []
+        for name, child in [*children, ("", nn.Identity())]:
+            if run and type(child) is not type(run[0][1]):
+                if len(run) >= shortest:
+                    inside |= {n for n, _ in run}
+                    yield _Stream(tuple(f"{prefix}{n}" for n, _ in run), type(run[0][1]).__name__)
+                run = []
+            if _is_block(child):
+                run.append((name, child))
+    for name, child in module.named_children():
+        if name not in inside:
+            yield from _streams(child, f"{prefix}{name}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())

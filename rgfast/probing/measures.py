@@ -1,0 +1,158 @@
+"""From the moments of one view to its measures: ranks by layer, drift and CKA by pair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rgfast.ops.cka.streaming import cka_from_moments
+from rgfast.ops.spectrum import isotropic_baseline, rank_measures_from_moment
+from rgfast.streaming import MomentAccumulator
+
+__all__ = ["BASELINES", "DRIFTS", "PAIRWISE", "RANKS", "Measured", "baselines", "measure"]
+
+RANKS = (
+    "effective_rank",
+    "effective_rank_variance",
+    "participation_ratio",
+    "stable_rank",
+    "numerical_rank",
+    "effective_rank_uncentred",
+    "effective_rank_variance_uncentred",
+)
+BASELINES = RANKS[:4]
+DRIFTS = ("kernel_drift", "kernel_drift_debiased", "kernel_change")
+PAIRWISE = ("cka", "cka_biased")
+
+_GRID = 12  # baselines at more sample numbers than this are interpolated
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures of one view; the last axis (or axes) is the flattened leading shape of its moments.
+
+    ``ranks[name]`` and ``bound`` (on the relative error of the effective rank) are ``[L, P]``, ``spectrum``
+    is ``[L, P, max d]`` padded with NaN, ``drifts[name]`` ``[L-1, P]``, ``pairs[name]`` ``[L, L, P]``, NaN
+    where a pair was not asked for, ``count`` ``[P]``.
+    """
+
+    count: NDArray[np.int64]
+    ranks: dict[str, Array]
+    bound: Array
+    spectrum: Array
+    drifts: dict[str, Array]
+    pairs: dict[str, Array]
+
+
+def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
+    """All measures of a view's moments.
+
+    Undefined values are NaN: a rank of fewer than two rows, a CKA or drift beside a layer without variance,
+    a debiased one of fewer than four rows. A constant layer has rank 0.
+    """
+    widths, count = moments.widths, moments.count.reshape(-1)
+    positions, layers = len(count), len(widths)
+    ranks = {name: np.full((layers, positions), np.nan) for name in RANKS}
+    bound = np.full((layers, positions), np.nan)
+    spectrum = np.full((layers, positions, max(widths) if spectra else 0), np.nan)
+    known = count >= 2
+    for layer, width in enumerate(widths):
+        found = rank_measures_from_moment(_scatter(moments, layer, "mean"), count)
+        for name in RANKS[:5]:
+            ranks[name][layer] = _where(known, getattr(found, name))
+        bound[layer] = _where(known, found.error_bound)
+        if spectra:
+            spectrum[layer, :, :width] = _where(known[:, None], found.singular_values)
+        raw = rank_measures_from_moment(_scatter(moments, layer, "none"), count, centering="none")
+        # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
+        constant = (found.stable_rank == 0) & (raw.stable_rank > 0)
+        for name in ("effective_rank", "effective_rank_variance"):
+            value = torch.where(constant, 1.0, getattr(raw, name))
+            ranks[f"{name}_uncentred"][layer] = _where(known, value)
+    pairs, drifts = {}, {}
+    for name, drift, debiased in (
+        ("cka", "kernel_drift_debiased", True),
+        ("cka_biased", "kernel_drift", False),
+    ):
+        matrix, _ = cka_from_moments(moments, debiased=debiased)
+        pairs[name] = _array(matrix.permute(1, 2, 0))
+        drifts[drift] = 1 - np.diagonal(pairs[name], 1).T
+    drifts["kernel_drift"] = np.maximum(drifts["kernel_drift"], 0.0)
+    drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
+    return Measured(count.cpu().numpy(), ranks, bound, spectrum, drifts, pairs)
+
+
+def _scatter(moments: MomentAccumulator, layer: int, centering: Literal["mean", "none"]) -> Tensor:
+    """``[P, d, d]``, zero where nothing was counted."""
+    found = moments.scatter(layer, centering=centering)
+    found = found.reshape(-1, *found.shape[-2:])
+    empty = moments.count.reshape(-1) == 0
+    return found.masked_fill(empty[:, None, None], 0.0) if bool(empty.any()) else found
+
+
+def _changes(moments: MomentAccumulator, shape: tuple[int, ...]) -> Array:
+    """‖K_{l+1} − K_l‖ / ‖K_l‖ of centred kernels ``[L-1, P]``, which unlike the drift sees scale."""
+    out = np.full(shape, np.nan)
+    for i, j in moments.pairs:
+        if j == i + 1:
+            first, second, cross = moments.pair(i, i), moments.pair(j, j), moments.pair(i, j)
+            scale = math.ldexp(1.0, 2 * (cross.exponent_j - cross.exponent_i))
+            a, b, ab = (p.cross.square().sum((-1, -2)) for p in (first, second, cross))
+            square = (a + b * scale**2 - 2 * ab * scale).clamp_min(0.0)
+            out[i] = _array(torch.where(a > 0, (square / a).sqrt(), torch.nan).reshape(-1))
+    return out
+
+
+def _array(value: Tensor) -> Array:
+    return np.asarray(value.cpu().numpy(), dtype=np.float64)
+
+
+def _where(known: Tensor, value: Tensor) -> Array:
+    return np.asarray(torch.where(known, value, torch.nan).cpu().numpy(), dtype=np.float64)
+
+
+def baselines(counts: NDArray[np.int64], widths: tuple[int, ...]) -> dict[str, Array]:
+    """Isotropic baselines ``[L, P]`` of the first four ranks for ``counts[P]`` samples; NaN below two.
+
+    Many different sample numbers are interpolated in 1/n between a few.
+    """
+    out = {name: np.full((len(widths), len(counts)), np.nan) for name in BASELINES}
+    sizes = np.unique(counts[counts >= 2])
+    if not len(sizes):
+        return out
+    grid = sizes if len(sizes) <= _GRID else np.unique(np.geomspace(sizes[0], sizes[-1], _GRID).round())
+    known = counts >= 2
+    for width in set(widths):
+        at = [isotropic_baseline(int(n), width) for n in grid]
+        rows = [layer for layer, d in enumerate(widths) if d == width]
+        for name in BASELINES:
+            table = np.array([getattr(b, name) for b in at])
+            value = np.interp(1 / counts[known], 1 / grid[::-1], table[::-1])
+            for layer in rows:
+                out[name][layer, known] = value
+    return out
+
+
+# Kept beside the measures so that a new one cannot be added without a label.
+LABELS: dict[str, str] = {
+    "effective_rank": "effective rank (singular values)",
+    "effective_rank_variance": "effective rank (variance)",
+    "participation_ratio": "participation ratio",
+    "stable_rank": "stable rank",
+    "numerical_rank": "numerical rank",
+    "effective_rank_uncentred": "effective rank, uncentred",
+    "effective_rank_variance_uncentred": "effective rank (variance), uncentred",
+    "kernel_drift": "kernel drift 1 − CKA",
+    "kernel_drift_debiased": "kernel drift 1 − CKA, debiased",
+    "kernel_change": "‖K(l+1) − K(l)‖ / ‖K(l)‖",
+    "cka": "CKA, debiased",
+    "cka_biased": "CKA, biased",
+}

@@ -1,0 +1,238 @@
+"""What a probe found: labelled arrays with their error bars, baselines and provenance, in one NetCDF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from rgfast.files import write_atomically
+from rgfast.probing.assemble import FORMAT, VERSION, assemble
+from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE, RANKS
+from rgfast.probing.plan import Plan
+from rgfast.probing.views import ViewState
+
+__all__ = ["ProbeResult"]
+
+
+class ProbeResult:
+    """Measures by view, layer and position; ``.dataset`` is the xarray.Dataset that holds them.
+
+    Ranks have dimensions (view, layer, position), drifts (view, transition, position) with transition l from
+    layer l to l + 1, ``cka`` (debiased) and ``cka_biased`` (view, layer, other_layer, position). Views
+    without positions stand at position −1. ``n(view, position)`` counts the rows of each value;
+    ``<rank>_baseline`` is what isotropic Gaussian data of the same n and d would give; ``sample_limited(view,
+    layer, position)`` says n < 16 d; ``effective_rank_bound`` bounds the relative rounding error of the
+    effective rank; ``<measure>_se`` is the jackknife standard error where sequences were grouped. All fp64,
+    undefined is NaN.
+    """
+
+    def __init__(
+        self, dataset: xr.Dataset, moments: Mapping[str, np.ndarray[Any, Any]] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self._moments = moments
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views, in the order of the dataset."""
+        return tuple(str(view) for view in self.dataset.view.values)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The name of every layer."""
+        return tuple(str(name) for name in self.dataset.layer_name.values)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures it holds."""
+        return tuple(name for name in LABELS if name in self.dataset)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the numbers come from: model, layers, options, versions, machine."""
+        found: dict[str, Any] = json.loads(self.dataset.attrs["provenance"])
+        return found
+
+    def by_position(self, measure: str, view: str | None = None) -> xr.DataArray:
+        """A measure by layer (or transition) and position; a view without positions has the one position −1.
+
+        Raises ValueError for a measure or view that the result does not hold.
+        """
+        values = self._of(measure, view)
+        own: xr.DataArray = values.isel(position=self._own_positions(str(values.view.values)))
+        return own
+
+    def order_parameter(self, view: str | None = None, measure: str = "effective_rank") -> xr.DataArray:
+        """A measure by layer (or transition), the mean over the view's positions where it is defined.
+
+        ``view`` defaults to the first one. Raises ValueError for a measure or view the result does not hold.
+        """
+        mean: xr.DataArray = self.by_position(measure, view).mean("position", skipna=True)
+        return mean
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Long form, one row a value: view, measure, layer, other_layer, position, value, n, sample_limited.
+
+        ``layer`` of a drift is the transition's first layer and ``other_layer`` its second; of a CKA they are
+        the pair (i < j); of a rank ``other_layer`` is −1. With groups there is a column ``se``. The spectra
+        are in ``.dataset.singular_values`` only.
+        """
+        parts = [self._long(name) for name in self.measures]
+        return pd.concat(parts, ignore_index=True)
+
+    def merge(self, other: ProbeResult) -> ProbeResult:
+        """The result of both samples together, exactly as if one probe had seen them all (to rounding).
+
+        Raises ValueError where the two did not probe the same layers, positions, views and pairs in the same
+        number of groups, or where one carries no moments (it was saved without).
+        """
+        if self._moments is None or other._moments is None:
+            raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
+        (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))
+        same = ("names", "widths", "length", "positions", "views", "pairs", "groups")
+        for name in same:
+            if getattr(plan, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"other must have the same {name}: {getattr(plan, name)}, got {getattr(theirs, name)}"
+                )
+        state, added = (ViewState(plan, masked=extra["masked"]) for _ in range(2))
+        state.load_state_dict(self._moments)
+        added.load_state_dict(other._moments)
+        state.merge(added)
+        measures = [name for name in self.measures if name in other.measures]
+        return ProbeResult(assemble(state, measures, self.provenance), state.state_dict())
+
+    def save(self, path: str | Path, *, moments: bool = True) -> None:
+        """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its
+        result cannot be merged."""
+        held = self._moments if moments else None
+
+        def write(temporary: Path) -> None:
+            self.dataset.assign_attrs(moments=int(bool(held))).to_netcdf(temporary, engine="h5netcdf")
+            if held:
+                _packed(held).to_netcdf(temporary, mode="a", group="moments", engine="h5netcdf")
+
+        write_atomically(path, write)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeResult:
+        """The result that :meth:`save` wrote to ``path``.
+
+        Raises FileNotFoundError where there is no file, ValueError for a truncated file, a file of another
+        kind and one that a newer version wrote.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path must be a probe result, and there is no file {path}")
+        try:
+            with xr.open_dataset(path, engine="h5netcdf") as file:
+                dataset = file.load()
+        except Exception as error:
+            raise ValueError(f"{path} is truncated or not a NetCDF file: {error}") from error
+        if dataset.attrs.get("format") != FORMAT:
+            raise ValueError(f"{path} is a NetCDF file but not a probe result (no format {FORMAT!r} in it)")
+        version = int(dataset.attrs.get("format_version", 0))
+        if version > VERSION:
+            raise ValueError(
+                f"{path} was written by a newer rgfast (format {version}; this one reads up to {VERSION})"
+            )
+        moments = None
+        try:
+            if dataset.attrs.get("moments"):
+                with xr.open_dataset(path, group="moments", engine="h5netcdf") as file:
+                    moments = _unpacked(file.load())
+        except Exception as error:
+            raise ValueError(f"{path} is truncated: {error}") from error
+        return cls(dataset, moments)
+
+    def __repr__(self) -> str:
+        sizes = self.dataset.sizes
+        head = (
+            f"ProbeResult of {self.provenance.get('model', 'a model')}: {self.dataset.attrs['sequences']} "
+            f"sequences, {sizes['layer']} layers, {int((self.dataset.position >= 0).sum())} positions"
+        )
+        lines = [head]
+        if "effective_rank" in self.dataset:
+            lines.append(f"  {'view':<12} effective rank, first → last layer")
+            for view in self.views:
+                values = self.order_parameter(view).values
+                lines.append(f"  {view:<12} {_number(values[0])} → {_number(values[-1])}{self._caveat(view)}")
+        return "\n".join(lines)
+
+    def _caveat(self, view: str) -> str:
+        limited = self.dataset.sample_limited.sel(view=view)
+        return "  (sample limited)" if bool(limited.any()) else ""
+
+    def _of(self, measure: str, view: str | None) -> xr.DataArray:
+        if measure not in self.measures:
+            raise ValueError(f"measure must be one of {', '.join(self.measures)}, got {measure!r}")
+        if view is None:
+            view = self.views[0]
+        if view not in self.views:
+            raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
+        values: xr.DataArray = self.dataset[measure].sel(view=view)
+        return values
+
+    def _own_positions(self, view: str) -> np.ndarray[Any, Any]:
+        """Indices into ``position``: the followed ones, or −1 alone."""
+        at = self.dataset.position.values
+        positional = bool(self.dataset.positional.sel(view=view))
+        return np.flatnonzero(at >= 0 if positional else at == -1)
+
+    def _long(self, measure: str) -> pd.DataFrame:
+        parts = []
+        for view in self.views:
+            keep = self._own_positions(view)
+            values = self.dataset[measure].sel(view=view).isel(position=keep)
+            frame = values.rename("value").reset_coords(drop=True).to_series().reset_index()
+            if measure in RANKS:
+                frame["other_layer"] = -1
+            elif measure in DRIFTS:
+                frame = frame.rename(columns={"transition": "layer"})
+                frame["other_layer"] = frame["layer"] + 1
+            error = f"{measure}_se"
+            if error in self.dataset:
+                frame["se"] = self.dataset[error].sel(view=view).isel(position=keep).values.reshape(-1)
+            if measure in PAIRWISE:
+                frame = frame[(frame["layer"] < frame["other_layer"]) & frame["value"].notna()]
+            count = self.dataset.n.sel(view=view).isel(position=keep).to_series()
+            limited = self.dataset.sample_limited.sel(view=view).isel(position=keep)
+            frame["n"] = frame["position"].map(count).astype(int)
+            flag = limited.reset_coords(drop=True).to_series()
+            frame["sample_limited"] = [
+                bool(flag[layer, position])
+                for layer, position in zip(frame["layer"], frame["position"], strict=True)
+            ]
+            frame.insert(0, "measure", measure)
+            frame.insert(0, "view", view)
+            parts.append(frame)
+        columns = ["view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited"]
+        whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
+        ordered: pd.DataFrame = whole[columns + [name for name in ("se",) if name in whole]]
+        return ordered
+
+
+def _number(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.4g}"
+
+
+def _packed(arrays: Mapping[str, np.ndarray[Any, Any]]) -> xr.Dataset:
+    """All arrays end to end as fp64 (exact: counts stay below 2^53), and an index of what lies where."""
+    index = [[name, value.dtype.str, list(value.shape)] for name, value in arrays.items()]
+    data = np.concatenate([value.astype(np.float64).reshape(-1) for value in arrays.values()])
+    return xr.Dataset({"data": ("entry", data)}, attrs={"index": json.dumps(index)})
+
+
+def _unpacked(packed: xr.Dataset) -> dict[str, np.ndarray[Any, Any]]:
+    data, at, out = packed["data"].values, 0, {}
+    for name, dtype, shape in json.loads(packed.attrs["index"]):
+        size = int(np.prod(shape))
+        out[name] = data[at : at + size].reshape(shape).astype(dtype)
+        at += size
+    return out

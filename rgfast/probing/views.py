@@ -1,0 +1,219 @@
+"""The streaming state of a probe: for every view the moments of every layer, by group of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgfast.probing.plan import POSITIONAL, Plan
+from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
+
+__all__ = ["ViewState"]
+
+
+class ViewState:
+    """Moments by view of all sequences seen so far.
+
+    Held are the rows at followed positions (two states where the sequences have a mask, seen and hidden), the
+    rows at all other positions as one cloud, the means over positions, and whole sequences as one row. The
+    ``position`` and ``pooled`` views are sums of these, made when read. Sequence number i goes to group i mod
+    G.
+    """
+
+    def __init__(self, plan: Plan, *, masked: bool) -> None:
+        self.plan, self.masked = plan, masked
+        self.sequences = 0
+        self._follow = bool(plan.positions)
+        self._split = masked and bool({"visible", "masked"} & set(plan.views))
+        names = ["seen", "hidden"] if self._split else ["rows"]
+        self._held = names if self._follow else []
+        kinds = list(self._held)
+        if "pooled" in plan.views:
+            kinds.append("rest")
+        kinds += [view for view in ("mean_pooled", "flattened") if view in plan.views]
+        self._groups = [
+            {kind: MomentAccumulator(pairs=plan.pairs) for kind in kinds} for _ in range(plan.groups)
+        ]
+
+    def update(self, layers: Sequence[Tensor], keep: Tensor | None, masked: Tensor | None) -> None:
+        """Add a batch: ``layers[l]`` is ``[B, T_l, d_l]``, ``keep`` and ``masked`` are ``[B, T]`` bool.
+
+        Raises ValueError where a layer is not finite at a kept position, before anything is added, and where
+        the ``flattened`` view meets sequences of another length.
+        """
+        batch = layers[0].shape[0]
+        aligned = len({x.shape[1] for x in layers}) == 1
+        for index, x in enumerate(layers):
+            self._check_finite(index, x, keep if aligned or x.shape[1] == layers[0].shape[1] else None)
+        length = layers[0].shape[1]
+        if "flattened" in self.plan.views and length != self.plan.length:
+            self._drop_flattened(length)
+        groups = self.plan.groups
+        for group in range(groups):
+            first = (group - self.sequences) % groups
+            part = slice(first, None, groups)
+            if first < batch:
+                self._add(
+                    self._groups[group],
+                    [x[part] for x in layers],
+                    None if keep is None else keep[part],
+                    None if masked is None else masked[part],
+                )
+        self.sequences += batch
+
+    def _drop_flattened(self, length: int) -> None:
+        found = f"sequences of one length, got {length} after {self.plan.length}"
+        if self.plan.views_asked:
+            raise ValueError(f"views: 'flattened' needs {found}; leave it out of views=")
+        views = tuple(view for view in self.plan.views if view != "flattened")
+        notes = (*self.plan.notes, f"the flattened view was dropped: it needs {found}")
+        self.plan = replace(self.plan, views=views, notes=notes)
+        for state in self._groups:
+            del state["flattened"]
+
+    def _add(
+        self,
+        state: dict[str, MomentAccumulator],
+        layers: list[Tensor],
+        keep: Tensor | None,
+        masked: Tensor | None,
+    ) -> None:
+        batch, length = layers[0].shape[:2]
+        if self._follow:
+            rows = [self._followed(x).transpose(0, 1) for x in layers]  # [P, B, d]
+            missing = max(self.plan.positions) >= length
+            if keep is None and missing:
+                keep = torch.ones(batch, length, dtype=torch.bool, device=layers[0].device)
+            kept = None if keep is None else self._followed(keep).T
+            if self._split:
+                assert masked is not None
+                hidden = self._followed(masked).T
+                seen = ~hidden if kept is None else ~hidden & kept
+                state["seen"].update(rows, seen, finite=True)
+                state["hidden"].update(rows, hidden if kept is None else hidden & kept, finite=True)
+            else:
+                state["rows"].update(rows, kept, finite=True)
+        if "rest" in state:
+            self._add_rest(state["rest"], layers, keep)
+        if "mean_pooled" in state:
+            self._add_means(state["mean_pooled"], layers, keep)
+        if "flattened" in state:
+            whole = None if keep is None else keep.all(1)
+            state["flattened"].update([x.flatten(1) for x in layers], whole, finite=True)
+
+    def _add_rest(self, rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None) -> None:
+        batch, length = layers[0].shape[:2]
+        followed = set(self.plan.positions)
+        others = [t for t in range(length) if t not in followed]
+        if not others:
+            return
+        # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
+        # sequences were batched, and the bits must not.
+        x = [layer[:, others].reshape(batch * len(others), -1) for layer in layers]
+        if keep is not None:
+            kept = keep[:, others].reshape(-1)
+            x = [layer[kept] for layer in x]
+        rest.update(x, finite=True)
+
+    def _add_means(self, means: MomentAccumulator, layers: list[Tensor], keep: Tensor | None) -> None:
+        rows, some = [], None
+        for x in layers:
+            wide = x.to(torch.float64)
+            if keep is None or keep.shape[1] != x.shape[1]:
+                rows.append(wide.sum(1) / x.shape[1])
+                continue
+            number = keep.sum(1, keepdim=True)
+            some = number[:, 0] > 0
+            total = wide.masked_fill(~keep[..., None], 0.0).sum(1)
+            rows.append(total / number.clamp_min(1))
+        means.update(rows, some, finite=True)
+
+    def _followed(self, x: Tensor) -> Tensor:
+        """The followed positions of ``[B, T, ...]``; what a shorter batch lacks is zero (and not kept)."""
+        length = x.shape[1]
+        if len(self.plan.positions) == length == self.plan.length:
+            return x
+        inside = [t for t in self.plan.positions if t < length]
+        found = x[:, inside]
+        lacking = len(self.plan.positions) - len(inside)
+        if not lacking:
+            return found
+        return torch.cat([found, found.new_zeros(found.shape[0], lacking, *found.shape[2:])], 1)
+
+    def _check_finite(self, index: int, x: Tensor, keep: Tensor | None) -> None:
+        try:
+            check_finite(x.transpose(0, 1), None if keep is None else keep.T, index)
+        except NonFiniteError as error:
+            where = f" at position {error.position[0]}" if x.shape[1] > 1 else ""
+            last = self.sequences + x.shape[0] - 1
+            raise ValueError(
+                f"activations must be finite, got {error.count} NaN or infinite values in layer "
+                f"{index}{where} ({self.plan.names[index]}, sequences {self.sequences} to {last})"
+            ) from error
+
+    def moments(self, view: str, without: int | None = None) -> MomentAccumulator:
+        """The moments of a view, leading shape ``[P]`` or ``()``, of all groups but ``without``.
+
+        To be read only: it may be the state itself.
+        """
+        kept = [state for group, state in enumerate(self._groups) if group != without]
+        if len(kept) == 1:
+            return self._of_group(kept[0], view)
+        total = MomentAccumulator(pairs=self.plan.pairs)
+        for state in kept:
+            total.merge(self._of_group(state, view))
+        return total
+
+    def _of_group(self, state: dict[str, MomentAccumulator], view: str) -> MomentAccumulator:
+        if view in ("mean_pooled", "flattened"):
+            return state[view]
+        if view in ("visible", "masked"):
+            return state["seen" if view == "visible" else "hidden"]
+        if view == "position" and not self._split:
+            return state["rows"]
+        total = MomentAccumulator(pairs=self.plan.pairs)
+        for kind in self._held:
+            total.merge(state[kind])
+        if view == "pooled":
+            total = total.pooled().merge(state["rest"])
+        return total
+
+    def merge(self, other: ViewState) -> None:
+        """Add all that ``other`` has seen, group by group. Its plan must ask for the same."""
+        for mine, theirs in zip(self._groups, other._groups, strict=True):
+            for kind, accumulator in mine.items():
+                accumulator.merge(theirs[kind])
+        self.sequences += other.sequences
+
+    def positions_of(self, view: str) -> tuple[int, ...] | None:
+        """The positions of a positional view, None for one that has none."""
+        return self.plan.positions if view in POSITIONAL else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for state in self._groups for a in state.values())
+
+    def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All moments as named arrays, rows not yet summed included."""
+        arrays: dict[str, np.ndarray[Any, Any]] = {"sequences": np.array(self.sequences)}
+        for group, state in enumerate(self._groups):
+            for kind, accumulator in state.items():
+                for name, value in accumulator.state_dict().items():
+                    arrays[f"{group}.{kind}.{name}"] = value
+        return arrays
+
+    def load_state_dict(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], device: torch.device | str = "cpu"
+    ) -> None:
+        """Replace all moments by what :meth:`state_dict` returned for the same plan."""
+        self.sequences = int(arrays["sequences"])
+        for group, state in enumerate(self._groups):
+            for kind, accumulator in state.items():
+                prefix = f"{group}.{kind}."
+                own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+                accumulator.load_state_dict(own, device)
