@@ -1,5 +1,6 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
+from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
 from rgfast.ops.cka import (
     CKAAccumulator,
@@ -40,6 +41,7 @@ __all__ = [
     "FallbackWarning",
     "ImplUnavailable",
     "IsotropicBaseline",
+    "MarkovChain",
     "MaskedTokenModel",
     "MinibatchCKAAccumulator",
     "Probe",

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "as_real_tensor", "check_choice", "check_positive_int", "widen"]
+__all__ = [
+    "FLOATS",
+    "as_real_tensor",
+    "check_choice",
+    "check_integer",
+    "check_positive_int",
+    "kind_of",
+    "widen",
+]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,12 +48,22 @@ def check_choice(value: Any, name: str, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_positive_int(value: Any, name: str) -> None:
-    """Raise unless ``value`` is a whole number of at least 1 (TypeError for what is no whole number)."""
+def check_integer(value: Any, name: str, *, least: int) -> None:
+    """Raise TypeError unless ``value`` is a whole number, ValueError unless it is at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive_int(value: Any, name: str) -> None:
+    """Raise unless ``value`` is a whole number of at least 1 (TypeError for what is no whole number)."""
+    check_integer(value, name, least=1)
+
+
+def kind_of(value: Any) -> str:
+    """What ``value`` is, for a message: the dtype of a tensor, else the type."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def widen(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
