@@ -10,6 +10,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, entropy_error
+from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.threads import one_thread
 
 __all__ = ["PATHS", "Solved", "from_eigenvalues", "solve"]
@@ -78,8 +79,7 @@ def from_eigenvalues(
     live = torch.arange(m, device=value.device) < rank_limit[:, None]
     value = torch.where(live, value.clamp_min(0), 0.0)
     terms = torch.as_tensor(samples, device=value.device).double()
-    terms = torch.minimum(terms, reference.TILE + torch.ceil(terms / reference.TILE)) + 4
-    epsilon = unit * (terms * accumulated + max(50, m / 2) * value[:, :1].sum(-1))
+    epsilon = gram_error(unit, terms, accumulated, value[:, :1].sum(-1), m)
     sigma = value.sqrt()
     error = torch.minimum(epsilon[:, None] / sigma, epsilon.sqrt()[:, None])  # x/0 is inf: the root is taken
     error = error.nan_to_num(0.0) + 2 * unit * accumulated.sqrt()[:, None]
@@ -115,30 +115,57 @@ def solve(
             wanted |= solved.undecided(tol)
         again = wanted.nonzero()[:, 0]
         if len(again):
+            solved.put(again, _from_refinement(x[again], centering, rtol))
+            wanted = solved.bound() > rtol
+            if tol is not None:
+                wanted |= solved.undecided(tol)
+            again = wanted.nonzero()[:, 0]
+        if len(again):
             solved.put(again, _from_svd(x[again], centering))
     return solved
 
 
+def _from_refinement(x: Tensor, centering: str, rtol: float) -> Solved:
+    """Spectra of `x[b, n, d]` with small singular values recovered, one matrix at a time."""
+    result = _empty(x, "refined")
+    with one_thread():
+        for i in range(len(x)):
+            tall, accumulated = _tall(x, i, centering, result)
+            result.sigma[i], result.error[i] = refined(tall, accumulated, result.rank_limit[i], rtol)
+    return result
+
+
 def _from_svd(x: Tensor, centering: str) -> Solved:
     """Singular values of `x[b, n, d]` by QR and LAPACK's SVD in fp64, one matrix at a time."""
-    b, n, d = x.shape
-    m = min(n, d)
-    sigma = torch.empty((b, m), dtype=torch.float64, device=x.device)
-    norm = torch.empty(b, dtype=torch.float64, device=x.device)
-    exponent = torch.empty(b, dtype=torch.int64, device=x.device)
-    limit = torch.empty(b, dtype=torch.int64, device=x.device)
+    result = _empty(x, "svd")
+    m = result.sigma.shape[-1]
     with one_thread():
-        for i in range(b):
-            y, exponent[i : i + 1] = reference.scaled(x[i : i + 1])
-            y, norm[i : i + 1] = reference.centred(y, centering)
-            limit[i : i + 1] = reference.rank_limit(y, centering)
-            tall = (y if n >= d else y.mT)[0]
-            if max(n, d) > 3 * m // 2:
+        for i in range(len(x)):
+            tall, accumulated = _tall(x, i, centering, result)
+            if len(tall) > 3 * m // 2:
                 tall = torch.linalg.qr(tall, mode="r").R
-            sigma[i] = torch.linalg.svdvals(tall)
-    live = torch.arange(m, device=x.device) < limit[:, None]
-    backward = (m + 50) * UNIT_ROUNDOFF[torch.float64] * norm.sqrt()
-    path = torch.full((b,), PATHS.index("svd"), dtype=torch.int8, device=x.device)
+            live = torch.arange(m, device=x.device) < result.rank_limit[i]
+            backward = (m + 50) * UNIT_ROUNDOFF[torch.float64] * accumulated.sqrt()
+            result.sigma[i] = torch.where(live, torch.linalg.svdvals(tall), 0.0)
+            result.error[i] = torch.where(live, backward, 0.0)
+    return result
+
+
+def _empty(x: Tensor, path: str) -> Solved:
+    b, m = len(x), min(x.shape[-2:])
     return Solved(
-        torch.where(live, sigma, 0.0), torch.where(live, backward[:, None], 0.0), exponent, limit, path
+        sigma=torch.empty((b, m), dtype=torch.float64, device=x.device),
+        error=torch.empty((b, m), dtype=torch.float64, device=x.device),
+        exponent=torch.empty(b, dtype=torch.int64, device=x.device),
+        rank_limit=torch.empty(b, dtype=torch.int64, device=x.device),
+        path=torch.full((b,), PATHS.index(path), dtype=torch.int8, device=x.device),
     )
+
+
+def _tall(x: Tensor, i: int, centering: str, result: Solved) -> tuple[Tensor, Tensor]:
+    """Matrix i scaled, centred, fp64, with the longer side first, and its accumulated trace."""
+    one = slice(i, i + 1)
+    y, result.exponent[one] = reference.scaled(x[one])
+    y, accumulated = reference.centred(y, centering)
+    result.rank_limit[one] = reference.rank_limit(y, centering)
+    return (y[0] if y.shape[1] >= y.shape[2] else y[0].mT), accumulated[0]

@@ -52,7 +52,8 @@ def check(x, known, impl, centering="mean", variance_error=1e-12):
     stable = (sigma**2).sum() / sigma[0] ** 2
     assert abs(float(m.stable_rank) / stable - 1) <= 1e-12
     assert abs(float(rgfast.stable_rank(x, centering=centering, impl=impl)) / stable - 1) <= 1e-9
-    assert float(rgfast.effective_rank(x, centering=centering, impl=impl)) == float(m.effective_rank)
+    alone = float(rgfast.effective_rank(x, centering=centering, impl=impl))
+    assert abs(alone / rank - 1) <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(96, 24), (24, 96), (33, 32), (32, 32), (17, 65), (300, 7)])
