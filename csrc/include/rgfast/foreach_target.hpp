@@ -16,7 +16,14 @@
 #include "rgfast/isa.hpp"
 
 #if RGFAST_X86
+// GCC 12 takes the deliberately undefined operand inside its own AVX-512 header for a mistake.
+#pragma GCC diagnostic push
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif RGFAST_ARM
 #include <arm_neon.h>
 #endif

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from rgfast.dispatch import Impl, Op
-from rgfast.ops.spectrum import reference
+from rgfast.native import active_isa, unavailable_reason
+from rgfast.ops.spectrum import native, reference
 from rgfast.threads import one_thread
 
 __all__ = ["EIGVALSH", "GRAM", "SPECTRUM"]
@@ -39,3 +40,4 @@ EIGVALSH = Op("eigvalsh")
 SPECTRUM.add(Impl("reference", _pinned(reference.gram_spectrum), _anything))
 GRAM.add(Impl("reference", _pinned(reference.gram), _anything))
 EIGVALSH.add(Impl("reference", _pinned(reference.eigvalsh), _anything))
+EIGVALSH.add(Impl("native", native.eigvalsh, native.eigvalsh_supports, unavailable_reason, active_isa))

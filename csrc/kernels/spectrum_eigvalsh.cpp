@@ -1,0 +1,81 @@
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "kernels/spectrum.hpp"
+#include "kernels/spectrum_task.hpp"
+#include "rgfast/isa.hpp"
+#include "rgfast/parallel.hpp"
+#include "rgfast/workspace.hpp"
+
+#define RGFAST_TARGET_FILE "kernels/spectrum_eigvalsh-inl.hpp"
+#include "rgfast/foreach_target.hpp"
+
+namespace rgfast::spectrum {
+namespace {
+
+template <class T>
+EigenKernels<T> kernels();
+
+template <>
+EigenKernels<double> kernels<double>() {
+  static constexpr IsaTable<EigenKernels<double> (*)()> table = RGFAST_ISA_TABLE(eigen_kernels_double);
+  return table.active()();
+}
+
+template <>
+EigenKernels<float> kernels<float>() {
+  static constexpr IsaTable<EigenKernels<float> (*)()> table = RGFAST_ISA_TABLE(eigen_kernels_float);
+  return table.active()();
+}
+
+template <class T>
+Status solve(const View& a, const View& values, int threads) {
+  const EigenKernels<T> kernel = kernels<T>();
+  const std::int64_t batch = a.batch(2);
+  const std::int64_t n = a.size(-1);
+  if (batch == 0 || n == 0) return {};
+  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
+  // No more groups to a task than leave every thread one; a matrix does not feel which it is in.
+  const std::int64_t groups = (batch + kernel.lanes - 1) / kernel.lanes;
+  const std::int64_t each = std::clamp<std::int64_t>(groups / threads, 1, kernel.groups) * kernel.lanes;
+  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
+    const Workspace workspace(kernel.lanes_workspace(n));
+    const std::int64_t first = index * each;
+    const std::int64_t count = std::min(each, batch - first);
+    std::vector<long long> offsets(static_cast<std::size_t>(2 * count));
+    for (std::int64_t i = 0; i < count; ++i) {
+      offsets[static_cast<std::size_t>(i)] = a.batch_offset(first + i, 2);
+      offsets[static_cast<std::size_t>(count + i)] = values.batch_offset(first + i, 1);
+    }
+    EigenTask<T> task{};
+    task.a = a.item<T>(0, 2);
+    task.values = values.item<T>(0, 1);
+    task.offsets = offsets.data();
+    task.values_offsets = offsets.data() + count;
+    task.count = static_cast<int>(count);
+    task.n = n;
+    task.row_stride = a.stride(-2);
+    task.column_stride = a.stride(-1);
+    task.values_stride = values.stride(-1);
+    task.trouble = trouble.data() + first;
+    task.workspace = workspace.data();
+    kernel.lanes_run(task);
+  });
+  const auto found =
+      std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });
+  if (found == trouble.end()) return {};
+  return {found - trouble.begin(), static_cast<Trouble>(*found)};
+}
+
+}  // namespace
+
+Status eigvalsh(const View& a, const View& values, int threads) {
+  return a.dtype == DType::f64 ? solve<double>(a, values, threads) : solve<float>(a, values, threads);
+}
+
+std::size_t eigvalsh_workspace(DType dtype, std::int64_t d) {
+  return dtype == DType::f64 ? kernels<double>().lanes_workspace(d) : kernels<float>().lanes_workspace(d);
+}
+
+}  // namespace rgfast::spectrum

@@ -1,0 +1,279 @@
+// Root-free QL (Pal, Walker and Kahan; the recurrence of LAPACK's sterf) on one tridiagonal matrix per SIMD
+// lane. No include guard: see foreach_target.hpp.
+//
+// A lane's arithmetic depends on its own matrix alone, so that a result does not depend on which matrices
+// share its vector. Lanes seek the same row together, each in its own unreduced block: rows above the block
+// are computed with but not written. A zero off-diagonal restarts the recurrence by itself (c = 1, s = 0),
+// which is how a lane whose block ends below the others' begins.
+
+namespace rgfast {
+namespace RGFAST_NS {
+
+template <class T>
+struct QlLimits;
+template <>
+struct QlLimits<double> {
+  static constexpr double epsilon = 0x1p-53;
+  static constexpr double floor = 0x1p-330;  // its square, and the reciprocal of that, are normal
+};
+template <>
+struct QlLimits<float> {
+  static constexpr float epsilon = 0x1p-24F;
+  static constexpr float floor = 0x1p-60F;
+};
+
+// One group of lanes on its way: rows and squared off-diagonals are n vectors each.
+template <class T>
+struct QlGroup {
+  using V = typename Simd<T>::Vec;
+  using M = typename Simd<T>::Mask;
+  T* d;
+  T* e;
+  long long n;
+  long long row;  // the eigenvalue being sought
+  long long at;   // the row that the sweep does next, going down
+  int sweeps;     // so far for this row
+  V drop;         // squared off-diagonals up to this are zero
+  M failed;
+  V end;  // last row of each lane's block; -1 where the lane sits this sweep out
+  V sigma;
+  V gamma;
+  V p;
+  V c;
+  V s;
+};
+
+constexpr int kMostSweeps = 60;
+
+// Begins the next sweep; false when no off-diagonal is left.
+template <class T>
+inline bool begin_sweep(QlGroup<T>& group) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  const V zero{};
+  const V one = broadcast(T(1));
+  for (;;) {
+    if (group.row >= group.n - 1) return false;
+    const V e = load(group.e + group.row * L);
+    const auto pending = without(less(zero, e), group.failed);
+    if (!any(pending)) {
+      ++group.row;
+      group.sweeps = 0;
+      continue;
+    }
+    if (++group.sweeps > kMostSweeps) {
+      group.failed = either(group.failed, pending);
+      continue;
+    }
+    // Up to the first zero at or above the row; the last entry is zero.
+    const V out = broadcast(T(-1));
+    V end = out;
+    auto open = pending;
+    long long last = group.row;
+    while (any(open)) {
+      ++last;
+      const auto here = without(open, less(zero, load(group.e + last * L)));
+      end = select(here, broadcast(static_cast<T>(last)), end);
+      open = without(open, here);
+    }
+    group.end = end;
+    const V p = load(group.d + group.row * L);
+    const V root = sqrt(select(pending, e, one));
+    const V ratio = (load(group.d + (group.row + 1) * L) - p) / (root + root);
+    const V r = sqrt(fma(ratio, ratio, one));
+    const V denominator = select(less(ratio, zero), ratio - r, ratio + r);
+    group.sigma = p - root / denominator;
+    group.gamma = load(group.d + last * L) - group.sigma;
+    group.p = max(group.gamma * group.gamma, broadcast(QlLimits<T>::floor));
+    group.c = one;
+    group.s = zero;
+    group.at = last - 1;
+    return true;
+  }
+}
+
+template <class T>
+inline void end_sweep(QlGroup<T>& group) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  V e = group.s * group.p;
+  e = select(less_equal(e, group.drop), V{}, e);
+  const auto active = less(V{}, group.end);
+  store_where(active, group.e + group.row * L, e);
+  store_where(active, group.d + group.row * L, group.sigma + group.gamma);
+}
+
+template <class T>
+struct QlStep {
+  using V = typename Simd<T>::Vec;
+  using M = typename Simd<T>::Mask;
+  T* d;
+  T* e;
+  V drop;
+  V end;
+  V row;
+  V sigma;
+  V gamma;
+  V p;
+  V c;
+  V s;
+
+  RGFAST_INLINE explicit QlStep(const QlGroup<T>& group)
+      : d(group.d + group.at * Simd<T>::lanes),
+        e(group.e + group.at * Simd<T>::lanes),
+        drop(group.drop),
+        end(group.end),
+        row(broadcast(static_cast<T>(group.at))),
+        sigma(group.sigma),
+        gamma(group.gamma),
+        p(group.p),
+        c(group.c),
+        s(group.s) {}
+
+  RGFAST_INLINE void save(QlGroup<T>& group, long long steps) const {
+    group.at -= steps;
+    group.gamma = gamma;
+    group.p = p;
+    group.c = c;
+    group.s = s;
+  }
+
+  RGFAST_INLINE void run() {
+    constexpr int L = Simd<T>::lanes;
+    const V floor = broadcast(QlLimits<T>::floor);
+    const V square = load(e);
+    const V r = p + square;
+    const V above = s * r;
+    const M active = less(row, end);
+    row -= broadcast(T(1));
+    store_where(active, e + L, select(less_equal(above, drop), V{}, above));
+    // c = p / r, s = e / r and then p = gamma^2 / c = gamma^2 r / p: one reciprocal of r p serves all.
+    const V inverse = reciprocal(r * p);
+    const V over_r = inverse * p;
+    const M coupled = less(V{}, square);
+    // Exactly 1 at a restart: what came before it must leave no trace, not even a rounding.
+    const V r_over_p = select(coupled, inverse * (r * r), broadcast(T(1)));
+    const M vanished = both(less_equal(p, floor), coupled);
+    const V limit = c * square;
+    // Where p vanishes the recurrence has a limit: c = 0, s = 1, p = c e with the c before.
+    c = select(vanished, V{}, select(coupled, p * over_r, broadcast(T(1))));
+    s = select(vanished, broadcast(T(1)), square * over_r);
+    const V alpha = load(d);
+    const V before = gamma;
+    gamma = fnma(s, before, c * (alpha - sigma));
+    store_where(active, d + L, before + (alpha - gamma));
+    p = max(select(vanished, limit, gamma * gamma * r_over_p), floor);
+    d -= L;
+    e -= L;
+  }
+};
+
+// The groups are independent: side by side, one's divisions hide in the latency of the others'.
+template <class T>
+inline void run_steps(QlGroup<T>* const* groups, int count, long long steps) {
+  if (count == 1) {
+    QlStep<T> a(*groups[0]);
+    for (long long i = 0; i < steps; ++i) a.run();
+    a.save(*groups[0], steps);
+  } else if (count == 2) {
+    QlStep<T> a(*groups[0]);
+    QlStep<T> b(*groups[1]);
+    for (long long i = 0; i < steps; ++i) {
+      a.run();
+      b.run();
+    }
+    a.save(*groups[0], steps);
+    b.save(*groups[1], steps);
+  } else if (count == 3) {
+    QlStep<T> a(*groups[0]);
+    QlStep<T> b(*groups[1]);
+    QlStep<T> c(*groups[2]);
+    for (long long i = 0; i < steps; ++i) {
+      a.run();
+      b.run();
+      c.run();
+    }
+    a.save(*groups[0], steps);
+    b.save(*groups[1], steps);
+    c.save(*groups[2], steps);
+  } else {
+    QlStep<T> a(*groups[0]);
+    QlStep<T> b(*groups[1]);
+    QlStep<T> c(*groups[2]);
+    QlStep<T> f(*groups[3]);
+    for (long long i = 0; i < steps; ++i) {
+      a.run();
+      b.run();
+      c.run();
+      f.run();
+    }
+    a.save(*groups[0], steps);
+    b.save(*groups[1], steps);
+    c.save(*groups[2], steps);
+    f.save(*groups[3], steps);
+  }
+}
+
+constexpr int kQlGroups = 4;
+
+// Sets every group's `d` to its eigenvalues, unsorted, and `failed` to the lanes that did not converge.
+// Rows are expected scaled to about 1, `drop` and the pointers set, row and sweeps 0.
+template <class T>
+inline void ql_groups(QlGroup<T>* all, int count) {
+  QlGroup<T>* live[kQlGroups];
+  int alive = 0;
+  for (int g = 0; g < count; ++g)
+    if (begin_sweep(all[g])) live[alive++] = &all[g];
+  while (alive > 0) {
+    long long steps = live[0]->at - live[0]->row + 1;
+    for (int g = 1; g < alive; ++g) {
+      const long long own = live[g]->at - live[g]->row + 1;
+      steps = own < steps ? own : steps;
+    }
+    run_steps(live, alive, steps);
+    int kept = 0;
+    for (int g = 0; g < alive; ++g) {
+      QlGroup<T>* const group = live[g];
+      if (group->at < group->row) {
+        end_sweep(*group);
+        if (!begin_sweep(*group)) continue;
+      }
+      live[kept++] = group;
+    }
+    alive = kept;
+  }
+}
+
+// Batcher's merge exchange (Knuth, vol. 3, algorithm M): the same comparisons for every lane, any n.
+template <class T>
+inline void sort_lanes(T* d, long long n) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  if (n < 2) return;
+  long long top = 1;
+  while (top * 2 < n) top *= 2;
+  for (long long p = top; p > 0; p /= 2) {
+    long long q = top;
+    long long r = 0;
+    long long gap = p;
+    for (;;) {
+      for (long long i = 0; i < n - gap; ++i) {
+        if ((i & p) != r) {
+          i += p - 1 - (i & (p - 1));  // the rest of this block of p is not compared either
+          continue;
+        }
+        const V a = load(d + i * L);
+        const V b = load(d + (i + gap) * L);
+        store(d + i * L, min(a, b));
+        store(d + (i + gap) * L, max(a, b));
+      }
+      if (q == p) break;
+      gap = q - p;
+      q /= 2;
+      r = p;
+    }
+  }
+}
+
+}  // namespace RGFAST_NS
+}  // namespace rgfast

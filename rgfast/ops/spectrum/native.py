@@ -1,0 +1,47 @@
+"""The compiled implementation: eigenvalues of many symmetric matrices, one matrix per SIMD lane."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from rgfast import native
+
+__all__ = ["eigvalsh", "eigvalsh_supports"]
+
+_NOT_CONVERGED = 2
+_WORKSPACE_LIMIT = 64 << 20
+
+
+def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
+    """None, or why the compiled solver does not take `a[..., d, d]`."""
+    if a.device.type != "cpu":
+        return f"it runs on the CPU, a is on {a.device.type}"
+    if a.dtype not in (torch.float64, torch.float32):
+        return f"it takes float64 and float32, a is {str(a.dtype).removeprefix('torch.')}"
+    if a.dim() > 16:
+        return f"it takes up to 16 dimensions, a has {a.dim()}"
+    size = native.load().eigvalsh_workspace(a.dtype == torch.float64, a.shape[-1])
+    if size > _WORKSPACE_LIMIT:
+        return f"matrices of {a.shape[-1]} rows need {size >> 20} MB of workspace a thread, more than 64"
+    return None
+
+
+def eigvalsh(a: Tensor) -> Tensor:
+    """Eigenvalues `[..., d]` of symmetric `a[..., d, d]` (fp64 or fp32, on the CPU), ascending, in its dtype.
+
+    The lower triangle is read; any strides. Every matrix is computed by itself: its bits depend neither on
+    its place in the batch nor on the number of threads. Values of a matrix that holds NaN or infinity are
+    NaN. Raises `torch.linalg.LinAlgError`, naming the matrix, where one does not converge.
+    """
+    values = torch.empty(a.shape[:-1], dtype=a.dtype)
+    index, trouble = native.load().eigvalsh(native.tensor(a), native.tensor(values), native.threads())
+    if trouble == _NOT_CONVERGED:
+        place = tuple(int(i) for i in np.unravel_index(index, tuple(a.shape[:-2]))) if a.dim() > 2 else ()
+        where = f"matrix {place if len(place) > 1 else place[0]} of the batch" if place else "the matrix"
+        raise LinAlgError(f"eigvalsh did not converge on {where}")
+    return values

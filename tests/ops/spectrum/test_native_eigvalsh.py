@@ -1,0 +1,347 @@
+"""The compiled eigenvalue solver against truths that share nothing with it, on every ISA of the machine."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rgfast
+from rgfast import native
+from rgfast.ops.spectrum import native as room
+
+DTYPES = (torch.float64, torch.float32)
+
+
+@pytest.fixture(params=native.available_isas() or ("the module is not built",))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.use_isa(request.param):
+        yield request.param
+
+
+def truth(a: Tensor) -> Tensor:
+    """Eigenvalues of `a[b, d, d]` better than fp64: Rayleigh quotients of LAPACK's eigenvectors.
+
+    Their error is the square of the vectors', in extended precision where numpy has it.
+    """
+    lower = a.double().tril()
+    full = lower + lower.tril(-1).mT
+    vectors = torch.linalg.eigh(full).eigenvectors.numpy().astype(np.longdouble)
+    wide = full.numpy().astype(np.longdouble)
+    products = np.stack([m @ v for m, v in zip(wide, vectors, strict=True)])
+    values = (products * vectors).sum(-2) / (vectors * vectors).sum(-2)
+    return torch.from_numpy(np.sort(values, -1).astype(np.float64))
+
+
+def error(values: Tensor, a: Tensor, want: Tensor | None = None) -> float:
+    """Worst error over the batch in units of what is promised: max(50, d/2) u ||A||."""
+    want = truth(a) if want is None else want
+    unit = torch.finfo(a.dtype).eps / 2
+    norm = want.abs().amax(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    allowed = max(50, a.shape[-1] / 2) * unit * norm
+    return float(((values.double() - want).abs().amax(-1) / allowed).max())
+
+
+def symmetric(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    a = torch.randn(*shape, generator=draw, dtype=torch.float64)
+    return (a + a.mT).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 97])
+def test_random_matrices(isa: str, dtype: torch.dtype, d: int) -> None:
+    a = symmetric(19, d, d, dtype=dtype, seed=d)
+    values = room.eigvalsh(a)
+    assert values.dtype == dtype
+    assert bool((values.diff(dim=-1) >= 0).all())
+    assert error(values, a) <= 1
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 0), (0, 0, 0), (0, 2, 3, 3)])
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    assert room.eigvalsh(torch.empty(shape)).shape == shape[:-1]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 15, 16, 17, 33, 65])
+def test_any_batch(isa: str, batch: int) -> None:
+    a = symmetric(batch, 6, 6, seed=batch)
+    assert error(room.eigvalsh(a), a) <= 1
+
+
+@pytest.mark.parametrize("d", [128, 200, 300])
+def test_larger_matrices(d: int) -> None:
+    for dtype in DTYPES:
+        a = symmetric(9, d, d, dtype=dtype, seed=d)
+        assert error(room.eigvalsh(a), a) <= 1
+
+
+def wilkinson(half: int) -> Tensor:
+    d = 2 * half + 1
+    ones = torch.ones(d - 1, dtype=torch.float64)
+    return torch.diag((torch.arange(d) - half).abs().double()) + torch.diag(ones, 1) + torch.diag(ones, -1)
+
+
+def glued_wilkinson(blocks: int, glue: float) -> Tensor:
+    a = torch.block_diag(*[wilkinson(10)] * blocks)
+    for block in range(1, blocks):
+        a[21 * block, 21 * block - 1] = a[21 * block - 1, 21 * block] = glue
+    return a
+
+
+def rotated(values: Tensor, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=draw, dtype=torch.float64))
+    a = (q * values) @ q.mT
+    return (a + a.mT) / 2
+
+
+FAMILIES: dict[str, Callable[[], Tensor]] = {
+    "zero": lambda: torch.zeros(12, 12),
+    "identity": lambda: torch.eye(33),
+    "diagonal": lambda: torch.diag(torch.linspace(-3, 5, 20)),
+    "diagonal, graded": lambda: torch.diag(torch.logspace(0, -30, 24, dtype=torch.float64)),
+    "toeplitz": lambda: torch.diag(torch.ones(39), 1) + torch.diag(torch.ones(39), -1),
+    "second difference": lambda: (
+        2 * torch.eye(50) - torch.diag(torch.ones(49), 1) - torch.diag(torch.ones(49), -1)
+    ),
+    "wilkinson": lambda: wilkinson(10),
+    "wilkinson, long": lambda: wilkinson(50),
+    "glued wilkinson": lambda: glued_wilkinson(5, 1e-8),
+    "glued wilkinson, tight": lambda: glued_wilkinson(4, 1e-14),
+    "hilbert": lambda: 1.0 / (torch.arange(1, 31)[:, None] + torch.arange(30)).double(),
+    "ones": lambda: torch.ones(40, 40),
+    "clustered": lambda: rotated(torch.cat([1 + 1e-14 * torch.arange(30.0).double(), -torch.ones(30)]), 1),
+    "graded": lambda: rotated(torch.logspace(0, -20, 48, dtype=torch.float64), 2),
+    "graded rows": lambda: (
+        symmetric(40, 40)
+        * torch.logspace(0, -12, 40, dtype=torch.float64).outer(
+            torch.logspace(0, -12, 40, dtype=torch.float64)
+        )
+    ),
+    "graded rows, small first": lambda: (
+        symmetric(40, 40)
+        * torch.logspace(-12, 0, 40, dtype=torch.float64).outer(
+            torch.logspace(-12, 0, 40, dtype=torch.float64)
+        )
+    ),
+    "low rank": lambda: rotated(torch.cat([torch.linspace(1, 2, 5), torch.zeros(60)]).double(), 3),
+    "one outlier": lambda: rotated(torch.cat([torch.tensor([1e10]), torch.linspace(1, 2, 40)]).double(), 4),
+    "tridiagonal": lambda: symmetric(70, 70).tril(1).triu(-1),
+    "two by two": lambda: torch.tensor([[1.0, 1e-9], [1e-9, 1.0]], dtype=torch.float64),
+    "opposite": lambda: torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
+    "arrow": lambda: (
+        torch.diag(torch.linspace(1, 2, 30))
+        + torch.nn.functional.pad(torch.ones(29, 1), (0, 29, 1, 0))
+        + torch.nn.functional.pad(torch.ones(1, 29), (1, 0, 0, 29))
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_families(isa: str, family: str, dtype: torch.dtype) -> None:
+    a = FAMILIES[family]().to(dtype)[None]
+    values = room.eigvalsh(a)
+    assert bool(torch.isfinite(values).all())
+    assert error(values, a) <= 1
+
+
+def test_known_spectra(isa: str) -> None:
+    d = 64
+    angle = torch.arange(1, d + 1, dtype=torch.float64) * torch.pi / (d + 1)
+    a = 2 * torch.eye(d, dtype=torch.float64)
+    a -= torch.diag(torch.ones(d - 1, dtype=torch.float64), 1)
+    a -= torch.diag(torch.ones(d - 1, dtype=torch.float64), -1)
+    want = (2 - 2 * angle.cos()).sort().values
+    assert error(room.eigvalsh(a[None]), a[None], want[None]) <= 1
+    assert room.eigvalsh(torch.diag(torch.tensor([3.0, -1.0, 2.0]))).tolist() == [-1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float64, 1e150),
+        (torch.float64, 1e-150),
+        (torch.float64, 1e300),
+        (torch.float64, 1e-300),
+        (torch.float32, 1e18),
+        (torch.float32, 1e-18),
+        (torch.float32, 1e36),
+        (torch.float32, 1e-36),
+    ],
+)
+def test_scale_does_not_matter(isa: str, dtype: torch.dtype, scale: float) -> None:
+    a = (symmetric(5, 20, 20, seed=3) * scale).to(dtype)
+    a = torch.cat([a, symmetric(5, 20, 20, dtype=dtype, seed=4)])  # beside matrices of an ordinary scale
+    values = room.eigvalsh(a)
+    assert error(values, a) <= 1
+
+
+def test_only_the_lower_triangle_is_read(isa: str) -> None:
+    a = symmetric(9, 12, 12)
+    poisoned = a.tril() + torch.full_like(a, float("nan")).triu(1)
+    assert torch.equal(room.eigvalsh(poisoned), room.eigvalsh(a))
+
+
+def test_any_strides(isa: str) -> None:
+    base = symmetric(4, 5, 11, 11, seed=5)
+    want = room.eigvalsh(base)
+    assert torch.equal(room.eigvalsh(base.mT), want)
+    wide = torch.full((4, 5, 22, 33), float("nan"), dtype=torch.float64)
+    wide[..., ::2, ::3] = base
+    assert torch.equal(room.eigvalsh(wide[..., ::2, ::3]), want)
+    assert torch.equal(room.eigvalsh(base.transpose(0, 1)), want.transpose(0, 1))
+    one = base[:1, :1]
+    assert torch.equal(room.eigvalsh(one.expand(3, 7, 11, 11)), want[:1, :1].expand(3, 7, 11))
+    odd = torch.empty_strided((1, 1, 11, 11), (7, 3, 11, 1), dtype=torch.float64)
+    odd.copy_(one)
+    assert torch.equal(room.eigvalsh(odd), want[:1, :1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [6, 40, 130])
+def test_bits_do_not_depend_on_threads_or_company(isa: str, dtype: torch.dtype, d: int) -> None:
+    a = symmetric(37, d, d, dtype=dtype, seed=d)
+    a[5] = 0
+    a[6] = torch.eye(d)
+    a[7] *= 2.0**40
+    a[8] = a[8].tril(1).triu(-1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = room.eigvalsh(a)
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(room.eigvalsh(a), want)
+    finally:
+        torch.set_num_threads(before)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(room.eigvalsh(a[order]), want[order])
+    for i in (0, 5, 8, 36):
+        assert torch.equal(room.eigvalsh(a[i]), want[i])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonfinite_input_is_named_and_spoils_no_neighbour(isa: str, bad: float, dtype: torch.dtype) -> None:
+    a = symmetric(21, 9, 9, dtype=dtype)
+    want = room.eigvalsh(a)
+    a[13, 4, 2] = bad
+    values = room.eigvalsh(a)
+    assert bool(values[13].isnan().all())
+    others = [i for i in range(21) if i != 13]
+    assert torch.equal(values[others], want[others])
+    with pytest.raises(ValueError, match=r"a must be finite, got 1 NaN or infinite values in matrix 13"):
+        rgfast.eigvalsh(a, impl="native")
+    with pytest.raises(ValueError, match=r"in matrix \(4, 1\)"):
+        rgfast.eigvalsh(a.reshape(7, 3, 9, 9), impl="native")
+
+
+def test_no_convergence_names_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        @staticmethod
+        def eigvalsh(*_: object) -> tuple[int, int]:
+            return 5, 2
+
+    monkeypatch.setattr(native, "load", lambda: Stuck)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"did not converge on matrix \(2, 1\) of the batch"):
+        room.eigvalsh(torch.zeros(3, 2, 4, 4))
+
+
+def test_every_output_is_written() -> None:
+    a = symmetric(13, 7, 7)
+    out = torch.full((13, 7), float("nan"), dtype=torch.float64)
+    status = native.load().eigvalsh(native.tensor(a), native.tensor(out), 2)
+    assert status == (-1, 0)
+    assert torch.equal(out, room.eigvalsh(a))
+
+
+@pytest.mark.parametrize(
+    ("a", "values", "threads", "said"),
+    [
+        (torch.zeros(2, 3, 3, dtype=torch.float16), torch.zeros(2, 3, dtype=torch.float16), 1, "float64 or"),
+        (torch.zeros(2, 3, 3), torch.zeros(2, 3, dtype=torch.float64), 1, "values must have the dtype"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3), 1, "a must be square, got 3 x 4"),
+        (torch.zeros(2, 3, 3), torch.zeros(3, 3), 1, "values must have the shape"),
+        (torch.zeros(2, 3, 3), torch.zeros(2, 3), 0, "threads must be at least 1"),
+        (torch.zeros(3), torch.zeros(2, 3), 1, "a must have from 2 to 16 dimensions, got 1"),
+    ],
+)
+def test_the_binding_checks(a: Tensor, values: Tensor, threads: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        native.load().eigvalsh(native.tensor(a), native.tensor(values), threads)
+
+
+def test_what_is_not_supported_says_why() -> None:
+    assert room.eigvalsh_supports(torch.zeros(3, 3)) is None
+    assert "float16" in str(room.eigvalsh_supports(torch.zeros(3, 3, dtype=torch.float16)))
+    assert "meta" in str(room.eigvalsh_supports(torch.zeros(3, 3, device="meta")))
+    assert "16 dimensions" in str(room.eigvalsh_supports(torch.zeros([1] * 15 + [3, 3])))
+    assert "MB of workspace" in str(room.eigvalsh_supports(torch.zeros(1).expand(1 << 14, 1 << 14)))
+
+
+def test_auto_takes_the_compiled_solver_and_says_so() -> None:
+    a = symmetric(64, 16, 16)
+    with rgfast.record() as log:
+        rgfast.eigvalsh(a)
+    assert [(entry.op, entry.impl, entry.isa) for entry in log] == [
+        ("eigvalsh", "native", native.active_isa())
+    ]
+    assert rgfast.explain("eigvalsh", a).chosen == "native"
+
+
+def test_it_agrees_with_the_reference() -> None:
+    a = symmetric(20, 24, 24)
+    assert error(rgfast.eigvalsh(a, impl="reference"), a) <= 1
+    assert error(rgfast.eigvalsh(a, impl="native"), a) <= 1
+
+
+def test_the_workspace_is_bounded() -> None:
+    for fp64 in (True, False):
+        assert native.load().eigvalsh_workspace(fp64, 1024) < 64 << 20
+
+
+def test_several_python_threads() -> None:
+    a = symmetric(40, 30, 30)
+    want = room.eigvalsh(a)
+    results: list[bool] = []
+
+    def call() -> None:
+        results.extend(torch.equal(room.eigvalsh(a), want) for _ in range(10))
+
+    callers = [threading.Thread(target=call) for _ in range(5)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert results == [True] * 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_solves_too() -> None:
+    code = """
+import os
+import warnings
+
+warnings.simplefilter("ignore")
+import torch
+from rgfast.ops.spectrum import native
+
+torch.set_num_threads(2)
+a = torch.randn(64, 12, 12)
+want = native.eigvalsh(a)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(native.eigvalsh(a), want) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
