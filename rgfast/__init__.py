@@ -1,7 +1,9 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
+from rgfast import flow
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
+from rgfast.experiments.reproduce import Reproduction, reproduce
 from rgfast.ops.cka import (
     CKAAccumulator,
     CKAResult,
@@ -32,8 +34,7 @@ from rgfast.ops.spectrum import (
 )
 from rgfast.probing import Probe, ProbeResult, probe
 from rgfast.stack import MaskedTokenModel, ResidualStack
-
-__version__ = "0.1.0"
+from rgfast.version import __version__
 
 __all__ = [
     "CKAAccumulator",
@@ -47,6 +48,7 @@ __all__ = [
     "Probe",
     "ProbeResult",
     "RankMeasures",
+    "Reproduction",
     "ResidualStack",
     "SpectrumInfo",
     "__version__",
@@ -56,6 +58,7 @@ __all__ = [
     "effective_rank",
     "eigvalsh",
     "explain",
+    "flow",
     "hsic",
     "isotropic_baseline",
     "kernel_change",
@@ -67,6 +70,7 @@ __all__ = [
     "rank_measures",
     "rank_measures_from_moment",
     "record",
+    "reproduce",
     "residual_mlp",
     "singular_values",
     "singular_values_from_moment",

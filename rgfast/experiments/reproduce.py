@@ -1,0 +1,270 @@
+"""The paper's experiment, end to end: chains, trained stacks, probes, verdicts, figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from rgfast.environment import versions
+from rgfast.experiments.config import ReproduceConfig, as_floats
+from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, VIEWS, Run, execute, plan
+from rgfast.files import write_atomically, write_text
+from rgfast.flow import Verdict, judge
+from rgfast.validation import check_positive_int
+
+__all__ = ["Reproduction", "reproduce", "verdict_table"]
+
+SETUP = "in the default set-up, which was selected because it reproduces"
+SUMMARY_COLUMNS = ("chain", "xi", "seed", "stage", "view", "measure", "layer", "value")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What ``reproduce`` leaves: the labelled numbers, the verdicts by chain, and the folder they are in."""
+
+    config: ReproduceConfig
+    dataset: xr.Dataset
+    verdicts: dict[str, tuple[Verdict, ...]]
+    out: Path
+
+    def __str__(self) -> str:
+        return verdict_table(self.verdicts, self.config)
+
+
+def reproduce(
+    preset: str | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    xi: Sequence[float] | None = None,
+    chains: Sequence[str] | None = None,
+    config: ReproduceConfig | str | Path | None = None,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    progress: bool | None = None,
+) -> Reproduction:
+    """Run the experiment; its verdicts and numbers, also written as JSON, NetCDF, CSV and figures.
+
+    Args:
+        preset: ``"quick"`` (3 seeds, 6 layers; the default) or ``"full"`` (5 seeds, 8 layers).
+        seeds, xi, chains: instead of the preset's; chains are labels such as ``"two-scale"``,
+            ``"two-scale:r=30"``, ``"lazy"``.
+        config: a :class:`ReproduceConfig` or the path of a recorded ``config.json``, instead of a preset.
+        out: the output folder, default ``runs/reproduce-<preset>``: ``verdict.json``, ``result.nc``,
+            ``summary.csv``, PNGs and the ``config.json`` to repeat it. Finished runs that it holds are kept,
+            so an interrupted experiment goes on where it was.
+        jobs: processes at once, default one per core. Each has one thread; the numbers do not depend on it.
+        progress: show a bar on stderr; by default only on a terminal.
+
+    Raises:
+        ValueError: for any option out of range, before any work; also where ``out`` holds the run of another
+            configuration.
+
+    Source: arXiv 2606.10324; the set-up and the verdicts are defined in the documentation.
+    """
+    chosen = _configuration(preset, seeds, xi, chains, config)
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
+    check_positive_int(jobs, "jobs")
+    name = preset or ("config" if config is not None else "quick")
+    folder = Path(out) if out is not None else Path("runs") / f"reproduce-{name}"
+    _claim(folder, chosen)
+
+    runs = plan(chosen)
+    _execute_all(chosen, runs, folder, jobs, progress)
+    dataset = _assemble(chosen, runs, folder)
+    verdicts = {chain: judge(dataset, chain) for chain in chosen.chains}
+    _write(folder, chosen, dataset, verdicts)
+    return Reproduction(chosen, dataset, verdicts, folder)
+
+
+def _configuration(
+    preset: str | None,
+    seeds: Sequence[int] | None,
+    xi: Sequence[float] | None,
+    chains: Sequence[str] | None,
+    config: ReproduceConfig | str | Path | None,
+) -> ReproduceConfig:
+    if config is not None and preset is not None:
+        raise ValueError(f"config and preset exclude each other, got preset {preset!r} and a config")
+    if config is None:
+        base = ReproduceConfig.preset(preset or "quick")
+    else:
+        base = config if isinstance(config, ReproduceConfig) else ReproduceConfig.load(config)
+    changes: dict[str, Any] = {}
+    if seeds is not None:
+        changes["seeds"] = tuple(seeds)
+    if xi is not None:
+        changes["xi"] = as_floats(xi, "xi")
+    if chains is not None:
+        changes["chains"] = tuple(chains)
+    return replace(base, **changes) if changes else base
+
+
+def _claim(folder: Path, config: ReproduceConfig) -> None:
+    """Make ``folder`` this configuration's, or refuse before anything is written."""
+    recorded = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, and {folder} is a file")
+    if recorded.exists():
+        if ReproduceConfig.load(recorded) != config:
+            raise ValueError(
+                f"out must be a new folder or one of this configuration, and {folder} holds another "
+                "configuration's run (its config.json tells which)"
+            )
+        return
+    if folder.exists() and (folder / "result.nc").exists():
+        raise ValueError(f"out must be a new folder, and {folder} holds a result without its config.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(recorded, config.to_json())
+
+
+def _execute_all(
+    config: ReproduceConfig, runs: list[Run], folder: Path, jobs: int, progress: bool | None
+) -> None:
+    files = folder / "runs"
+    files.mkdir(exist_ok=True)
+    missing = [run for run in runs if not (files / f"{run.name}.nc").exists()]
+    bar = tqdm(
+        total=len(runs),
+        initial=len(runs) - len(missing),
+        desc="runs",
+        unit="run",
+        disable=None if progress is None else not progress,
+    )
+    with bar, joblib.parallel_config(backend="loky", n_jobs=min(jobs, max(1, len(missing)))):
+        tasks = (joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing)
+        for name in joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks):
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+
+def _execute(config: ReproduceConfig, run: Run, path: Path) -> str:
+    execute(config, run, path)
+    return run.name
+
+
+def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Dataset:
+    """All runs as one labelled dataset, in the configuration's order; what was not run is NaN."""
+    parts = []
+    for run in runs:
+        with xr.open_dataset(folder / "runs" / f"{run.name}.nc", engine="h5netcdf") as part:
+            parts.append(part.load())
+    merged = xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
+    # What was read remembers the string length of its own file, which would cut longer labels.
+    merged = merged.drop_encoding()
+    ordered: xr.Dataset = merged.sel(
+        chain=list(config.chains),
+        xi=list(config.xi),
+        seed=list(config.seeds),
+        stage=list(STAGES),
+        view=list(VIEWS),
+    )
+    ordered.attrs = {
+        "format": "rgfast.reproduce/1",
+        "config": config.to_json(),
+        "versions": json.dumps(versions()),
+    }
+    ordered.effective_rank.attrs = {
+        "long_name": "effective rank (singular values, centred over samples)",
+        "units": "dimensions",
+    }
+    ordered.kernel_drift.attrs = {"long_name": "kernel drift 1 − CKA(l, l+1), biased", "units": "1"}
+    ordered.kernel_change.attrs = {"long_name": "‖K_{l+1} − K_l‖ / ‖K_l‖", "units": "1"}
+    ordered.captured.attrs = {"long_name": "captured fraction of what Bayes predicts", "units": "1"}
+    return ordered
+
+
+def summary_rows(dataset: xr.Dataset) -> list[tuple[str, str, int, str, str, str, int, str]]:
+    """The long form of a result: one row a number, in a fixed order; an undefined value is ``nan``."""
+    rows = []
+    for chain in dataset.chain.values:
+        for xi in dataset.xi.values:
+            for seed in dataset.seed.values:
+                for stage in dataset.stage.values:
+                    run = dataset.sel(chain=chain, xi=xi, seed=seed, stage=stage)
+                    head = (str(chain), _number(float(xi)), int(seed), str(stage))
+                    for view in dataset.view.values:
+                        for measure in (*RANKS, DRIFTS[0]):
+                            values = np.asarray(run[measure].sel(view=view).values)
+                            rows += [
+                                (*head, str(view), measure, layer, _number(float(value)))
+                                for layer, value in enumerate(values)
+                            ]
+                    rows.append((*head, "masked", "captured", -1, _number(float(run.captured))))
+    return rows
+
+
+def _number(value: float) -> str:
+    return "nan" if math.isnan(value) else repr(value)
+
+
+def _write(
+    folder: Path, config: ReproduceConfig, dataset: xr.Dataset, verdicts: dict[str, tuple[Verdict, ...]]
+) -> None:
+    # matplotlib is slow to import and only needed here.
+    from rgfast.report.figures import plot_drift_by_transition, plot_order_parameter, save_figure
+
+    write_atomically(folder / "result.nc", lambda path: dataset.to_netcdf(path, engine="h5netcdf"))
+
+    def write_summary(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(SUMMARY_COLUMNS)
+            writer.writerows(summary_rows(dataset))
+
+    write_atomically(folder / "summary.csv", write_summary)
+    for chain in config.chains:
+        suffix = "" if len(config.chains) == 1 else "-" + "".join(c if c.isalnum() else "_" for c in chain)
+        save_figure(plot_order_parameter(dataset, chain), folder / f"order_parameter{suffix}.png")
+        save_figure(plot_drift_by_transition(dataset, chain), folder / f"drift{suffix}.png")
+    document = {
+        "format": "rgfast.verdict/1",
+        "setup": SETUP if config.chains == ("two-scale",) else "in the set-up that config.json records",
+        "verdicts": {chain: [_plain(v.to_dict()) for v in each] for chain, each in verdicts.items()},
+        "config": json.loads(config.to_json()),
+    }
+    write_text(
+        folder / "verdict.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with tuples as lists and what JSON has no number for (NaN, inf) as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceConfig) -> str:
+    """The verdicts as text: one block a chain, a line each for finding and numbers, notes beneath."""
+    lines = []
+    for chain, each in verdicts.items():
+        seeds = f"{len(config.seeds)} seed" + ("s" if len(config.seeds) > 1 else "")
+        lines.append(f"{chain}, {seeds}, ξ = {', '.join(f'{x:g}' for x in config.xi)}")
+        for verdict in each:
+            lines.append(f"  {verdict.status.upper():<15} {verdict.title}")
+            lines.append(f"  {'':<15} {verdict.summary}")
+            for check in verdict.checks:
+                if not check.holds and verdict.status in ("partial", "not reproduced", "undertrained"):
+                    who = f"seed {check.seed}" if check.seed is not None else "all seeds"
+                    lines.append(
+                        f"  {'':<15}   missed, {who}: {check.name} = {check.value:.3g}, wanted {check.bar}"
+                    )
+            lines += [f"  {'':<15}   note: {note}" for note in verdict.notes]
+        if chain == "two-scale":
+            lines.append(f"  ({SETUP})")
+    return "\n".join(lines)

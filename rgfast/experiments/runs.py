@@ -1,0 +1,167 @@
+"""One training run of the experiment and the probes of it, in a process of one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from rgfast.chains import MarkovChain
+from rgfast.experiments.config import ReproduceConfig
+from rgfast.files import write_atomically
+from rgfast.masking import balanced_mask
+from rgfast.probing import ProbeResult, probe
+from rgfast.stack import MaskedTokenModel
+from rgfast.training import TrainingLog, captured, seeded_generator, train
+
+__all__ = ["STAGES", "VIEWS", "Run", "execute", "plan"]
+
+Stage = Literal["trained", "control_iid", "control_permuted", "untrained"]
+STAGES: tuple[Stage, ...] = ("trained", "control_iid", "control_permuted", "untrained")
+VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
+RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank")
+DRIFTS = ("kernel_drift", "kernel_change")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model, and the (chain, ξ) whose sequences it is probed on.
+
+    ``trained`` and ``control_permuted`` learn from the chain they are probed on; ``control_iid`` learns from
+    i.i.d. tokens and ``untrained`` from nothing, so that one model serves every chain and ξ of its seed. All
+    stages of a (chain, ξ, seed) start from the same weights and see the same sequences and masks when probed.
+    """
+
+    stage: Stage
+    seed: int
+    probed: tuple[tuple[str, float], ...]
+
+    @property
+    def name(self) -> str:
+        where = "all" if len(self.probed) > 1 else f"{self.probed[0][0]}-xi{self.probed[0][1]!r}"
+        safe = "".join(c if c.isalnum() or c in "-._" else "_" for c in where)
+        return f"{self.stage}-{safe}-seed{self.seed}"
+
+
+def plan(config: ReproduceConfig) -> list[Run]:
+    """Every run of a configuration, the longest first."""
+    cells = tuple((chain, xi) for chain in config.chains for xi in config.xi)
+    learning: tuple[Stage, ...] = ("trained", "control_permuted")
+    runs = [Run(stage, seed, (cell,)) for stage in learning for seed in config.seeds for cell in cells]
+    runs += [Run("control_iid", seed, cells) for seed in config.seeds]
+    runs += [Run("untrained", seed, cells) for seed in config.seeds]
+    return runs
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread inside, so that results do not depend on how many runs go at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
+    """The untrained model of a seed."""
+    return MaskedTokenModel(
+        states=config.states,
+        length=config.length,
+        width=config.width,
+        depth=config.depth,
+        hidden=config.hidden,
+        mixing=config.mixing,
+        norm=config.norm,
+        activation=config.activation,
+        w2_scale=config.w2_scale,
+        token_std=config.token_std,
+        position_std=config.position_std,
+        final_norm=config.final_norm,
+        generator=seeded_generator(seed, "weights"),
+    )
+
+
+def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
+    """Train and probe one run and write its numbers to ``path`` (NetCDF, atomically)."""
+    with one_thread():
+        model = build_model(config, run.seed)
+        log = _train(config, run, model)
+        parts = [_probe(config, run, model, log, chain, xi) for chain, xi in run.probed]
+        combined = xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
+    write_atomically(path, lambda temporary: combined.to_netcdf(temporary, engine="h5netcdf"))
+
+
+def _train(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> TrainingLog | None:
+    if run.stage == "untrained":
+        model.eval()
+        return None
+    label, xi = ("iid", 1.0) if run.stage == "control_iid" else run.probed[0]
+    chain = MarkovChain.from_label(label, xi, config.states)
+    return train(
+        model, chain, config.training, seed=run.seed, permute_targets=run.stage == "control_permuted"
+    )
+
+
+def _probe(
+    config: ReproduceConfig,
+    run: Run,
+    model: MaskedTokenModel,
+    log: TrainingLog | None,
+    label: str,
+    xi: float,
+) -> xr.Dataset:
+    chain = MarkovChain.from_label(label, xi, config.states)
+    generator = seeded_generator(run.seed, "probe")
+    tokens = chain.sample(config.probe_sequences, config.length, generator)
+    mask = balanced_mask(config.probe_sequences, config.length, config.training.mask_rate, generator)
+    batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
+    result = probe(model, batch, mask="mask", views=VIEWS, progress=False)
+    fraction = captured(model, chain, tokens, mask)
+    return _labelled(config, run, result, fraction, log, label, xi)
+
+
+def _labelled(
+    config: ReproduceConfig,
+    run: Run,
+    result: ProbeResult,
+    fraction: float,
+    log: TrainingLog | None,
+    label: str,
+    xi: float,
+) -> xr.Dataset:
+    where = ("chain", "xi", "seed", "stage")
+    data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    for measures, along in ((RANKS, "layer"), (DRIFTS, "transition")):
+        for measure in measures:
+            values = np.stack([np.asarray(result.order_parameter(view, measure)) for view in VIEWS])
+            data[measure] = ((*where, "view", along), values[None, None, None, None])
+    by_position = np.stack([np.asarray(result.by_position("effective_rank", view)) for view in VIEWS[:3]])
+    data["effective_rank_by_position"] = (
+        (*where, "positional_view", "layer", "position"),
+        by_position[None, None, None, None],
+    )
+    data["captured"] = (where, np.full((1, 1, 1, 1), fraction))
+    coords: dict[str, object] = {
+        "chain": [label],
+        "xi": [xi],
+        "seed": [run.seed],
+        "stage": [run.stage],
+        "view": list(VIEWS),
+        "positional_view": list(VIEWS[:3]),
+        "layer": np.arange(config.depth + 1),
+        "transition": np.arange(config.depth),
+        "position": np.arange(config.length),
+    }
+    if log is not None:
+        coords["step"] = list(log.step)
+        data["training_loss"] = ((*where, "step"), np.array(log.loss)[None, None, None, None])
+        data["training_captured"] = ((*where, "step"), np.array(log.captured)[None, None, None, None])
+    return xr.Dataset(data, coords=coords)

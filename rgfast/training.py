@@ -1,0 +1,168 @@
+"""Masked-token training of a residual stack on sequences of a Markov chain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgfast.chains import MarkovChain, captured_fraction
+from rgfast.masking import balanced_mask, iid_mask
+from rgfast.stack import MaskedTokenModel
+from rgfast.validation import check_positive_int
+
+__all__ = ["TrainingConfig", "TrainingLog", "captured", "seeded_generator", "train"]
+
+Stream = Literal["weights", "tokens", "masks", "targets", "evaluation", "probe"]
+_STREAMS: tuple[Stream, ...] = ("weights", "tokens", "masks", "targets", "evaluation", "probe")
+
+
+def seeded_generator(seed: int, stream: Stream) -> torch.Generator:
+    """A CPU generator for one purpose of one seed; streams of a seed are independent of each other.
+
+    The chain does not enter: at two correlation lengths the same seed means the same weights and draws.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+    sequence = np.random.SeedSequence([int(seed), _STREAMS.index(stream)])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained: AdamW without decay, linear warm-up, then cosine to ``final_lr_fraction``.
+
+    ``mask_rate`` is the chance of each position to be hidden (at least one per sequence is); the loss is the
+    cross-entropy at hidden positions. Fresh sequences at every step.
+    """
+
+    steps: int = 600
+    batch: int = 128
+    lr: float = 3e-3
+    warmup: int = 50
+    final_lr_fraction: float = 0.02
+    clip: float = 1.0
+    mask_rate: float = 0.2
+    log_every: int = 50
+    log_sequences: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "log_sequences"):
+            check_positive_int(getattr(self, name), name)
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ValueError(f"warmup must be a whole number >= 0, got {self.warmup!r}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"mask_rate must lie between 0 and 1, got {self.mask_rate}")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(f"final_lr_fraction must lie in [0, 1], got {self.final_lr_fraction}")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """The log: after ``step[i]`` steps, the loss (nats per hidden token) and the captured fraction."""
+
+    step: tuple[int, ...]
+    loss: tuple[float, ...]
+    captured: tuple[float, ...]
+
+
+def captured(model: MaskedTokenModel, chain: MarkovChain, tokens: Tensor, mask: Tensor) -> float:
+    """The fraction of what Bayes could predict that the model predicts, at hidden positions.
+
+    1 − E[KL(posterior‖model)] / E[KL(posterior‖π)] with the exact posterior of ``chain``; NaN where nothing
+    can be predicted (i.i.d. tokens).
+
+    Args:
+        model: in either mode; evaluated without gradients.
+        tokens: int64 ``[n, T]``, the true tokens.
+        mask: bool ``[n, T]``, True where hidden.
+    """
+    with torch.no_grad():
+        logits = model(tokens.masked_fill(mask, model.mask_token))
+    log_probs = torch.log_softmax(logits.double(), dim=-1)
+    posterior = chain.bayes_posterior(tokens, mask)
+    return float(captured_fraction(log_probs, posterior, mask, chain.stationary))
+
+
+def train(
+    model: MaskedTokenModel,
+    chain: MarkovChain,
+    config: TrainingConfig | None = None,
+    *,
+    seed: int = 0,
+    permute_targets: bool = False,
+    on_log: Callable[[int, float, float], None] | None = None,
+) -> TrainingLog:
+    """Train ``model`` in place on masked sequences of ``chain``; the loss and captured fraction by step.
+
+    Args:
+        model: a :class:`MaskedTokenModel` with as many states as the chain.
+        config: see :class:`TrainingConfig`.
+        seed: of tokens and masks (the model brings its own weights).
+        permute_targets: the trained control: every sequence is asked for another one's tokens, so that there
+            is nothing to learn but π.
+        on_log: called with (steps done, loss, captured) at every log point.
+
+    Deterministic by seed for a fixed number of torch threads. Raises ValueError where the states differ, and
+    FloatingPointError where the loss is no longer finite.
+    """
+    config = config or TrainingConfig()
+    if chain.states != model.states:
+        raise ValueError(f"model must have the chain's {chain.states} states, got {model.states}")
+    tokens_from = seeded_generator(seed, "tokens")
+    masks_from = seeded_generator(seed, "masks")
+    targets_from = seeded_generator(seed, "targets")
+    evaluation = seeded_generator(seed, "evaluation")
+    eval_tokens = chain.sample(config.log_sequences, model.length, evaluation)
+    eval_mask = balanced_mask(config.log_sequences, model.length, config.mask_rate, evaluation)
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    rows: list[tuple[int, float, float]] = []
+    model.train()
+    for step in range(config.steps):
+        tokens = chain.sample(config.batch, model.length, tokens_from)
+        mask = iid_mask(config.batch, model.length, config.mask_rate, masks_from)
+        targets = tokens
+        if permute_targets:
+            targets = tokens[torch.randperm(config.batch, generator=targets_from)]
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr_at(step)
+        logits = model(tokens.masked_fill(mask, model.mask_token))
+        loss = F.cross_entropy(logits[mask], targets[mask])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the training loss is {value} after {step + 1} steps (lr {config.lr})"
+                )
+            rows.append((step + 1, value, captured(model, chain, eval_tokens, eval_mask)))
+            if on_log is not None:
+                on_log(*rows[-1])
+    model.eval()
+    steps, losses, fractions = zip(*rows, strict=True)
+    return TrainingLog(steps, losses, fractions)

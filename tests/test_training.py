@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from rgfast import MarkovChain, MaskedTokenModel
+from rgfast.training import TrainingConfig, captured, seeded_generator, train
+
+SHORT = TrainingConfig(steps=30, batch=32, warmup=5, log_every=10, log_sequences=128)
+
+
+def model(seed=0, **options):
+    return MaskedTokenModel(8, 5, 8, 2, generator=seeded_generator(seed, "weights"), **options)
+
+
+def chain(xi=1.0):
+    return MarkovChain.from_correlation_length(xi, states=8)
+
+
+def test_training_is_the_same_bit_for_bit():
+    logs, weights = [], []
+    for _ in range(2):
+        m = model()
+        torch.manual_seed(len(logs))  # the global generator must not matter
+        logs.append(train(m, chain(), SHORT, seed=3))
+        weights.append(torch.cat([p.detach().flatten() for p in m.parameters()]))
+    assert logs[0] == logs[1]
+    assert torch.equal(*weights)
+
+
+def test_seeds_and_permuted_targets_change_the_result():
+    runs = {
+        name: train(model(), chain(), SHORT, **kwargs).loss
+        for name, kwargs in {
+            "a": {"seed": 0},
+            "b": {"seed": 1},
+            "c": {"seed": 0, "permute_targets": True},
+        }.items()
+    }
+    assert len(set(runs.values())) == 3
+
+
+def test_training_captures_and_permuted_targets_do_not():
+    config = TrainingConfig(steps=300, batch=128, lr=1e-2, warmup=20, log_every=300)
+    learnt = train(model(), chain(2.0), config, seed=0)
+    assert learnt.captured[-1] > 0.5
+    control = train(model(), chain(2.0), config, seed=0, permute_targets=True)
+    assert control.captured[-1] < 0.1
+    # Nothing to learn but the uniform stationary distribution: ln 8 nats.
+    assert control.loss[-1] == pytest.approx(math.log(8), abs=0.05)
+
+
+def test_the_bayes_posterior_captures_everything():
+    class Oracle(torch.nn.Module):
+        mask_token = 8
+
+        def forward(self, tokens):
+            mask = tokens == 8
+            return chain().bayes_posterior(tokens.masked_fill(mask, 0), mask).log()
+
+    tokens = chain().sample(200, 5, seeded_generator(0, "tokens"))
+    mask = torch.zeros(200, 5, dtype=torch.bool)
+    mask[:, 2] = True
+    assert captured(Oracle(), chain(), tokens, mask) == pytest.approx(1, abs=1e-12)
+
+
+def test_learning_rate_warms_up_and_ends_at_its_fraction():
+    config = TrainingConfig(steps=100, lr=1.0, warmup=10, final_lr_fraction=0.02)
+    rates = [config.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert config.lr_at(100) == pytest.approx(0.02)
+
+
+def test_streams_of_a_seed_differ_and_repeat():
+    def first(seed, stream):
+        return torch.rand(3, generator=seeded_generator(seed, stream)).tolist()
+
+    assert first(0, "tokens") == first(0, "tokens")
+    assert len({tuple(first(s, name)) for s in (0, 1) for name in ("tokens", "masks", "weights")}) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": math.nan}, "lr must be a finite number > 0, got nan"),
+        ({"mask_rate": 1.0}, "mask_rate must lie between 0 and 1, got 1"),
+        ({"warmup": -1}, "warmup must be a whole number >= 0, got -1"),
+        ({"final_lr_fraction": 2.0}, "final_lr_fraction must lie in"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainingConfig(**options)
+
+
+def test_a_chain_of_other_states_is_refused():
+    with pytest.raises(ValueError, match="model must have the chain's 16 states, got 8"):
+        train(model(), MarkovChain.from_correlation_length(1.0), SHORT)
+
+
+def test_a_diverging_run_says_so():
+    m = model()
+    with torch.no_grad():
+        m.head.weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="training loss is nan after"):
+        train(m, chain(), SHORT)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed must be a whole number >= 0, got -1"):
+        seeded_generator(-1, "tokens")
