@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import register
 from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.compute import (
+    check_options,
+    checked,
+    describe,
+    flat,
+    measure_of,
+    refuse_nonfinite,
+    spectra,
+    tolerance,
+    value,
+)
+from rgfast.ops.spectrum.gradients import differentiable, wants_gradient
 from rgfast.ops.spectrum.measures import (
-    default_tolerance,
     effective_rank_of,
     numerical_rank_of,
     participation_ratio_of,
@@ -20,8 +29,6 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.results import RankMeasures, SpectrumInfo
 from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
-from rgfast.ops.spectrum.solve import PATHS, Solved, solve
-from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = [
@@ -38,9 +45,6 @@ Centering = Literal["mean", "none"]
 Precision = Literal["double", "single"]
 Method = Literal["auto", "gram", "svd"]
 Kind = Literal["singular", "variance"]
-
-# Below this the eigenvalues of a Gram matrix cannot tell a small singular value from zero.
-_REFINE_UNDER = 1e-7
 
 
 @overload
@@ -97,9 +101,7 @@ def singular_values(
     >>> rgfast.singular_values(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]]))
     tensor([4.2426, 0.0000], dtype=torch.float64)
     """
-    x, solved, name = _solved(x, centering, precision, rtol, method, impl)
-    sigma = solved.singular_values().reshape(*x.shape[:-2], min(x.shape[-2:]))
-    return (sigma, _info(x, solved, name)) if return_info else sigma
+    return _measured(x, "singular_values", centering, precision, rtol, method, impl, return_info)
 
 
 @overload
@@ -151,9 +153,8 @@ def effective_rank(
     tensor(8.0000, dtype=torch.float64)
     """
     check_choice(spectrum, "spectrum", ("singular", "variance"))
-    x, solved, name = _solved(x, centering, precision, rtol, method, impl)
-    rank = effective_rank_of(solved.sigma, spectrum=spectrum).reshape(x.shape[:-2])
-    return (rank, _info(x, solved, name)) if return_info else rank
+    measure = "effective_rank" if spectrum == "singular" else "effective_rank_variance"
+    return _measured(x, measure, centering, precision, rtol, method, impl, return_info)
 
 
 def participation_ratio(
@@ -168,11 +169,7 @@ def participation_ratio(
     >>> rgfast.participation_ratio(torch.eye(8), centering="none")
     tensor(8., dtype=torch.float64)
     """
-    x, matrix = _gram(x, centering, precision, impl)
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    square = matrix.square().sum((-2, -1))
-    ratio = trace.square() / torch.where(square > 0, square, 1.0)
-    return ratio.reshape(x.shape[:-2])
+    return _measured(x, "participation_ratio", centering, precision, 1.0, "auto", impl, False)
 
 
 def stable_rank(
@@ -187,10 +184,7 @@ def stable_rank(
     >>> rgfast.stable_rank(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), centering="none")
     tensor(1.2500, dtype=torch.float64)
     """
-    x, matrix = _gram(x, centering, precision, impl)
-    top, _ = top_eigenpair(matrix)
-    rank = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / torch.where(top > 0, top, 1.0)
-    return rank.reshape(x.shape[:-2])
+    return _measured(x, "stable_rank", centering, precision, 1.0, "auto", impl, False)
 
 
 def numerical_rank(
@@ -213,9 +207,9 @@ def numerical_rank(
     >>> rgfast.numerical_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-9])), tol=1e-6, centering="none")
     tensor(2., dtype=torch.float64)
     """
-    x = _checked(x)
-    tol = _tolerance(tol, x)
-    x, solved, _ = _solved(x, centering, precision, rtol, method, impl, tol)
+    x = checked(x)
+    tol = tolerance(tol, x)
+    x, solved, _ = spectra(x, centering, precision, rtol, method, impl, tol)
     return numerical_rank_of(solved.sigma, tol).reshape(x.shape[:-2])
 
 
@@ -239,10 +233,10 @@ def rank_measures(
     >>> float(m.participation_ratio), str(m.path), bool(m.error_bound < 1e-6)
     (8.0, 'gram', True)
     """
-    x = _checked(x)
-    tol = _tolerance(tol, x)
-    x, solved, name = _solved(x, centering, precision, rtol, method, impl, tol)
-    info = _info(x, solved, name)
+    x = checked(x)
+    tol = tolerance(tol, x)
+    x, solved, name = spectra(x, centering, precision, rtol, method, impl, tol)
+    info = describe(x, solved, name)
     lead = x.shape[:-2]
     return RankMeasures(
         effective_rank=effective_rank_of(solved.sigma).reshape(lead),
@@ -288,109 +282,63 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
     except RuntimeError:  # LinAlgError is one; its message names the matrix
         if bool(torch.isfinite(a).all()):
             raise
-        _refuse_nonfinite(a, "a")
+        refuse_nonfinite(a, "a")
     if not bool(torch.isfinite(values).all()):
-        _refuse_nonfinite(a, "a")
+        refuse_nonfinite(a, "a")
     return values
 
 
-def _checked(value: Any) -> Tensor:
-    x = as_real_tensor(value, "x", min_dim=2)
-    if x.shape[-1] == 0 or x.shape[-2] == 0:
-        raise ValueError(f"x must have at least one sample and one feature, got shape {tuple(x.shape)}")
-    return x
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-
-
-def _check_options(centering: str, precision: str) -> torch.dtype:
-    check_choice(centering, "centering", ("mean", "none"))
-    check_choice(precision, "precision", ("double", "single"))
-    return torch.float64 if precision == "double" else torch.float32
-
-
-def _tolerance(tol: float | None, x: Tensor) -> float:
-    if tol is None:
-        return default_tolerance(x.shape[-2], x.shape[-1], x.dtype)
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
-    return float(tol)
-
-
-def _solved(
+@overload
+def _measured(
     x: Any,
+    measure: str,
     centering: str,
     precision: str,
     rtol: float,
     method: str,
     impl: str,
-    tol: float | None = None,
-) -> tuple[Tensor, Solved, str]:
-    x = _checked(x)
-    dtype = _check_options(centering, precision)
-    check_choice(method, "method", ("auto", "gram", "svd"))
-    if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
-        raise ValueError(f"rtol must be a positive number, got {rtol!r}")
-    if method == "svd" and precision == "single":
-        raise ValueError("method='svd' computes in fp64: precision must be 'double', got 'single'")
-    flat = _flat(x)
-    chosen = SPECTRUM.select(impl, x.device, flat, centering=centering, dtype=dtype, method=method)
-    sharp = tol if tol is not None and tol < _REFINE_UNDER else None
-    solved = solve(flat, chosen, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=sharp)
-    if solved is None:
-        _refuse_nonfinite(x, "x")
-    return x, solved, "lapack" if method == "svd" else chosen.name
-
-
-def _gram(x: Any, centering: str, precision: str, impl: str) -> tuple[Tensor, Tensor]:
-    x = _checked(x)
-    dtype = _check_options(centering, precision)
-    flat = _flat(x)
-    chosen = GRAM.select(impl, x.device, flat, centering=centering, dtype=dtype)
-    matrix, accumulated, _, _ = chosen.run(flat, centering=centering, dtype=dtype)
-    if not bool(torch.isfinite(accumulated).all()):
-        _refuse_nonfinite(x, "x")
-    wide: Tensor = matrix.double()
-    return x, wide
-
-
-def _info(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
-    lead = x.shape[:-2]
-    return SpectrumInfo(
-        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
-        error_bound=solved.bound().reshape(lead),
-        variance_error_bound=solved.bound("variance").reshape(lead),
-        singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),
-        impl=impl,
-        n=x.shape[-2],
-        d=x.shape[-1],
-    )
-
-
-def _refuse_nonfinite(x: Tensor, name: str) -> NoReturn:
-    bad = (~torch.isfinite(x)).sum((-2, -1))
-    index = tuple(int(i) for i in (bad > 0).nonzero()[0])
-    where = f"matrix {index if len(index) > 1 else index[0]} of the batch" if index else "the matrix"
-    others = int((bad > 0).sum()) - 1
-    rest = (
-        f" ({others} more matrices hold some too)"
-        if others > 1
-        else " (one more holds some too)"
-        if others
-        else ""
-    )
-    raise ValueError(f"{name} must be finite, got {int(bad[index])} NaN or infinite values in {where}{rest}")
+    return_info: Literal[False],
+) -> Tensor: ...
+@overload
+def _measured(
+    x: Any,
+    measure: str,
+    centering: str,
+    precision: str,
+    rtol: float,
+    method: str,
+    impl: str,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, SpectrumInfo]: ...
+def _measured(
+    x: Any,
+    measure: str,
+    centering: str,
+    precision: str,
+    rtol: float,
+    method: str,
+    impl: str,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, SpectrumInfo]:
+    if wants_gradient(x):
+        result = differentiable(x, measure, centering, precision, rtol, method, impl)
+        if not return_info:
+            return result
+    elif not return_info:
+        return value(x, measure, centering, precision, rtol, method, impl)
+    x, solved, name = spectra(x, centering, precision, rtol, method, impl)
+    if not wants_gradient(x):
+        result = measure_of(solved, measure, x.shape)
+    return result, describe(x, solved, name)
 
 
 def _prepare(
     x: Any, *, centering: str = "mean", precision: str = "double", method: str = "auto", **_: Any
 ) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    x = _checked(x)
-    dtype = _check_options(centering, precision)
-    flat = _flat(x)
-    return x.device, (flat,), {"centering": centering, "dtype": dtype, "method": method}
+    x = checked(x)
+    dtype = check_options(centering, precision)
+    rows = flat(x)
+    return x.device, (rows,), {"centering": centering, "dtype": dtype, "method": method}
 
 
 def _prepare_gram(

@@ -1,0 +1,159 @@
+"""Gradients of the measures by formula, and their registration for autograd and `torch.compile`.
+
+With x_c = U diag(sigma) V^T, d f / d x_c = U diag(df/dsigma) V^T for every function of the singular values;
+the sum over equal singular values is the same for every basis, so that none is preferred.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.compute import value
+from rgfast.ops.spectrum.top import top_eigenpair
+from rgfast.threads import one_thread
+
+__all__ = ["differentiable", "wants_gradient"]
+
+_U = 2.0**-53
+
+
+def wants_gradient(x: Any) -> bool:
+    """Whether the call is to be seen by autograd or by the compiler."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
+def differentiable(
+    x: Any, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
+) -> Tensor:
+    """`compute.value` with a gradient."""
+    result: Tensor = _Measure.apply(  # type: ignore[no-untyped-call]
+        x, measure, centering, precision, rtol, method, impl
+    )
+    return result
+
+
+class _Measure(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.what = (measure, centering)
+        result: Tensor = torch.ops.rgfast.spectrum_measure(
+            x, measure, centering, precision, rtol, method, impl
+        )
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.rgfast.spectrum_gradient(x, grad, *ctx.what), None, None, None, None, None, None
+
+
+def _gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
+    """Gradient `[..., n, d]` in the dtype of x, computed in fp64, matrix by matrix."""
+    n, d = x.shape[-2:]
+    rows = x.detach().reshape(-1, n, d)
+    weight = grad.double().reshape(len(rows), *grad.shape[x.dim() - 2 :])
+    result = torch.empty_like(rows, dtype=x.dtype, memory_format=torch.contiguous_format)
+    with one_thread():
+        for i in range(len(rows)):
+            y, exponent = reference.scaled(rows[i : i + 1])
+            y, _ = reference.centred(y, centering)
+            limit = reference.rank_limit(y, centering)[0]
+            tall = y[0] if n >= d else y[0].mT
+            if measure == "participation_ratio":
+                slope = _ratio_slope(tall)
+            elif measure == "stable_rank":
+                slope = _stable_slope(tall)
+            else:
+                slope = _spectral_slope(tall, int(limit), measure, weight[i])
+            # The measures do not depend on scale, singular values are homogeneous of degree one.
+            scale = 0 if measure == "singular_values" else -int(exponent)
+            slope = slope if measure == "singular_values" else slope * weight[i]
+            slope = (slope if n >= d else slope.mT) * 2.0 ** (scale // 2) * 2.0 ** (scale - scale // 2)
+            result[i] = slope - slope.mean(0) if centering == "mean" else slope
+    return result.reshape(x.shape)
+
+
+def _ratio_slope(y: Tensor) -> Tensor:
+    gram = y.mT @ y
+    trace, square = gram.diagonal().sum(), gram.square().sum()
+    if float(square) == 0:
+        return torch.zeros_like(y)
+    return (4 * trace / square) * (y - (trace / square) * (y @ gram))
+
+
+def _stable_slope(y: Tensor) -> Tensor:
+    gram = y.mT @ y
+    top, vector = (t[0] for t in top_eigenpair(gram[None]))
+    if float(top) == 0:
+        return torch.zeros_like(y)
+    trace = gram.diagonal().sum()
+    return (2 / top) * (y - (trace / top) * torch.outer(y @ vector, vector))
+
+
+def _spectral_slope(y: Tensor, limit: int, measure: str, weight: Tensor) -> Tensor:
+    q, r = torch.linalg.qr(y)
+    u, sigma, vh = torch.linalg.svd(r, full_matrices=False)
+    # Below its own rounding error a singular value has no direction, and at zero the entropy has no slope.
+    live = sigma > (len(sigma) + 50) * _U * y.norm()
+    live[limit:] = False
+    if not bool(live.any()):
+        return torch.zeros_like(y)
+    s = sigma[live]
+    if measure == "singular_values":
+        slope = weight[live]
+    else:
+        mass = s if measure == "effective_rank" else s.square()
+        p = mass / mass.sum()
+        entropy = torch.special.entr(p).sum()
+        slope = -(p.log() + entropy) * entropy.exp() / mass.sum()
+        if measure != "effective_rank":
+            slope = 2 * s * slope
+    total: Tensor = ((q @ u[:, live]) * slope) @ vh[live]
+    return total
+
+
+def _fake_measure(
+    x: Tensor, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
+) -> Tensor:
+    last = (min(x.shape[-2], x.shape[-1]),) if measure == "singular_values" else ()
+    return torch.empty((*x.shape[:-2], *last), dtype=torch.float64, device=x.device)
+
+
+def _fake_gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("rgfast", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema, function, fake in (
+        (
+            "spectrum_measure(Tensor x, str measure, str centering, str precision, float rtol, str method, "
+            "str impl) -> Tensor",
+            value,
+            _fake_measure,
+        ),
+        (
+            "spectrum_gradient(Tensor x, Tensor grad, str measure, str centering) -> Tensor",
+            _gradient,
+            _fake_gradient,
+        ),
+    ):
+        name = schema.partition("(")[0]
+        library.define(schema)  # type: ignore[no-untyped-call]
+        library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"rgfast::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()  # the operators live as long as it does
