@@ -20,7 +20,7 @@ from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, VIEWS, Run, execute, plan
 from rgfast.files import write_atomically, write_text
-from rgfast.flow import Verdict, judge
+from rgfast.flow import Check, Verdict, judge
 from rgfast.validation import check_positive_int
 
 __all__ = ["Reproduction", "reproduce", "verdict_table"]
@@ -258,13 +258,28 @@ def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceCon
         for verdict in each:
             lines.append(f"  {verdict.status.upper():<15} {verdict.title}")
             lines.append(f"  {'':<15} {verdict.summary}")
-            for check in verdict.checks:
-                if not check.holds and verdict.status in ("partial", "not reproduced", "undertrained"):
-                    who = f"seed {check.seed}" if check.seed is not None else "all seeds"
-                    lines.append(
-                        f"  {'':<15}   missed, {who}: {check.name} = {check.value:.3g}, wanted {check.bar}"
-                    )
+            if verdict.status in ("partial", "not reproduced", "undertrained"):
+                lines += [f"  {'':<15}   missed, {line}" for line in _missed(verdict)]
             lines += [f"  {'':<15}   note: {note}" for note in verdict.notes]
         if chain == "two-scale":
             lines.append(f"  ({SETUP})")
     return "\n".join(lines)
+
+
+def _missed(verdict: Verdict) -> list[str]:
+    """One line for every check that fails, its seeds together."""
+    failed: dict[str, list[Check]] = {}
+    for check in verdict.checks:
+        if not check.holds:
+            failed.setdefault(check.name, []).append(check)
+    lines = []
+    for name, checks in failed.items():
+        who = (
+            "all seeds together"
+            if checks[0].seed is None
+            else f"seed {' '.join(str(c.seed) for c in checks)}"
+        )
+        values = ", ".join(f"{c.value:.3g}" for c in checks)
+        bars = ", ".join(dict.fromkeys(c.bar for c in checks))
+        lines.append(f"{who}: {name} = {values}, wanted {bars}")
+    return lines
