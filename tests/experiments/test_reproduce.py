@@ -179,3 +179,17 @@ def test_a_config_survives_json():
         assert ReproduceConfig.from_json(ReproduceConfig.preset(name).to_json()) == ReproduceConfig.preset(
             name
         )
+
+
+def test_one_length_two_chains_one_layer_one_seed(tmp_path):
+    """The smallest shapes go through verdicts and figures too."""
+    small = replace(TINY, chains=("two-scale", "lazy"), xi=(3.0,), seeds=(5,), depth=1)
+    done = rgfast.reproduce(config=small, out=tmp_path / "run", jobs=1, progress=False)
+    assert set(done.verdicts) == {"two-scale", "lazy"}
+    assert {p.name for p in done.out.glob("*.png")} == {
+        "order_parameter-two_scale.png",
+        "order_parameter-lazy.png",
+        "drift-two_scale.png",
+        "drift-lazy.png",
+    }
+    assert "two-scale, 1 seed, ξ = 3" in str(done)
