@@ -27,6 +27,39 @@ std::pair<std::int64_t, int> eigvalsh(const Tensor& a, const Tensor& values, int
   return {status.index, static_cast<int>(status.trouble)};
 }
 
+using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
+                                     const Info& info, int threads) {
+  const View in = view(x, "x", 3);
+  const View out = view(result, "result", solve ? 2 : 3);
+  checked_threads(threads);
+  if (in.ndim != 3) throw std::invalid_argument("x must have 3 dimensions, got " + std::to_string(in.ndim));
+  if (in.size(1) == 0 || in.size(2) == 0)
+    throw std::invalid_argument("x must have at least one sample and one feature");
+  const std::int64_t m = std::min(in.size(1), in.size(2));
+  bool fits = out.ndim == (solve ? 2 : 3) && out.size(0) == in.size(0) && out.dtype == DType::f64;
+  std::int64_t step = 1;
+  for (int dim = out.ndim - 1; fits && dim >= 0; --dim) {
+    fits = (dim == 0 || out.size(dim) == m) && (out.size(dim) == 1 || out.stride(dim) == step);
+    step *= out.size(dim);
+  }
+  if (!fits && in.size(0) != 0)
+    throw std::invalid_argument("result must be contiguous float64 of shape [b, m] or [b, m, m]");
+  const auto& [accumulated, exponent, limit] = info;
+  const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
+                                  reinterpret_cast<std::int64_t*>(exponent),
+                                  reinterpret_cast<std::int64_t*>(limit)};
+  auto* const to = reinterpret_cast<double*>(out.data);
+  spectrum::Status status;
+  const py::gil_scoped_release release;
+  if (solve)
+    status = spectrum::gram_eigenvalues(in, centred, to, told, threads);
+  else
+    spectrum::gram(in, centred, to, told, threads);
+  return {status.index, static_cast<int>(status.trouble)};
+}
+
 }  // namespace
 
 void register_spectrum(py::module_& m) {
@@ -34,6 +67,13 @@ void register_spectrum(py::module_& m) {
         "Ascending eigenvalues of a[..., d, d] into values[..., d]; returns the first matrix in trouble, or "
         "-1, "
         "and its trouble: 1 for NaN or infinity, 2 for no convergence.");
+  m.def(
+      "moments", &moments, py::arg("x"), py::arg("centred"), py::arg("solve"), py::arg("result"),
+      py::arg("info"), py::arg("threads"),
+      "fp64 second moments of x[b, n, d] on its smaller side, result[b, m, m], or with `solve` their "
+      "ascending "
+      "eigenvalues, result[b, m]. info: the addresses of what was accumulated (fp64), the exponents and the "
+      "rank limits (int64), b entries each. Returns what eigvalsh does.");
   m.def(
       "eigvalsh_workspace",
       [](bool fp64, std::int64_t d) {

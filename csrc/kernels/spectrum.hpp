@@ -23,4 +23,18 @@ Status eigvalsh(const View& a, const View& values, int threads);
 // Bytes of scratch that a thread takes for it.
 std::size_t eigvalsh_workspace(DType dtype, std::int64_t d);
 
+// Second moments of x[b, n, d], of any dtype, in fp64: x'x or x x', whichever is smaller, of x 2^-exponent
+// less its column means if `centred`. accumulated, exponent and rank_limit (int64) hold b entries each.
+struct MomentInfo {
+  double* accumulated;
+  std::int64_t* exponent;
+  std::int64_t* rank_limit;
+};
+
+// Full symmetric matrices into matrix[b, m, m], m = min(n, d), contiguous.
+void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, int threads);
+
+// Their ascending eigenvalues into values[b, m], contiguous, without forming them all.
+Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads);
+
 }  // namespace rgfast::spectrum

@@ -3,39 +3,14 @@
 
 #include "rgfast/simd-inl.hpp"
 
+#include "kernels/spectrum_range-inl.hpp"
+
 #include "kernels/spectrum_tridiagonal-inl.hpp"
 
 #include "kernels/spectrum_ql-inl.hpp"
 
 namespace rgfast {
 namespace RGFAST_NS {
-
-template <class T>
-struct Range;
-template <>
-struct Range<double> {
-  static constexpr double largest = __DBL_MAX__;
-  static constexpr double low = 0x1p-300;
-  static constexpr double high = 0x1p+300;
-  static RGFAST_INLINE int exponent(double x) {
-    int e = 0;
-    __builtin_frexp(x, &e);
-    return e;
-  }
-  static RGFAST_INLINE double power(int e) { return __builtin_ldexp(1.0, e); }
-};
-template <>
-struct Range<float> {
-  static constexpr float largest = __FLT_MAX__;
-  static constexpr float low = 0x1p-20F;
-  static constexpr float high = 0x1p+30F;
-  static RGFAST_INLINE int exponent(float x) {
-    int e = 0;
-    __builtin_frexpf(x, &e);
-    return e;
-  }
-  static RGFAST_INLINE float power(int e) { return __builtin_ldexpf(1.0F, e); }
-};
 
 // A power of two for every lane, as two factors: one alone may overflow.
 template <class T>
@@ -127,7 +102,9 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
     // A group that is not full repeats its first matrix.
     long long offsets[L];
     for (int lane = 0; lane < L; ++lane)
-      offsets[lane] = task.offsets[first + lane < task.count ? first + lane : first];
+      offsets[lane] =
+          task.offsets[(task.fill == nullptr ? first : 0) + (first + lane < task.count ? lane : 0)];
+    if (task.fill != nullptr) task.fill(task.context, first, task.count - first < L ? task.count - first : L);
     T largest[L];
     bad[count] = pack_lanes(task, offsets, packed, largest);
     int exponents[L];

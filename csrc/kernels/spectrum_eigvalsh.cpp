@@ -12,26 +12,24 @@
 #include "rgfast/foreach_target.hpp"
 
 namespace rgfast::spectrum {
-namespace {
-
-template <class T>
-EigenKernels<T> kernels();
 
 template <>
-EigenKernels<double> kernels<double>() {
+EigenKernels<double> active_eigen_kernels<double>() {
   static constexpr IsaTable<EigenKernels<double> (*)()> table = RGFAST_ISA_TABLE(eigen_kernels_double);
   return table.active()();
 }
 
 template <>
-EigenKernels<float> kernels<float>() {
+EigenKernels<float> active_eigen_kernels<float>() {
   static constexpr IsaTable<EigenKernels<float> (*)()> table = RGFAST_ISA_TABLE(eigen_kernels_float);
   return table.active()();
 }
 
+namespace {
+
 template <class T>
 Status solve(const View& a, const View& values, int threads) {
-  const EigenKernels<T> kernel = kernels<T>();
+  const EigenKernels<T> kernel = active_eigen_kernels<T>();
   const std::int64_t batch = a.batch(2);
   const std::int64_t n = a.size(-1);
   if (batch == 0 || n == 0) return {};
@@ -75,7 +73,8 @@ Status eigvalsh(const View& a, const View& values, int threads) {
 }
 
 std::size_t eigvalsh_workspace(DType dtype, std::int64_t d) {
-  return dtype == DType::f64 ? kernels<double>().lanes_workspace(d) : kernels<float>().lanes_workspace(d);
+  return dtype == DType::f64 ? active_eigen_kernels<double>().lanes_workspace(d)
+                             : active_eigen_kernels<float>().lanes_workspace(d);
 }
 
 }  // namespace rgfast::spectrum

@@ -3,9 +3,13 @@
 
 #include <cstddef>
 
+#include "rgfast/view.hpp"
+
 namespace rgfast::spectrum {
 
-// Up to `group` * kGroups matrices, each with its own place to read from and write to.
+// Up to `groups` groups of matrices, each with its own place to write to. They are read from a at their own
+// offsets; or, with `fill`, a group at a time from the same `lanes` offsets, after fill(context, first,
+// count) has put matrices first, first + 1, ... there.
 template <class T>
 struct EigenTask {
   const T* a;
@@ -19,6 +23,8 @@ struct EigenTask {
   long long values_stride;
   unsigned char* trouble;  // one per matrix: a Trouble
   void* workspace;
+  void (*fill)(void* context, int first, int count);
+  void* context;
 };
 
 template <class T>
@@ -27,6 +33,34 @@ struct EigenKernels {
   int groups;  // groups in one task
   std::size_t (*lanes_workspace)(long long n);
   void (*lanes_run)(const EigenTask<T>& task);
+};
+
+template <class T>
+EigenKernels<T> active_eigen_kernels();
+
+// The second moment of x[n, d] or of its transpose, whichever is smaller, as x'x in fp64.
+struct GramTask {
+  const void* x;
+  DType dtype;
+  long long n;
+  long long d;
+  long long row_stride;
+  long long column_stride;
+  bool centred;
+  double* c;  // lower triangle, column-major, a multiple of the lanes to a column
+  void* workspace;
+};
+
+struct GramResult {
+  double accumulated;    // squared norm of all that was summed: not finite exactly where x is not
+  int exponent;          // the data were taken times 2^-exponent
+  long long rank_limit;  // what the rank cannot exceed
+};
+
+struct GramKernels {
+  long long (*stride)(long long m);
+  std::size_t (*workspace)(const GramTask& task);
+  GramResult (*run)(const GramTask& task);
 };
 
 }  // namespace rgfast::spectrum

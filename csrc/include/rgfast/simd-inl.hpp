@@ -44,8 +44,25 @@ RGFAST_INLINE VecD load(const double* p) { return *reinterpret_cast<const LooseD
 RGFAST_INLINE VecF load(const float* p) { return *reinterpret_cast<const LooseF*>(p); }
 RGFAST_INLINE void store(double* p, VecD v) { *reinterpret_cast<LooseD*>(p) = v; }
 RGFAST_INLINE void store(float* p, VecF v) { *reinterpret_cast<LooseF*>(p) = v; }
-RGFAST_INLINE VecD broadcast(double x) { return VecD{} + x; }
-RGFAST_INLINE VecF broadcast(float x) { return VecF{} + x; }
+// Not `VecD{} + x`: adding to zero is an instruction, since it turns -0 into 0.
+RGFAST_INLINE VecD broadcast(double x) {
+#if RGFAST_SIMD == 64
+  return VecD{x, x, x, x, x, x, x, x};
+#elif RGFAST_SIMD == 32
+  return VecD{x, x, x, x};
+#else
+  return VecD{x, x};
+#endif
+}
+RGFAST_INLINE VecF broadcast(float x) {
+#if RGFAST_SIMD == 64
+  return VecF{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif RGFAST_SIMD == 32
+  return VecF{x, x, x, x, x, x, x, x};
+#else
+  return VecF{x, x, x, x};
+#endif
+}
 
 #if RGFAST_TARGET == RGFAST_TARGET_AVX512
 
@@ -195,6 +212,20 @@ RGFAST_INLINE VecF gather(const float* base, const long long* offsets) {
 }
 
 #endif
+
+// As many values as an fp64 vector has lanes.
+RGFAST_INLINE VecD load_wide(const double* p) { return load(p); }
+RGFAST_INLINE VecD load_wide(const float* p) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return _mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif RGFAST_TARGET == RGFAST_TARGET_AVX2
+  return _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  VecD v{};
+  for (int i = 0; i < Simd<double>::lanes; ++i) v[i] = static_cast<double>(p[i]);
+  return v;
+#endif
+}
 
 template <class Mask>
 RGFAST_INLINE bool any(Mask m) {

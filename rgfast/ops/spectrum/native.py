@@ -11,7 +11,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast import native
 
-__all__ = ["eigvalsh", "eigvalsh_supports"]
+__all__ = [
+    "eigvalsh",
+    "eigvalsh_supports",
+    "gram",
+    "gram_spectrum",
+    "gram_spectrum_supports",
+    "gram_supports",
+]
 
 _NOT_CONVERGED = 2
 _WORKSPACE_LIMIT = 64 << 20
@@ -45,3 +52,58 @@ def eigvalsh(a: Tensor) -> Tensor:
         where = f"matrix {place if len(place) > 1 else place[0]} of the batch" if place else "the matrix"
         raise LinAlgError(f"eigvalsh did not converge on {where}")
     return values
+
+
+def gram_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) -> str | None:
+    """None, or why the compiled second moment does not take `x[b, n, d]`."""
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, x is on {x.device.type}"
+    if dtype != torch.float64:
+        return "it computes in float64, and precision='single' asks for float32"
+    return None
+
+
+def gram_spectrum_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) -> str | None:
+    """None, or why the compiled moment and solver together do not take `x[b, n, d]`."""
+    if min(x.shape[-2:]) > 256:
+        return f"it takes up to 256 samples or features, x has {min(x.shape[-2:])} of the fewer"
+    return gram_supports(x, dtype=dtype)
+
+
+def gram(
+    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Second moments `[b, m, m]`, m = min(n, d), of `x[b, n, d]` and what bounds their error.
+
+    The same four as `reference.gram` returns, formed in the same tiles.
+    """
+    b, n, d = x.shape
+    matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64)
+    return matrix, *_moments(x, centering, matrix)
+
+
+def gram_spectrum(
+    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns."""
+    values = torch.empty((x.shape[0], min(x.shape[1:])), dtype=torch.float64)
+    return values, *_moments(x, centering, values)
+
+
+def _moments(x: Tensor, centering: str, result: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.detach()
+    accumulated = torch.empty(len(x), dtype=torch.float64)
+    exponent, limit = torch.empty((2, len(x)), dtype=torch.int64)
+    index, trouble = native.load().moments(
+        native.tensor(x),
+        centering == "mean",
+        result.dim() == 2,
+        native.tensor(result),
+        (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr()),
+        native.threads(),
+    )
+    if trouble == _NOT_CONVERGED:
+        raise LinAlgError(
+            f"the eigenvalues of the second moment did not converge on matrix {index} of the batch"
+        )
+    return accumulated, exponent, limit

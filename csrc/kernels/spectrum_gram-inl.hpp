@@ -1,0 +1,323 @@
+// The fp64 second moment of one matrix of samples, centred while it is packed. No include guard: see
+// foreach_target.hpp.
+
+#include "rgfast/simd-inl.hpp"
+
+#include "kernels/spectrum_range-inl.hpp"
+
+namespace rgfast {
+namespace RGFAST_NS {
+
+constexpr long long kGramTile = 256;  // terms per partial sum: part of the error bound that Python states
+// From one panel to the next; a power of two would put them all in the same sets of the cache.
+constexpr long long kPanel = (kGramTile + 1) * Simd<double>::lanes;
+
+inline double widen_half(unsigned short h) {
+  const unsigned exponent = (h >> 10) & 31U;
+  const unsigned wide = exponent == 31U ? 0x7F800000U | ((h & 1023U) << 13) : (h & 0x7FFFU) << 13;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof value);
+  const double scaled = exponent == 31U ? static_cast<double>(value) : static_cast<double>(value) * 0x1p112;
+  return (h & 0x8000U) != 0 ? -scaled : scaled;
+}
+
+inline double widen_brain(unsigned short h) {
+  const unsigned wide = static_cast<unsigned>(h) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof value);
+  return static_cast<double>(value);
+}
+
+// row[j] = x[j * stride] * scale, exactly: scale is a power of two, and 1 but for fp64.
+inline void widen_row(const void* x, DType dtype, long long stride, long long count, double scale,
+                      double* __restrict row) {
+  if (dtype == DType::f64) {
+    const double* const from = static_cast<const double*>(x);
+    if (stride == 1)
+      for (long long j = 0; j < count; ++j) row[j] = from[j] * scale;
+    else
+      for (long long j = 0; j < count; ++j) row[j] = from[j * stride] * scale;
+  } else if (dtype == DType::f32) {
+    const float* const from = static_cast<const float*>(x);
+    if (stride == 1)
+      for (long long j = 0; j < count; ++j) row[j] = static_cast<double>(from[j]);
+    else
+      for (long long j = 0; j < count; ++j) row[j] = static_cast<double>(from[j * stride]);
+  } else {
+    const unsigned short* const from = static_cast<const unsigned short*>(x);
+    if (dtype == DType::bf16)
+      for (long long j = 0; j < count; ++j) row[j] = widen_brain(from[j * stride]);
+    else
+      for (long long j = 0; j < count; ++j) row[j] = widen_half(from[j * stride]);
+  }
+}
+
+// c += a b' for R panels of rows and one panel of columns, c column-major.
+template <int R>
+RGFAST_INLINE void gram_block(const double* a, const double* b, long long terms, double* c, long long stride,
+                              bool first) {
+  constexpr int L = Simd<double>::lanes;
+  VecD sum[R][L];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < L; ++j) sum[r][j] = VecD{};
+  for (long long k = 0; k < terms; ++k) {
+    VecD row[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) row[r] = load(a + r * kPanel + k * L);
+#pragma GCC unroll 8
+    for (int j = 0; j < L; ++j) {
+      const VecD column = broadcast(b[k * L + j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][j] = fma(row[r], column, sum[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < L; ++j)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      double* const at = c + j * stride + r * L;
+      store(at, first ? sum[r][j] : load(at) + sum[r][j]);
+    }
+}
+
+// c += y'y for one tile of terms, lower triangle, from panels [panel][term][lane].
+inline void gram_tile(const double* panels, long long count, long long terms, double* c, long long stride,
+                      bool first) {
+  constexpr int L = Simd<double>::lanes;
+  for (long long i = 0; i < count;) {
+    const long long left = count - i;
+    const int rows = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
+    for (long long j = 0; j < i + rows; ++j) {
+      double* const at = c + j * L * stride + i * L;
+      if (rows == 3)
+        gram_block<3>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
+      else if (rows == 2)
+        gram_block<2>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
+      else
+        gram_block<1>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
+    }
+    i += rows;
+  }
+}
+
+inline long long gram_stride(long long m) {
+  constexpr long long L = Simd<double>::lanes;
+  return (m + L - 1) / L * L;
+}
+
+inline std::size_t gram_workspace(const spectrum::GramTask& task) {
+  const long long m = task.n < task.d ? task.n : task.d;
+  const long long panels = gram_stride(m) / Simd<double>::lanes * kPanel;
+  // Besides the panels: origin, mean and live columns, and a widened tile.
+  return sizeof(double) * static_cast<std::size_t>(panels + (3 + kGramTile) * gram_stride(task.d));
+}
+
+// Rows of the data that can be read a vector at a time: the data themselves, or a widened copy.
+template <class T>
+struct Rows {
+  const T* x;
+  long long stride;
+  double scale;
+
+  RGFAST_INLINE VecD vector(long long i, long long j, long long count) const {
+    constexpr int L = Simd<double>::lanes;
+    const T* const from = x + i * stride + j;
+    VecD v;
+    if (count >= L) {
+      v = load_wide(from);
+    } else {
+      double tail[L] = {};
+      for (int lane = 0; lane < count; ++lane) tail[lane] = static_cast<double>(from[lane]);
+      v = load(tail);
+    }
+    return sizeof(T) == sizeof(double) ? v * broadcast(scale) : v;
+  }
+};
+
+struct Moments {
+  double* panels;
+  double* origin;
+  double* mean;
+  double* live;
+  double* wide;
+  long long live_rows = 0;
+};
+
+// Adds the columns of `count` rows, less the origin, to the mean's sums.
+template <class T>
+inline void add_rows(const Rows<T>& rows, long long count, long long d, const Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  for (long long j = 0; j < d; j += L) {
+    const VecD origin = load(at.origin + j);
+    VecD sum[2] = {load(at.mean + j), VecD{}};
+    long long i = 0;
+    for (; i + 2 <= count; i += 2)
+      for (int c = 0; c < 2; ++c) sum[c] = sum[c] + (rows.vector(i + c, j, d - j) - origin);
+    if (i < count) sum[0] = sum[0] + (rows.vector(i, j, d - j) - origin);
+    store(at.mean + j, sum[0] + sum[1]);
+  }
+}
+
+template <class T>
+inline bool is_zero_row(const Rows<T>& rows, long long i, long long d, const Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  for (long long j = 0; j < d; j += L)
+    if (any(less(VecD{}, abs((rows.vector(i, j, d - j) - load(at.origin + j)) - load(at.mean + j)))))
+      return false;
+  return true;
+}
+
+// Terms are samples: rows become terms, L columns of them a panel.
+template <class T>
+inline void pack_tall(const Rows<T>& rows, long long count, long long d, Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  for (long long j = 0; j < d; j += L) {
+    const VecD origin = load(at.origin + j);
+    const VecD mean = load(at.mean + j);
+    double* const to = at.panels + j / L * kPanel;
+    for (long long i = 0; i < count; ++i) store(to + i * L, (rows.vector(i, j, d - j) - origin) - mean);
+  }
+  for (long long i = 0; i < count; ++i)
+    if (any(less(VecD{}, abs(load(at.panels + i * L)))) || !is_zero_row(rows, i, d, at)) ++at.live_rows;
+}
+
+// Terms are features [start, start + count): n samples, of which `done` came before, L to a panel.
+template <class T>
+inline void pack_wide(const Rows<T>& rows, long long n, long long done, long long start, long long count,
+                      const Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  double block[L * L];
+  for (long long i = 0; i < gram_stride(n); i += L) {
+    double* const to = at.panels + (done + i) / L * kPanel;
+    for (long long k = 0; k < count; k += L) {
+      const long long kept = count - k < L ? count - k : L;
+      VecD live = load(at.live + start + k);
+      for (int r = 0; r < L; ++r) {
+        VecD y{};
+        if (i + r < n)
+          y = (rows.vector(i + r, start + k, kept) - load(at.origin + start + k)) - load(at.mean + start + k);
+        live = live + abs(y);
+        store(block + r * L, y);
+      }
+      store(at.live + start + k, live);
+      for (long long c = 0; c < kept; ++c)
+        for (int r = 0; r < L; ++r) to[(k + c) * L + r] = block[r * L + c];
+    }
+  }
+}
+
+// Calls use(rows, count) for tiles of at most kGramTile rows.
+template <class Use>
+RGFAST_INLINE void for_row_tiles(const spectrum::GramTask& task, double scale, double* wide, const Use& use) {
+  const long long bytes = task.dtype == DType::f64 ? 8 : task.dtype == DType::f32 ? 4 : 2;
+  const bool direct = task.column_stride == 1 && bytes > 2;
+  for (long long start = 0; start < task.n; start += kGramTile) {
+    const long long count = task.n - start < kGramTile ? task.n - start : kGramTile;
+    const char* const from = static_cast<const char*>(task.x) + start * task.row_stride * bytes;
+    if (direct && bytes == 4) {
+      use(Rows<float>{reinterpret_cast<const float*>(from), task.row_stride, 1.0}, count);
+    } else if (direct) {
+      use(Rows<double>{reinterpret_cast<const double*>(from), task.row_stride, scale}, count);
+    } else {
+      const long long stride = gram_stride(task.d);
+      for (long long i = 0; i < count; ++i)
+        widen_row(from + i * task.row_stride * bytes, task.dtype, task.column_stride, task.d, 1.0,
+                  wide + i * stride);
+      use(Rows<double>{wide, stride, scale}, count);
+    }
+  }
+}
+
+inline double largest_magnitude(const spectrum::GramTask& task, double* wide) {
+  constexpr int L = Simd<double>::lanes;
+  VecD top{};
+  for_row_tiles(task, 1.0, wide, [&](const auto& rows, long long count) __attribute__((always_inline)) {
+    for (long long i = 0; i < count; ++i)
+      for (long long j = 0; j < task.d; j += L) top = max(top, abs(rows.vector(i, j, task.d - j)));
+  });
+  double found = 0.0;
+  for (int lane = 0; lane < L; ++lane) found = top[lane] > found ? top[lane] : found;
+  return found;
+}
+
+// Lower triangle of the smaller side's moment into task.c (column-major, stride gram_stride(m)); returns
+// what is needed to bound its error.
+inline spectrum::GramResult gram(const spectrum::GramTask& task) {
+  const long long n = task.n;
+  const long long d = task.d;
+  const bool tall = n >= d;
+  const long long m = tall ? d : n;
+  const long long stride = gram_stride(m);
+  const long long columns = gram_stride(d);
+  Moments at{};
+  at.panels = static_cast<double*>(task.workspace);
+  at.origin = at.panels + stride / Simd<double>::lanes * kPanel;
+  at.mean = at.origin + columns;
+  at.live = at.mean + columns;
+  at.wide = at.live + columns;
+  for (long long j = 0; j < 3 * columns; ++j) at.origin[j] = 0.0;
+
+  spectrum::GramResult result{};
+  double scale = 1.0;
+  if (task.dtype == DType::f64) {
+    const double top = largest_magnitude(task, at.wide);
+    if (top > 0.0 && top <= __DBL_MAX__) {
+      const int exponent = Range<double>::exponent(top);
+      result.exponent = exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
+      scale = Range<double>::power(-result.exponent);
+    }
+  }
+  if (task.centred) {
+    // The first row goes first: a constant column is then exactly zero, and the mean of the signal's size.
+    widen_row(task.x, task.dtype, task.column_stride, d, scale, at.origin);
+    for_row_tiles(task, scale, at.wide,
+                  [&](const auto& rows, long long count)
+                      __attribute__((always_inline)) { add_rows(rows, count, d, at); });
+    for (long long j = 0; j < d; ++j) {
+      at.mean[j] /= static_cast<double>(n);
+      result.accumulated += at.mean[j] * at.mean[j];
+    }
+    result.accumulated *= static_cast<double>(n);
+  }
+  bool first = true;
+  if (tall) {
+    for_row_tiles(task, scale, at.wide,
+                  [&](const auto& rows, long long count) __attribute__((always_inline)) {
+                    pack_tall(rows, count, d, at);
+                    gram_tile(at.panels, stride / Simd<double>::lanes, count, task.c, stride, first);
+                    first = false;
+                  });
+  } else {
+    for (long long start = 0; start < d; start += kGramTile) {
+      const long long count = d - start < kGramTile ? d - start : kGramTile;
+      long long done = 0;
+      for_row_tiles(task, scale, at.wide,
+                    [&](const auto& rows, long long some) __attribute__((always_inline)) {
+                      pack_wide(rows, some, done, start, count, at);
+                      done += some;
+                    });
+      gram_tile(at.panels, stride / Simd<double>::lanes, count, task.c, stride, first);
+      first = false;
+    }
+  }
+  long long live = 0;
+  for (long long j = 0; j < m; ++j) {
+    result.accumulated += task.c[j * stride + j];
+    live += task.c[j * stride + j] > 0.0 ? 1 : 0;
+  }
+  long long other = at.live_rows;
+  if (!tall)
+    for (long long j = 0; j < d; ++j) other += at.live[j] > 0.0 ? 1 : 0;
+  long long rows = tall ? other : live;
+  const long long cols = tall ? live : other;
+  if (task.centred && rows > 0) --rows;
+  result.rank_limit = rows < cols ? rows : cols;
+  return result;
+}
+
+inline spectrum::GramKernels gram_kernels() { return {&gram_stride, &gram_workspace, &gram}; }
+
+}  // namespace RGFAST_NS
+}  // namespace rgfast

@@ -1,0 +1,136 @@
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "kernels/spectrum.hpp"
+#include "kernels/spectrum_task.hpp"
+#include "rgfast/isa.hpp"
+#include "rgfast/parallel.hpp"
+#include "rgfast/workspace.hpp"
+
+#define RGFAST_TARGET_FILE "kernels/spectrum_gram-inl.hpp"
+#include "rgfast/foreach_target.hpp"
+
+namespace rgfast::spectrum {
+namespace {
+
+GramKernels grams() {
+  static constexpr IsaTable<GramKernels (*)()> table = RGFAST_ISA_TABLE(gram_kernels);
+  return table.active()();
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+GramTask task_for(const View& x, bool centred, std::int64_t index) {
+  GramTask task{};
+  task.x = x.data + x.batch_offset(index, 2) * static_cast<std::int64_t>(item_size(x.dtype));
+  task.dtype = x.dtype;
+  task.n = x.size(-2);
+  task.d = x.size(-1);
+  task.row_stride = x.stride(-2);
+  task.column_stride = x.stride(-1);
+  task.centred = centred;
+  return task;
+}
+
+void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
+  info.accumulated[index] = result.accumulated;
+  info.exponent[index] = result.exponent;
+  info.rank_limit[index] = result.rank_limit;
+}
+
+// Fills a buffer with the moments of one group of matrices.
+struct Source {
+  const GramKernels& kernel;
+  const View& x;
+  bool centred;
+  const MomentInfo& info;
+  std::int64_t first;
+  double* buffer;
+  std::int64_t size;
+  void* workspace;
+
+  void fill(int from, int count) const {
+    for (int i = 0; i < count; ++i) {
+      GramTask task = task_for(x, centred, first + from + i);
+      task.c = buffer + i * size;
+      task.workspace = workspace;
+      tell(info, first + from + i, kernel.run(task));
+    }
+  }
+};
+
+}  // namespace
+
+void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, int threads) {
+  const GramKernels kernel = grams();
+  const std::int64_t n = x.size(-2);
+  const std::int64_t d = x.size(-1);
+  const std::int64_t m = std::min(n, d);
+  const std::int64_t stride = kernel.stride(m);
+  parallel_for(x.batch(2), threads, [&](std::int64_t index, int) {
+    const std::size_t scratch = aligned(kernel.workspace(task_for(x, centred, 0)));
+    const Workspace workspace(scratch + sizeof(double) * static_cast<std::size_t>(stride * stride));
+    GramTask task = task_for(x, centred, index);
+    task.workspace = workspace.data();
+    task.c = reinterpret_cast<double*>(static_cast<std::byte*>(workspace.data()) + scratch);
+    tell(info, index, kernel.run(task));
+    double* const out = matrix + index * m * m;
+    constexpr std::int64_t kSide = 16;  // both triangles, by blocks that stay in the first-level cache
+    for (std::int64_t j0 = 0; j0 < m; j0 += kSide)
+      for (std::int64_t i0 = j0; i0 < m; i0 += kSide)
+        for (std::int64_t j = j0; j < std::min(j0 + kSide, m); ++j)
+          for (std::int64_t i = std::max(i0, j); i < std::min(i0 + kSide, m); ++i)
+            out[j * m + i] = out[i * m + j] = task.c[j * stride + i];
+  });
+}
+
+Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads) {
+  const GramKernels kernel = grams();
+  const EigenKernels<double> solver = active_eigen_kernels<double>();
+  const std::int64_t batch = x.batch(2);
+  const std::int64_t n = x.size(-2);
+  const std::int64_t d = x.size(-1);
+  const std::int64_t m = std::min(n, d);
+  const std::int64_t stride = kernel.stride(m);
+  const std::int64_t size = stride * stride;
+  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
+  const std::int64_t groups = (batch + solver.lanes - 1) / solver.lanes;
+  const std::int64_t each = std::clamp<std::int64_t>(groups / threads, 1, solver.groups) * solver.lanes;
+  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
+    const std::int64_t first = index * each;
+    const std::int64_t count = std::min(each, batch - first);
+    const std::size_t for_solver = aligned(solver.lanes_workspace(m));
+    const std::size_t for_gram = aligned(kernel.workspace(task_for(x, centred, 0)));
+    const Workspace workspace(for_solver + for_gram +
+                              sizeof(double) * static_cast<std::size_t>(solver.lanes * size));
+    auto* const bytes = static_cast<std::byte*>(workspace.data());
+    auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
+    Source source{kernel, x, centred, info, first, buffer, size, bytes + for_solver};
+    std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
+    for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
+    for (std::int64_t i = 0; i < count; ++i)
+      offsets[static_cast<std::size_t>(solver.lanes + i)] = (first + i) * m;
+    EigenTask<double> task{};
+    task.a = buffer;
+    task.values = values;
+    task.offsets = offsets.data();
+    task.values_offsets = offsets.data() + solver.lanes;
+    task.count = static_cast<int>(count);
+    task.n = m;
+    task.row_stride = 1;
+    task.column_stride = stride;
+    task.values_stride = 1;
+    task.trouble = trouble.data() + first;
+    task.workspace = bytes;
+    task.fill = [](void* context, int from, int some) { static_cast<Source*>(context)->fill(from, some); };
+    task.context = &source;
+    solver.lanes_run(task);
+  });
+  const auto found =
+      std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });
+  if (found == trouble.end()) return {};
+  return {found - trouble.begin(), static_cast<Trouble>(*found)};
+}
+
+}  // namespace rgfast::spectrum

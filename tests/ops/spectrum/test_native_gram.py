@@ -1,0 +1,215 @@
+"""The compiled second moment, and its eigenvalues, against extended precision and the reference."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rgfast
+from rgfast import native
+from rgfast.ops.spectrum import native as room
+from rgfast.ops.spectrum import reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [
+    (1, 1),
+    (1, 5),
+    (5, 1),
+    (2, 3),
+    (3, 2),
+    (16, 16),
+    (17, 33),
+    (33, 17),
+    (65, 8),
+    (300, 24),
+    (24, 300),
+    (515, 9),
+]
+UNIT = 2.0**-53
+
+
+@pytest.fixture(params=native.available_isas() or ("the module is not built",))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.use_isa(request.param):
+        yield request.param
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=draw, dtype=torch.float64)
+    return (x * torch.linspace(0.1, 2, shape[-1], dtype=torch.float64) + 3).to(dtype)
+
+
+def truth(x: Tensor, exponent: Tensor, centering: str) -> np.ndarray:
+    """The moments in extended precision of the data times 2**-exponent."""
+    wide = (
+        x.double().numpy().astype(np.longdouble)
+        * np.exp2(-exponent.numpy().astype(np.longdouble))[:, None, None]
+    )
+    if centering == "mean":
+        wide = wide - wide.mean(-2, keepdims=True)
+    left = wide if x.shape[-2] < x.shape[-1] else wide.transpose(0, 2, 1)
+    return np.stack([m @ m.T for m in left])
+
+
+@pytest.mark.parametrize("centering", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_within_the_bound_that_python_states(
+    isa: str, shape: tuple[int, int], dtype: torch.dtype, centering: str
+) -> None:
+    x = data(5, *shape, dtype=dtype, seed=shape[0])
+    matrix, accumulated, exponent, limit = room.gram(x, centering=centering)
+    m, terms = min(shape), max(shape)
+    assert matrix.shape == (5, m, m)
+    assert torch.equal(matrix, matrix.mT)
+    wrong = np.abs(matrix.numpy() - truth(x, exponent, centering)).max((-2, -1)).astype(np.float64)
+    chain = min(terms, reference.TILE + -(-terms // reference.TILE)) + 4
+    assert bool((torch.from_numpy(wrong) <= chain * UNIT * accumulated).all())
+    _, accumulated_too, exponent_too, limit_too = reference.gram(x, centering=centering)
+    torch.testing.assert_close(accumulated, accumulated_too, rtol=1e-12, atol=0)
+    assert torch.equal(exponent, exponent_too)
+    assert torch.equal(limit, limit_too)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_eigenvalues_are_those_of_the_moment(
+    isa: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = data(11, *shape, dtype=dtype, seed=shape[1])
+    values, accumulated, exponent, limit = room.gram_spectrum(x)
+    matrix, *rest = room.gram(x)
+    assert torch.equal(values, room.eigvalsh(matrix))
+    assert all(torch.equal(a, b) for a, b in zip((accumulated, exponent, limit), rest, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(isa: str, dtype: torch.dtype) -> None:
+    for n, d in ((23, 10), (10, 23), (16, 16)):
+        x = data(6, n, d, dtype=dtype)
+        want = room.gram_spectrum(x)
+        wide = torch.full((6, 2 * n, 3 * d), float("nan"), dtype=dtype)
+        wide[:, ::2, ::3] = x
+        views = [wide[:, ::2, ::3], x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)]
+        for view in views:
+            assert all(torch.equal(a, b) for a, b in zip(room.gram_spectrum(view), want, strict=True))
+        same = room.gram_spectrum(x[:1].expand(4, n, d))
+        assert all(torch.equal(a, b[:1].expand_as(a)) for a, b in zip(same, want, strict=True))
+        flat = room.gram_spectrum(x[:, :1].expand(6, n, d))  # every sample the same
+        assert bool((flat[0] == 0).all())
+        assert bool((flat[3] == 0).all())
+
+
+@pytest.mark.parametrize("shape", [(9, 40, 12), (37, 70, 33), (5, 300, 130), (3, 20, 300)])
+def test_bits_do_not_depend_on_threads_or_company(isa: str, shape: tuple[int, int, int]) -> None:
+    x = data(*shape, dtype=torch.float32)
+    x[1] *= 1e-20
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = room.gram_spectrum(x)
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(room.gram_spectrum(x), want, strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for i in range(0, shape[0], 2):
+        alone = room.gram_spectrum(x[i : i + 1])
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, want, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e150, 1e-150, 1e300, 1e-300])
+def test_scale_does_not_matter(isa: str, scale: float) -> None:
+    x = data(3, 40, 12)
+    values, _, exponent, _ = room.gram_spectrum(x * scale)
+    want = room.gram_spectrum(x)
+    moved = values.log2() + 2 * exponent[:, None]
+    want_moved = want[0].log2() + 2 * want[2][:, None] + 2 * np.log2(scale)
+    torch.testing.assert_close(moved, want_moved, rtol=0, atol=1e-9)
+
+
+def test_an_offset_costs_nothing(isa: str) -> None:
+    x = data(4, 200, 16) - 3
+    plain, _, small, _ = room.gram_spectrum(x)
+    shifted, _, large, _ = room.gram_spectrum(x + 1e4)
+    # Adding 1e4 itself rounds the data by 1e-12.
+    units = (4.0 ** (large - small).double())[:, None]
+    torch.testing.assert_close(shifted * units, plain, rtol=1e-10, atol=0)
+
+
+def test_dead_and_constant_columns_are_exact_zeros(isa: str) -> None:
+    x = data(3, 50, 9, dtype=torch.float32)
+    x[..., 4] = 0.1
+    x[..., 7] = 0
+    matrix, _, _, limit = room.gram(x)
+    for column in (4, 7):
+        assert bool((matrix[:, column] == 0).all())
+    assert limit.tolist() == [7, 7, 7]
+    assert room.gram(x, centering="none")[3].tolist() == [8, 8, 8]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_nonfinite_data_are_reported_and_spoil_no_neighbour(
+    isa: str, bad: float, shape: tuple[int, int]
+) -> None:
+    x = data(12, *shape, dtype=torch.float32)
+    want = room.gram_spectrum(x)[0]
+    x[7, 3, 2] = bad
+    values, accumulated, _, _ = room.gram_spectrum(x)
+    assert torch.isfinite(accumulated).tolist() == [i != 7 for i in range(12)]
+    others = [i for i in range(12) if i != 7]
+    assert torch.equal(values[others], want[others])
+    with pytest.raises(ValueError, match="matrix 7"):
+        rgfast.effective_rank(x, impl="native")
+
+
+def test_half_precision_is_widened_exactly() -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = bits.view(dtype)
+        every = every[torch.isfinite(every)]
+        x = every.abs()[None, :, None]
+        if dtype == torch.bfloat16:
+            x = x[:, (x[0, :, 0] > 1e-15) & (x[0, :, 0] < 1e15)]
+        for value in x[0, ::97, 0]:
+            got = room.gram(value.reshape(1, 1, 1), centering="none")[0]
+            assert float(got) == float(value) ** 2
+
+
+def test_what_is_not_supported_says_why() -> None:
+    x = data(2, 5, 3)
+    assert room.gram_supports(x) is None
+    assert "float32" in str(room.gram_supports(x, dtype=torch.float32))
+    assert "meta" in str(room.gram_supports(x.to("meta")))
+    with pytest.raises(rgfast.ImplUnavailable, match="precision='single'"):
+        rgfast.effective_rank(x, precision="single", impl="native")
+
+
+def test_auto_takes_the_compiled_path_and_agrees_with_the_reference() -> None:
+    x = data(7, 60, 20, dtype=torch.float32)
+    with rgfast.record() as log:
+        rank = rgfast.effective_rank(x)
+        ratio = rgfast.participation_ratio(x)
+    assert [(entry.op, entry.impl) for entry in log] == [("spectrum", "native"), ("gram", "native")]
+    torch.testing.assert_close(rank, rgfast.effective_rank(x, impl="reference"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ratio, rgfast.participation_ratio(x, impl="reference"), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "result", "solve", "said"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3, 3), True, "x must have from 3"),
+        (torch.zeros(2, 0, 4), torch.zeros(2, 0), True, "at least one sample"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3), True, "result must be contiguous float64"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4, 4, dtype=torch.float64), False, "result must be contiguous"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 6, dtype=torch.float64)[:, ::2], True, "result must be"),
+    ],
+)
+def test_the_binding_checks(x: Tensor, result: Tensor, solve: bool, said: str) -> None:
+    info = torch.zeros(6, dtype=torch.int64).data_ptr()
+    with pytest.raises(ValueError, match=said):
+        native.load().moments(native.tensor(x), True, solve, native.tensor(result), (info, info, info), 1)
