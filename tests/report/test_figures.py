@@ -1,0 +1,75 @@
+import matplotlib as mpl
+import numpy as np
+import pytest
+import xarray as xr
+
+from rgfast.report.figures import (
+    COLOURS,
+    CONTROLS,
+    plot_drift_by_transition,
+    plot_order_parameter,
+    save_figure,
+)
+
+VIEWS = ["visible", "masked"]
+STAGES = ["trained", *CONTROLS, "untrained"]
+
+
+@pytest.fixture
+def result():
+    rng = np.random.default_rng(0)
+    shape = (1, 2, 3, len(STAGES), len(VIEWS))
+    rank = 5 + rng.random((*shape, 5))
+    drift = rng.random((*shape, 4))
+    rank[..., 1, 0], drift[..., 1, 0] = 0, np.nan
+    dims = ("chain", "xi", "seed", "stage", "view")
+    return xr.Dataset(
+        {"effective_rank": ((*dims, "layer"), rank), "kernel_drift": ((*dims, "transition"), drift)},
+        coords={
+            "chain": ["two-scale"],
+            "xi": [1.0, 7.0],
+            "seed": [0, 1, 2],
+            "stage": STAGES,
+            "view": VIEWS,
+            "layer": np.arange(5),
+            "transition": np.arange(4),
+        },
+    )
+
+
+def lines(axes, colour):
+    return [line for line in axes.lines if mpl.colors.same_color(line.get_color(), colour)]
+
+
+def test_order_parameter_draws_means_seeds_and_controls(result):
+    figure = plot_order_parameter(result, "two-scale")
+    for axes, view in zip(figure.axes, VIEWS, strict=True):
+        first = 0 if view == "visible" else 1
+        for xi, colour in zip((1.0, 7.0), COLOURS, strict=False):
+            mean, *seeds = lines(axes, colour)
+            truth = result.effective_rank.sel(xi=xi, stage="trained", view=view, chain="two-scale")
+            np.testing.assert_allclose(mean.get_ydata(), truth.mean("seed").values[first:])
+            assert len(seeds) == 3
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert any("i.i.d." in label for label in labels)
+        assert axes.get_xlabel().startswith("layer")
+    assert figure.axes[0].get_ylabel() == "effective rank (dimensions)"
+
+
+def test_drift_is_logarithmic_and_starts_where_it_is_defined(result):
+    figure = plot_drift_by_transition(result, "two-scale")
+    visible, masked = figure.axes
+    assert visible.get_yscale() == masked.get_yscale() == "log"
+    assert lines(visible, COLOURS[0])[0].get_xdata()[0] == 0
+    assert lines(masked, COLOURS[0])[0].get_xdata()[0] == 1
+
+
+def test_a_seed_without_a_positive_drift_leaves_a_gap_and_no_warning(result):
+    result.kernel_drift[:] = 0.0
+    save = plot_drift_by_transition(result, "two-scale")
+    assert save.axes[0].lines
+
+
+def test_save_figure_writes_a_png(result, tmp_path):
+    save_figure(plot_order_parameter(result, "two-scale"), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
