@@ -29,12 +29,17 @@ def _parser() -> argparse.ArgumentParser:
         "an interrupted experiment goes on where it was.",
     )
     source = reproduce.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=("quick", "full"), help="set-up to run (default: quick)")
+    source.add_argument(
+        "--preset", choices=("quick", "full", "sequel"), help="set-up to run (default: quick)"
+    )
     source.add_argument("--config", metavar="FILE", help="repeat the run that this config.json records")
     reproduce.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds, e.g. 0 1 2")
     reproduce.add_argument("--xi", type=float, nargs="+", metavar="XI", help="correlation lengths, e.g. 1 7")
     reproduce.add_argument(
-        "--chain", nargs="+", metavar="LABEL", help="chains, e.g. two-scale two-scale:r=30 lazy"
+        "--chain",
+        nargs="+",
+        metavar="LABEL",
+        help="chains, e.g. two-scale two-scale:r=30 lazy, or one matrix.npy (its own xi is used)",
     )
     reproduce.add_argument("--jobs", type=int, metavar="N", help="processes at once (default: one per core)")
     reproduce.add_argument("--out", metavar="DIR", help="output folder (default: runs/reproduce-PRESET)")

@@ -13,14 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgfast.chains import MarkovChain, captured_fraction
-from rgfast.masking import balanced_mask, iid_mask
+from rgfast.masking import balanced_mask, corrupt, exact_mask, iid_mask
 from rgfast.stack import MaskedTokenModel
-from rgfast.validation import check_positive_int
+from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["TrainingConfig", "TrainingLog", "captured", "seeded_generator", "train"]
 
-Stream = Literal["weights", "tokens", "masks", "targets", "evaluation", "probe"]
-_STREAMS: tuple[Stream, ...] = ("weights", "tokens", "masks", "targets", "evaluation", "probe")
+Stream = Literal["weights", "tokens", "masks", "targets", "evaluation", "probe", "corruption"]
+_STREAMS: tuple[Stream, ...] = (
+    "weights", "tokens", "masks", "targets", "evaluation", "probe", "corruption",
+)  # fmt: skip
+Masking = Literal["iid", "exact"]
+Replacement = Literal["mask", "bert"]
 
 
 def seeded_generator(seed: int, stream: Stream) -> torch.Generator:
@@ -40,6 +44,11 @@ class TrainingConfig:
 
     ``mask_rate`` is the chance of each position to be hidden (at least one per sequence is); the loss is the
     cross-entropy at hidden positions. Fresh sequences at every step.
+
+    ``masking="exact"`` hides exactly ``round(mask_rate * T)`` positions of each sequence (at least one).
+    ``mask_rate_max`` draws each sequence's own rate uniformly between ``mask_rate`` and it (``"iid"`` only).
+    ``replacement="bert"`` shows 80% of the hidden tokens as MASK, 10% as a random token and 10% as they are,
+    in training alone: evaluation and probes show MASK for all, so that the exact Bayes posterior applies.
     """
 
     steps: int = 600
@@ -51,6 +60,9 @@ class TrainingConfig:
     mask_rate: float = 0.2
     log_every: int = 50
     log_sequences: int = 512
+    masking: Masking = "iid"
+    replacement: Replacement = "mask"
+    mask_rate_max: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every", "log_sequences"):
@@ -65,6 +77,21 @@ class TrainingConfig:
             raise ValueError(f"mask_rate must lie between 0 and 1, got {self.mask_rate}")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"final_lr_fraction must lie in [0, 1], got {self.final_lr_fraction}")
+        check_choice(self.masking, "masking", ("iid", "exact"))
+        check_choice(self.replacement, "replacement", ("mask", "bert"))
+        if self.mask_rate_max is not None:
+            if not self.mask_rate <= self.mask_rate_max <= 1:
+                raise ValueError(
+                    f"mask_rate_max must lie between mask_rate {self.mask_rate:g} and 1, "
+                    f"got {self.mask_rate_max}"
+                )
+            if self.masking != "iid":
+                raise ValueError(f"mask_rate_max needs masking='iid', got {self.masking!r}")
+
+    @property
+    def mean_mask_rate(self) -> float:
+        """The expected share of hidden positions, at which training is evaluated."""
+        return self.mask_rate if self.mask_rate_max is None else (self.mask_rate + self.mask_rate_max) / 2
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, …"""
@@ -73,6 +100,19 @@ class TrainingConfig:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+
+    def draw_mask(self, n: int, length: int, generator: torch.Generator) -> Tensor:
+        """The mask of a training batch, bool ``[n, length]``, True where hidden."""
+        if self.masking == "exact":
+            return exact_mask(n, length, min(length, max(1, round(self.mask_rate * length))), generator)
+        if self.mask_rate_max is None:
+            return iid_mask(n, length, self.mask_rate, generator)
+        low, high = self.mask_rate, self.mask_rate_max
+        rate = low + (high - low) * torch.rand(n, 1, dtype=torch.float64, generator=generator)
+        mask = torch.rand(n, length, dtype=torch.float64, generator=generator) < rate
+        spare = torch.randint(length, (n,), generator=generator)
+        mask[torch.arange(n), spare] |= ~mask.any(1)
+        return mask
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,22 +173,24 @@ def train(
     tokens_from = seeded_generator(seed, "tokens")
     masks_from = seeded_generator(seed, "masks")
     targets_from = seeded_generator(seed, "targets")
+    corruption = seeded_generator(seed, "corruption")
     evaluation = seeded_generator(seed, "evaluation")
     eval_tokens = chain.sample(config.log_sequences, model.length, evaluation)
-    eval_mask = balanced_mask(config.log_sequences, model.length, config.mask_rate, evaluation)
+    eval_mask = balanced_mask(config.log_sequences, model.length, config.mean_mask_rate, evaluation)
 
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     rows: list[tuple[int, float, float]] = []
     model.train()
     for step in range(config.steps):
         tokens = chain.sample(config.batch, model.length, tokens_from)
-        mask = iid_mask(config.batch, model.length, config.mask_rate, masks_from)
+        mask = config.draw_mask(config.batch, model.length, masks_from)
         targets = tokens
         if permute_targets:
             targets = tokens[torch.randperm(config.batch, generator=targets_from)]
         for group in optimiser.param_groups:
             group["lr"] = config.lr_at(step)
-        logits = model(tokens.masked_fill(mask, model.mask_token))
+        shown = corrupt(tokens, mask, model.mask_token, model.states, config.replacement, corruption)
+        logits = model(shown)
         loss = F.cross_entropy(logits[mask], targets[mask])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rgfast.chains import MarkovChain
-from rgfast.stack import ACTIVATIONS, MIXINGS, NORMS, Activation, Mixing, Norm
+from rgfast.stack import ACTIVATIONS, MODEL_MIXINGS, NORMS, Activation, ModelMixing, Norm
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice, check_positive_int
 
@@ -24,7 +24,10 @@ class ReproduceConfig:
     """The set-up of the experiment; the defaults are the default set-up (preset ``full``).
 
     Two configurations that are equal give the same numbers bit for bit on the same machine and versions.
-    ``chains`` are labels of :meth:`MarkovChain.from_label`; ``xi`` correlation lengths in steps.
+    ``chains`` are labels of :meth:`MarkovChain.from_label`; ``xi`` correlation lengths in steps. With
+    ``matrix``, the rows of a transition matrix, there is one chain, its label is free, and ``states`` and
+    ``xi`` are those of the matrix (:meth:`with_matrix` sets all of them). ``window`` is read by
+    ``mixing="window"`` alone.
     """
 
     chains: tuple[str, ...] = ("two-scale",)
@@ -35,7 +38,7 @@ class ReproduceConfig:
     width: int = 16
     depth: int = 8
     hidden: int = 64
-    mixing: Mixing = "mixer"
+    mixing: ModelMixing = "mixer"
     norm: Norm = "layer"
     activation: Activation = "gelu"
     w2_scale: float = 0.0
@@ -44,9 +47,11 @@ class ReproduceConfig:
     final_norm: bool = True
     training: TrainingConfig = field(default_factory=TrainingConfig)
     probe_sequences: int = 2048
+    window: int = 2
+    matrix: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("states", "length", "width", "depth", "hidden", "probe_sequences"):
+        for name in ("states", "length", "width", "depth", "hidden", "probe_sequences", "window"):
             check_positive_int(getattr(self, name), name)
         for name in ("chains", "xi", "seeds"):
             values = getattr(self, name)
@@ -60,23 +65,63 @@ class ReproduceConfig:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise ValueError(f"seeds must be whole numbers >= 0, got {seed!r}")
-        check_choice(self.mixing, "mixing", MIXINGS)
+        check_choice(self.mixing, "mixing", MODEL_MIXINGS)
         check_choice(self.norm, "norm", NORMS)
         check_choice(self.activation, "activation", ACTIVATIONS)
-        for chain in self.chains:
+        if self.matrix is not None:
+            self._check_matrix(self.matrix)
+        for label in self.chains:
             for xi in self.xi:
-                MarkovChain.from_label(chain, xi, self.states)
-        hidden_rows = self.probe_sequences * self.training.mask_rate
-        if hidden_rows < 16 * self.width:
-            need = math.ceil(16 * self.width / self.training.mask_rate)
+                self.chain(label, xi)
+        hidden_rows, least = self.probe_sequences * self.training.mask_rate, 16 * self.stream_width
+        if hidden_rows < least:
+            need = math.ceil(least / self.training.mask_rate)
             raise ValueError(
-                f"probe_sequences must give at least 16 * width = {16 * self.width} hidden rows a position "
+                f"probe_sequences must give at least 16 * width = {least} hidden rows a position "
                 f"(so {need} or more at mask_rate {self.training.mask_rate:g}), got {self.probe_sequences}"
             )
 
+    def _check_matrix(self, matrix: tuple[tuple[float, ...], ...]) -> None:
+        chain = MarkovChain(matrix)
+        xi = chain.correlation_length
+        if len(self.chains) != 1 or len(self.xi) != 1 or not math.isclose(self.xi[0], xi, rel_tol=1e-9):
+            raise ValueError(
+                f"matrix must come with one chain and its correlation length {xi:.12g} as xi, "
+                f"got chains {list(self.chains)} and xi {list(self.xi)}"
+            )
+        if self.states != chain.states:
+            raise ValueError(f"states must be the matrix's {chain.states}, got {self.states}")
+
+    @property
+    def stream_width(self) -> int:
+        """Features of the residual stream: ``width``, or that of a window's tokens side by side."""
+        return self.width * (2 * self.window + 1) if self.mixing == "window" else self.width
+
+    def chain(self, label: str, xi: float) -> MarkovChain:
+        """The chain of one cell; ``iid`` is the control of any chain."""
+        if self.matrix is not None and label in self.chains:
+            return MarkovChain(self.matrix, label)
+        return MarkovChain.from_label(label, xi, self.states)
+
+    def with_matrix(self, path: str | Path) -> ReproduceConfig:
+        """This configuration on the chain whose transition matrix the ``.npy`` file ``path`` holds.
+
+        The matrix itself goes into the configuration, so that its JSON repeats the run without the file.
+        Raises what :meth:`MarkovChain.from_npy` raises, and ValueError for a chain without a finite ξ > 0.
+        """
+        chain = MarkovChain.from_npy(path)
+        rows = tuple(tuple(float(p) for p in row) for row in chain.transition.tolist())
+        return replace(
+            self,
+            chains=(Path(path).stem,),
+            xi=(chain.correlation_length,),
+            states=chain.states,
+            matrix=rows,
+        )
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ReproduceConfig:
-        """The configuration called ``name`` (``quick`` or ``full``) with ``changes`` to its fields."""
+        """The preset ``name`` (``quick``, ``full`` or ``sequel``) with ``changes`` to its fields."""
         check_choice(name, "preset", PRESETS)
         return replace(PRESETS[name], **changes)
 
@@ -107,6 +152,8 @@ class ReproduceConfig:
                 if not isinstance(data[name], list):
                     raise ValueError(f"{source}: {name} must be a list, got {data[name]!r}")
                 data[name] = tuple(data[name])
+        if data.get("matrix") is not None:
+            data["matrix"] = _as_rows(data["matrix"], f"{source}: matrix")
         if "xi" in data:
             data["xi"] = as_floats(data["xi"], f"{source}: xi")
         try:
@@ -131,7 +178,36 @@ def as_floats(values: Sequence[Any], name: str) -> tuple[float, ...]:
         raise ValueError(f"{name} must be numbers, got {list(values)!r}") from error
 
 
+def _as_rows(value: Any, name: str) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        raise ValueError(f"{name} must be a list of rows, got {value!r}")
+    return tuple(as_floats(row, name) for row in value)
+
+
+# What is known of arXiv 2607.15449; the rest (mixing, norm placement, embeddings, zero W2) is ours. A one-hot
+# input followed by a learned linear map is what the token embedding is. A final_lr_fraction of 1 without
+# warm-up is a constant rate, and AdamW without decay is Adam.
+SEQUEL = ReproduceConfig(
+    xi=(1.2, 6.7),
+    length=64,
+    width=64,
+    depth=6,
+    hidden=256,
+    training=TrainingConfig(
+        steps=10_000,
+        batch=32,
+        lr=3e-4,
+        warmup=0,
+        final_lr_fraction=1.0,
+        mask_rate=0.15,
+        replacement="bert",
+        log_every=500,
+    ),
+    probe_sequences=8192,
+)
+
 PRESETS = {
     "full": ReproduceConfig(seeds=(0, 1, 2, 3, 4)),
     "quick": ReproduceConfig(depth=6, hidden=32, training=TrainingConfig(lr=5e-3)),
+    "sequel": SEQUEL,
 }

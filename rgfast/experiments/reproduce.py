@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
-from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, VIEWS, Run, execute, plan
+from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, plan, views_of
 from rgfast.files import write_atomically, write_text
 from rgfast.flow import Check, Verdict, judge
 from rgfast.validation import check_positive_int
@@ -56,9 +56,11 @@ def reproduce(
     """Run the experiment; its verdicts and numbers, also written as JSON, NetCDF, CSV and figures.
 
     Args:
-        preset: ``"quick"`` (3 seeds, 6 layers; the default) or ``"full"`` (5 seeds, 8 layers).
+        preset: ``"quick"`` (3 seeds, 6 layers; the default), ``"full"`` (5 seeds, 8 layers) or ``"sequel"``
+            (the size of arXiv 2607.15449; hours).
         seeds, xi, chains: instead of the preset's; chains are labels such as ``"two-scale"``,
-            ``"two-scale:r=30"``, ``"lazy"``.
+            ``"two-scale:r=30"``, ``"lazy"``, or one ``.npy`` file with a transition matrix, whose own
+            correlation length is then the ξ.
         config: a :class:`ReproduceConfig` or the path of a recorded ``config.json``, instead of a preset.
         out: the output folder, default ``runs/reproduce-<preset>``: ``verdict.json``, ``result.nc``,
             ``summary.csv``, PNGs and the ``config.json`` to repeat it. Finished runs that it holds are kept,
@@ -105,6 +107,15 @@ def _configuration(
         changes["seeds"] = tuple(seeds)
     if xi is not None:
         changes["xi"] = as_floats(xi, "xi")
+    files = [label for label in chains or () if str(label).endswith(".npy")]
+    if files:
+        if len(files) != len(chains or ()) or len(files) > 1:
+            raise ValueError(f"chains must be labels or one .npy file, got {list(chains or ())}")
+        if xi is not None:
+            raise ValueError(
+                f"xi must not be given with {files[0]}: it is that of the matrix, got {list(xi)}"
+            )
+        return replace(base, **changes).with_matrix(files[0])
     if chains is not None:
         changes["chains"] = tuple(chains)
     return replace(base, **changes) if changes else base
@@ -167,7 +178,7 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
         xi=list(config.xi),
         seed=list(config.seeds),
         stage=list(STAGES),
-        view=list(VIEWS),
+        view=list(views_of(config)),
     )
     ordered.attrs = {
         "format": "rgfast.reproduce/1",
@@ -229,13 +240,19 @@ def _write(
         save_figure(plot_drift_by_transition(dataset, chain), folder / f"drift{suffix}.png")
     document = {
         "format": "rgfast.verdict/1",
-        "setup": SETUP if config.chains == ("two-scale",) else "in the set-up that config.json records",
+        "setup": SETUP if _is_default(config) else "in the set-up that config.json records",
         "verdicts": {chain: [_plain(v.to_dict()) for v in each] for chain, each in verdicts.items()},
         "config": json.loads(config.to_json()),
     }
     write_text(
         folder / "verdict.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
+
+
+def _is_default(config: ReproduceConfig) -> bool:
+    """Whether this is the set-up that was selected because it reproduces, at any ξ and seeds."""
+    same = {"seeds": config.seeds, "xi": config.xi}
+    return any(config == ReproduceConfig.preset(name, **same) for name in ("quick", "full"))
 
 
 def _plain(value: Any) -> Any:
@@ -261,7 +278,7 @@ def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceCon
             if verdict.status in ("partial", "not reproduced", "undertrained"):
                 lines += [f"  {'':<15}   missed, {line}" for line in _missed(verdict)]
             lines += [f"  {'':<15}   note: {note}" for note in verdict.notes]
-        if chain == "two-scale":
+        if _is_default(config):
             lines.append(f"  ({SETUP})")
     return "\n".join(lines)
 

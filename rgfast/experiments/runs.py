@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import xarray as xr
 
-from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.files import write_atomically
 from rgfast.masking import balanced_mask
@@ -26,6 +25,8 @@ Stage = Literal["trained", "control_iid", "control_permuted", "untrained"]
 STAGES: tuple[Stage, ...] = ("trained", "control_iid", "control_permuted", "untrained")
 VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
 RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank")
+# The flattened view holds moments of (T * width) squared numbers a layer; above this it is left out.
+WIDEST_FLATTENED = 1024
 DRIFTS = ("kernel_drift", "kernel_change")
 
 
@@ -59,6 +60,12 @@ def plan(config: ReproduceConfig) -> list[Run]:
     return runs
 
 
+def views_of(config: ReproduceConfig) -> tuple[str, ...]:
+    """The views that a run of this size is probed in."""
+    wide = config.length * config.stream_width > WIDEST_FLATTENED
+    return tuple(view for view in VIEWS if view != "flattened" or not wide)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread inside, so that results do not depend on how many runs go at once."""
@@ -82,6 +89,7 @@ def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
         norm=config.norm,
         activation=config.activation,
         w2_scale=config.w2_scale,
+        window=config.window,
         token_std=config.token_std,
         position_std=config.position_std,
         final_norm=config.final_norm,
@@ -104,7 +112,7 @@ def _train(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> Traini
         model.eval()
         return None
     label, xi = ("iid", 1.0) if run.stage == "control_iid" else run.probed[0]
-    chain = MarkovChain.from_label(label, xi, config.states)
+    chain = config.chain(label, xi)
     return train(
         model, chain, config.training, seed=run.seed, permute_targets=run.stage == "control_permuted"
     )
@@ -118,12 +126,12 @@ def _probe(
     label: str,
     xi: float,
 ) -> xr.Dataset:
-    chain = MarkovChain.from_label(label, xi, config.states)
+    chain = config.chain(label, xi)
     generator = seeded_generator(run.seed, "probe")
     tokens = chain.sample(config.probe_sequences, config.length, generator)
     mask = balanced_mask(config.probe_sequences, config.length, config.training.mask_rate, generator)
     batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
-    result = probe(model, batch, mask="mask", views=VIEWS, progress=False)
+    result = probe(model, batch, mask="mask", views=views_of(config), progress=False)
     fraction = captured(model, chain, tokens, mask)
     return _labelled(config, run, result, fraction, log, label, xi)
 
@@ -137,11 +145,11 @@ def _labelled(
     label: str,
     xi: float,
 ) -> xr.Dataset:
-    where = ("chain", "xi", "seed", "stage")
+    where, views = ("chain", "xi", "seed", "stage"), views_of(config)
     data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for measures, along in ((RANKS, "layer"), (DRIFTS, "transition")):
         for measure in measures:
-            values = np.stack([np.asarray(result.order_parameter(view, measure)) for view in VIEWS])
+            values = np.stack([np.asarray(result.order_parameter(view, measure)) for view in views])
             data[measure] = ((*where, "view", along), values[None, None, None, None])
     by_position = np.stack([np.asarray(result.by_position("effective_rank", view)) for view in VIEWS[:3]])
     data["effective_rank_by_position"] = (
@@ -154,7 +162,7 @@ def _labelled(
         "xi": [xi],
         "seed": [run.seed],
         "stage": [run.stage],
-        "view": list(VIEWS),
+        "view": list(views),
         "positional_view": list(VIEWS[:3]),
         "layer": np.arange(config.depth + 1),
         "transition": np.arange(config.depth),
