@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -353,17 +354,25 @@ def _chain_control(runs: _Runs, short: float, long: float) -> Verdict | None:
     return Verdict("control", title, _status(checks, core), summary, tuple(checks))
 
 
-def judge(result: xr.Dataset, chain: str, bars: Thresholds | None = None) -> tuple[Verdict, ...]:
+def judge(
+    result: xr.Dataset | str | Path, chain: str | None = None, bars: Thresholds | None = None
+) -> tuple[Verdict, ...]:
     """All verdicts on one chain of a saved result.
 
+    ``result`` is the dataset or the path of a ``result.nc``; ``chain`` may be left out where it holds one.
     Finding (i) and (iii) are judged at the smallest ξ, (ii) between the smallest and the largest; with a
     single ξ there is no (ii). A run under ``bars.captured`` gets no verdict and is left out of the others.
 
     Raises ValueError where the chain or a variable that is needed is not in ``result``.
     """
-    if chain not in result.chain.values:
-        have = ", ".join(str(c) for c in result.chain.values)
-        raise ValueError(f"chain must be one of those in the result ({have}), got {chain!r}")
+    if isinstance(result, (str, Path)):
+        with xr.open_dataset(result, engine="h5netcdf") as opened:
+            return judge(opened.load(), chain, bars)
+    chains = [str(c) for c in result.chain.values]
+    if chain is None and len(chains) == 1:
+        chain = chains[0]
+    if chain is None or chain not in chains:
+        raise ValueError(f"chain must be one of those in the result ({', '.join(chains)}), got {chain!r}")
     for name in ("effective_rank", "kernel_drift", "kernel_change", "captured"):
         if name not in result:
             raise ValueError(

@@ -92,6 +92,7 @@ def test_result_file_holds_the_dataset_and_judges_the_same(tiny):
         saved = saved.load()
     xr.testing.assert_identical(saved.effective_rank, tiny.dataset.effective_rank)
     assert repr(rgfast.flow.judge(saved, "two-scale")) == repr(tiny.verdicts["two-scale"])
+    assert repr(rgfast.flow.judge(tiny.out / "result.nc")) == repr(tiny.verdicts["two-scale"])
     assert ReproduceConfig.from_json(saved.attrs["config"]) == TINY
 
 
