@@ -24,7 +24,16 @@ from torch import Tensor
 
 from rgfast.validation import as_real_tensor
 
-__all__ = ["MomentAccumulator", "NonFiniteError", "PairMoments", "check_finite", "state_bytes"]
+__all__ = [
+    "MomentAccumulator",
+    "NonFiniteError",
+    "PairMoments",
+    "as_pairs",
+    "block_rows",
+    "check_finite",
+    "pair_keys",
+    "state_bytes",
+]
 
 Pairs = Literal["adjacent", "all"] | Sequence[tuple[int, int]]
 
@@ -62,7 +71,7 @@ class PairMoments:
 
 def state_bytes(widths: Sequence[int], positions: int, pairs: Pairs = "adjacent") -> int:
     """Bytes that an accumulator over ``positions`` leading indices holds, without rows not yet summed."""
-    keys = _pair_keys(pairs, len(widths))
+    keys = pair_keys(pairs, len(widths))
     entries = sum((widths[i] + 2) * (widths[j] + 2) for i, j in keys) + sum(widths)
     return 8 * positions * entries
 
@@ -84,9 +93,7 @@ class MomentAccumulator:
     """
 
     def __init__(self, *, pairs: Pairs = "adjacent", pending_bytes: int = _PENDING_BYTES) -> None:
-        if isinstance(pairs, str) and pairs not in ("adjacent", "all"):
-            raise ValueError(f"pairs must be 'adjacent', 'all' or a sequence of (i, j), got {pairs!r}")
-        self._asked: Pairs = pairs if isinstance(pairs, str) else [(int(i), int(j)) for i, j in pairs]
+        self._asked = as_pairs(pairs)
         self._pending_bytes = int(pending_bytes)
         self._clear()
 
@@ -115,10 +122,15 @@ class MomentAccumulator:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The (i, j), i < j, whose cross moments are kept."""
-        return tuple(key for key in _pair_keys(self._asked, len(self._widths)) if key[0] != key[1])
+        return tuple(key for key in pair_keys(self._asked, len(self._widths)) if key[0] != key[1])
 
     @property
-    def block_rows(self) -> int:
+    def pairs_asked(self) -> Pairs:
+        """``pairs`` as it was given."""
+        return self._asked
+
+    @property
+    def rows_at_once(self) -> int:
         """Rows per position that are summed at once."""
         return self._block
 
@@ -170,7 +182,7 @@ class MomentAccumulator:
             return self
         other.flush()
         if self._lead is None:
-            if set(other._moment) != set(_pair_keys(self._asked, len(other._widths))):
+            if set(other._moment) != set(pair_keys(self._asked, len(other._widths))):
                 raise ValueError(f"other must keep the pairs {self._asked!r}, got {other._asked!r}")
             return self._take(other, slice(None), other._lead)
         if (self._lead, self._widths) != (other._lead, other._widths) or set(self._moment) != set(
@@ -213,6 +225,22 @@ class MomentAccumulator:
         self.flush()
         one = MomentAccumulator(pairs=self._asked, pending_bytes=self._pending_bytes)
         return one._take(self, slice(index, index + 1), ())
+
+    def only(self, layers: Sequence[int]) -> MomentAccumulator:
+        """A view of some layers, numbered in the order given. It shares memory: it is only to be read."""
+        self.flush()
+        part = MomentAccumulator(pairs=[])
+        new = {layer: k for k, layer in enumerate(layers)}
+        part._asked = [(new[i], new[j]) for i, j in self.pairs if i in new and j in new]
+        part._lead, part._widths = self._lead, tuple(self._widths[layer] for layer in layers)
+        part._begun = self._begun
+        part._exponent = [self._exponent[layer] for layer in layers]
+        part._shift = [self._shift[layer] for layer in layers]
+        for (i, j), moment in self._moment.items():
+            if i in new and j in new:
+                a, b = new[i], new[j]
+                part._moment[min(a, b), max(a, b)] = moment if a <= b else moment.transpose(1, 2)
+        return part
 
     # ---- what was seen
 
@@ -285,7 +313,7 @@ class MomentAccumulator:
             self._clear()
             return
         keys = [(int(i), int(j)) for i, j in arrays["pairs"]]
-        if set(keys) != set(_pair_keys(self._asked, len(widths))):
+        if set(keys) != set(pair_keys(self._asked, len(widths))):
             raise ValueError(f"state must hold the pairs {self._asked!r}, got {keys}")
 
         def tensor(name: str) -> Tensor:
@@ -309,7 +337,7 @@ class MomentAccumulator:
         """Itself, made a copy of some flattened positions of ``other``."""
         self._lead, self._widths = lead, other._widths
         self._begun = other._begun[part].clone()
-        self._block = _block_rows(len(self._begun), self._widths, self._pending_bytes)
+        self._block = block_rows(len(self._begun), self._widths, self._pending_bytes)
         self._exponent = list(other._exponent)
         self._shift = [s[part].clone() for s in other._shift]
         self._moment = {key: m[part].clone() for key, m in other._moment.items()}
@@ -352,10 +380,10 @@ class MomentAccumulator:
         return flat, None if mask is None else mask.reshape(positions, rows)
 
     def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> None:
-        keys = _pair_keys(self._asked, len(widths))
+        keys = pair_keys(self._asked, len(widths))
         positions = math.prod(lead)
         self._lead, self._widths = lead, widths
-        self._block = _block_rows(positions, widths, self._pending_bytes)
+        self._block = block_rows(positions, widths, self._pending_bytes)
         self._begun = torch.zeros(positions, dtype=torch.bool, device=device)
         self._exponent = [None] * len(widths)
         f64 = torch.float64
@@ -483,7 +511,21 @@ class MomentAccumulator:
 _NONE = -(1 << 40)
 
 
-def _pair_keys(pairs: Pairs, layers: int) -> list[tuple[int, int]]:
+def as_pairs(pairs: Any) -> Pairs:
+    """``pairs`` checked: "adjacent", "all" or a list of (i, j). Raises ValueError for anything else."""
+    if pairs == "adjacent":
+        return "adjacent"
+    if pairs == "all":
+        return "all"
+    if not isinstance(pairs, str):
+        try:
+            return [(int(i), int(j)) for i, j in pairs]
+        except (TypeError, ValueError):
+            pass
+    raise ValueError(f"pairs must be 'adjacent', 'all' or a sequence of (i, j), got {pairs!r}")
+
+
+def pair_keys(pairs: Pairs, layers: int) -> list[tuple[int, int]]:
     """Sorted (i, j), i ≤ j, every layer with itself included."""
     if pairs == "adjacent":
         asked = [(i, i + 1) for i in range(layers - 1)]
@@ -497,7 +539,8 @@ def _pair_keys(pairs: Pairs, layers: int) -> list[tuple[int, int]]:
     return sorted({(i, i) for i in range(layers)} | set(asked))
 
 
-def _block_rows(positions: int, widths: Sequence[int], budget: int) -> int:
+def block_rows(positions: int, widths: Sequence[int], budget: int) -> int:
+    """Rows per position that an accumulator with ``pending_bytes=budget`` sums at once: 128, or fewer."""
     rows = _BLOCK_ROWS
     while rows > 8 and 8 * rows * positions * sum(widths) > budget:
         rows //= 2

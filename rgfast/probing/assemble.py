@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS, Measured, baselines, measure
 from rgfast.probing.plan import POSITIONAL
+from rgfast.probing.targets import linear_r2
 from rgfast.probing.views import ViewState
+from rgfast.streaming import MomentAccumulator
 
 __all__ = ["FORMAT", "VERSION", "assemble"]
 
@@ -56,6 +58,11 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
     data["effective_rank_bound"] = (rank_dims, empty(rank_dims))
     data["sample_limited"] = (rank_dims, empty(rank_dims, False))
     data["n"] = (("view", "position"), empty(("view", "position"), 0))
+    if plan.targets:
+        sizes["target"] = len(plan.targets)
+        for name in ("target_r2", "target_r2_se"):
+            dims = ("view", "target", "layer", "position")
+            data[name] = (dims, empty(dims))
     sizes["component"] = max(plan.widths)
     spectra = (*rank_dims, "component")
     data["singular_values"] = (spectra, empty(spectra))
@@ -63,7 +70,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
     for v, view in enumerate(views):
         positional = view in POSITIONAL
         at = [i for i, t in enumerate(where) if (t >= 0) == positional]
-        found = measure(state.moments(view), spectra=view != "flattened")
+        found = measure(_layers_of(state.moments(view), layers), spectra=view != "flattened")
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
         data["n"][1][v, at] = found.count
         for layer, width in enumerate(widths):
@@ -77,8 +84,14 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             if name in BASELINES:
                 data[f"{name}_baseline"][1][v][:, at] = expected[name]
         if plan.groups > 1:
-            for name, error in _jackknife(state, view, measures).items():
+            rest = [state.moments(view, without=group) for group in range(plan.groups)]
+            for name, error in _jackknife(rest, layers, measures).items():
                 data[f"{name}_se"][1][v][..., at] = error
+            if plan.targets and view != "flattened":
+                folds = [state.group_moments(group, view) for group in range(plan.groups)]
+                value, error = linear_r2(folds, rest, layers, len(plan.targets))
+                data["target_r2"][1][v][..., at] = value
+                data["target_r2_se"][1][v][..., at] = error
 
     dataset = xr.Dataset(
         data,
@@ -91,6 +104,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             "component": np.arange(sizes["component"]),
             "layer_name": ("layer", list(plan.names)),
             "width": ("layer", np.array(plan.widths, dtype=np.int64)),
+            **({"target": [name for name, _ in plan.targets]} if plan.targets else {}),
             "positional": ("view", np.array([view in POSITIONAL for view in views])),
         },
         attrs={
@@ -113,10 +127,17 @@ def _values(found: Measured, name: str) -> NDArray[np.float64]:
     return (found.ranks | found.drifts | found.pairs)[name]
 
 
-def _jackknife(state: ViewState, view: str, measures: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
+    """Without the targets."""
+    return moments if len(moments.widths) == layers else moments.only(range(layers))
+
+
+def _jackknife(
+    rest: Sequence[MomentAccumulator], layers: int, measures: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
     """Standard errors by leaving out one group of sequences at a time: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
-    groups = state.plan.groups
-    left_out = [measure(state.moments(view, without=g), spectra=False) for g in range(groups)]
+    groups = len(rest)
+    left_out = [measure(_layers_of(moments, layers), spectra=False) for moments in rest]
     out = {}
     for name in measures:
         values = np.stack([_values(found, name) for found in left_out])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Caller", "batch_rows", "iterate"]
+__all__ = ["Caller", "batch_items", "batch_rows", "iterate"]
 
 
 def iterate(batches: Any, batch_size: int) -> Iterator[Any]:
@@ -50,16 +50,16 @@ def as_tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
+def batch_items(batch: Any) -> list[Any]:
+    """What a batch holds, without names."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
 def batch_rows(batch: Any) -> int:
     """Rows of a batch: the length of its first array, 1 where it holds none."""
-    items = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, (tuple, list))
-        else [batch]
-    )
-    for item in items:
+    for item in batch_items(batch):
         if isinstance(item, (Tensor, np.ndarray)) and item.ndim:
             return len(item)
     return 1
@@ -85,7 +85,7 @@ class Caller:
         """What a batch holds, by name (``input`` where it has none), on the model's device."""
         if isinstance(batch, Mapping):
             return {str(key): self._placed(value) for key, value in batch.items()}
-        items = batch if isinstance(batch, (tuple, list)) else [batch]
+        items = batch_items(batch)
         return {"input" if not k else f"input{k}": self._placed(item) for k, item in enumerate(items)}
 
     def __call__(self, batch: Any, entries: Mapping[str, Any], reserved: frozenset[str]) -> Any:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rgfast.streaming import Pairs, state_bytes
+from rgfast.streaming import Pairs, block_rows, pair_keys, state_bytes
 
-__all__ = ["POSITIONAL", "VIEWS", "Plan", "make_plan", "parse_memory"]
+__all__ = ["POSITIONAL", "SPLIT", "VIEWS", "WHOLE", "Held", "Plan", "check_views", "make_plan"]
 
 VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
 POSITIONAL = ("visible", "masked", "position")
+SPLIT, WHOLE = ("seen", "hidden"), ("rows",)
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
-_PLAIN = ("length", "views_asked", "groups", "state_bytes", "flops_per_sequence")
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
+_PENDING_BYTES = 256 << 20
 
 
 def parse_memory(memory: str | int | float) -> int:
     """Bytes of ``"4GiB"``, ``"500 MB"`` or a number of bytes. Raises ValueError for anything else."""
     if isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0:
         return int(memory)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]i?)?B?\s*", memory) if isinstance(memory, str) else None
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]i?)?B?\s*", memory) if isinstance(memory, str) else None
     try:
         if match and float(match[1]) > 0:
             return int(float(match[1]) * _UNITS[match[2] or ""])
@@ -35,12 +36,32 @@ def parse_memory(memory: str | int | float) -> int:
 
 
 @dataclass(frozen=True)
+class Held:
+    """One accumulator of a plan: its kind, number of positions, widths and pairs."""
+
+    kind: str
+    positions: int
+    widths: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+    def bytes(self, pending: int) -> int:
+        """Moments, and at most ``pending`` bytes (but for very wide rows) of rows not yet summed, in fp64."""
+        rows = block_rows(self.positions, self.widths, pending) * self.positions * sum(self.widths)
+        return state_bytes(self.widths, self.positions, self.pairs) + 8 * rows
+
+    @property
+    def flops_per_row(self) -> float:
+        """For one row at one position."""
+        return 2.0 * state_bytes(self.widths, 1, self.pairs) / 8
+
+
+@dataclass(frozen=True)
 class Plan:
     """Layers, positions and views of one probe, and their cost.
 
     ``positions`` are those followed one by one, of ``length`` in all (the first batch's); the others count in
-    the pooled views only. ``state_bytes`` is fixed from here on; ``flops_per_sequence`` is what measuring
-    adds to the model's forward.
+    the pooled view only. ``targets`` are (name, width). ``pending_bytes`` is what each accumulator may hold
+    back until a block of rows is full.
     """
 
     names: tuple[str, ...]
@@ -51,8 +72,8 @@ class Plan:
     views_asked: bool
     pairs: Pairs
     groups: int
-    state_bytes: int
-    flops_per_sequence: float
+    targets: tuple[tuple[str, int], ...] = ()
+    pending_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def to_json(self, **extra: Any) -> str:
@@ -63,27 +84,54 @@ class Plan:
     def from_json(cls, text: str) -> tuple[Plan, dict[str, Any]]:
         """The plan that :meth:`to_json` wrote, and what was added to it."""
         data = json.loads(text)
-        pairs = data["pairs"]
-        known = {
-            **{name: data.pop(name) for name in _PLAIN},
-            **{name: tuple(data.pop(name)) for name in ("names", "widths", "positions", "views", "notes")},
-            "pairs": pairs if isinstance(pairs, str) else tuple((i, j) for i, j in pairs),
-        }
-        del data["pairs"]
-        return cls(**known), data
+        own = {field.name: data.pop(field.name) for field in fields(cls)}
+        return cls(**{name: _as_tuple(value) for name, value in own.items()}), data
 
     @property
-    def all_positions(self) -> bool:
-        return len(self.positions) == self.length
+    def accumulators(self) -> tuple[Held, ...]:
+        """What each group of sequences holds; layers come first, targets after them."""
+        layers = len(self.widths)
+        pairs = tuple((i, j) for i, j in pair_keys(self.pairs, layers) if i != j)
+        wide = self.widths + tuple(width for _, width in self.targets)
+        more = pairs + tuple((i, j) for i in range(layers) for j in range(layers, len(wide)))
+        held = []
+        if self.positions:
+            # With a mask the rows go to one of two states; the position view is their sum.
+            kinds = SPLIT if {"visible", "masked"} & set(self.views) else WHOLE
+            held = [Held(kind, len(self.positions), wide, more) for kind in kinds]
+        held += [Held(kind, 1, wide, more) for kind in self._single()]
+        if "flattened" in self.views:
+            held.append(Held("flattened", 1, tuple(self.length * d for d in self.widths), pairs))
+        return tuple(held)
+
+    def _single(self) -> list[str]:
+        kinds = {"pooled": "rest", "mean_pooled": "mean_pooled"}
+        return [kind for view, kind in kinds.items() if view in self.views]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held, at most, for any number of samples."""
+        return self.groups * sum(held.bytes(self.pending_bytes) for held in self.accumulators)
+
+    @property
+    def flops_per_sequence(self) -> float:
+        """What measuring adds to the model's forward, for one sequence."""
+        rows = {"rest": self.length - len(self.positions), "mean_pooled": 1, "flattened": 1}
+        return sum(h.flops_per_row * rows.get(h.kind, len(self.positions)) for h in self.accumulators)
 
     def __str__(self) -> str:
-        where = "all" if self.all_positions else f"{len(self.positions)} of"
-        lines = [
-            f"{len(self.names)} layers (width {_span(self.widths)}), {where} {self.length} positions, "
-            f"views {', '.join(self.views)}: {human_bytes(self.state_bytes)} of state, "
-            f"{self.flops_per_sequence / 1e6:,.3g} Mflop a sequence"
-        ]
-        return "\n".join([*lines, *self.notes])
+        followed = len(self.positions)
+        where = f"all {self.length}" if followed == self.length else f"{followed} of {self.length}"
+        targets = f", targets {', '.join(name for name, _ in self.targets)}" if self.targets else ""
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        widths = sorted(set(self.widths))
+        width = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        cost = f"{human_bytes(self.state_bytes)} of state, {self.flops_per_sequence:.3g} flops a sequence"
+        first = (
+            f"{len(self.names)} layers (width {width}), {where} positions, views {', '.join(self.views)}"
+            f"{targets}{groups}: at most {cost}"
+        )
+        return "\n".join([first, *self.notes])
 
 
 def make_plan(
@@ -98,39 +146,38 @@ def make_plan(
     memory: int,
     masked: bool,
     aligned: bool = True,
+    targets: Sequence[tuple[str, int]] = (),
 ) -> Plan:
     """The :class:`Plan` that fits ``memory``; ``aligned`` says whether all layers have the same positions.
 
-    Raises ValueError, naming the change to make, where what was asked for explicitly does not fit.
+    Raises ValueError, naming the change to make, where what was asked for does not fit.
     """
-    notes: list[str] = []
-    if views is None:
-        chosen = _default_views(widths, length, masked, aligned, pairs, groups, memory, notes)
-    else:
-        chosen = [view for view in VIEWS if view in views]
-        _check_views(views, masked, aligned)
-    follow = any(view in POSITIONAL for view in chosen)
-    per_position = _positional_bytes(widths, 1, pairs, chosen) * groups
-    fixed = _fixed_bytes(widths, length, pairs, chosen, groups)
-    if fixed > memory:
-        raise ValueError(_too_big(fixed, memory, chosen, pairs, groups, "the views without positions"))
-    picked = _positions(positions, length, follow, per_position, memory - fixed, notes)
-    total = fixed + per_position * len(picked)
-    if total > memory:
-        raise ValueError(_too_big(total, memory, chosen, pairs, groups, f"{len(picked)} positions"))
-    return Plan(
-        tuple(names),
-        tuple(widths),
-        length,
-        picked,
-        tuple(chosen),
-        views is not None,
-        pairs,
-        groups,
-        total,
-        _flops(widths, length, pairs, chosen),
-        tuple(notes),
+    defaults = _default_views(length, masked, aligned)
+    plan = Plan(
+        names=tuple(names),
+        widths=tuple(widths),
+        length=length,
+        positions=(),
+        views=defaults if views is None else _asked_views(views, masked, aligned),
+        views_asked=views is not None,
+        pairs=pairs,
+        groups=groups,
+        targets=tuple(targets),
+        notes=() if aligned else ("layers differ in their positions: the mean_pooled view compares them",),
     )
+    follow = any(view in POSITIONAL for view in plan.views)
+    plan = replace(plan, positions=(0,) if follow else ())
+    held = max(1, len(plan.accumulators)) * groups
+    plan = replace(plan, pending_bytes=min(_PENDING_BYTES, memory // (8 * held)))
+    if views is None and "flattened" in plan.views:
+        bare = replace(plan, views=tuple(view for view in plan.views if view != "flattened"))
+        small = plan.state_bytes - bare.state_bytes <= memory / 4
+        plan = plan if small and length * max(widths) <= _FLATTENED_WIDTH else bare
+    if follow:
+        plan = _with_positions(plan, positions, memory)
+    if plan.state_bytes > memory:
+        raise ValueError(_too_big(plan, memory))
+    return plan
 
 
 def human_bytes(number: float) -> str:
@@ -142,125 +189,100 @@ def human_bytes(number: float) -> str:
     return f"{number:.3g} TiB"
 
 
-def _span(widths: Sequence[int]) -> str:
-    return str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
-
-
-def _default_views(
-    widths: Sequence[int],
-    length: int,
-    masked: bool,
-    aligned: bool,
-    pairs: Pairs,
-    groups: int,
-    memory: int,
-    notes: list[str],
-) -> list[str]:
-    if not aligned:
-        notes.append("layers differ in their positions: the mean_pooled view alone compares them")
-        return ["mean_pooled"]
-    if length == 1 and not masked:
-        return ["pooled"]
-    views = ["visible", "masked"] if masked else []
-    views += ["position", "pooled", "mean_pooled"]
-    flat = groups * state_bytes([length * d for d in widths], 1, pairs)
-    if length * max(widths) <= _FLATTENED_WIDTH and flat <= memory / 4:
-        views.append("flattened")
-    return views
-
-
-def _check_views(views: Sequence[str], masked: bool, aligned: bool) -> None:
+def check_views(views: Sequence[str]) -> None:
+    """Raise ValueError unless ``views`` is a sequence of known views, at least one."""
     if isinstance(views, str) or not views:
         raise ValueError(f"views must be a sequence of {', '.join(VIEWS)}, got {views!r}")
     for view in views:
         if view not in VIEWS:
             raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _default_views(length: int, masked: bool, aligned: bool) -> tuple[str, ...]:
+    if not aligned:
+        return ("mean_pooled",)
+    if length == 1 and not masked:
+        return ("pooled",)
+    return VIEWS if masked else VIEWS[2:]
+
+
+def _asked_views(views: Sequence[str], masked: bool, aligned: bool) -> tuple[str, ...]:
+    for view in views:
         if view in ("visible", "masked") and not masked:
             raise ValueError(f"views: {view!r} needs mask=, the name of a batch entry or a callable")
         if not aligned and view != "mean_pooled":
             raise ValueError(
-                f"views: the layers differ in their positions, so {view!r} is not defined for them"
+                f"views: the layers differ in their positions, so {view!r} does not compare them"
             )
+    return tuple(view for view in VIEWS if view in views)
 
 
-def _positional_bytes(widths: Sequence[int], positions: int, pairs: Pairs, views: Sequence[str]) -> int:
-    # With a mask the rows go to one of two states; `position` is their sum.
-    states = 2 if {"visible", "masked"} & set(views) else 1
-    return states * state_bytes(widths, positions, pairs) if set(views) & set(POSITIONAL) else 0
+def _with_positions(plan: Plan, positions: str | Sequence[int], memory: int) -> Plan:
+    length = plan.length
+    if not isinstance(positions, str):
+        return replace(plan, positions=_indices(positions, length))
+    if positions not in ("auto", "all"):
+        raise ValueError(f"positions must be 'auto', 'all' or a sequence of indices, got {positions!r}")
+    picked = tuple(range(length))
+    if positions == "auto":
+        picked = _fitting(plan, memory)
+    if len(picked) < length:
+        rest = "the others count in the pooled view" if "pooled" in plan.views else "the others are left out"
+        note = f"{len(picked)} log-spaced positions of {length} fit the memory; {rest}"
+        plan = replace(plan, notes=(*plan.notes, note))
+    return replace(plan, positions=picked)
 
 
-def _fixed_bytes(widths: Sequence[int], length: int, pairs: Pairs, views: Sequence[str], groups: int) -> int:
-    total = 0
-    if "pooled" in views:
-        total += state_bytes(widths, 1, pairs)
-    if "mean_pooled" in views:
-        total += state_bytes(widths, 1, pairs)
-    if "flattened" in views:
-        total += state_bytes([length * d for d in widths], 1, pairs)
-    return total * groups
+def _indices(positions: Sequence[int], length: int) -> tuple[int, ...]:
+    wanted = sorted({int(t) + (length if t < 0 else 0) for t in positions})
+    if not wanted or not 0 <= wanted[0] <= wanted[-1] < length:
+        raise ValueError(f"positions must be indices from 0 to {length - 1}, got {list(positions)}")
+    return tuple(wanted)
 
 
-def _positions(
-    asked: str | Sequence[int], length: int, follow: bool, each: int, room: int, notes: list[str]
-) -> tuple[int, ...]:
-    if not isinstance(asked, str):
-        wanted = sorted({int(t) + (length if t < 0 else 0) for t in asked})
-        if not wanted or not 0 <= wanted[0] <= wanted[-1] < length:
-            raise ValueError(f"positions must be indices from 0 to {length - 1}, got {list(asked)}")
-        return tuple(wanted) if follow else ()
-    if asked not in ("auto", "all"):
-        raise ValueError(f"positions must be 'auto', 'all' or a sequence of indices, got {asked!r}")
-    if not follow:
-        return ()
-    fit = room // each
-    if asked == "all" or fit >= length:
-        return tuple(range(length))
-    if fit < 1:
-        raise ValueError(
-            f"memory: one position needs {human_bytes(each)} and {human_bytes(room)} are left; raise "
-            "memory=, or leave the positional views out with views=('pooled', 'mean_pooled')"
-        )
-    chosen = _log_spaced(length, fit)
-    notes.append(
-        f"{len(chosen)} log-spaced positions of {length} fit the memory; the others count in the pooled views"
-    )
-    return chosen
+def _fitting(plan: Plan, memory: int) -> tuple[int, ...]:
+    """As many positions as fit: all, else log-spaced ones."""
+    low, high = 0, plan.length
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = replace(plan, positions=tuple(range(middle))).state_bytes <= memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low == 0:
+        raise ValueError(_too_big(plan, memory))
+    return tuple(range(plan.length)) if low == plan.length else _log_spaced(plan.length, low)
 
 
 def _log_spaced(length: int, number: int) -> tuple[int, ...]:
     """At most ``number`` of 0 … length−1, dense at the start, first and last included where two fit."""
-    if number == 1:
-        return (0,)
-    for steps in range(number, 4 * number):
-        found = {round((length ** (k / (steps - 1))) - 1) for k in range(steps)}
+    best: tuple[int, ...] = (0,)
+    for steps in range(2, 4 * number):
+        found = {min(round(length ** (k / (steps - 1))) - 1, length - 1) for k in range(steps)}
         if len(found) > number:
             break
-        best = found
-    return tuple(sorted(min(t, length - 1) for t in best))
+        best = tuple(sorted(found))
+    return best
 
 
-def _flops(widths: Sequence[int], length: int, pairs: Pairs, views: Sequence[str]) -> float:
-    def gram(widths: Sequence[int]) -> float:
-        return 2.0 * state_bytes(widths, 1, pairs) / 8
-
-    positional = 2 if {"visible", "masked"} & set(views) else 1 if {"position", "pooled"} & set(views) else 0
-    total = positional * length * gram(widths)
-    total += gram(widths) if "mean_pooled" in views else 0.0
-    return total + (gram([length * d for d in widths]) if "flattened" in views else 0.0)
-
-
-def _too_big(need: int, memory: int, views: Sequence[str], pairs: Pairs, groups: int, what: str) -> str:
+def _too_big(plan: Plan, memory: int) -> str:
     changes = []
-    if pairs == "all":
+    if plan.pairs == "all":
         changes.append("pairs='adjacent'")
-    if groups > 1:
+    if plan.groups > 1:
         changes.append("fewer groups")
-    if "flattened" in views:
+    if "flattened" in plan.views:
         changes.append("views without 'flattened'")
-    if "positions" in what:
+    if len(plan.positions) > 1:
         changes.append("fewer positions (positions='auto')")
+    elif plan.positions and set(plan.views) - set(POSITIONAL):
+        changes.append("views=('pooled', 'mean_pooled')")
     changes.append("fewer layers")
+    number = len(plan.positions)
+    what = f"{number} position{'s' * (number != 1)}" if number else "the views"
     return (
-        f"memory: {what} need {human_bytes(need)} and memory allows {human_bytes(memory)}; "
-        f"raise memory= or take {', or '.join(changes)}"
+        f"memory: {what} of {len(plan.names)} layers need {human_bytes(plan.state_bytes)}, and memory allows "
+        f"{human_bytes(memory)}; raise memory= or take {' or '.join(changes)}"
     )

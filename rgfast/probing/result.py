@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,13 @@ import xarray as xr
 
 from rgfast.files import write_atomically
 from rgfast.probing.assemble import FORMAT, VERSION, assemble
+from rgfast.probing.html import as_html
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE, RANKS
 from rgfast.probing.plan import Plan
 from rgfast.probing.views import ViewState
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ProbeResult"]
 
@@ -76,6 +80,20 @@ class ProbeResult:
         mean: xr.DataArray = self.by_position(measure, view).mean("position", skipna=True)
         return mean
 
+    def target_r2(self, target: str, view: str | None = None) -> xr.DataArray:
+        """Held-out R² of a target by layer, the mean over the view's positions where it is defined.
+
+        Raises ValueError for a target or view that the result does not hold.
+        """
+        known = [str(name) for name in self.dataset.target.values] if "target" in self.dataset else []
+        if target not in known:
+            listed = ", ".join(known) or "none (it was probed without targets)"
+            raise ValueError(f"target must be one of {listed}, got {target!r}")
+        view = self._view(view)
+        values = self.dataset.target_r2.sel(view=view, target=target).isel(position=self._own_positions(view))
+        mean: xr.DataArray = values.mean("position", skipna=True)
+        return mean
+
     def to_dataframe(self) -> pd.DataFrame:
         """Long form, one row a value: view, measure, layer, other_layer, position, value, n, sample_limited.
 
@@ -95,7 +113,7 @@ class ProbeResult:
         if self._moments is None or other._moments is None:
             raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
         (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))
-        same = ("names", "widths", "length", "positions", "views", "pairs", "groups")
+        same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets")
         for name in same:
             if getattr(plan, name) != getattr(theirs, name):
                 raise ValueError(
@@ -151,6 +169,49 @@ class ProbeResult:
             raise ValueError(f"{path} is truncated: {error}") from error
         return cls(dataset, moments)
 
+    def plot_rank(
+        self,
+        measure: str = "effective_rank",
+        *,
+        views: Sequence[str] | None = None,
+        relative: bool = False,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """The axes with a rank by layer: a line a view, error bars where grouped, isotropic baseline dotted.
+
+        ``relative`` divides by the first layer. Raises ValueError for an unknown measure or view.
+        """
+        from rgfast.probing import plots
+
+        return plots.plot_rank(self, measure, views, relative, ax)
+
+    def plot_drift(
+        self,
+        measure: str = "kernel_drift",
+        *,
+        views: Sequence[str] | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """The axes with a drift by transition, logarithmic. Raises ValueError for unknown names."""
+        from rgfast.probing import plots
+
+        return plots.plot_drift(self, measure, views, ax)
+
+    def plot_cka(self, measure: str = "cka", *, view: str | None = None, ax: Axes | None = None) -> Axes:
+        """The axes with CKA between layers in one view. Raises ValueError for an unknown measure or view."""
+        from rgfast.probing import plots
+
+        return plots.plot_cka(self, measure, view, ax)
+
+    def plot_spectra(self, *, view: str | None = None, ax: Axes | None = None) -> Axes:
+        """The axes with each layer's singular values in one view. Raises ValueError for an unknown view."""
+        from rgfast.probing import plots
+
+        return plots.plot_spectra(self, view, ax)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __repr__(self) -> str:
         sizes = self.dataset.sizes
         head = (
@@ -172,12 +233,15 @@ class ProbeResult:
     def _of(self, measure: str, view: str | None) -> xr.DataArray:
         if measure not in self.measures:
             raise ValueError(f"measure must be one of {', '.join(self.measures)}, got {measure!r}")
+        values: xr.DataArray = self.dataset[measure].sel(view=self._view(view))
+        return values
+
+    def _view(self, view: str | None) -> str:
         if view is None:
-            view = self.views[0]
+            return self.views[0]
         if view not in self.views:
             raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
-        values: xr.DataArray = self.dataset[measure].sel(view=view)
-        return values
+        return view
 
     def _own_positions(self, view: str) -> np.ndarray[Any, Any]:
         """Indices into ``position``: the followed ones, or −1 alone."""

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.activations import as_rows, find_tensor
 from rgfast.probing.assemble import assemble
 from rgfast.probing.batches import Caller, batch_rows, iterate
 from rgfast.probing.layers import LayerSpec, resolve
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
-from rgfast.probing.plan import VIEWS, Plan, make_plan, parse_memory
+from rgfast.probing.plan import Plan, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.targets import TargetSpec, make_targets
 from rgfast.probing.views import ViewState
-from rgfast.streaming import Pairs
+from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_positive_int
 
 __all__ = ["Probe", "probe"]
+
+_FOLDS = 5
 
 MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
 
@@ -39,11 +46,14 @@ def probe(
     measures: str | Sequence[str] = "all",
     pairs: Pairs = "adjacent",
     mask: MaskSpec = None,
+    targets: Mapping[str, TargetSpec] | None = None,
     groups: int = 1,
-    views: Sequence[str] | None = None,
-    memory: str | int = "4GiB",
-    batch_size: int = 256,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 16,
     progress: bool | None = None,
+    memory: str | int = "4GiB",
+    views: Sequence[str] | None = None,
+    batch_size: int = 256,
 ) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
@@ -69,15 +79,22 @@ def probe(
         pairs: of which layers CKA is taken: ``"adjacent"``, ``"all"`` or index pairs.
         mask: the name of a batch entry, or a function of the batch's entries, that gives ``[B, T]`` bool:
             True where the token was hidden. It makes the views ``visible`` and ``masked``.
+        targets: name -> what to predict linearly from each layer: an array over all sequences, the name of a
+            batch entry, or a function of the entries; vectors ``[B, T, m]`` or ``[B, m]``, or integer labels
+            ``[B, T]`` or ``[B]`` (one-hot). ``target_r2`` is the R² on held-out groups of the least squares
+            map from the others; with ``groups=1`` five groups are made.
         groups: G > 1 gives jackknife standard errors over G groups of sequences, number i in group i mod G.
             The state is G times as large.
+        checkpoint: a file to write the moments to, atomically, after every ``checkpoint_every`` batches and
+            at the end. Where it exists the run goes on from it: with the same batches in the same order the
+            bits are those of a run that never stopped (on the same machine and versions).
+        progress: False is silent; otherwise what was chosen and what it costs is printed, and a bar is shown
+            where True, or by default on a terminal.
+        memory: bytes, or text such as ``"4GiB"``, that the state may take.
         views: some of ``visible`` (rows whose token is seen), ``masked``, ``position`` (all rows at each
             position), ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
             over positions), ``flattened`` (a sequence as one row); by default all that the data allow, the
             last one where it is small. Drift is NaN and rank 0 for a layer without variance.
-        memory: bytes, or text such as ``"4GiB"``, that the state may take.
-        progress: False is silent; otherwise what was chosen and what it costs is printed, and a bar is shown
-            where True, or by default on a terminal.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
@@ -93,6 +110,7 @@ def probe(
     array([0., 0.])
     """
     check_positive_int(batch_size, "batch_size")
+    check_positive_int(checkpoint_every, "checkpoint_every")
     with Probe(
         model,
         layers=layers,
@@ -100,18 +118,53 @@ def probe(
         measures=measures,
         pairs=pairs,
         mask=mask,
+        targets=targets,
         groups=groups,
-        views=views,
-        memory=memory,
         progress=progress,
+        memory=memory,
+        views=views,
     ) as watched:
         model.eval()
+        stream = enumerate(iterate(batches, batch_size), start=1)
+        done = 0
+        if checkpoint is not None:
+            done = _resume(watched, Path(checkpoint), stream)
         bar = tqdm(unit="sequence", desc="probe", disable=None if progress is None else not progress)
+        last: Any = None
         with torch.no_grad(), bar:
-            for batch in iterate(batches, batch_size):
-                watched.run(batch)
-                bar.update(batch_rows(batch))
+            for done, last in stream:
+                watched.run(last)
+                bar.update(batch_rows(last))
+                if checkpoint is not None and done % checkpoint_every == 0:
+                    _save(watched, Path(checkpoint), done, last)
+        if checkpoint is not None and last is not None and done % checkpoint_every:
+            _save(watched, Path(checkpoint), done, last)
         return watched.result()
+
+
+def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]]) -> int:
+    """Restore ``path``, where it exists, and take from ``stream`` the batches it has seen; their number."""
+    checkpoints.clear_stale(path)
+    if not path.exists():
+        return 0
+    header, arrays = checkpoints.read(path)
+    watched.restore(header, arrays)
+    if watched._say:
+        print(f"probe: going on after batch {header['batches']} of {path}")
+    last = next((batch for number, batch in stream if number == header["batches"]), None)
+    if last is None or checkpoints.batch_digest(last) != header["last"]:
+        raise ValueError(
+            f"batches must be those that checkpoint {path} has seen {header['batches']} of, got others; "
+            "delete it to start anew"
+        )
+    return int(header["batches"])
+
+
+def _save(watched: Probe, path: Path, batches: int, last: Any) -> None:
+    if watched.plan is not None:
+        header, arrays = watched.snapshot()
+        seen = {"batches": batches, "last": checkpoints.batch_digest(last)}
+        checkpoints.write(path, {**header, **seen}, arrays)
 
 
 @dataclass(frozen=True)
@@ -153,10 +206,11 @@ class Probe:
         measures: str | Sequence[str] = "all",
         pairs: Pairs = "adjacent",
         mask: MaskSpec = None,
+        targets: Mapping[str, TargetSpec] | None = None,
         groups: int = 1,
-        views: Sequence[str] | None = None,
-        memory: str | int = "4GiB",
         progress: bool | None = None,
+        memory: str | int = "4GiB",
+        views: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -167,14 +221,16 @@ class Probe:
             )
         self.model = model
         self.measures = _measures(measures)
+        pairs = as_pairs(pairs)
         self._pairs: Pairs = pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
+        self._targets = make_targets(targets)
+        if self._targets and groups == 1:
+            groups = _FOLDS
         self._mask, self._groups, self._views = mask, groups, None if views is None else list(views)
         self._positions, self._memory = positions, parse_memory(memory)
         self._taps, chosen = resolve(model, layers)
         if views is not None:
-            for view in views:
-                if view not in VIEWS:
-                    raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
+            check_views(views)
         self._say = progress is not False
         if self._say and layers == "auto":
             print(f"probe: {chosen}")
@@ -183,7 +239,7 @@ class Probe:
         self._captured: dict[int, _Captured] = {}
         self._entries: dict[str, Any] = {}
         self._noted: dict[str, Any] = {}
-        self._copied = set(range(len(self._taps)))
+        self._copied, self._first = set(range(len(self._taps))), True
         self._handles: list[Any] = []
         self._state: ViewState | None = None
         self._provenance: dict[str, Any] = {}
@@ -241,7 +297,8 @@ class Probe:
         if not batch_rows(batch):
             return None
         entries = self._caller.entries(batch)
-        reserved = frozenset([self._mask] if isinstance(self._mask, str) else [])
+        named = [self._mask, *(target.entry for target in self._targets)]
+        reserved = frozenset(name for name in named if isinstance(name, str))
         self._noted.update(entries)
         return self._caller(batch, entries, reserved)
 
@@ -253,8 +310,61 @@ class Probe:
         seen = 0 if self._state is None else self._state.sequences
         if self._state is None or seen < 2:
             raise ValueError(f"batches must hold at least 2 sequences in all, got n = {seen}")
+        if seen < 2 * self._groups:
+            raise ValueError(
+                f"groups must hold at least 2 sequences each, got {self._groups} groups of {seen} sequences"
+            )
         dataset = assemble(self._state, self.measures, self._provenance)
         return ProbeResult(dataset, self._state.state_dict())
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+        """All that a checkpoint holds: what is measured and on which model, and the moments.
+
+        Raises RuntimeError before the first forward.
+        """
+        if self._state is None:
+            raise RuntimeError("snapshot() has nothing to give before the first forward")
+        header = {
+            "plan": self._state.plan.to_json(),
+            "masked": self._state.masked,
+            "asked": self._asked_for(),
+            "model": checkpoints.model_digest(self.model),
+            "provenance": self._provenance,
+        }
+        return header, self._state.state_dict()
+
+    def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what :meth:`snapshot` gave. Raises ValueError where it was of another probe or model."""
+        asked = self._asked_for()
+        for name, value in asked.items():
+            if header["asked"].get(name) != value:
+                was = header["asked"].get(name)
+                raise ValueError(
+                    f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
+                )
+        if header["model"] != checkpoints.model_digest(self.model):
+            raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
+        plan, _ = Plan.from_json(header["plan"])
+        self._state = ViewState(plan, masked=header["masked"])
+        first = next(iter(self.model.parameters()), None)
+        self._state.load_state_dict(arrays, "cpu" if first is None else first.device)
+        self._provenance = dict(header["provenance"])
+
+    def _asked_for(self) -> dict[str, Any]:
+        """The options that decide what is measured, as JSON gives them back."""
+        asked = {
+            "layers": [tap.name for tap in self._taps],
+            "positions": self._positions if isinstance(self._positions, str) else list(self._positions),
+            "measures": self.measures,
+            "pairs": self._pairs if isinstance(self._pairs, str) else [list(pair) for pair in self._pairs],
+            "mask": self._mask if isinstance(self._mask, str) else self._mask is not None,
+            "targets": [target.name for target in self._targets],
+            "groups": self._groups,
+            "views": self._views,
+            "memory": self._memory,
+        }
+        found: dict[str, Any] = json.loads(json.dumps(asked))
+        return found
 
     # ---- hooks
 
@@ -301,16 +411,19 @@ class Probe:
         if not rows[0].shape[0]:
             return
         keep, masked = self._row_masks(entries, rows)
+        seen = 0 if self._state is None else self._state.sequences
+        batch, length = rows[0].shape[:2]
+        targets = [target.rows(entries, seen, batch, length).to(rows[0].device) for target in self._targets]
         if self._state is None:
-            self._state = self._start(rows, masked is not None)
+            self._state = self._start(rows, masked is not None, targets)
         with torch.no_grad():
-            self._state.update(rows, keep, masked)
+            self._state.update(rows, keep, masked, targets)
 
     def _check_unchanged(self, kept: list[_Captured]) -> None:
         """Copies are made in the first forward, later of those layers only that the model then wrote to."""
         written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
-        if self._state is None:
-            self._copied = written
+        if self._first:
+            self._copied, self._first = written, False
         elif written - self._copied:
             names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
             raise RuntimeError(
@@ -319,7 +432,7 @@ class Probe:
 
     # ---- set-up on the first batch
 
-    def _start(self, rows: list[Tensor], masked: bool) -> ViewState:
+    def _start(self, rows: list[Tensor], masked: bool, targets: list[Tensor]) -> ViewState:
         sizes = {x.shape[0] for x in rows}
         if len(sizes) != 1:
             found = {tap.name: x.shape[0] for tap, x in zip(self._taps, rows, strict=True)}
@@ -335,6 +448,7 @@ class Probe:
             memory=self._memory,
             masked=masked,
             aligned=len({x.shape[1] for x in rows}) == 1,
+            targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
         )
         if self._say:
             print(f"probe: {plan}")

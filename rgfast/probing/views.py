@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.probing.plan import POSITIONAL, Plan
+from rgfast.probing.plan import SPLIT, WHOLE, Plan
 from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
 
 __all__ = ["ViewState"]
@@ -28,20 +28,24 @@ class ViewState:
     def __init__(self, plan: Plan, *, masked: bool) -> None:
         self.plan, self.masked = plan, masked
         self.sequences = 0
-        self._follow = bool(plan.positions)
-        self._split = masked and bool({"visible", "masked"} & set(plan.views))
-        names = ["seen", "hidden"] if self._split else ["rows"]
-        self._held = names if self._follow else []
-        kinds = list(self._held)
-        if "pooled" in plan.views:
-            kinds.append("rest")
-        kinds += [view for view in ("mean_pooled", "flattened") if view in plan.views]
         self._groups = [
-            {kind: MomentAccumulator(pairs=plan.pairs) for kind in kinds} for _ in range(plan.groups)
+            {
+                held.kind: MomentAccumulator(pairs=held.pairs, pending_bytes=plan.pending_bytes)
+                for held in plan.accumulators
+            }
+            for _ in range(plan.groups)
         ]
+        self._held = [kind for kind in (*SPLIT, *WHOLE) if kind in self._groups[0]]
 
-    def update(self, layers: Sequence[Tensor], keep: Tensor | None, masked: Tensor | None) -> None:
-        """Add a batch: ``layers[l]`` is ``[B, T_l, d_l]``, ``keep`` and ``masked`` are ``[B, T]`` bool.
+    def update(
+        self,
+        layers: Sequence[Tensor],
+        keep: Tensor | None,
+        masked: Tensor | None,
+        targets: Sequence[Tensor] = (),
+    ) -> None:
+        """Add a batch: ``layers[l]`` is ``[B, T_l, d_l]``, ``keep`` and ``masked`` are ``[B, T]`` bool,
+        ``targets[k]`` is ``[B, T, m_k]``.
 
         Raises ValueError where a layer is not finite at a kept position, before anything is added, and where
         the ``flattened`` view meets sequences of another length.
@@ -60,7 +64,7 @@ class ViewState:
             if first < batch:
                 self._add(
                     self._groups[group],
-                    [x[part] for x in layers],
+                    [x[part] for x in (*layers, *targets)],
                     None if keep is None else keep[part],
                     None if masked is None else masked[part],
                 )
@@ -84,13 +88,13 @@ class ViewState:
         masked: Tensor | None,
     ) -> None:
         batch, length = layers[0].shape[:2]
-        if self._follow:
+        if self._held:
             rows = [self._followed(x).transpose(0, 1) for x in layers]  # [P, B, d]
             missing = max(self.plan.positions) >= length
             if keep is None and missing:
                 keep = torch.ones(batch, length, dtype=torch.bool, device=layers[0].device)
             kept = None if keep is None else self._followed(keep).T
-            if self._split:
+            if "seen" in state:
                 assert masked is not None
                 hidden = self._followed(masked).T
                 seen = ~hidden if kept is None else ~hidden & kept
@@ -104,7 +108,8 @@ class ViewState:
             self._add_means(state["mean_pooled"], layers, keep)
         if "flattened" in state:
             whole = None if keep is None else keep.all(1)
-            state["flattened"].update([x.flatten(1) for x in layers], whole, finite=True)
+            rows = [x.flatten(1) for x in layers[: len(self.plan.widths)]]
+            state["flattened"].update(rows, whole, finite=True)
 
     def _add_rest(self, rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None) -> None:
         batch, length = layers[0].shape[:2]
@@ -161,22 +166,24 @@ class ViewState:
 
         To be read only: it may be the state itself.
         """
-        kept = [state for group, state in enumerate(self._groups) if group != without]
+        kept = [self.group_moments(group, view) for group in range(self.plan.groups) if group != without]
         if len(kept) == 1:
-            return self._of_group(kept[0], view)
-        total = MomentAccumulator(pairs=self.plan.pairs)
-        for state in kept:
-            total.merge(self._of_group(state, view))
+            return kept[0]
+        total = MomentAccumulator(pairs=kept[0].pairs_asked)
+        for part in kept:
+            total.merge(part)
         return total
 
-    def _of_group(self, state: dict[str, MomentAccumulator], view: str) -> MomentAccumulator:
+    def group_moments(self, group: int, view: str) -> MomentAccumulator:
+        """The moments of a view over one group; to be read only."""
+        state = self._groups[group]
         if view in ("mean_pooled", "flattened"):
             return state[view]
         if view in ("visible", "masked"):
             return state["seen" if view == "visible" else "hidden"]
-        if view == "position" and not self._split:
+        if view == "position" and "rows" in state:
             return state["rows"]
-        total = MomentAccumulator(pairs=self.plan.pairs)
+        total = MomentAccumulator(pairs=next(iter(state.values())).pairs_asked)
         for kind in self._held:
             total.merge(state[kind])
         if view == "pooled":
@@ -189,10 +196,6 @@ class ViewState:
             for kind, accumulator in mine.items():
                 accumulator.merge(theirs[kind])
         self.sequences += other.sequences
-
-    def positions_of(self, view: str) -> tuple[int, ...] | None:
-        """The positions of a positional view, None for one that has none."""
-        return self.plan.positions if view in POSITIONAL else None
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,85 @@
+"""Checkpoints of a running probe: moments and the place in the stream, in one file, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rgfast.files import write_atomically
+from rgfast.probing.batches import batch_items
+
+__all__ = ["batch_digest", "clear_stale", "model_digest", "read", "write"]
+
+FORMAT, VERSION = "rgfast.checkpoint", 1
+_HEADER = "header"
+
+
+def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Replace ``path`` by these arrays and a header of JSON values; whoever reads it sees all or nothing."""
+    text = json.dumps({"format": FORMAT, "format_version": VERSION, **header})
+
+    def fill(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            everything: dict[str, Any] = {_HEADER: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
+            np.savez(file, **everything)
+
+    write_atomically(path, fill)
+
+
+def clear_stale(path: Path) -> None:
+    """Remove what a process killed while writing ``path`` left beside it. A checkpoint has one writer."""
+    for stale in path.parent.glob(f".{path.name}.*"):
+        stale.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """What :func:`write` wrote. Raises ValueError for any other file, or one of a newer version."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop(_HEADER).tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"checkpoint: {path} is damaged or not a probe checkpoint ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"checkpoint: {path} is not a probe checkpoint")
+    if header["format_version"] > VERSION:
+        raise ValueError(
+            f"checkpoint: {path} was written by a newer rgfast (format {header['format_version']}; this one "
+            f"reads up to {VERSION})"
+        )
+    return header, arrays
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of the model's class, its parameters and buffers."""
+    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=16)
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            _update(digest, value)
+    return digest.hexdigest()
+
+
+def batch_digest(batch: Any) -> str:
+    """A digest of the arrays in a batch."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in batch_items(batch):
+        if isinstance(item, np.ndarray):
+            item = torch.from_numpy(item)
+        if isinstance(item, Tensor):
+            _update(digest, item)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib.blake2b, value: Tensor) -> None:
+    digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

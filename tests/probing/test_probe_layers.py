@@ -1,0 +1,161 @@
+"""Which layers are found, by every kind of name, in every kind of model; what cannot be found is said."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import rgfast
+from rgfast.probing.layers import resolve
+
+
+def names(model, layers="auto"):
+    return [tap.name for tap in resolve(model, layers)[0]]
+
+
+def test_residual_stack_alone_and_inside(token_model):
+    assert names(token_model.stack) == ["blocks.0:input", "blocks.0", "blocks.1", "blocks.2"]
+    assert names(token_model) == [f"stack.{n}" for n in names(token_model.stack)]
+    assert names(rgfast.ResidualStack(4, 1, mixing="none")) == ["blocks.0:input", "blocks.0"]
+
+
+def test_timm_like_mixer(kit):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp_tokens = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+            self.mlp_channels = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+
+        def forward(self, x):
+            x = x + self.mlp_tokens(x.transpose(1, 2)).transpose(1, 2)
+            return x + self.mlp_channels(x)
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 6, 2, stride=2))
+            self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.norm(self.blocks(self.stem(x).flatten(2).transpose(1, 2)))
+
+    torch.manual_seed(0)
+    model, x = Mixer(), torch.randn(80, 3, 4, 4)
+    assert names(model) == ["blocks.0:input", "blocks.0", "blocks.1", "blocks.2"]
+    result = rgfast.probe(model, x, progress=False)
+    layers = kit.stored([lambda y: model.stem(y).flatten(2).transpose(1, 2), *model.blocks], x)
+    kit.assert_equal_to(kit.brute([y[:, 3] for y in layers]), result.dataset, "position", 3)
+
+
+def test_sequential_of_residual_blocks(kit):
+    model = nn.Sequential(nn.Linear(4, 6), *(kit.Residual(6) for _ in range(2)), nn.Linear(6, 2))
+    assert names(model) == ["1:input", "1", "2"]
+    nested = nn.ModuleDict({"body": model, "head": nn.Linear(2, 2)})
+    assert names(nested) == ["body.1:input", "body.1", "body.2"]
+
+
+def test_names_indices_globs_and_regular_expressions(token_model):
+    assert names(token_model, "stack.blocks.1") == ["stack.blocks.1"]
+    assert names(token_model, ["head", "stack.blocks.0:input"]) == ["head", "stack.blocks.0:input"]
+    assert names(token_model, [0, -1]) == ["stack.blocks.0:input", "stack.blocks.2"]
+    assert names(token_model, 2) == ["stack.blocks.1"]
+    assert names(token_model, "stack.blocks.*") == [f"stack.blocks.{k}" for k in range(3)]
+    assert names(token_model, "stack.blocks.[12]") == ["stack.blocks.1", "stack.blocks.2"]
+    assert names(token_model, "stack.blocks.[!12]:input") == ["stack.blocks.0:input"]
+    assert names(token_model, "**.mlp") == [f"stack.blocks.{k}.mlp" for k in range(3)]
+    assert names(token_model, "stack.blocks.?.mix") == [f"stack.blocks.{k}.mix" for k in range(3)]
+    assert names(token_model, re.compile(r"stack\.blocks\.\d\.mix")) == names(token_model, "**.mix")
+    assert names(token_model, r"re:stack\.blocks\.[02]") == ["stack.blocks.0", "stack.blocks.2"]
+
+
+def test_what_cannot_be_found_lists_candidates(token_model, kit):
+    with pytest.raises(ValueError, match=r"no module 'stack.block.1'; near it: .*stack\.blocks\.1"):
+        names(token_model, "stack.block.1")
+    with pytest.raises(ValueError, match=r"no module matches 'encoder\.\*'"):
+        names(token_model, "encoder.*")
+    with pytest.raises(ValueError, match="index from 0 to 3, got 4"):
+        names(token_model, 4)
+    with pytest.raises(ValueError, match="must not repeat a layer, got 'head' 2 times"):
+        names(token_model, ["head", "head"])
+    with pytest.raises(ValueError, match="at least one layer"):
+        names(token_model, [])
+    with pytest.raises(TypeError, match=r"names, indices or patterns, got 1\.5"):
+        names(token_model, [1.5])
+    plain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"found no stack of blocks .* top modules are: 0, 1, 2"):
+        names(plain)
+    two = nn.ModuleDict({
+        "encoder": nn.Sequential(kit.Residual(3), kit.Residual(3)),
+        "decoder": nn.Sequential(kit.Residual(3), kit.Residual(3)),
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"ambiguous.*encoder\.0 … encoder\.1 \(2 × Residual\); decoder\.0"):
+        names(two)
+
+
+def test_what_was_chosen_is_printed(token_model, token_data, capsys):
+    rgfast.probe(token_model, token_data, progress=None)
+    printed = capsys.readouterr().out
+    assert "stack.blocks.0 … stack.blocks.2 (3 × Block)" in printed
+    assert re.search(r"4 layers \(width 7\), all 6 positions.* of state, .* flops a sequence", printed)
+    rgfast.probe(token_model, token_data, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def small_bert(transformers, **options):
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=16, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertModel(config)
+
+
+@pytest.mark.filterwarnings("default")
+def test_hugging_face_encoder_and_its_padding(kit):
+    transformers = pytest.importorskip("transformers")
+    model = small_bert(transformers)
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 30, (60, 7), generator=g)
+    lengths = torch.randint(2, 8, (60,), generator=g)
+    keep = (torch.arange(7) < lengths[:, None]).long()
+    result = rgfast.probe(
+        model, {"input_ids": tokens, "attention_mask": keep, "extra": tokens}, progress=False
+    )
+    assert result.layers == ("encoder.layer.0:input", "encoder.layer.0", "encoder.layer.1")
+    model.eval()
+    with torch.no_grad():
+        stored = model(tokens, keep, output_hidden_states=True).hidden_states
+    rows = [x[keep.bool()] for x in stored]
+    kit.assert_equal_to(kit.brute(rows), result.dataset, "pooled", deficient=True)
+    for t in (0, 5):
+        counted = keep[:, t].bool()
+        truth = kit.brute([x[:, t] for x in stored], counted)
+        kit.assert_equal_to(truth, result.dataset, "position", t, deficient=True)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_hugging_face_decoders(kit, kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "GPT2":
+        config = transformers.GPT2Config(vocab_size=30, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+        model, blocks = transformers.GPT2LMHeadModel(config), "transformer.h"
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=30, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=16,
+        )  # fmt: skip
+        model, blocks = transformers.LlamaForCausalLM(config), "model.layers"
+    tokens = torch.randint(0, 30, (50, 6), generator=torch.Generator().manual_seed(0))
+    result = rgfast.probe(model, {"input_ids": tokens}, progress=False)
+    assert result.layers == (f"{blocks}.0:input", f"{blocks}.0", f"{blocks}.1")
+    model.eval()
+    with torch.no_grad():
+        first = model(tokens, output_hidden_states=True).hidden_states[0]
+    want = rgfast.effective_rank(first[:, 2].double(), method="svd")
+    assert float(result.by_position("effective_rank", "position").isel(layer=0, position=2)) == pytest.approx(
+        float(want), rel=1e-9
+    )

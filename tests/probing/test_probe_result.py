@@ -1,0 +1,141 @@
+"""The result object: saving, refusing, long form, pictures, notebook form."""
+
+import h5py
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+import rgfast
+
+mpl.use("agg")
+
+
+@pytest.fixture
+def result(token_model, token_data):
+    return rgfast.probe(token_model, token_data, mask="mask", groups=3, pairs="all", progress=False)
+
+
+def test_save_and_load(result, tmp_path):
+    path = tmp_path / "probe.nc"
+    result.save(path)
+    loaded = rgfast.ProbeResult.load(path)
+    assert loaded.dataset.drop_attrs().identical(result.dataset.drop_attrs())
+    assert repr(loaded) == repr(result)
+    assert loaded.provenance == result.provenance
+    assert {"model", "torch", "rgfast", "layers", "machine"} <= set(loaded.provenance)
+    assert [p.name for p in tmp_path.iterdir()] == ["probe.nc"]
+    small = tmp_path / "small.nc"
+    result.save(small, moments=False)
+    assert small.stat().st_size < path.stat().st_size / 2
+    for name, value in loaded._moments.items():
+        np.testing.assert_array_equal(value, result._moments[name])
+        assert value.dtype == result._moments[name].dtype
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.999])
+def test_truncated_files_are_refused(result, tmp_path, share):
+    path = tmp_path / "probe.nc"
+    result.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="is truncated"):
+        rgfast.ProbeResult.load(path)
+
+
+def test_newer_other_and_missing_files_are_refused(result, tmp_path):
+    path = tmp_path / "probe.nc"
+    result.save(path)
+    with h5py.File(path, "a") as file:
+        file.attrs["format_version"] = 7
+    with pytest.raises(ValueError, match=r"written by a newer rgfast \(format 7; this one reads up to 1\)"):
+        rgfast.ProbeResult.load(path)
+    other = tmp_path / "other.nc"
+    result.dataset.drop_attrs().to_netcdf(other, engine="h5netcdf")
+    with pytest.raises(ValueError, match="not a probe result"):
+        rgfast.ProbeResult.load(other)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        rgfast.ProbeResult.load(tmp_path / "none.nc")
+
+
+def test_long_form(result):
+    frame = result.to_dataframe()
+    assert list(frame.columns) == [
+        "view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited", "se",
+    ]  # fmt: skip
+    row = frame.query("view == 'visible' and measure == 'effective_rank' and layer == 2 and position == 3")
+    assert len(row) == 1
+    want = result.dataset.effective_rank.sel(view="visible", layer=2, position=3)
+    assert row.value.item() == float(want)
+    assert row.n.item() == int(result.dataset.n.sel(view="visible", position=3))
+    drift = frame.query("measure == 'kernel_drift' and view == 'pooled'")
+    assert drift.layer.tolist() == [0, 1, 2]
+    assert drift.other_layer.tolist() == [1, 2, 3]
+    pairs = frame.query("measure == 'cka' and view == 'pooled'")
+    assert len(pairs) == 6
+    assert set(frame.query("view == 'pooled'").position) == {-1}
+    assert set(frame.query("view == 'position'").position) == set(range(6))
+    assert frame.query("view == 'flattened' and measure == 'stable_rank'").sample_limited.all()
+
+
+def test_unknown_names_are_refused(result):
+    with pytest.raises(ValueError, match="measure must be one of effective_rank"):
+        result.order_parameter("visible", "rank")
+    with pytest.raises(ValueError, match="view must be one of visible"):
+        result.by_position("effective_rank", "somewhere")
+    with pytest.raises(ValueError, match="without targets"):
+        result.target_r2("token")
+
+
+def test_measures_may_be_few(token_model, token_data):
+    result = rgfast.probe(token_model, token_data, measures="effective_rank", progress=False)
+    assert result.measures == ("effective_rank",)
+    assert "cka" not in result.dataset
+    assert result.to_dataframe().measure.unique().tolist() == ["effective_rank"]
+
+
+def drawn(ax):
+    ax.figure.canvas.draw()
+    lines = [line for line in ax.get_lines() if len(line.get_xdata())]
+    plt.close(ax.figure)
+    return lines
+
+
+def test_pictures_show_the_numbers(result):
+    lines = drawn(result.plot_rank())
+    values = result.order_parameter("visible").values
+    assert any(np.array_equal(line.get_ydata(), values) for line in lines)
+    lines = drawn(result.plot_rank("stable_rank", views=["masked"], relative=True))
+    assert any(np.nanmin(line.get_ydata()) == 0.0 for line in lines)
+    drift = result.order_parameter("position", "kernel_drift").values
+    assert any(
+        np.array_equal(line.get_ydata(), drift) for line in drawn(result.plot_drift(views=["position"]))
+    )
+    ax = result.plot_cka(view="pooled")
+    np.testing.assert_array_equal(
+        ax.get_images()[0].get_array(), result.order_parameter("pooled", "cka").values
+    )
+    plt.close(ax.figure)
+    lines = drawn(result.plot_spectra(view="masked"))
+    assert len(lines) == 3  # the constant input has none
+    assert all(line.get_ydata()[0] == pytest.approx(1.0) for line in lines)
+    figure, ax = plt.subplots()
+    assert result.plot_rank(ax=ax) is ax
+    plt.close(figure)
+    for call in (
+        lambda: result.plot_rank("kernel_drift"),
+        lambda: result.plot_drift("effective_rank"),
+        lambda: result.plot_cka("effective_rank"),
+        lambda: result.plot_spectra(view="flattened"),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            call()
+    plt.close("all")
+
+
+def test_notebook_form(result):
+    html = result._repr_html_()
+    assert html.count("<tr>") == 1 + len(result.views)
+    assert "<svg" in html
+    assert "sample limited" in html
+    assert "stack.blocks.2" in html
