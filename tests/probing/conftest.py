@@ -150,3 +150,12 @@ def token_data(token_model):
     tokens = torch.randint(0, 12, (300, 6), generator=generator)
     mask = torch.rand(300, 6, generator=generator) < 0.3
     return {"tokens": tokens.masked_fill(mask, token_model.mask_token), "mask": mask}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are too small for a second thread to be worth waking."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
