@@ -106,6 +106,8 @@ class Op:
         raise ImplUnavailable(f"{self.name}: nothing can run this input on {device.type} ({told})")
 
     def _log(self, impl: Impl) -> None:
+        if torch.compiler.is_compiling():
+            return  # a graph is traced once and run many times: it has nobody to tell
         log = _RECORDING.get()
         if log is not None:
             log.append(Record(self.name, impl.name, impl.isa()))

@@ -3,5 +3,6 @@
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled CPU kernels of rgfast.";
   rgfast::bind::register_runtime(m);
+  rgfast::bind::register_residual_mlp(m);
   rgfast::bind::register_spectrum(m);
 }

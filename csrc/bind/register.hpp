@@ -13,6 +13,7 @@
 namespace rgfast::bind {
 
 void register_runtime(pybind11::module_& m);
+void register_residual_mlp(pybind11::module_& m);
 void register_spectrum(pybind11::module_& m);
 
 // How Python passes a tensor: data_ptr(), shape, stride() and the dtype code, as one tuple (native.py's

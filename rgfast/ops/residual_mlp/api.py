@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rgfast import dispatch
 from rgfast.dispatch import Impl, ImplName
+from rgfast.ops.residual_mlp import native
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 from rgfast.validation import as_real_tensor, check_choice
 
@@ -23,7 +25,16 @@ NORMS = ("layer", "rms", None)
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
 
 OP = dispatch.Op("residual_mlp")
-OP.add(Impl("reference", residual_mlp_reference, lambda *args: None))
+OP.add(
+    Impl(
+        "native",
+        partial(native.residual_mlp_native, residual_mlp_reference),
+        native.supports,
+        broken=native.broken,
+        isa=native.active_isa,
+    )
+)
+OP.add(Impl("reference", lambda *args: residual_mlp_reference(*args[:-1]), lambda *args: None))
 
 
 def residual_mlp(
@@ -75,6 +86,7 @@ def residual_mlp(
     True
     """
     args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
+    args = (*args, impl != "auto")
     return OP.select(impl, args[0].device, *args).run(*args)  # type: ignore[no-any-return]
 
 
@@ -178,7 +190,7 @@ def _prepare(
     eps: Any = 1e-5,
 ) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
     args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
-    return args[0].device, args, {}
+    return args[0].device, (*args, False), {}
 
 
 dispatch.register(OP, _prepare)

@@ -1,0 +1,179 @@
+#include "kernels/residual_mlp.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "rgfast/parallel.hpp"
+
+// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for an uninitialised variable.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define RGFAST_TARGET_FILE "kernels/residual_mlp_target-inl.hpp"
+#include "rgfast/foreach_target.hpp"
+
+namespace rgfast::residual_mlp {
+namespace {
+
+// Calls come by the thousand with the same sizes, and fresh pages cost more than the arithmetic of a small
+// block: each calling thread keeps its last workspace, unless it is large.
+constexpr std::size_t kKept = std::size_t{64} << 20;
+constexpr std::size_t kAlignment = 64;
+
+struct Free {
+  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+};
+
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t floats) {
+    const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
+    if (bytes > kKept) {
+      own_.reset(allocate(bytes));
+      memory_ = own_.get();
+      return;
+    }
+    thread_local std::unique_ptr<float, Free> kept;
+    thread_local std::size_t held = 0;
+    if (held < bytes) {
+      kept.reset();
+      held = 0;
+      kept.reset(allocate(bytes));
+      held = bytes;
+    }
+    memory_ = kept.get();
+  }
+  float* get() const { return memory_; }
+
+ private:
+  static float* allocate(std::size_t bytes) {
+    return static_cast<float*>(::operator new(bytes, std::align_val_t{kAlignment}));
+  }
+  std::unique_ptr<float, Free> own_;
+  float* memory_ = nullptr;
+};
+
+std::int64_t aligned(std::int64_t floats) { return (floats + 15) / 16 * 16; }
+
+struct Kernels {
+  std::int64_t (*shared_floats)(const Block&, bool);
+  std::int64_t (*shared_tasks)(const Block&, bool);
+  void (*shared_task)(const Block&, bool, std::int64_t, float*);
+  std::int64_t (*forward_floats)(const Block&, std::int64_t);
+  void (*forward_tile)(const Block&, bool, float*, std::int64_t, std::int64_t, std::int64_t, float*, float*);
+  std::int64_t (*partial_floats)(const Block&);
+  std::int64_t (*backward_floats)(const Block&, std::int64_t);
+  void (*backward_chunk)(const Block&, const float*, bool, std::int64_t, std::int64_t, std::int64_t, float*,
+                         float*, float*);
+  void (*add_chunks)(const Block&, const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                     const Gradients&);
+};
+
+#define RGFAST_MLP_KERNELS(ns)                                                                          \
+  Kernels {                                                                                             \
+    ns::shared_floats, ns::shared_tasks, ns::shared_task, ns::forward_floats, ns::forward_tile,         \
+        ns::partial_floats, ns::backward_floats, ns::backward_chunk, ns::add_chunks \
+  }
+
+Kernels baseline_kernels() { return RGFAST_MLP_KERNELS(baseline); }
+#if RGFAST_ARM
+Kernels neon_kernels() { return RGFAST_MLP_KERNELS(neon); }
+#endif
+#if RGFAST_X86
+Kernels avx2_kernels() { return RGFAST_MLP_KERNELS(avx2); }
+Kernels avx512_kernels() { return RGFAST_MLP_KERNELS(avx512); }
+#endif
+
+Kernels active_kernels() {
+  switch (active_isa()) {
+#if RGFAST_X86
+    case Isa::avx512:
+      return avx512_kernels();
+    case Isa::avx2:
+      return avx2_kernels();
+#endif
+#if RGFAST_ARM
+    case Isa::neon:
+      return neon_kernels();
+#endif
+    default:
+      return baseline_kernels();
+  }
+}
+
+// Packing the weights beforehand pays while they stay in cache; above that, packing each panel again for
+// every tile is cheap against the tile's products if the tile has many rows.
+constexpr std::int64_t kWholeWeights = std::int64_t{1} << 22;
+
+std::int64_t tile_rows(std::int64_t rows, std::int64_t most, int threads) {
+  const std::int64_t share = (rows + threads - 1) / threads;
+  const std::int64_t tiles = std::max<std::int64_t>(1, (share + most - 1) / most);
+  return (share + tiles - 1) / tiles;
+}
+
+}  // namespace
+
+void forward(const Block& block, float* y, int threads) {
+  if (block.rows == 0) return;
+  const Kernels kernels = active_kernels();
+  const bool whole = 2 * block.width * block.hidden <= kWholeWeights;
+  const std::int64_t capacity = tile_rows(block.rows, whole ? 196 : 392, threads);
+  const std::int64_t tiles = (block.rows + capacity - 1) / capacity;
+  const std::int64_t shared_floats = aligned(kernels.shared_floats(block, whole));
+  const std::int64_t tile_floats = aligned(kernels.forward_floats(block, capacity));
+  const int slots = static_cast<int>(std::min<std::int64_t>(threads, tiles));
+  const Workspace workspace(shared_floats + slots * tile_floats);
+  float* shared = workspace.get();
+  float* scratch = shared + shared_floats;
+  const bool large = block.width * block.hidden > 1 << 15;
+  parallel_for(kernels.shared_tasks(block, whole), large ? threads : 1,
+               [&](std::int64_t task, int) { kernels.shared_task(block, whole, task, shared); });
+  parallel_for(tiles, slots, [&](std::int64_t tile, int slot) {
+    const std::int64_t row0 = tile * capacity;
+    kernels.forward_tile(block, whole, shared, row0, std::min(capacity, block.rows - row0), capacity,
+                         scratch + slot * tile_floats, y);
+  });
+}
+
+void backward(const Block& block, const float* dy, const Gradients& gradients, int threads) {
+  const Kernels kernels = active_kernels();
+  const std::int64_t partial_floats = aligned(kernels.partial_floats(block));
+  // Chunks and tiles follow from the shape, never from the threads: they decide in which order rows add up.
+  const std::int64_t most_chunks = std::clamp<std::int64_t>((std::int64_t{1} << 23) / partial_floats, 2, 8);
+  const std::int64_t chunk_rows = std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 28);
+  const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + chunk_rows - 1) / chunk_rows);
+  const std::int64_t capacity = tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 196, 1);
+  const std::int64_t tile_floats = aligned(kernels.backward_floats(block, capacity));
+  const int slots = static_cast<int>(std::min<std::int64_t>(threads, chunks));
+  const Workspace workspace(chunks * partial_floats + slots * tile_floats + (gradients.x ? 0 : block.rows * block.width));
+  float* partials = workspace.get();
+  float* scratch = partials + chunks * partial_floats;
+  float* dx = gradients.x != nullptr ? gradients.x : scratch + slots * tile_floats;
+  const bool weights = gradients.w1 != nullptr || gradients.w2 != nullptr;
+  parallel_for(chunks, slots, [&](std::int64_t chunk, int slot) {
+    const std::int64_t row0 = chunk * chunk_rows;
+    kernels.backward_chunk(block, dy, weights, row0, std::min(block.rows, row0 + chunk_rows), capacity,
+                           scratch + slot * tile_floats, partials + chunk * partial_floats, dx);
+  });
+  constexpr std::int64_t kPiece = 1 << 14;
+  const std::int64_t elements = weights ? block.width * block.hidden : 1;
+  const std::int64_t pieces = (elements + kPiece - 1) / kPiece;
+  parallel_for(pieces, static_cast<int>(std::min<std::int64_t>(threads, pieces)), [&](std::int64_t piece, int) {
+    kernels.add_chunks(block, partials, chunks, partial_floats, piece * kPiece,
+                       std::min(elements, (piece + 1) * kPiece), gradients);
+  });
+}
+
+void activate(Activation activation, const float* input, float* values, float* slopes, std::int64_t count) {
+  using Run = void (*)(Activation, const float*, float*, float*, std::int64_t);
+  static const IsaTable<Run> table = RGFAST_ISA_TABLE(activation_values);
+  table.active()(activation, input, values, slopes, count);
+}
+
+}  // namespace rgfast::residual_mlp

@@ -1,0 +1,255 @@
+// The gradients of one chunk of rows, tile by tile, the hidden units formed again block by block. Weight
+// gradients of a chunk add up over its tiles in order; chunks are added up in order afterwards.
+
+namespace rgfast::RGFAST_NS {
+
+// One chunk's parameter gradients. Those of vectors are sums over every row and may cancel, so that they are
+// kept in fp64; they are padded to whole panels.
+struct Partial {
+  double* b1;           // [hidden]
+  double* b2;           // [width]
+  double* norm_weight;  // [width]
+  double* norm_bias;    // [width]
+  float* w1;            // [hidden][width]
+  float* w2;            // [width][hidden]
+
+  Partial(const residual_mlp::Block& block, float* memory) {
+    const std::int64_t width = panels(block.width) * kPanel;
+    b1 = reinterpret_cast<double*>(memory);
+    b2 = b1 + panels(block.hidden) * kPanel;
+    norm_weight = b2 + width;
+    norm_bias = norm_weight + width;
+    w1 = reinterpret_cast<float*>(norm_bias + width);
+    w2 = w1 + block.hidden * block.width;
+  }
+};
+
+static std::int64_t partial_vectors(const residual_mlp::Block& block) {
+  return (panels(block.hidden) + 3 * panels(block.width)) * kPanel;
+}
+
+static std::int64_t partial_floats(const residual_mlp::Block& block) {
+  return 2 * partial_vectors(block) + 2 * block.hidden * block.width;
+}
+
+static std::int64_t backward_floats(const residual_mlp::Block& block, std::int64_t capacity) {
+  return (3 * column_blocks(block.width) + 2) * capacity * kStride + kBlock * kPanel + 2 * capacity +
+         2 * panels(block.width) * kPanel;
+}
+
+// Column sums over rows are fp64 sums of fp32 sums of this many.
+inline constexpr std::int64_t kSumRows = 16;
+
+static inline void add_wide(double* sums, Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) sums[i] += static_cast<double>(lanes[i]);
+}
+
+// scale * dy into column blocks, and its column sums onto `sums`.
+static void scaled_gradient(const residual_mlp::Block& block, const float* dy, std::int64_t rows,
+                            std::int64_t capacity, float* out, double* sums) {
+  const Vec scale = splat(block.scale);
+  for (std::int64_t k = 0; k < block.width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+    float* to = out + k / kBlock * capacity * kStride + k % kBlock;
+    for (std::int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+      Vec sum = splat(0.0f);
+      for (std::int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r) {
+        const Vec v = scale * load_first(dy + r * block.width + k, live);
+        store(to + r * kStride, v);
+        sum = sum + v;
+      }
+      add_wide(sums + k, sum);
+    }
+  }
+}
+
+// u -> act(u + bias) and dh -> dh act'(u + bias) in place; the column sums of the latter onto `sums`.
+template <class Activation>
+static void activate_backward(float* u, float* dh, std::int64_t rows, std::int64_t columns, const float* bias,
+                              double* sums) {
+  for (std::int64_t j = 0; j < columns; j += kLanes) {
+    const Vec shift = load(bias + j);
+    for (std::int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+      Vec sum = splat(0.0f);
+      for (std::int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r) {
+        Vec value;
+        Vec slope;
+        Activation::both(load(u + r * kStride + j) + shift, value, slope);
+        const Vec gradient = load(dh + r * kStride + j) * slope;
+        store(u + r * kStride + j, value);
+        store(dh + r * kStride + j, gradient);
+        sum = sum + gradient;
+      }
+      add_wide(sums + j, sum);
+    }
+  }
+}
+
+// dx of a row from da, the gradient of norm(x); adds to the sums that the norm's parameters get.
+static void normalise_backward(const residual_mlp::Block& block, const float* x, const float* dy,
+                               const float* da, std::int64_t block_floats, float shift, float factor,
+                               float* weight_sums, float* bias_sums, float* dx) {
+  const Vec center = splat(shift);
+  const Vec gain = splat(factor);
+  const float count = static_cast<float>(block.width);
+  Vec sum = splat(0.0f);
+  Vec along = splat(0.0f);
+  for (std::int64_t k = 0; k < block.width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+    const Vec gradient = load(da + k / kBlock * block_floats + k % kBlock);  // zero beyond the width
+    const Vec n = (load_first(x + k, live) - center) * gain;
+    store(weight_sums + k, fma(gradient, n, load(weight_sums + k)));
+    store(bias_sums + k, load(bias_sums + k) + gradient);
+    const Vec weighted =
+        block.norm_weight != nullptr ? gradient * load_first(block.norm_weight + k, live) : gradient;
+    sum = sum + weighted;
+    along = fma(weighted, n, along);
+  }
+  Vec mean = splat(0.0f);
+  Vec slope = splat(0.0f);
+  if (block.norm == residual_mlp::Norm::layer) mean = splat(lane_sum(sum) / count);
+  if (block.norm != residual_mlp::Norm::none) slope = splat(lane_sum(along) / count);
+  for (std::int64_t k = 0; k < block.width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+    const Vec gradient = load(da + k / kBlock * block_floats + k % kBlock);
+    const Vec n = (load_first(x + k, live) - center) * gain;
+    const Vec weighted =
+        block.norm_weight != nullptr ? gradient * load_first(block.norm_weight + k, live) : gradient;
+    const Vec inner = weighted - mean - n * slope;
+    store_first(dx + k, fma(gain, inner, load_first(dy + k, live)), live);
+  }
+}
+
+// out[rows of a][columns of b] (+)= a^T b over the tile's rows.
+static void outer_products(const float* a, std::int64_t a_columns, const float* b, std::int64_t b_columns,
+                           std::int64_t rows, float* out, std::int64_t out_stride, bool accumulate) {
+  const Groups groups(a_columns);
+  for (std::int64_t j = 0; j < b_columns; j += kPanel) {
+    const Columns columns(b_columns, j);
+    std::int64_t i = 0;
+    for (std::int64_t g = 0; g < groups.count; ++g) {
+      const std::int64_t size = groups.size(g);
+      product_of<1, kStride, kStride>(columns.vecs, size)(a + i, b + j, rows, out + i * out_stride + j,
+                                                          out_stride, accumulate, columns.live);
+      i += size;
+    }
+  }
+}
+
+template <class Activation>
+static void backward_rows(const residual_mlp::Block& block, const float* dy, bool parameters,
+                          std::int64_t first_row, std::int64_t end_row, std::int64_t capacity,
+                          float* workspace, float* partial_memory, float* dx) {
+  const std::int64_t block_floats = capacity * kStride;
+  const std::int64_t blocks = column_blocks(block.width);
+  float* normed = workspace;
+  float* dz = normed + blocks * block_floats;
+  float* da = dz + blocks * block_floats;
+  float* h = da + blocks * block_floats;
+  float* du = h + block_floats;
+  float* scratch = du + block_floats;
+  float* shifts = scratch + kBlock * kPanel;
+  float* factors = shifts + capacity;
+  float* sums = factors + capacity;
+  const Partial partial(block, partial_memory);
+  std::fill_n(partial.b1, partial_vectors(block), 0.0);
+  if (first_row == end_row) std::fill_n(partial.w1, 2 * block.hidden * block.width, 0.0f);
+  // u = a w1^T, dh = dz w2, da = du w1: the last two read the weights as they lie.
+  const Weight up{block.w1, block.width, block.hidden, 1, block.width, nullptr, scratch};
+  const Weight down{block.w2, block.width, block.hidden, block.hidden, 1, nullptr, scratch};
+  const Weight back{block.w1, block.hidden, block.width, block.width, 1, nullptr, scratch};
+  for (std::int64_t row0 = first_row; row0 < end_row; row0 += capacity) {
+    const std::int64_t rows = std::min(capacity, end_row - row0);
+    const bool added = row0 > first_row;
+    const Groups groups(rows);
+    normalise(block, row0, rows, capacity, normed, shifts, factors);
+    scaled_gradient(block, dy + row0 * block.width, rows, capacity, dz, partial.b2);
+    for (std::int64_t h0 = 0; h0 < block.hidden; h0 += kBlock) {
+      const std::int64_t units = std::min<std::int64_t>(kBlock, block.hidden - h0);
+      for (std::int64_t k = 0; k < block.width; k += kBlock) {
+        const std::int64_t depth = std::min<std::int64_t>(kBlock, block.width - k);
+        const std::int64_t at = k / kBlock * block_floats;
+        for (std::int64_t j = 0; j < units; j += kPanel) {
+          const Columns columns(units, j);
+          multiply_rows(groups, columns, normed + at, up.panel(h0 + j, k, depth), depth, h + j, k > 0);
+          multiply_rows(groups, columns, dz + at, down.panel(h0 + j, k, depth), depth, du + j, k > 0);
+        }
+      }
+      float bias[kBlock + kPanel] = {};
+      if (block.b1 != nullptr)
+        std::memcpy(bias, block.b1 + h0, static_cast<std::size_t>(units) * sizeof(float));
+      activate_backward<Activation>(h, du, rows, units, bias, partial.b1 + h0);
+      for (std::int64_t j = 0; j < block.width; j += kPanel)
+        multiply_rows(groups, Columns(block.width, j), du, back.panel(j, h0, units), units,
+                      da + j / kBlock * block_floats + j % kBlock, h0 > 0);
+      if (!parameters) continue;
+      for (std::int64_t k = 0; k < block.width; k += kBlock) {
+        const std::int64_t depth = std::min<std::int64_t>(kBlock, block.width - k);
+        const std::int64_t at = k / kBlock * block_floats;
+        outer_products(dz + at, depth, h, units, rows, partial.w2 + k * block.hidden + h0, block.hidden, added);
+        outer_products(du, units, normed + at, depth, rows, partial.w1 + h0 * block.width + k, block.width,
+                       added);
+      }
+    }
+    const std::int64_t padded = panels(block.width) * kPanel;
+    for (std::int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+      std::memset(sums, 0, static_cast<std::size_t>(2 * padded) * sizeof(float));
+      for (std::int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r)
+        normalise_backward(block, block.x + (row0 + r) * block.x_stride, dy + (row0 + r) * block.width,
+                           da + r * kStride, block_floats, shifts[r], factors[r], sums, sums + padded,
+                           dx + (row0 + r) * block.width);
+      for (std::int64_t k = 0; k < 2 * padded; k += kLanes)  // both sums, as they lie in a partial
+        add_wide(partial.norm_weight + k, load(sums + k));
+    }
+  }
+}
+
+static void backward_chunk(const residual_mlp::Block& block, const float* dy, bool parameters,
+                           std::int64_t first_row, std::int64_t end_row, std::int64_t capacity,
+                           float* workspace, float* partial, float* dx) {
+  switch (block.activation) {
+    case residual_mlp::Activation::gelu:
+      return backward_rows<Gelu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+    case residual_mlp::Activation::gelu_tanh:
+      return backward_rows<GeluTanh>(block, dy, parameters, first_row, end_row, capacity, workspace, partial,
+                                     dx);
+    case residual_mlp::Activation::relu:
+      return backward_rows<Relu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+    case residual_mlp::Activation::silu:
+      return backward_rows<Silu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+    case residual_mlp::Activation::tanh:
+      return backward_rows<Tanh>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+  }
+}
+
+// out = the sum over `count` chunks, `step` floats apart, of one array of their gradients, first chunk first.
+template <class T>
+static void add_up(const float* from, std::int64_t count, std::int64_t step, std::int64_t size, float* out) {
+  const T* first = reinterpret_cast<const T*>(from);
+  const std::int64_t stride = step * static_cast<std::int64_t>(sizeof(float)) / static_cast<std::int64_t>(sizeof(T));
+  for (std::int64_t i = 0; i < size; ++i) {
+    T sum = first[i];
+    for (std::int64_t c = 1; c < count; ++c) sum += first[c * stride + i];
+    out[i] = static_cast<float>(sum);
+  }
+}
+
+static void add_chunks(const residual_mlp::Block& block, const float* partials, std::int64_t count,
+                       std::int64_t step, std::int64_t begin, std::int64_t end,
+                       const residual_mlp::Gradients& gradients) {
+  // The weights' elements [begin, end); the task that has the first of them adds the vectors as well.
+  const Partial at(block, const_cast<float*>(partials));
+  if (gradients.w1 != nullptr) add_up<float>(at.w1 + begin, count, step, end - begin, gradients.w1 + begin);
+  if (gradients.w2 != nullptr) add_up<float>(at.w2 + begin, count, step, end - begin, gradients.w2 + begin);
+  if (begin > 0) return;
+  const double* const vectors[4] = {at.b1, at.b2, at.norm_weight, at.norm_bias};
+  float* const outputs[4] = {gradients.b1, gradients.b2, gradients.norm_weight, gradients.norm_bias};
+  for (int i = 0; i < 4; ++i)
+    if (outputs[i] != nullptr)
+      add_up<double>(reinterpret_cast<const float*>(vectors[i]), count, step,
+                     i == 0 ? block.hidden : block.width, outputs[i]);
+}
+
+}  // namespace rgfast::RGFAST_NS

@@ -1,0 +1,7 @@
+#include "kernels/residual_mlp_vector-inl.hpp"
+
+#include "kernels/residual_mlp_activation-inl.hpp"
+#include "kernels/residual_mlp_product-inl.hpp"
+
+#include "kernels/residual_mlp-inl.hpp"
+#include "kernels/residual_mlp_backward-inl.hpp"
