@@ -33,7 +33,8 @@ Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uin
     throw std::invalid_argument("rows, width and hidden must be at least 0, 1 and 1, got " +
                                 std::to_string(rows) + ", " + std::to_string(width) + " and " +
                                 std::to_string(hidden));
-  if (w1 == 0 || w2 == 0 || (x == 0 && rows > 0)) throw std::invalid_argument("x, w1 and w2 must not be null");
+  if (w1 == 0 || w2 == 0 || (x == 0 && rows > 0))
+    throw std::invalid_argument("x, w1 and w2 must not be null");
   return Block{rows,
                width,
                hidden,
@@ -92,7 +93,8 @@ void register_residual_mlp(py::module_& m) {
       [](int activation, std::int64_t count, std::uintptr_t values_in, std::uintptr_t values,
          std::uintptr_t slopes) {
         const auto kind = static_cast<Activation>(code(activation, 4, "activation"));
-        if (count < 0) throw std::invalid_argument("count must not be negative, got " + std::to_string(count));
+        if (count < 0)
+          throw std::invalid_argument("count must not be negative, got " + std::to_string(count));
         if (count > 0 && (values_in == 0 || values == 0))
           throw std::invalid_argument("input and values must not be null");
         const py::gil_scoped_release release;

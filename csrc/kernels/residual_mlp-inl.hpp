@@ -77,8 +77,8 @@ static void activate_block(float* h, std::int64_t rows, int vecs, const float* b
 }
 
 // y = x + scale (z + bias), z being the columns [column, ...) of a tile's finished sums.
-static void finish_block(const residual_mlp::Block& block, const float* z, std::int64_t row, std::int64_t rows,
-                         std::int64_t column, const float* bias, float* y) {
+static void finish_block(const residual_mlp::Block& block, const float* z, std::int64_t row,
+                         std::int64_t rows, std::int64_t column, const float* bias, float* y) {
   const Columns columns(block.width, column);
   const Vec scale = splat(block.scale);
   for (std::int64_t r = 0; r < rows; ++r)
@@ -127,8 +127,10 @@ struct Shared {
     b2 = b1 + panels(block.hidden) * kPanel;
     float* weights = b2 + panels(block.width) * kPanel;
     w1 = Weight{block.w1, block.width, block.hidden, 1, block.width, whole ? weights : nullptr, nullptr};
-    w2 = Weight{block.w2, block.hidden, block.width, 1, block.hidden,
-                whole ? weights + panels(block.hidden) * kPanel * block.width : nullptr, nullptr};
+    w2 = Weight{block.w2,     block.hidden,
+                block.width,  1,
+                block.hidden, whole ? weights + panels(block.hidden) * kPanel * block.width : nullptr,
+                nullptr};
   }
 };
 
@@ -189,8 +191,8 @@ static void forward_rows(const residual_mlp::Block& block, Shared shared, std::i
         for (std::int64_t g = 0; g < groups.count; ++g) {
           const std::int64_t size = groups.size(g);
           float* out = h + r * kStride + j;
-          multiply_group(size, columns, normed + k / kBlock * block_floats + r * kStride,
-                         panel, depth, out, k > 0);
+          multiply_group(size, columns, normed + k / kBlock * block_floats + r * kStride, panel, depth, out,
+                         k > 0);
           if (last) activate_block<Activation>(out, size, columns.vecs, shared.b1 + h0 + j);
           r += size;
         }

@@ -75,10 +75,10 @@ struct Kernels {
                      const Gradients&);
 };
 
-#define RGFAST_MLP_KERNELS(ns)                                                                          \
-  Kernels {                                                                                             \
-    ns::shared_floats, ns::shared_tasks, ns::shared_task, ns::forward_floats, ns::forward_tile,         \
-        ns::partial_floats, ns::backward_floats, ns::backward_chunk, ns::add_chunks \
+#define RGFAST_MLP_KERNELS(ns)                                                                  \
+  Kernels {                                                                                     \
+    ns::shared_floats, ns::shared_tasks, ns::shared_task, ns::forward_floats, ns::forward_tile, \
+        ns::partial_floats, ns::backward_floats, ns::backward_chunk, ns::add_chunks             \
   }
 
 Kernels baseline_kernels() { return RGFAST_MLP_KERNELS(baseline); }
@@ -148,10 +148,12 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
   const std::int64_t most_chunks = std::clamp<std::int64_t>((std::int64_t{1} << 23) / partial_floats, 2, 8);
   const std::int64_t chunk_rows = std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 28);
   const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + chunk_rows - 1) / chunk_rows);
-  const std::int64_t capacity = tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 196, 1);
+  const std::int64_t capacity =
+      tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 196, 1);
   const std::int64_t tile_floats = aligned(kernels.backward_floats(block, capacity));
   const int slots = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-  const Workspace workspace(chunks * partial_floats + slots * tile_floats + (gradients.x ? 0 : block.rows * block.width));
+  const Workspace workspace(chunks * partial_floats + slots * tile_floats +
+                            (gradients.x ? 0 : block.rows * block.width));
   float* partials = workspace.get();
   float* scratch = partials + chunks * partial_floats;
   float* dx = gradients.x != nullptr ? gradients.x : scratch + slots * tile_floats;
@@ -164,10 +166,11 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
   constexpr std::int64_t kPiece = 1 << 14;
   const std::int64_t elements = weights ? block.width * block.hidden : 1;
   const std::int64_t pieces = (elements + kPiece - 1) / kPiece;
-  parallel_for(pieces, static_cast<int>(std::min<std::int64_t>(threads, pieces)), [&](std::int64_t piece, int) {
-    kernels.add_chunks(block, partials, chunks, partial_floats, piece * kPiece,
-                       std::min(elements, (piece + 1) * kPiece), gradients);
-  });
+  parallel_for(pieces, static_cast<int>(std::min<std::int64_t>(threads, pieces)),
+               [&](std::int64_t piece, int) {
+                 kernels.add_chunks(block, partials, chunks, partial_floats, piece * kPiece,
+                                    std::min(elements, (piece + 1) * kPiece), gradients);
+               });
 }
 
 void activate(Activation activation, const float* input, float* values, float* slopes, std::int64_t count) {

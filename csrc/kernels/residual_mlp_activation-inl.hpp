@@ -5,9 +5,7 @@
 
 namespace rgfast::RGFAST_NS {
 
-static inline Vec clamped(Vec x, float limit) {
-  return maximum(splat(-limit), minimum(splat(limit), x));
-}
+static inline Vec clamped(Vec x, float limit) { return maximum(splat(-limit), minimum(splat(limit), x)); }
 
 // exp(x) for |x| <= 87: 2^n (1 + r + r^2 q(r)), |r| <= ln(2)/2, n rounded by adding 1.5 * 2^23.
 static inline Vec exponential(Vec x) {
@@ -106,8 +104,7 @@ struct GeluTanh {
   static inline void both(Vec x, Vec& value, Vec& slope) {
     const Vec held = clamped(x, kLimit);
     const Vec square = held * held;
-    const Vec decay =
-        exponential(splat(0.0f) - held * fma(square, splat(7.1354814e-02f), splat(1.5957691f)));
+    const Vec decay = exponential(splat(0.0f) - held * fma(square, splat(7.1354814e-02f), splat(1.5957691f)));
     const Vec sum = splat(1.0f) + decay;
     const Vec sigmoid = splat(1.0f) / sum;
     const Vec steepness = fma(square, splat(0.21406444f), splat(1.5957691f));

@@ -188,7 +188,8 @@ static void backward_rows(const residual_mlp::Block& block, const float* dy, boo
       for (std::int64_t k = 0; k < block.width; k += kBlock) {
         const std::int64_t depth = std::min<std::int64_t>(kBlock, block.width - k);
         const std::int64_t at = k / kBlock * block_floats;
-        outer_products(dz + at, depth, h, units, rows, partial.w2 + k * block.hidden + h0, block.hidden, added);
+        outer_products(dz + at, depth, h, units, rows, partial.w2 + k * block.hidden + h0, block.hidden,
+                       added);
         outer_products(du, units, normed + at, depth, rows, partial.w1 + h0 * block.width + k, block.width,
                        added);
       }
@@ -228,7 +229,8 @@ static void backward_chunk(const residual_mlp::Block& block, const float* dy, bo
 template <class T>
 static void add_up(const float* from, std::int64_t count, std::int64_t step, std::int64_t size, float* out) {
   const T* first = reinterpret_cast<const T*>(from);
-  const std::int64_t stride = step * static_cast<std::int64_t>(sizeof(float)) / static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t stride =
+      step * static_cast<std::int64_t>(sizeof(float)) / static_cast<std::int64_t>(sizeof(T));
   for (std::int64_t i = 0; i < size; ++i) {
     T sum = first[i];
     for (std::int64_t c = 1; c < count; ++c) sum += first[c * stride + i];

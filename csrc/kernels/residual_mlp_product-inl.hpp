@@ -65,9 +65,9 @@ using Product = void (*)(const float*, const float*, std::int64_t, float*, std::
 template <int RowStep, int TermStep, int PanelStep>
 static Product product_of(int vecs, std::int64_t rows) {
   switch (rows) {
-#define RGFAST_ROWS(n)                                                                          \
-  case n:                                                                                       \
-    return vecs == 1 ? &product<(n <= kTileRows ? n : 1), 1, RowStep, TermStep, PanelStep>      \
+#define RGFAST_ROWS(n)                                                                     \
+  case n:                                                                                  \
+    return vecs == 1 ? &product<(n <= kTileRows ? n : 1), 1, RowStep, TermStep, PanelStep> \
                      : &product<(n <= kTileRows ? n : 1), kPanelVecs, RowStep, TermStep, PanelStep>;
     RGFAST_ROWS(1)
     RGFAST_ROWS(2)

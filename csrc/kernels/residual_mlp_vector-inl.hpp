@@ -85,7 +85,9 @@ static inline Vec load(const float* p) {
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline Vec splat(float x) { return Vec{x, x, x, x}; }
 #if RGFAST_FMA
-static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
@@ -139,7 +141,8 @@ static inline Vec exact_fma(Vec a, Vec b, Vec c) {
 #else
   Vec sum;
   for (int i = 0; i < kLanes; ++i)
-    sum[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) + static_cast<double>(c[i]));
+    sum[i] =
+        static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) + static_cast<double>(c[i]));
   return sum;
 #endif
 }
