@@ -62,3 +62,21 @@ def residual_mlp_backward(
     threads: int,
 ) -> None: ...
 def residual_mlp_activation(activation: int, count: int, input: int, values: int, slopes: int = 0) -> None: ...
+def cka_workspace(
+    layers: list[tuple[int, list[int], list[int], int]],
+    pairs: list[tuple[int, int]],
+    by_features: bool,
+    single: bool,
+    threads: int,
+) -> int: ...
+def cka_products(
+    layers: list[tuple[int, list[int], list[int], int]],
+    pairs: list[tuple[int, int]],
+    by_features: bool,
+    single: bool,
+    threads: int,
+    centered: tuple[int, list[int], list[int], int],
+    u_centered: tuple[int, list[int], list[int], int],
+    trace: tuple[int, list[int], list[int], int],
+    workspace: tuple[int, list[int], list[int], int],
+) -> bool: ...

@@ -1,0 +1,170 @@
+"""CKA and drift through the compiled kernels: which route, which precision, how many positions at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgfast import native
+
+__all__ = ["broken", "isa", "run", "supports"]
+
+# Panels of the positions in one call; more would only leave the caches.
+_WORK_BYTES = 48 << 20
+# So small that fp64 products cost nothing.
+_TRIVIAL_FLOPS = 1e7
+# HSIC(K, K) below this fraction of (tr K)²/n is rounding, not variance.
+_NO_VARIANCE = 1e-13
+# U-centring cancels: products of fp32 do where less than this is left of ‖K‖².
+_CANCELS = 0.05
+# fp32 products err by about 1e-9 in a CKA: a drift below this is read again with fp64 products.
+_SMALL_DRIFT = 1e-4
+
+Pairs = list[tuple[int, int]]
+
+
+def broken() -> str | None:
+    """Why the compiled kernels can run nothing here, or None."""
+    return native.unavailable_reason()
+
+
+def isa() -> str | None:
+    """The instruction set in use."""
+    return native.active_isa()
+
+
+def supports(task: str, names: Any, first: Any, second: Any = None, **options: Any) -> str | None:
+    """None, or why the kernels cannot do this."""
+    if task not in ("cka", "matrix", "drift"):
+        return f"only CKA and drift of linear kernels have compiled kernels, not {task!r}"
+    tensors = [x for side in (first, second) if side is not None for x in _sequence(side)]
+    if any(x.device.type != "cpu" for x in tensors):
+        return f"the kernels run on the CPU, the data is on {tensors[0].device}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "a gradient is wanted"
+    return None
+
+
+def _sequence(value: Any) -> Sequence[Tensor]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def run(
+    task: str,
+    first: Any,
+    second: Any = None,
+    *,
+    debiased: bool,
+    sample_limit: int = 4096,
+    precision: str | None = None,
+) -> Tensor | None:
+    """What the task of that name returns; None where NaN, Inf or an overflow was met."""
+    xs = _sequence(first)
+    ys = () if second is None else _sequence(second)
+    lead = xs[0].shape[:-2]
+    positions = math.prod(lead)
+    flat = [x.detach().reshape(positions, *x.shape[-2:]) for x in (*xs, *ys)]
+    own: Pairs = [(i, i) for i in range(len(flat))]
+    if task == "drift":
+        pairs = own + [(i, i + 1) for i in range(len(flat) - 1)]
+    elif ys:
+        pairs = own + [(i, len(xs) + j) for i in range(len(xs)) for j in range(len(ys))]
+    else:
+        pairs = own + [(i, j) for i in range(len(flat)) for j in range(i + 1, len(flat))]
+    found = _cosines(flat, pairs, debiased, sample_limit, precision)
+    if found is None:
+        return None
+    values = found[0]
+    if task == "drift":
+        drift = 1.0 - values[:, len(own) :]
+        if precision is None and flat[0].dtype != torch.float64:
+            drift = _read_again(flat, drift, debiased)
+        drift = drift if debiased else drift.clamp(min=0.0)
+        return drift.reshape(*lead, len(flat) - 1)
+    if ys:
+        matrix = values[:, len(own) :].reshape(*lead, len(xs), len(ys))
+        return matrix[..., 0, 0] if task == "cka" else matrix
+    where = torch.empty(len(xs), len(xs), dtype=torch.int64)
+    for p, (i, j) in enumerate(pairs):
+        where[i, j] = where[j, i] = p
+    return values[:, where].reshape(*lead, len(xs), len(xs))
+
+
+def _read_again(layers: list[Tensor], drift: Tensor, debiased: bool) -> Tensor:
+    for step in range(drift.shape[1]):
+        small = (drift[:, step] < _SMALL_DRIFT).nonzero()[:, 0]
+        if len(small):
+            both = [layers[i] if len(small) == len(drift) else layers[i][small] for i in (step, step + 1)]
+            again = _cosines(both, [(0, 0), (1, 1), (0, 1)], debiased, 4096, "double")
+            if again is not None:
+                drift[small, step] = 1.0 - again[0][:, 2]
+    return drift
+
+
+def _cosines(
+    layers: list[Tensor], pairs: Pairs, debiased: bool, sample_limit: int, precision: str | None
+) -> tuple[Tensor, Tensor] | None:
+    """CKA ``[P, pairs]``, the pairs (i, i) first, and which layers vary ``[P, L]``."""
+    n, widths = layers[0].shape[1], [x.shape[2] for x in layers]
+    by_samples = float(n) * n * (sum(widths) + 2 * len(pairs))
+    by_features = sum(float(n) * widths[i] * widths[j] * (1 if i == j else 2) for i, j in pairs)
+    features = n > sample_limit or by_features < by_samples
+    if precision is None:
+        trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
+        precision = "double" if trivial or any(x.dtype == torch.float64 for x in layers) else "single"
+        guarded = precision == "single"
+    else:
+        guarded = False
+    products = _products(layers, pairs, features, precision == "single")
+    if products is None:
+        return None
+    centered, u_centered, trace = products
+    inner = u_centered if debiased else centered
+    own = inner[:, : len(layers)]
+    varies = own > _NO_VARIANCE * trace.square() / n
+    if guarded and debiased:
+        again = (varies & (own < _CANCELS * centered[:, : len(layers)])).any(1).nonzero()[:, 0]
+        if len(again):
+            exact = _products([x[again] for x in layers], pairs, features, False)
+            if exact is None:
+                return None
+            inner[again] = exact[1]
+            varies[again] = own[again] > _NO_VARIANCE * exact[2].square() / n
+    root = torch.where(varies, own, torch.nan).sqrt()
+    left, right = ([pair[side] for pair in pairs] for side in (0, 1))
+    return inner / (root[:, left] * root[:, right]), varies
+
+
+def _products(
+    layers: list[Tensor], pairs: Pairs, features: bool, single: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    module, threads = native.load(), native.threads()
+    positions, n = layers[0].shape[:2]
+    centered = torch.empty(positions, len(pairs), dtype=torch.float64)
+    u_centered = torch.empty_like(centered)
+    trace = torch.empty(positions, len(layers), dtype=torch.float64)
+    bytes_each = n * sum(x.shape[2] for x in layers) * (4 if single else 8)
+    step = max(1, _WORK_BYTES // bytes_each)
+    space = torch.empty(0, dtype=torch.float64)
+    for start in range(0, positions, step):
+        part = slice(start, min(start + step, positions))
+        held = [_readable(x[part]) for x in layers]
+        tensors = [native.tensor(x) for x in held]
+        options = (tensors, pairs, features, single, threads)
+        needed = module.cka_workspace(*options) // 8
+        if space.numel() < needed:
+            space = torch.empty(needed, dtype=torch.float64)
+        flat = (centered[part].view(-1), u_centered[part].view(-1), trace[part].view(-1), space)
+        if module.cka_products(*options, *(native.tensor(x) for x in flat)):
+            return None
+    return centered, u_centered, trace
+
+
+def _readable(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.to(torch.float32)
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
