@@ -192,6 +192,15 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
     ordered.kernel_drift.attrs = {"long_name": "kernel drift 1 − CKA(l, l+1), biased", "units": "1"}
     ordered.kernel_change.attrs = {"long_name": "‖K_{l+1} − K_l‖ / ‖K_l‖", "units": "1"}
     ordered.captured.attrs = {"long_name": "captured fraction of what Bayes predicts", "units": "1"}
+    ordered.survival.attrs = {
+        "long_name": "held-out linear R² of a chain's eigenspace (0 the slowest) from a layer",
+        "units": "1",
+    }
+    for name in ("posterior_rank", "log_posterior_rank"):
+        ordered[name].attrs = {
+            "long_name": "effective rank of masked rows' Bayes posterior",
+            "units": "dimensions",
+        }
     return ordered
 
 
@@ -223,7 +232,12 @@ def _write(
     folder: Path, config: ReproduceConfig, dataset: xr.Dataset, verdicts: dict[str, tuple[Verdict, ...]]
 ) -> None:
     # matplotlib is slow to import and only needed here.
-    from rgfast.report.figures import plot_drift_by_transition, plot_order_parameter, save_figure
+    from rgfast.report.figures import (
+        plot_drift_by_transition,
+        plot_order_parameter,
+        plot_survival,
+        save_figure,
+    )
 
     write_atomically(folder / "result.nc", lambda path: dataset.to_netcdf(path, engine="h5netcdf"))
 
@@ -238,6 +252,7 @@ def _write(
         suffix = "" if len(config.chains) == 1 else "-" + "".join(c if c.isalnum() else "_" for c in chain)
         save_figure(plot_order_parameter(dataset, chain), folder / f"order_parameter{suffix}.png")
         save_figure(plot_drift_by_transition(dataset, chain), folder / f"drift{suffix}.png")
+        save_figure(plot_survival(dataset, chain), folder / f"survival{suffix}.png")
     document = {
         "format": "rgfast.verdict/1",
         "setup": SETUP if _is_default(config) else "in the set-up that config.json records",

@@ -13,13 +13,14 @@ import torch
 import xarray as xr
 
 from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.survival import PROCESSES, mode_survival, posterior_rank
 from rgfast.files import write_atomically
 from rgfast.masking import balanced_mask
 from rgfast.probing import ProbeResult, probe
 from rgfast.stack import MaskedTokenModel
 from rgfast.training import TrainingLog, captured, seeded_generator, train
 
-__all__ = ["STAGES", "VIEWS", "Run", "execute", "plan"]
+__all__ = ["STAGES", "VIEWS", "Run", "execute", "plan", "run_dataset"]
 
 Stage = Literal["trained", "control_iid", "control_permuted", "untrained"]
 STAGES: tuple[Stage, ...] = ("trained", "control_iid", "control_permuted", "untrained")
@@ -97,13 +98,18 @@ def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
     )
 
 
-def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
-    """Train and probe one run and write its numbers to ``path`` (NetCDF, atomically)."""
+def run_dataset(config: ReproduceConfig, run: Run) -> xr.Dataset:
+    """Train and probe one run; its numbers."""
     with one_thread():
         model = build_model(config, run.seed)
         log = _train(config, run, model)
         parts = [_probe(config, run, model, log, chain, xi) for chain, xi in run.probed]
-        combined = xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
+        return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
+
+
+def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
+    """Train and probe one run and write its numbers to ``path`` (NetCDF, atomically)."""
+    combined = run_dataset(config, run)
     write_atomically(path, lambda temporary: combined.to_netcdf(temporary, engine="h5netcdf"))
 
 
@@ -133,7 +139,18 @@ def _probe(
     batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
     result = probe(model, batch, mask="mask", views=views_of(config), progress=False)
     fraction = captured(model, chain, tokens, mask)
-    return _labelled(config, run, result, fraction, log, label, xi)
+    labelled = _labelled(config, run, result, fraction, log, label, xi)
+    survived = mode_survival(model, chain, tokens, mask)
+    ranks = posterior_rank(chain, tokens, mask)
+    where = ("chain", "xi", "seed", "stage")
+    labelled = labelled.assign_coords(process=list(PROCESSES), mode=np.arange(len(survived.modulus)))
+    extended: xr.Dataset = labelled.assign(
+        survival=((*where, "process", "mode", "layer"), survived.r2[None, None, None, None]),
+        mode_modulus=(("chain", "xi", "mode"), survived.modulus[None, None]),
+        posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[0])),
+        log_posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[1])),
+    )
+    return extended
 
 
 def _labelled(

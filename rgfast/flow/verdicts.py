@@ -1,8 +1,9 @@
 """The paper's findings as verdicts on a saved result, each with the numbers it rests on.
 
 A result is the labelled dataset that ``rgfast reproduce`` writes (``result.nc``): ``effective_rank`` over
-(chain, xi, seed, stage, view, layer), ``kernel_drift`` and ``kernel_change`` over (…, transition) and
-``captured`` over (chain, xi, seed, stage). Nothing else is read; no model is in memory.
+(chain, xi, seed, stage, view, layer), ``kernel_drift`` and ``kernel_change`` over (…, transition),
+``captured`` over (chain, xi, seed, stage) and, where it is there, ``survival`` over (…, process, mode,
+layer). Nothing else is read; no model is in memory.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Thresholds:
     gap: float = 0.25
     long_visible: float = 0.95
     long_masked: float = 0.85
+    slow_survival: float = 0.75
+    survival_gap: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -332,6 +335,50 @@ def _describe(shapes: list[DriftShape], first: int) -> tuple[str, str]:
     return ("partial" if wins * 2 > len(shapes) else "not reproduced"), f"{words}; {numbers}"
 
 
+def _survival(runs: _Runs, xi: float, *, judged: bool = True) -> Verdict:
+    """What the last layer still holds of the own token (visible rows): slowest against fastest eigenspace."""
+    key = "ii-b" if judged else "ii-b-long"
+    title = f"(ii-b) Slow modes of the own token survive at ξ={xi:g}, fast ones do not"
+    if not judged:
+        title = f"(ii-b) Modes of the own token at ξ={xi:g}"
+    seeds = runs.trained(xi)
+    if not seeds:
+        return Verdict(key, title, "undertrained", f"no run at ξ={xi:g} reached captured 0.90")
+    kept = runs.result.survival.sel(chain=runs.chain, xi=xi).dropna("mode", how="all").isel(layer=-1)
+    if kept.sizes["mode"] < 2:
+        return Verdict(key, title, "not measured", "the chain has one eigenspace besides the constant")
+
+    def ends(seed: int, stage: str, process: str = "visible") -> tuple[float, float]:
+        values = kept.sel(seed=seed, stage=stage, process=process).values
+        return float(values[0]), float(values[-1])
+
+    bars, checks = runs.bars, []
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        slow, fast = ends(seed, "trained")
+        row: dict[str, Any] = {"seed": seed, "slow": slow, "fast": fast}
+        row["slow_masked"], row["fast_masked"] = ends(seed, "trained", "masked")
+        checks.append(Check("slow", slow, f">= {bars.slow_survival:g}", slow >= bars.slow_survival, seed))
+        checks.append(Check("slow − fast", slow - fast, "> 0", slow > fast, seed))
+        for stage in CONTROLS:
+            row[f"slow_{stage}"], other = ends(seed, stage)
+            row[f"fast_{stage}"] = other
+            checks.append(Check(f"fast below {stage}", fast, f"< {other:.3f}", fast < other, seed))
+        rows.append(row)
+    gap = paired_interval([row["slow"] - row["fast"] for row in rows])
+    wanted = f">= {bars.survival_gap:g}" + (", interval above 0" if math.isfinite(gap.low) else "")
+    holds = gap.mean >= bars.survival_gap and not gap.low <= 0
+    checks.append(Check("mean of slow − fast", gap.mean, wanted, holds))
+    means = {name: _mean(row[name] for row in rows) for name in rows[0] if name != "seed"}
+    controls = ", ".join(
+        f"{stage} {means[f'slow_{stage}']:.2f} and {means[f'fast_{stage}']:.2f}" for stage in CONTROLS
+    )
+    summary = f"last layer keeps slow {means['slow']:.2f}, fast {means['fast']:.2f} ({controls})"
+    pooled = {**means, "gap": asdict(gap)}
+    status = _status(checks, all(row["slow"] > row["fast"] for row in rows)) if judged else "reported"
+    return Verdict(key, title, status, summary, tuple(checks), pooled, tuple(rows))
+
+
 def _chain_control(runs: _Runs, short: float, long: float) -> Verdict | None:
     """What is expected of the chains that serve as controls; None for any other chain."""
     if runs.chain == "lazy":
@@ -389,6 +436,10 @@ def judge(
     ]
     if long > short:
         verdicts.append(_selective(runs, short, long))
+    if "survival" in result:
+        verdicts.append(_survival(runs, short))
+        if long > short:
+            verdicts.append(_survival(runs, long, judged=False))
     verdicts += [_plateau(runs, short, view) for view in ("visible", "masked")]
     if long > short:
         verdicts += [_plateau(runs, long, view, judged=False) for view in ("visible", "masked")]

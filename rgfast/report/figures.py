@@ -15,7 +15,7 @@ from rgfast.files import write_atomically
 from rgfast.flow import curve
 from rgfast.flow.verdicts import FIRST_LAYER
 
-__all__ = ["plot_drift_by_transition", "plot_order_parameter", "save_figure"]
+__all__ = ["plot_drift_by_transition", "plot_order_parameter", "plot_survival", "save_figure"]
 
 # Okabe and Ito's colour-blind-safe palette; short ξ warm, long ξ blue, controls grey.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -129,4 +129,45 @@ def plot_drift_by_transition(result: xr.Dataset, chain: str) -> Figure:
             axes.legend(loc="best", fontsize=9)
         figure.axes[0].set_ylabel("kernel drift, 1 − CKA")
         figure.suptitle(f"{chain} chain: where the representation still moves")
+    return figure
+
+
+def plot_survival(result: xr.Dataset, chain: str) -> Figure:
+    """What each layer still holds of the chain's slowest (solid) and fastest eigenspace (dashed), colour ξ.
+
+    Left: the own token, on visible rows. Right: the Bayes posterior, on masked rows. Grey: the stack trained
+    on i.i.d. tokens, on the sequences of the smallest ξ. Lines are means over seeds, points the seeds.
+    """
+    titles = {"visible": "own token (visible rows)", "masked": "Bayes posterior (masked rows)"}
+    whole = result.survival.sel(chain=chain)
+    xis = sorted(float(x) for x in result.xi.values)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2))
+        for axes, process in zip(figure.subplots(1, 2, sharey=True), titles, strict=True):
+            for xi, stage in [*((xi, "trained") for xi in xis), (xis[0], "control_iid")]:
+                part = whole.sel(xi=xi, stage=stage, process=process)
+                # Eigenspaces of other chains in the result stand as empty modes.
+                modes = whole.sel(xi=xi).dropna("mode", how="all")["mode"].values
+                colour = _colour(result, xi) if stage == "trained" else CONTROL
+                for mode, name, dash in ((modes[0], "slowest", "-"), (modes[-1], "fastest", "--")):
+                    values = part.sel(mode=mode).transpose("seed", "layer").values
+                    what = f"ξ = {xi:g}" if stage == "trained" else f"i.i.d. control (ξ = {xi:g})"
+                    _draw(
+                        axes,
+                        np.arange(values.shape[1]),
+                        values,
+                        color=colour,
+                        marker=MARKERS[process],
+                        linewidth=2.2 if stage == "trained" else 1.4,
+                        linestyle=dash,
+                        label=f"{what}, {name} mode",
+                    )
+            axes.axhline(0.0, color="black", linewidth=0.6)
+            axes.set_title(titles[process])
+            axes.set_xlabel("layer (0 = input of the stack)")
+            axes.set_xlim(-0.3, result.sizes["layer"] - 0.7)
+        figure.axes[0].set_ylabel("held-out linear R²")
+        figure.axes[0].set_ylim(-0.08, 1.05)
+        figure.axes[0].legend(loc="lower left", fontsize=8)
+        figure.suptitle(f"{chain} chain: which modes each layer still holds")
     return figure

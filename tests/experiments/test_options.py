@@ -138,7 +138,8 @@ def test_a_users_matrix_brings_its_own_correlation_length(matrix_file, tmp_path)
     # The recorded configuration repeats the run without the file.
     matrix_file.unlink()
     assert ReproduceConfig.load(tmp_path / "run" / "config.json") == result.config
-    assert {v.key for v in result.verdicts["mine"]} == {"valid", "i", "i-masked", "iii-visible", "iii-masked"}
+    keys = {verdict.key for verdict in result.verdicts["mine"]}
+    assert keys == {"valid", "i", "i-masked", "ii-b", "iii-visible", "iii-masked"}
 
 
 def test_a_matrix_is_refused_where_it_does_not_fit(matrix_file, tmp_path):

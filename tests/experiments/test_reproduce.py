@@ -45,6 +45,7 @@ def test_every_file_is_there(tiny):
         "config.json",
         "order_parameter.png",
         "drift.png",
+        "survival.png",
         "runs",
     }
 
@@ -192,5 +193,7 @@ def test_one_length_two_chains_one_layer_one_seed(tmp_path):
         "order_parameter-lazy.png",
         "drift-two_scale.png",
         "drift-lazy.png",
+        "survival-two_scale.png",
+        "survival-lazy.png",
     }
     assert "two-scale, 1 seed, ξ = 3" in str(done)

@@ -159,3 +159,42 @@ def test_what_is_missing_is_named():
         judge(result(), "ring")
     with pytest.raises(ValueError, match="variable 'captured'"):
         judge(result().drop_vars("captured"), "two-scale")
+
+
+def with_survival(dataset, slow=0.93, fast=0.5, control_fast=0.98):
+    """Mode survival added: the trained stack's last layer as given, everything else intact."""
+    stages = dataset.sizes["stage"]
+    values = np.ones((1, 2, dataset.sizes["seed"], stages, 2, 2, 7))
+    values[..., 1, -1] = control_fast
+    values[:, 0, :, 0, 0, 0, -1], values[:, 0, :, 0, 0, 1, -1] = slow, fast
+    dims = ("chain", "xi", "seed", "stage", "process", "mode", "layer")
+    return dataset.assign_coords(process=["visible", "masked"], mode=[0, 1]).assign(survival=(dims, values))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ({}, "reproduced"),
+        ({"slow": 0.6}, "partial"),
+        ({"fast": 0.8}, "partial"),
+        ({"control_fast": 0.4}, "partial"),
+        ({"slow": 0.5, "fast": 0.9}, "not reproduced"),
+    ],
+)
+def test_mode_survival_is_judged_against_its_bars_and_controls(numbers, status):
+    found = {v.key: v for v in judge(with_survival(result(), **numbers), "two-scale")}
+    assert found["ii-b"].status == status
+    assert found["ii-b-long"].status == "reported"
+
+
+def test_mode_survival_shows_the_controls_and_an_interval_from_five_seeds():
+    few = {v.key: v for v in judge(with_survival(result()), "two-scale")}["ii-b"]
+    many = {v.key: v for v in judge(with_survival(result(seeds=5)), "two-scale")}["ii-b"]
+    assert "control_iid 1.00 and 0.98" in many.summary
+    assert math.isnan(few.pooled["gap"]["low"])
+    assert many.pooled["gap"]["low"] == pytest.approx(0.43)
+
+
+def test_mode_survival_needs_two_eigenspaces():
+    one = with_survival(result()).isel(mode=[0])
+    assert statuses(one)["ii-b"] == "not measured"

@@ -8,6 +8,7 @@ from rgfast.report.figures import (
     CONTROLS,
     plot_drift_by_transition,
     plot_order_parameter,
+    plot_survival,
     save_figure,
 )
 
@@ -73,3 +74,19 @@ def test_a_seed_without_a_positive_drift_leaves_a_gap_and_no_warning(result):
 def test_save_figure_writes_a_png(result, tmp_path):
     save_figure(plot_order_parameter(result, "two-scale"), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_survival_draws_the_slowest_and_the_fastest_mode(result):
+    values = np.random.default_rng(1).random((1, 2, 3, len(STAGES), 2, 3, 5))
+    # The third mode belongs to another chain of the same result.
+    values[..., 2, :] = np.nan
+    dims = ("chain", "xi", "seed", "stage", "process", "mode", "layer")
+    result = result.assign_coords(process=VIEWS, mode=[0, 1, 2]).assign(survival=(dims, values))
+    figure = plot_survival(result, "two-scale")
+    for k, axes in enumerate(figure.axes):
+        slow, *_ = lines(axes, COLOURS[1])
+        np.testing.assert_allclose(slow.get_ydata(), values[0, 1, :, 0, k, 0].mean(0))
+        dashed = [line for line in lines(axes, COLOURS[1]) if line.get_linestyle() == "--"]
+        np.testing.assert_allclose(dashed[0].get_ydata(), values[0, 1, :, 0, k, 1].mean(0))
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "i.i.d. control (ξ = 1), fastest mode" in labels
