@@ -4,6 +4,7 @@ from rgfast import flow
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
 from rgfast.experiments.reproduce import Reproduction, reproduce
+from rgfast.experiments.sweep import Sweep, sweep
 from rgfast.ops.cka import (
     CKAAccumulator,
     CKAResult,
@@ -51,6 +52,7 @@ __all__ = [
     "Reproduction",
     "ResidualStack",
     "SpectrumInfo",
+    "Sweep",
     "__version__",
     "cka",
     "cka_matrix",
@@ -75,4 +77,5 @@ __all__ = [
     "singular_values",
     "singular_values_from_moment",
     "stable_rank",
+    "sweep",
 ]

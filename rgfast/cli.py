@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--out", metavar="DIR", help="output folder (default: runs/reproduce-PRESET)")
     reproduce.set_defaults(run=_reproduce)
 
+    from rgfast.experiments.commands import add_studies
+
+    add_studies(commands)
     info = commands.add_parser("info", help="versions, compiled and active ISA, threads, GPUs, ops")
     info.set_defaults(run=_info)
     return parser

@@ -1,0 +1,173 @@
+"""A study as independent points, each a file: resumable, computable in pieces and mergeable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from rgfast.environment import versions
+from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.runs import DRIFTS, RANKS, Run, run_dataset
+from rgfast.files import write_text
+from rgfast.validation import check_positive_int
+
+__all__ = ["Point", "merge_points", "numbers_of_run", "plain", "run_points"]
+
+FORMAT = "rgfast.point/1"
+
+Work = Callable[[ReproduceConfig], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a study: a configuration of one chain, ξ and seed. Its file is named after all of it."""
+
+    study: str
+    config: ReproduceConfig
+
+    @property
+    def chain(self) -> str:
+        return self.config.chains[0]
+
+    @property
+    def xi(self) -> float:
+        return self.config.xi[0]
+
+    @property
+    def seed(self) -> int:
+        return self.config.seeds[0]
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(self.config.to_json().encode()).hexdigest()[:12]
+        chain = "".join(c if c.isalnum() else "_" for c in self.chain)
+        return f"{self.study}-{chain}-xi{self.xi:g}-d{self.config.width}-seed{self.seed}-{digest}"
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: arrays and tuples as lists, NaN and inf as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def numbers_of_run(config: ReproduceConfig) -> dict[str, Any]:
+    """Train and probe the stack of a point: every rank and drift by view and layer, survival, captured."""
+    run = Run("trained", config.seeds[0], ((config.chains[0], config.xi[0]),))
+    return run_numbers(run_dataset(config, run).squeeze(("chain", "xi", "seed", "stage"), drop=True))
+
+
+def run_numbers(dataset: xr.Dataset) -> dict[str, Any]:
+    """The numbers of one run's dataset without its run dimensions."""
+    found: dict[str, Any] = {
+        measure: {str(view): dataset[measure].sel(view=view).values for view in dataset.view.values}
+        for measure in (*RANKS, *DRIFTS)
+    }
+    for process in dataset.process.values:
+        found.setdefault("survival", {})[str(process)] = dataset.survival.sel(process=process).values
+    for name in ("captured", "posterior_rank", "log_posterior_rank"):
+        found[name] = float(dataset[name])
+    return found
+
+
+def run_points(
+    points: Sequence[Point], folder: Path, work: Work, *, jobs: int | None, progress: bool | None
+) -> list[dict[str, Any]]:
+    """The numbers of every point, in order; what ``folder/points`` holds already is not computed again.
+
+    Each process has one thread, so numbers do not depend on ``jobs``. A file that is not this point's is an
+    error, whatever else it holds.
+    """
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
+    check_positive_int(jobs, "jobs")
+    files = folder / "points"
+    files.mkdir(parents=True, exist_ok=True)
+    missing = [point for point in points if not (files / f"{point.name}.json").exists()]
+    bar = tqdm(
+        total=len(points),
+        initial=len(points) - len(missing),
+        desc=points[0].study if points else "points",
+        unit="point",
+        disable=None if progress is None else not progress,
+    )
+    with bar, joblib.parallel_config(backend="loky", n_jobs=min(jobs, max(1, len(missing)))):
+        tasks = (joblib.delayed(_compute)(point, work, files) for point in missing)
+        for _ in joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks):
+            bar.update()
+    return [read_point(files / f"{point.name}.json", point) for point in points]
+
+
+def _compute(point: Point, work: Work, files: Path) -> None:
+    document = {
+        "format": FORMAT,
+        "study": point.study,
+        "config": asdict(point.config),
+        "versions": versions(),
+        "result": work(point.config),
+    }
+    text = json.dumps(plain(document), ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(files / f"{point.name}.json", text)
+
+
+def read_point(path: Path, point: Point) -> dict[str, Any]:
+    """The numbers in a point's file. Raises ValueError where it is not that point's, or damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be a point of a study, and is damaged: {error}") from error
+    expected = json.loads(json.dumps(plain(asdict(point.config))))
+    if (
+        not isinstance(document, dict)
+        or document.get("format") != FORMAT
+        or document.get("study") != point.study
+        or document.get("config") != expected
+    ):
+        raise ValueError(f"{path} must hold the point {point.name}, and holds another")
+    result: dict[str, Any] = document["result"]
+    return result
+
+
+def merge_points(points: Sequence[Point], folder: Path, sources: Iterable[str | Path]) -> int:
+    """Copy the points of this study that other folders hold and ``folder`` lacks; how many were new.
+
+    A source is a study's folder or its ``points`` folder. Every file is checked before any is copied.
+    Raises ValueError for a source that is no folder or holds none of the points, or a file that is damaged.
+    """
+    files = folder / "points"
+    new: dict[Path, str] = {}
+    for source in sources:
+        place = Path(source)
+        if not place.is_dir():
+            raise ValueError(f"merge must name folders, and {place} is none")
+        place = place / "points" if (place / "points").is_dir() else place
+        held = [point for point in points if (place / f"{point.name}.json").is_file()]
+        if not held:
+            raise ValueError(f"merge: {source} holds no point of this study")
+        for point in held:
+            read_point(place / f"{point.name}.json", point)
+            target = files / f"{point.name}.json"
+            if not target.exists():
+                new[target] = (place / f"{point.name}.json").read_text(encoding="utf-8")
+    files.mkdir(parents=True, exist_ok=True)
+    for target, text in new.items():
+        write_text(target, text)
+    return len(new)

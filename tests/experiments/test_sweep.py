@@ -1,0 +1,160 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import rgfast
+from rgfast import MarkovChain
+from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.runs import Run, run_dataset
+from rgfast.experiments.sweep import DESIGNS, QUICK, Design, sweep, transition_rank
+from rgfast.training import TrainingConfig
+
+BASE = ReproduceConfig(
+    states=8,
+    length=4,
+    depth=2,
+    width=4,
+    hidden=8,
+    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
+    probe_sequences=320,
+)
+GRID = Design("relevance-tiny", ("two-scale:K=2", "two-scale"), (1.0, 7.0), (4, 8), (0,), BASE)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return sweep(GRID, out=tmp_path_factory.mktemp("sweep") / "run", jobs=1, progress=False)
+
+
+def test_every_point_is_a_row_and_a_file(done):
+    assert len(done.table) == len(list((done.out / "points").iterdir())) == 8
+    assert set(done.table.width) == {4, 8}
+    assert {p.name for p in done.out.iterdir()} == {
+        "points", "table.csv", "verdict.json", "design.json", "relevance.png", "xi.png"
+    }  # fmt: skip
+    saved = pd.read_csv(done.out / "table.csv")
+    np.testing.assert_allclose(saved.masked_last, done.table.masked_last, rtol=1e-12)
+    document = json.loads((done.out / "verdict.json").read_text(), parse_constant=pytest.fail)
+    assert document["status"] == "undecided"
+    assert "too few of the 4 cells were trained" in str(done)
+
+
+def test_a_point_is_the_run_that_reproduce_makes(done):
+    point = next(p for p in GRID.points() if p.config.width == 8 and p.xi == 7.0 and p.chain == "two-scale")
+    # 16 rows a feature of the wider stream.
+    assert point.config.probe_sequences == 640
+    truth = run_dataset(point.config, Run("trained", 0, (("two-scale", 7.0),))).squeeze()
+    row = done.table.query("chain == 'two-scale' and xi == 7 and width == 8").iloc[0]
+    assert row.visible_R == float(truth.effective_rank.sel(view="visible")[-1]) / float(
+        truth.effective_rank.sel(view="visible")[0]
+    )
+    assert row.masked_first == float(truth.effective_rank.sel(view="masked")[1])
+    assert row.log_posterior_rank == float(truth.log_posterior_rank)
+    assert row.mutual_information == MarkovChain.from_label("two-scale", 7.0, 8).mutual_information(1)
+
+
+def test_a_stopped_sweep_goes_on_and_points_from_elsewhere_merge(done, tmp_path):
+    files = sorted((done.out / "points").iterdir())
+    table = (done.out / "table.csv").read_bytes()
+    half = tmp_path / "half"
+    half.mkdir()
+    for file in files[:5]:
+        (half / file.name).write_bytes(file.read_bytes())
+    rest = tmp_path / "rest" / "points"
+    rest.mkdir(parents=True)
+    for file in files[5:]:
+        (rest / file.name).write_bytes(file.read_bytes())
+    before = time.monotonic_ns()
+    again = sweep(GRID, out=tmp_path / "new", merge=[half, tmp_path / "rest"], jobs=1, progress=False)
+    assert (again.out / "table.csv").read_bytes() == table
+    # Nothing was trained: every file is a copy.
+    for file in files:
+        assert (again.out / "points" / file.name).read_bytes() == file.read_bytes()
+    assert time.monotonic_ns() > before
+    # A lost point alone is made again, to the same bits.
+    kept, lost = files[0], files[-1]
+    stamp, numbers = kept.stat().st_mtime_ns, json.loads(lost.read_text())["result"]
+    lost.unlink()
+    sweep(GRID, out=done.out, jobs=1, progress=False)
+    assert kept.stat().st_mtime_ns == stamp
+    assert json.loads(lost.read_text())["result"] == numbers
+
+
+def test_what_does_not_belong_is_refused(done, tmp_path):
+    def run(**options):
+        sweep(GRID, **{"out": tmp_path / "x", "jobs": 1, "progress": False, **options})
+
+    with pytest.raises(ValueError, match="merge must name folders"):
+        run(merge=[tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no point of this study"):
+        run(merge=[tmp_path / "empty"])
+    point = GRID.points()[0]
+    (tmp_path / "empty" / f"{point.name}.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(merge=[tmp_path / "empty"])
+    (tmp_path / "empty" / f"{point.name}.json").write_text('{"format": "rgfast.point/1"}')
+    with pytest.raises(ValueError, match="holds another"):
+        run(merge=[tmp_path / "empty"])
+    assert not list((tmp_path / "x").glob("points/*"))
+    with pytest.raises(ValueError, match=r"design\.json tells which"):
+        sweep(replace(GRID, seeds=(1,)), out=done.out)
+    with pytest.raises(ValueError, match="design must be one of 'xi', 'relevance', got 'all'"):
+        sweep("all", out=tmp_path / "y")
+    with pytest.raises(ValueError, match="jobs must be at least 1"):
+        sweep("xi", out=tmp_path / "z", jobs=0)
+    with pytest.raises(ValueError, match="seeds must be whole numbers"):
+        sweep("xi", out=tmp_path / "y", seeds=[-1])
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
+    """Killed without warning while it runs, the points that stand are whole and the rest is made after."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]);"
+        "from test_sweep import GRID; from rgfast.experiments.sweep import sweep;"
+        "sweep(GRID, out=sys.argv[1], jobs=1, progress=False)"
+    )
+    here = os.path.dirname(__file__)  # noqa: PTH120
+    victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), here])
+    points = tmp_path / "run" / "points"
+    for _ in range(3000):
+        if len(list(points.glob("*.json"))) >= 2 or victim.poll() is not None:
+            break
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    stood = {p.name: p.stat().st_mtime_ns for p in points.glob("[!.]*.json")}
+    assert len(stood) >= 2
+    done = sweep(GRID, out=tmp_path / "run", jobs=1, progress=False)
+    assert len(done.table) == 8
+    for name, stamp in stood.items():
+        assert (points / name).stat().st_mtime_ns == stamp
+
+
+def test_the_designs_are_those_of_the_documentation():
+    relevance = DESIGNS["relevance"]
+    assert len(relevance.points()) == 108
+    assert len({(p.chain, p.xi) for p in relevance.points()}) == 27
+    assert {p.config.width for p in relevance.points()} == {16, 48}
+    assert len(DESIGNS["xi"].points()) == 84
+    assert all(len(design.points()) <= 16 for design in QUICK.values())
+    names = [p.name for design in (*DESIGNS.values(), *QUICK.values()) for p in design.points()]
+    assert len(set(names)) == len(names)
+
+
+def test_transition_rank_of_known_matrices():
+    assert transition_rank(MarkovChain(np.full((4, 4), 0.25))) == pytest.approx(1)
+    assert transition_rank(MarkovChain(np.roll(np.eye(4), 1, axis=1))) == pytest.approx(4)
+
+
+def test_sweep_is_public():
+    assert rgfast.sweep is sweep
