@@ -21,6 +21,16 @@ def add_studies(commands: Any) -> None:
     _common(sweep, "sweep-DESIGN")
     sweep.set_defaults(run=_sweep)
 
+    many = commands.add_parser(
+        "multiverse",
+        help="run every finding in 64 set-ups",
+        description="Initialisation, norm, mixing, width, mask rate and learning rate varied together: each "
+        "finding's effect with its interval, sorted, the default marked. Resumable as sweep is.",
+    )
+    many.add_argument("--quick", action="store_true", help="4 set-ups to see that it runs; no result")
+    _common(many, "multiverse")
+    many.set_defaults(run=_multiverse)
+
 
 def _common(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds instead of the design's")
@@ -39,5 +49,13 @@ def _sweep(args: argparse.Namespace) -> None:
     from rgfast.experiments.sweep import sweep
 
     done = sweep(args.design, quick=args.quick, **_options(args))
+    print(done)
+    print(f"\nwritten to {done.out}")
+
+
+def _multiverse(args: argparse.Namespace) -> None:
+    from rgfast.experiments.multiverse import multiverse
+
+    done = multiverse(quick=args.quick, **_options(args))
     print(done)
     print(f"\nwritten to {done.out}")

@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
+from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.survival import PROCESSES, mode_survival, posterior_rank
 from rgfast.files import write_atomically
@@ -20,7 +22,7 @@ from rgfast.probing import ProbeResult, probe
 from rgfast.stack import MaskedTokenModel
 from rgfast.training import TrainingLog, captured, seeded_generator, train
 
-__all__ = ["STAGES", "VIEWS", "Run", "execute", "plan", "run_dataset"]
+__all__ = ["STAGES", "VIEWS", "Run", "execute", "plan", "probe_data", "probe_run", "run_dataset", "train_run"]
 
 Stage = Literal["trained", "control_iid", "control_permuted", "untrained"]
 STAGES: tuple[Stage, ...] = ("trained", "control_iid", "control_permuted", "untrained")
@@ -102,8 +104,8 @@ def run_dataset(config: ReproduceConfig, run: Run) -> xr.Dataset:
     """Train and probe one run; its numbers."""
     with one_thread():
         model = build_model(config, run.seed)
-        log = _train(config, run, model)
-        parts = [_probe(config, run, model, log, chain, xi) for chain, xi in run.probed]
+        log = train_run(config, run, model)
+        parts = [probe_run(config, run, model, log, chain, xi) for chain, xi in run.probed]
         return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
 
 
@@ -113,7 +115,8 @@ def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
     write_atomically(path, lambda temporary: combined.to_netcdf(temporary, engine="h5netcdf"))
 
 
-def _train(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> TrainingLog | None:
+def train_run(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> TrainingLog | None:
+    """Train ``model`` as the stage of ``run`` asks; None where it is not trained at all."""
     if run.stage == "untrained":
         model.eval()
         return None
@@ -124,7 +127,14 @@ def _train(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> Traini
     )
 
 
-def _probe(
+def probe_data(config: ReproduceConfig, chain: MarkovChain, seed: int) -> tuple[Tensor, Tensor]:
+    """The sequences that a seed is probed on and their balanced mask, ``[n, T]`` each."""
+    generator = seeded_generator(seed, "probe")
+    tokens = chain.sample(config.probe_sequences, config.length, generator)
+    return tokens, balanced_mask(config.probe_sequences, config.length, config.training.mask_rate, generator)
+
+
+def probe_run(
     config: ReproduceConfig,
     run: Run,
     model: MaskedTokenModel,
@@ -132,10 +142,9 @@ def _probe(
     label: str,
     xi: float,
 ) -> xr.Dataset:
+    """The numbers of one model on the sequences of one (chain, ξ)."""
     chain = config.chain(label, xi)
-    generator = seeded_generator(run.seed, "probe")
-    tokens = chain.sample(config.probe_sequences, config.length, generator)
-    mask = balanced_mask(config.probe_sequences, config.length, config.training.mask_rate, generator)
+    tokens, mask = probe_data(config, chain, run.seed)
     batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
     result = probe(model, batch, mask="mask", views=views_of(config), progress=False)
     fraction = captured(model, chain, tokens, mask)

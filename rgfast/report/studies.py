@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -10,7 +14,7 @@ from matplotlib.figure import Figure
 from rgfast.flow.relevance import RelevanceTest
 from rgfast.report.figures import COLOURS, CONTROL, STYLE
 
-__all__ = ["plot_relevance", "plot_xi"]
+__all__ = ["plot_multiverse", "plot_relevance", "plot_xi"]
 
 CAPTURED = 0.90
 SHAPES = ("o", "s", "^", "D", "v", "P")
@@ -99,4 +103,50 @@ def plot_xi(table: pd.DataFrame) -> Figure:
             axes.set_title(f"{view} rows")
         figure.axes[0].set_ylabel("R: effective rank, last over first layer")
         figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def plot_multiverse(
+    table: pd.DataFrame, options: Sequence[tuple[str, tuple[Any, ...]]], effects: dict[str, tuple[str, float]]
+) -> Figure:
+    """A specification curve for every effect: trained set-ups sorted by it, intervals, the default a star.
+
+    Beneath each curve a dot says which value of an option the set-up has: filled is not the default value.
+    The dotted line is the bar that the effect is held against.
+    """
+    trained = table[table.trained]
+    rows = math.ceil(len(effects) / 3)
+    with mpl.rc_context({**STYLE, "figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(15, 5.2 * rows))
+        grid = figure.add_gridspec(rows, 3, hspace=0.32, wspace=0.32, left=0.08, right=0.98)
+        for cell, (name, (words, bar)) in enumerate(effects.items()):
+            inner = grid[cell // 3, cell % 3].subgridspec(2, 1, height_ratios=(2.2, 1), hspace=0.06)
+            curve, dots = figure.add_subplot(inner[0]), figure.add_subplot(inner[1])
+            ordered = trained.sort_values(name, ignore_index=True)
+            at, value = np.arange(len(ordered)), ordered[name].to_numpy(float)
+            below = (value - ordered[f"{name}_low"].to_numpy(float)).clip(min=0)
+            above = (ordered[f"{name}_high"].to_numpy(float) - value).clip(min=0)
+            spread = np.nan_to_num(np.stack([below, above]))
+            curve.errorbar(at, value, yerr=spread, fmt="o", color=COLOURS[1], ecolor="#B0C4D8", markersize=3)
+            default = ordered["default"].to_numpy(bool)
+            curve.plot(
+                at[default], value[default], "*", color=COLOURS[0], markersize=15, label="default set-up"
+            )
+            curve.axhline(0.0, color="black", linewidth=0.8)
+            if bar:
+                curve.axhline(bar, color="black", linewidth=0.8, linestyle=":")
+            curve.set_title(words, fontsize=10)
+            curve.set_xticks([])
+            if default.any():
+                curve.legend(loc="upper left", fontsize=8)
+            for k, (option, (first, *_)) in enumerate(options):
+                other = (ordered[option] != first).to_numpy(bool)
+                dots.plot(at[other], np.full(other.sum(), k), "o", color="black", markersize=2.5)
+                dots.plot(at[~other], np.full((~other).sum(), k), "o", color="#DDDDDD", markersize=2.5)
+            labels = [f"{option} {'/'.join(f'{v}' for v in others)}" for option, (_, *others) in options]
+            dots.set_yticks(range(len(options)), labels, fontsize=7)
+            dots.set_ylim(len(options) - 0.5, -0.5)
+            dots.set_xticks([])
+            dots.grid(False)
+            dots.set_xlabel(f"{len(ordered)} of {len(table)} set-ups (trained), sorted", fontsize=8)
     return figure
