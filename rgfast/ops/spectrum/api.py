@@ -145,6 +145,9 @@ def effective_rank(
     p_i = sigma_i^2 / sum sigma^2 (matrix entropy). The two differ a lot, and a finite sample biases both:
     compare with `isotropic_baseline(n, d)`. A matrix of zeros, or one that centring makes so, has rank 0.
 
+    Differentiable once, by formula in fp64, as are `singular_values`, `participation_ratio` and `stable_rank`.
+    Directions whose singular value is zero (to rounding) get no gradient: the entropy has no slope there.
+
     Input, precision, the other options and errors are those of `singular_values`; by default the relative
     error is within 1e-6 (singular) and 1e-12 (variance, fp32 data) of LAPACK's fp64 SVD.
 
@@ -226,7 +229,8 @@ def rank_measures(
     """Every rank measure of each matrix of `x[..., n, d]` from one spectrum, as a `RankMeasures`.
 
     It carries the spectrum, the error bound, which path ran for each matrix, n, d and the isotropic Gaussian
-    baseline of the same size. Arguments and errors are those of `singular_values` and `numerical_rank`.
+    baseline of the same size; nothing in it has a gradient. Arguments and errors are those of
+    `singular_values` and `numerical_rank`.
 
     >>> import rgfast, torch
     >>> m = rgfast.rank_measures(torch.eye(8), centering="none")
