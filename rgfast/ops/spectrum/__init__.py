@@ -10,16 +10,20 @@ from rgfast.ops.spectrum.api import (
     stable_rank,
 )
 from rgfast.ops.spectrum.baseline import IsotropicBaseline, isotropic_baseline
+from rgfast.ops.spectrum.lanczos import RankEstimate, effective_rank_estimate, moment_operator
 from rgfast.ops.spectrum.moments import rank_measures_from_moment, singular_values_from_moment
 from rgfast.ops.spectrum.results import RankMeasures, SpectrumInfo
 
 __all__ = [
     "IsotropicBaseline",
+    "RankEstimate",
     "RankMeasures",
     "SpectrumInfo",
     "effective_rank",
+    "effective_rank_estimate",
     "eigvalsh",
     "isotropic_baseline",
+    "moment_operator",
     "numerical_rank",
     "participation_ratio",
     "rank_measures",

@@ -13,6 +13,7 @@ from rgfast.ops.spectrum.compute import (
     check_options,
     checked,
     describe,
+    estimated,
     flat,
     measure_of,
     refuse_nonfinite,
@@ -44,6 +45,7 @@ __all__ = [
 Centering = Literal["mean", "none"]
 Precision = Literal["double", "single"]
 Method = Literal["auto", "gram", "svd"]
+RankMethod = Literal["auto", "gram", "svd", "lanczos"]
 Kind = Literal["singular", "variance"]
 
 
@@ -112,7 +114,7 @@ def effective_rank(
     centering: Centering = ...,
     precision: Precision = ...,
     rtol: float = ...,
-    method: Method = ...,
+    method: RankMethod = ...,
     impl: str = ...,
     return_info: Literal[False] = ...,
 ) -> Tensor: ...
@@ -124,7 +126,7 @@ def effective_rank(
     centering: Centering = ...,
     precision: Precision = ...,
     rtol: float = ...,
-    method: Method = ...,
+    method: RankMethod = ...,
     impl: str = ...,
     return_info: Literal[True],
 ) -> tuple[Tensor, SpectrumInfo]: ...
@@ -135,7 +137,7 @@ def effective_rank(
     centering: Centering = "mean",
     precision: Precision = "double",
     rtol: float = 1e-6,
-    method: Method = "auto",
+    method: RankMethod = "auto",
     impl: str = "auto",
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, SpectrumInfo]:
@@ -145,8 +147,14 @@ def effective_rank(
     p_i = sigma_i^2 / sum sigma^2 (matrix entropy). The two differ a lot, and a finite sample biases both:
     compare with `isotropic_baseline(n, d)`. A matrix of zeros, or one that centring makes so, has rank 0.
 
-    Differentiable once, by formula in fp64, as are `singular_values`, `participation_ratio` and `stable_rank`.
-    Directions whose singular value is zero (to rounding) get no gradient: the entropy has no slope there.
+    `method="lanczos"` is for very wide data (min(n, d) from about 4,096): the leading eigenpairs of the
+    second moment and stochastic Lanczos quadrature for the rest, with the half-width of its 95% interval as
+    the error bound; `rtol` is not consulted. See `effective_rank_estimate` for a second moment or an
+    operator.
+
+    Differentiable once, by formula in fp64, as are `singular_values`, `participation_ratio` and
+    `stable_rank`. Directions whose singular value is zero (to rounding) get no gradient: the entropy has no
+    slope there.
 
     Input, precision, the other options and errors are those of `singular_values`; by default the relative
     error is within 1e-6 (singular) and 1e-12 (variance, fp32 data) of LAPACK's fp64 SVD.
@@ -330,10 +338,12 @@ def _measured(
             return result
     elif not return_info:
         return value(x, measure, centering, precision, rtol, method, impl)
-    x, solved, name = spectra(x, centering, precision, rtol, method, impl)
-    if not wants_gradient(x):
-        result = measure_of(solved, measure, x.shape)
-    return result, describe(x, solved, name)
+    if method == "lanczos":
+        found, info = estimated(x, measure, centering, precision, impl)
+    else:
+        x, solved, name = spectra(x, centering, precision, rtol, method, impl)
+        found, info = measure_of(solved, measure, x.shape), describe(x, solved, name)
+    return (result if wants_gradient(x) else found), info
 
 
 def _prepare(

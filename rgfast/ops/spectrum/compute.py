@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.ops.spectrum.lanczos import effective_rank_estimate
 from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, SPECTRUM
@@ -20,6 +21,7 @@ __all__ = [
     "check_options",
     "checked",
     "describe",
+    "estimated",
     "flat",
     "refuse_nonfinite",
     "second_moments",
@@ -46,8 +48,36 @@ def value(
             above, below = trace.square(), matrix.square().sum((-2, -1))
         ratio: Tensor = above / torch.where(below > 0, below, 1.0)
         return ratio.reshape(x.shape[:-2])
+    if method == "lanczos":
+        return estimated(x, measure, centering, precision, impl)[0]
     x, solved, _ = spectra(x, centering, precision, rtol, method, impl)
     return measure_of(solved, measure, x.shape)
+
+
+def estimated(x: Any, measure: str, centering: str, precision: str, impl: str) -> tuple[Tensor, SpectrumInfo]:
+    """An effective rank of `x[..., n, d]` by stochastic Lanczos quadrature on its second moment."""
+    if measure == "singular_values":
+        raise ValueError("method='lanczos' estimates effective ranks, not single values: take 'auto'")
+    x, matrix = second_moments(x, centering, precision, impl)
+    spectrum = "variance" if measure == "effective_rank_variance" else "singular"
+    found = [effective_rank_estimate(a, spectrum=spectrum) for a in matrix]
+    lead, m = tuple(x.shape[:-2]), min(x.shape[-2:])
+    rank = torch.tensor([e.value for e in found], dtype=torch.float64, device=x.device).reshape(lead)
+    bound = torch.tensor(
+        [max(e.high - e.value, e.value - e.low) / max(e.value, 1.0) for e in found],
+        dtype=torch.float64,
+        device=x.device,
+    ).reshape(lead)
+    unknown = torch.full_like(bound, torch.nan)
+    return rank, SpectrumInfo(
+        path=np.full(lead, "lanczos"),
+        error_bound=bound if spectrum == "singular" else unknown,
+        variance_error_bound=bound if spectrum == "variance" else unknown,
+        singular_value_error=torch.full((*lead, m), torch.nan, dtype=torch.float64, device=x.device),
+        impl=impl,
+        n=x.shape[-2],
+        d=x.shape[-1],
+    )
 
 
 def measure_of(solved: Solved, measure: str, shape: torch.Size) -> Tensor:

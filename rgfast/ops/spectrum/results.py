@@ -17,10 +17,11 @@ __all__ = ["RankMeasures", "SpectrumInfo"]
 class SpectrumInfo:
     """How a spectrum was computed and how far it can be off.
 
-    `path[...]` (numpy strings) is `"gram"`, `"refined"` or `"svd"` per matrix. `error_bound[...]` bounds
-    the relative error of the singular effective rank, `variance_error_bound[...]` of the variance one,
-    `singular_value_error[..., m]` the absolute error of every singular value, against the exact spectrum of
-    the given data. `impl` is the implementation that ran.
+    `path[...]` (numpy strings) is `"gram"`, `"refined"`, `"svd"` or `"lanczos"` per matrix.
+    `error_bound[...]` bounds the relative error of the singular effective rank, `variance_error_bound[...]`
+    of the variance one, `singular_value_error[..., m]` the absolute error of every singular value, against
+    the exact spectrum of the given data. After `"lanczos"` they hold the half-width of a 95% interval for
+    the rank asked for and NaN elsewhere. `impl` is the implementation that ran.
     """
 
     path: np.ndarray[Any, Any]

@@ -1,0 +1,263 @@
+"""Effective rank of very wide second moments by stochastic Lanczos quadrature, with an interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF
+from rgfast.threads import one_thread
+from rgfast.validation import as_real_tensor, check_choice
+
+__all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
+
+Operator = Callable[[Tensor], Tensor]
+
+_BLOCK = 32  # columns of the block Krylov space in which the top of the spectrum is sought
+_DEPTH = 8  # its depth
+_CONVERGED = 1e-3  # relative residual of a deflated pair; what it leaves out is of second order
+_U = UNIT_ROUNDOFF[torch.float64]
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """An effective rank with its 95% interval [`low`, `high`] and where the width comes from.
+
+    `probe_error` is the jackknife standard error of the entropy over the probes, `depth_error` its change
+    from half the Lanczos steps to all, `floor_error` what eigenvalues under the rounding error could add to
+    it.
+    """
+
+    value: float
+    low: float
+    high: float
+    probe_error: float
+    depth_error: float
+    floor_error: float
+    deflated: int
+
+
+def effective_rank_estimate(
+    moment: Any,
+    dim: int | None = None,
+    *,
+    spectrum: str = "singular",
+    probes: int = 24,
+    steps: int = 64,
+    deflate: int = 48,
+    seed: int = 0,
+) -> RankEstimate:
+    """Effective rank of data with the second moment `moment`, as a `RankEstimate`, without its eigenvalues.
+
+    `moment` is a symmetric positive semidefinite fp64 tensor `[d, d]` (any multiple of the second moment),
+    or a function that applies it to fp64 `[d, k]`; then `dim` is d. With A that matrix, S = tr A^(1/2) and
+    T = tr(A^(1/2) ln A^(1/2)) give the entropy H = ln S - T/S of the normalised singular values (Golub &
+    Meurant 1994; Ubaru, Chen & Saad 2017): up to `deflate` leading eigenpairs by block Krylov, the rest by
+    `probes` random vectors with `steps` Lanczos steps each, fully reorthogonalised. `spectrum="variance"`
+    likewise with A. The same seed gives the same bits. 0 for a zero matrix.
+
+    Raises TypeError for a `moment` that is neither, ValueError for one that is not square or not finite, or
+    sizes that make no sense.
+
+    >>> import rgfast, torch
+    >>> e = rgfast.effective_rank_estimate(torch.eye(300, dtype=torch.float64))
+    >>> round(e.value, 6), e.low <= 300 <= e.high
+    (300.0, True)
+    """
+    check_choice(spectrum, "spectrum", ("singular", "variance"))
+    for name, number, least in (("probes", probes, 2), ("steps", steps, 2), ("deflate", deflate, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+    apply, size, device = _operator(moment, dim)
+    with one_thread():
+        return _estimate(apply, size, device, spectrum, probes, steps, deflate, seed)
+
+
+def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean") -> Operator:
+    """The function V -> sum (x - mean)(x - mean)^T V over streamed rows, for `effective_rank_estimate`.
+
+    `batches` yields the rows `[*, d]` of the same data at every iteration (a list, or an object with
+    `__iter__`); it is read once here for the mean and once an application, and only one batch is held at a
+    time.
+
+    Raises ValueError for batches of another width or an unknown `centering`, TypeError for an iterator, which
+    could be read only once.
+
+    >>> import rgfast, torch
+    >>> rows = torch.randn(40, 300).split(8)
+    >>> rgfast.effective_rank_estimate(rgfast.moment_operator(rows, 300), 300).value < 40
+    True
+    """
+    check_choice(centering, "centering", ("mean", "none"))
+    if iter(batches) is batches:
+        raise TypeError("batches must be iterable more than once, got an iterator")
+    first = None
+    total, count = torch.zeros(d, dtype=torch.float64), 0
+    for batch in batches:
+        rows = as_real_tensor(batch, "batches", min_dim=2)
+        if rows.shape[-1] != d:
+            raise ValueError(f"batches must have {d} columns, got shape {tuple(rows.shape)}")
+        wide = rows.detach().reshape(-1, d).double()
+        if first is None and len(wide):
+            first = wide[0].clone()
+        if first is not None:
+            total += (wide - first).sum(0)
+        count += len(wide)
+    if first is None:
+        raise ValueError("batches must hold at least one row, got none")
+    mean = first + total / count if centering == "mean" else torch.zeros_like(first)
+
+    def apply(v: Tensor) -> Tensor:
+        result = torch.zeros_like(v)
+        for batch in batches:
+            y = batch.detach().reshape(-1, d).double() - mean
+            result += y.mT @ (y @ v)
+        return result
+
+    return apply
+
+
+def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device]:
+    if callable(moment) and not isinstance(moment, Tensor):
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim must be the size of the operator, got {dim!r}")
+        return moment, dim, torch.device("cpu")
+    a = as_real_tensor(moment, "moment", min_dim=2).detach()
+    if a.dtype != torch.float64:
+        raise TypeError(f"moment must be float64, got {str(a.dtype).removeprefix('torch.')}")
+    if a.dim() != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0 or dim not in (None, a.shape[0]):
+        raise ValueError(f"moment must be one square matrix, got shape {tuple(a.shape)} and dim {dim!r}")
+    if not bool(torch.isfinite(a).all()):
+        bad = int((~torch.isfinite(a)).sum())
+        raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
+    return (lambda v: a @ v), a.shape[0], a.device
+
+
+def _estimate(
+    apply: Operator,
+    size: int,
+    device: torch.device,
+    spectrum: str,
+    probes: int,
+    steps: int,
+    deflate: int,
+    seed: int,
+) -> RankEstimate:
+    draw = torch.Generator().manual_seed(seed)
+    value, vector = _leading(apply, size, device, deflate, draw)
+    top = float(value[0]) if len(value) else 0.0
+    if not math.isfinite(top):
+        raise ValueError("moment must be finite, got NaN or infinite values from it")
+    if top <= 0:
+        return RankEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    value, vector = value[:deflate], vector[:, :deflate]
+    good = _leading_converged(apply, value, vector, top)
+    value, vector = value[:good] / top, vector[:, :good]
+    rest = size - good
+    start = torch.randn((size, probes), generator=draw, dtype=torch.float64).to(device)
+    start = _off(start, vector)
+    start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
+    small = _lanczos(lambda v: _off(apply(v), vector) / top, start, min(steps, max(rest, 1)))
+
+    floor = 16 * size**0.5 * _U  # eigenvalues under it are the moment's rounding error
+    power = 0.5 if spectrum == "singular" else 1.0
+
+    def sums(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        theta, s = torch.linalg.eigh(t)
+        weight = s[:, 0].square() * rest
+        seen = theta > floor
+        p = torch.where(seen, theta, 1.0) ** power
+        mass = (weight * seen * p).sum(-1)
+        return mass, (weight * seen * p * p.log()).sum(-1), (weight * ~seen).sum(-1)
+
+    known = value**power
+    base_s, base_t = float(known.sum()), float((known * known.log()).sum())
+
+    def entropy(s: Tensor, t: Tensor) -> Tensor:
+        s, t = base_s + s, base_t + t
+        return s.log() - t / s
+
+    s, t, hidden = sums(small)
+    half = max(small.shape[-1] // 2, 1)
+    s_half, t_half, _ = sums(small[:, :half, :half])
+    h = float(entropy(s.mean(), t.mean()))
+    left_out = entropy((s.sum() - s) / (probes - 1), (t.sum() - t) / (probes - 1))
+    probe = float(((probes - 1) / probes * (left_out - left_out.mean()).square().sum()).sqrt())
+    depth = abs(h - float(entropy(s_half.mean(), t_half.mean())))
+    share = min(0.5, float(hidden.mean()) * floor**power / (base_s + float(s.mean())))
+    hide = share * math.log(size) + _binary_entropy(share) if share > 0 else 0.0
+    width = float(student.ppf(0.975, probes - 1)) * probe + depth + hide + 1e-10
+    rank = math.exp(h)
+    return RankEstimate(rank, math.exp(h - width), math.exp(h + width), probe, depth, hide, good)
+
+
+def _leading(
+    apply: Operator, size: int, device: torch.device, count: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Ritz values, descending, and vectors of a block Krylov space of at most `_DEPTH` blocks."""
+    width = min(_BLOCK, size)
+    block = torch.randn((size, width), generator=draw, dtype=torch.float64).to(device)
+    basis = torch.zeros((size, 0), dtype=torch.float64, device=device)
+    image = torch.zeros((size, 0), dtype=torch.float64, device=device)
+    for _ in range(_DEPTH if count else 1):
+        for _ in range(3):
+            # What is left of a column inside the space already there is rounding error without a direction.
+            scale = block.norm(dim=0).sum()
+            q, r = torch.linalg.qr(block - basis @ (basis.mT @ block))
+            block = q[:, r.diagonal().abs() > 1e-10 * scale]
+        if block.shape[1] == 0:
+            break
+        basis, block = torch.cat([basis, block], 1), apply(block)
+        if not bool(torch.isfinite(block).all()):
+            return torch.tensor([math.nan]), basis
+        image = torch.cat([image, block], 1)
+    small = basis.mT @ image
+    value, s = torch.linalg.eigh((small + small.mT) / 2)
+    return value.flip(0), basis @ s.flip(1)
+
+
+def _leading_converged(apply: Operator, value: Tensor, vector: Tensor, top: float) -> int:
+    """How many of the leading pairs may be taken out: up to the first whose residual is not small."""
+    if len(value) == 0:
+        return 0
+    residual = (apply(vector) - vector * value).norm(dim=0)
+    bad = (residual > _CONVERGED * value) | (value <= 1e-12 * top)
+    return int(bad.nonzero()[0]) if bool(bad.any()) else len(value)
+
+
+def _off(v: Tensor, vector: Tensor) -> Tensor:
+    """The part of `v[d, k]` orthogonal to the deflated vectors; twice, since once leaves rounding error."""
+    for _ in range(2):
+        v = v - vector @ (vector.mT @ v)
+    return v
+
+
+def _lanczos(apply: Operator, start: Tensor, steps: int) -> Tensor:
+    """Tridiagonal matrices `[q, steps, steps]` of Lanczos from each of `start[q, d]`, kept orthogonal."""
+    q, d = start.shape
+    basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
+    small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)
+    v = start
+    for k in range(steps):
+        basis[:, k] = v
+        w = apply(v.mT).mT
+        small[:, k, k] = (w * v).sum(-1)
+        seen = basis[:, : k + 1]
+        for _ in range(2):
+            w = w - (seen.mT @ (seen @ w[:, :, None]))[:, :, 0]
+        beta = w.norm(dim=-1)
+        beta = torch.where(beta > 1e-14, beta, 0.0)  # an exhausted space goes on with zeros of no weight
+        v = w / torch.where(beta > 0, beta, 1.0)[:, None] * (beta > 0)[:, None]
+        if k + 1 < steps:
+            small[:, k, k + 1] = small[:, k + 1, k] = beta
+    return small
+
+
+def _binary_entropy(p: float) -> float:
+    return -p * math.log(p) - (1 - p) * math.log1p(-p)
