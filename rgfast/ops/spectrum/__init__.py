@@ -13,11 +13,13 @@ from rgfast.ops.spectrum.baseline import IsotropicBaseline, isotropic_baseline
 from rgfast.ops.spectrum.lanczos import RankEstimate, effective_rank_estimate, moment_operator
 from rgfast.ops.spectrum.moments import rank_measures_from_moment, singular_values_from_moment
 from rgfast.ops.spectrum.results import RankMeasures, SpectrumInfo
+from rgfast.ops.spectrum.streaming import SecondMoments
 
 __all__ = [
     "IsotropicBaseline",
     "RankEstimate",
     "RankMeasures",
+    "SecondMoments",
     "SpectrumInfo",
     "effective_rank",
     "effective_rank_estimate",

@@ -29,9 +29,10 @@ _U = UNIT_ROUNDOFF[torch.float64]
 class RankEstimate:
     """An effective rank with its 95% interval [`low`, `high`] and where the width comes from.
 
-    `probe_error` is the jackknife standard error of the entropy over the probes, `depth_error` its change
-    from half the Lanczos steps to all, `floor_error` what eigenvalues under the rounding error could add to
-    it.
+    `probe_error` is the jackknife standard error of the entropy over the probes; `depth_error` the larger of
+    its change from half the Lanczos steps to all and half the distance between the Gauss and the Gauss-Radau
+    rule, of which one overestimates and the other underestimates; `floor_error` what eigenvalues under the
+    rounding error could add to it.
     """
 
     value: float
@@ -183,14 +184,25 @@ def _estimate(
         s, t = base_s + s, base_t + t
         return s.log() - t / s
 
-    s, t, hidden = sums(small)
+    def both(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        s_high, t_high, hidden = sums(t)
+        s_low, t_low, _ = sums(_with_node_at_zero(t))
+        return s_high, t_high, s_low, t_low, hidden
+
+    def middle(s_high: Tensor, t_high: Tensor, s_low: Tensor, t_low: Tensor) -> tuple[Tensor, Tensor]:
+        high, low = entropy(s_high, t_high), entropy(s_low, t_low)
+        return (high + low) / 2, (high - low).abs() / 2
+
+    *each, hidden = both(small)
     half = max(small.shape[-1] // 2, 1)
-    s_half, t_half, _ = sums(small[:, :half, :half])
-    h = float(entropy(s.mean(), t.mean()))
-    left_out = entropy((s.sum() - s) / (probes - 1), (t.sum() - t) / (probes - 1))
+    *each_half, _ = both(small[:, :half, :half])
+    centre, bracket = middle(*(v.mean() for v in each))
+    centre_half, _ = middle(*(v.mean() for v in each_half))
+    left_out, _ = middle(*((v.sum() - v) / (probes - 1) for v in each))
+    h = float(centre)
     probe = float(((probes - 1) / probes * (left_out - left_out.mean()).square().sum()).sqrt())
-    depth = abs(h - float(entropy(s_half.mean(), t_half.mean())))
-    share = min(0.5, float(hidden.mean()) * floor**power / (base_s + float(s.mean())))
+    depth = max(abs(h - float(centre_half)), float(bracket))
+    share = min(0.5, float(hidden.mean()) * floor**power / (base_s + float(each[0].mean())))
     hide = share * math.log(size) + _binary_entropy(share) if share > 0 else 0.0
     width = float(student.ppf(0.975, probes - 1)) * probe + depth + hide + 1e-10
     rank = math.exp(h)
@@ -257,6 +269,26 @@ def _lanczos(apply: Operator, start: Tensor, steps: int) -> Tensor:
         if k + 1 < steps:
             small[:, k, k + 1] = small[:, k + 1, k] = beta
     return small
+
+
+def _with_node_at_zero(t: Tensor) -> Tensor:
+    """The Gauss-Radau matrices: the last diagonal entries of `t[q, k, k]` changed so that 0 is an eigenvalue.
+
+    The even derivatives of the functions summed here are negative and the odd ones positive, so that the
+    Gauss rule of `t` overestimates and this one underestimates.
+    """
+    t = t.clone()
+    k = t.shape[-1]
+    if k == 1:
+        return t
+    pivot = t[:, 0, 0].clone()
+    for j in range(1, k - 1):
+        pivot = t[:, j, j] - t[:, j, j - 1].square() / torch.where(pivot > 0, pivot, torch.inf)
+    last = t[:, k - 1, k - 2]
+    usable = (last > 0) & (pivot > 0)
+    moved = last.square() / torch.where(usable, pivot, 1.0)
+    t[:, k - 1, k - 1] = torch.where(usable, torch.minimum(moved, t[:, k - 1, k - 1]), t[:, k - 1, k - 1])
+    return t
 
 
 def _binary_entropy(p: float) -> float:
