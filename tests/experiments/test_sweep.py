@@ -127,7 +127,7 @@ def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
     victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), here])
     points = tmp_path / "run" / "points"
     for _ in range(3000):
-        if len(list(points.glob("*.json"))) >= 2 or victim.poll() is not None:
+        if len(list(points.glob("[!.]*.json"))) >= 2 or victim.poll() is not None:
             break
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
