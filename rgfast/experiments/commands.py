@@ -31,6 +31,26 @@ def add_studies(commands: Any) -> None:
     _common(many, "multiverse")
     many.set_defaults(run=_multiverse)
 
+    spaced = commands.add_parser(
+        "decimate",
+        help="show one trained network only every k-th token: every correlation length at the same weights",
+        description="A stack trained at ξ = 7 with random mask rates is probed with every k-th token shown, "
+        "and with as many tokens side by side. Resumable as sweep is.",
+    )
+    spaced.add_argument("--quick", action="store_true", help="short training to see that it runs; no result")
+    _common(spaced, "decimation")
+    spaced.set_defaults(run=_decimate)
+
+    ideal = commands.add_parser(
+        "observe",
+        help="compare each layer with ideal observers who see only so far",
+        description="CKA between every layer and the exact posterior from visible tokens within each radius, "
+        "and the slope of the ridge. Resumable as sweep is.",
+    )
+    ideal.add_argument("--quick", action="store_true", help="short training to see that it runs; no result")
+    _common(ideal, "observer")
+    ideal.set_defaults(run=_observe)
+
 
 def _common(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds instead of the design's")
@@ -57,5 +77,21 @@ def _multiverse(args: argparse.Namespace) -> None:
     from rgfast.experiments.multiverse import multiverse
 
     done = multiverse(quick=args.quick, **_options(args))
+    print(done)
+    print(f"\nwritten to {done.out}")
+
+
+def _decimate(args: argparse.Namespace) -> None:
+    from rgfast.experiments.decimation import decimate
+
+    done = decimate(quick=args.quick, **_options(args))
+    print(done)
+    print(f"\nwritten to {done.out}")
+
+
+def _observe(args: argparse.Namespace) -> None:
+    from rgfast.experiments.observer import observe
+
+    done = observe(quick=args.quick, **_options(args))
     print(done)
     print(f"\nwritten to {done.out}")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rgfast.flow.relevance import RelevanceTest
 from rgfast.report.figures import COLOURS, CONTROL, STYLE
 
-__all__ = ["plot_multiverse", "plot_relevance", "plot_xi"]
+__all__ = ["plot_decimation", "plot_multiverse", "plot_observer", "plot_relevance", "plot_xi"]
 
 CAPTURED = 0.90
 SHAPES = ("o", "s", "^", "D", "v", "P")
@@ -149,4 +149,79 @@ def plot_multiverse(
             dots.set_xticks([])
             dots.grid(False)
             dots.set_xlabel(f"{len(ordered)} of {len(table)} set-ups (trained), sorted", fontsize=8)
+    return figure
+
+
+def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
+    """What one network does when only every k-th token is shown, against k.
+
+    Solid: the grid (the task is the chain at ξ/k). Dashed: as many tokens side by side (the task stays at ξ).
+    Grey: the stack trained on i.i.d. tokens, on the grid. Points are seeds, lines means.
+    """
+    panels = (
+        ("R: last over first layer", (("R_visible", "visible", 0), ("R_masked", "masked", 1))),
+        (
+            "R² of the own token, last layer",
+            (("slow_visible", "slow mode", 0), ("fast_visible", "fast mode", 1)),
+        ),
+        ("total kernel drift", (("total_drift_visible", "visible", 0), ("total_drift_masked", "masked", 1))),
+        (
+            "effective rank, masked rows",
+            (("final_rank_masked", "last layer", 0), ("log_posterior_rank", "log-posterior", 2)),
+        ),
+    )
+    arms = (("trained", "grid", "-"), ("trained", "block", "--"), ("control_iid", "grid", ":"))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 7.6))
+        for axes, (title, drawn) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            for stage, arm, dash in arms:
+                part = table[(table.stage == stage) & (table.arm == arm)]
+                for name, words, colour in drawn:
+                    if stage != "trained" and name == "log_posterior_rank":
+                        continue
+                    paint = COLOURS[colour] if stage == "trained" else CONTROL
+                    what = arm if stage == "trained" else "i.i.d. control"
+                    mean = part.groupby("spacing")[name].mean()
+                    axes.plot(
+                        mean.index,
+                        np.asarray(mean),
+                        dash,
+                        color=paint,
+                        linewidth=1.8,
+                        label=f"{words}, {what}",
+                    )
+                    axes.plot(part.spacing, part[name], ".", color=paint, markersize=4, alpha=0.6)
+            axes.set_ylabel(title)
+            axes.set_xlabel(f"k: every k-th token shown (ξ = {xi:g}/k on the grid)")
+            axes.legend(fontsize=7)
+        figure.suptitle(f"One network trained at ξ = {xi:g}, probed at every ξ/k")
+    return figure
+
+
+def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
+    """CKA between layer l and the observer who sees radius w, by stage and ξ; the ridge on top.
+
+    White circles: the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA.
+    """
+    cells = list(dict.fromkeys(zip(curves.stage, curves.xi, strict=True)))
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(4.2 * len(cells), 4.0))
+        for axes, (stage, xi) in zip(np.atleast_1d(figure.subplots(1, len(cells))), cells, strict=True):
+            part = curves[(curves.stage == stage) & (curves.xi == xi)]
+            grid = part.pivot_table(index="radius", columns="layer", values="cka", dropna=False)
+            image = axes.imshow(
+                grid.to_numpy(float), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis"
+            )
+            axes.set_xticks(range(grid.shape[1]), [str(v) for v in grid.columns])
+            axes.set_yticks(range(grid.shape[0]), [str(v) for v in grid.index])
+            ridge = ridges[(ridges.stage == stage) & (ridges.xi == xi)].groupby("layer").radius.mean()
+            # Radii are not evenly spaced on the axis: place the mean between its neighbours.
+            height = np.interp(ridge.to_numpy(float), grid.index.to_numpy(float), np.arange(grid.shape[0]))
+            at = [list(grid.columns).index(layer) for layer in ridge.index]
+            good = np.isfinite(ridge.to_numpy(float))
+            axes.plot(np.array(at)[good], height[good], "o-", color="white", markersize=6, linewidth=1.2)
+            axes.set_xlabel("layer")
+            axes.set_title(f"{stage}, ξ = {xi:g}", fontsize=10)
+        figure.axes[0].set_ylabel("radius w of the observer")
+        figure.colorbar(image, ax=figure.axes, label="CKA (debiased), masked rows", shrink=0.85)
     return figure
