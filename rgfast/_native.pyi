@@ -5,7 +5,10 @@ def forced_isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def pool_squares(count: int, threads: int, fail_at: int = -1) -> list[int]: ...
 def eigvalsh(
-    a: tuple[int, list[int], list[int], int], values: tuple[int, list[int], list[int], int], threads: int
+    a: tuple[int, list[int], list[int], int],
+    values: tuple[int, list[int], list[int], int],
+    threads: int,
+    route: int = 0,
 ) -> tuple[int, int]: ...
 def moments(
     x: tuple[int, list[int], list[int], int],
@@ -14,8 +17,9 @@ def moments(
     result: tuple[int, list[int], list[int], int],
     info: tuple[int, int, int],
     threads: int,
+    route: int = 0,
 ) -> tuple[int, int]: ...
-def eigvalsh_workspace(fp64: bool, d: int) -> int: ...
+def eigvalsh_workspace(fp64: bool, batch: int, d: int) -> int: ...
 def residual_mlp_forward(
     rows: int,
     width: int,
@@ -61,7 +65,9 @@ def residual_mlp_backward(
     d_norm_bias: int,
     threads: int,
 ) -> None: ...
-def residual_mlp_activation(activation: int, count: int, input: int, values: int, slopes: int = 0) -> None: ...
+def residual_mlp_activation(
+    activation: int, count: int, input: int, values: int, slopes: int = 0
+) -> None: ...
 def cka_workspace(
     layers: list[tuple[int, list[int], list[int], int]],
     pairs: list[tuple[int, int]],

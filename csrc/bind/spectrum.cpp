@@ -9,7 +9,13 @@ namespace py = pybind11;
 namespace rgfast::bind {
 namespace {
 
-std::pair<std::int64_t, int> eigvalsh(const Tensor& a, const Tensor& values, int threads) {
+spectrum::Route checked_route(int route) {
+  if (route < 0 || route > 2)
+    throw std::invalid_argument("route must be 0, 1 or 2, got " + std::to_string(route));
+  return static_cast<spectrum::Route>(route);
+}
+
+std::pair<std::int64_t, int> eigvalsh(const Tensor& a, const Tensor& values, int threads, int route) {
   const View in = view(a, "a", 2);
   const View out = view(values, "values", 1);
   checked_threads(threads);
@@ -23,14 +29,14 @@ std::pair<std::int64_t, int> eigvalsh(const Tensor& a, const Tensor& values, int
   for (int dim = 0; fits && dim < out.ndim; ++dim) fits = out.size(dim) == in.size(dim);
   if (!fits) throw std::invalid_argument("values must have the shape of a without its last dimension");
   const py::gil_scoped_release release;
-  const spectrum::Status status = spectrum::eigvalsh(in, out, threads);
+  const spectrum::Status status = spectrum::eigvalsh(in, out, threads, checked_route(route));
   return {status.index, static_cast<int>(status.trouble)};
 }
 
 using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
-                                     const Info& info, int threads) {
+                                     const Info& info, int threads, int route) {
   const View in = view(x, "x", 3);
   const View out = view(result, "result", solve ? 2 : 3);
   checked_threads(threads);
@@ -51,10 +57,11 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
                                   reinterpret_cast<std::int64_t*>(exponent),
                                   reinterpret_cast<std::int64_t*>(limit)};
   auto* const to = reinterpret_cast<double*>(out.data);
+  const spectrum::Route way = checked_route(route);
   spectrum::Status status;
   const py::gil_scoped_release release;
   if (solve)
-    status = spectrum::gram_eigenvalues(in, centred, to, told, threads);
+    status = spectrum::gram_eigenvalues(in, centred, to, told, threads, way);
   else
     spectrum::gram(in, centred, to, told, threads);
   return {status.index, static_cast<int>(status.trouble)};
@@ -63,23 +70,25 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
 }  // namespace
 
 void register_spectrum(py::module_& m) {
-  m.def("eigvalsh", &eigvalsh, py::arg("a"), py::arg("values"), py::arg("threads"),
+  m.def("eigvalsh", &eigvalsh, py::arg("a"), py::arg("values"), py::arg("threads"), py::arg("route") = 0,
         "Ascending eigenvalues of a[..., d, d] into values[..., d]; returns the first matrix in trouble, or "
         "-1, "
-        "and its trouble: 1 for NaN or infinity, 2 for no convergence.");
+        "and its trouble: 1 for NaN or infinity, 2 for no convergence. route: 0 to choose, 1 for one matrix "
+        "per lane, 2 for one at a time.");
   m.def(
       "moments", &moments, py::arg("x"), py::arg("centred"), py::arg("solve"), py::arg("result"),
-      py::arg("info"), py::arg("threads"),
+      py::arg("info"), py::arg("threads"), py::arg("route") = 0,
       "fp64 second moments of x[b, n, d] on its smaller side, result[b, m, m], or with `solve` their "
       "ascending "
       "eigenvalues, result[b, m]. info: the addresses of what was accumulated (fp64), the exponents and the "
       "rank limits (int64), b entries each. Returns what eigvalsh does.");
   m.def(
       "eigvalsh_workspace",
-      [](bool fp64, std::int64_t d) {
-        return spectrum::eigvalsh_workspace(fp64 ? DType::f64 : DType::f32, d);
+      [](bool fp64, std::int64_t batch, std::int64_t d) {
+        return spectrum::eigvalsh_workspace(fp64 ? DType::f64 : DType::f32, batch, d);
       },
-      py::arg("fp64"), py::arg("d"), "Bytes of scratch that eigvalsh takes per thread for d x d matrices.");
+      py::arg("fp64"), py::arg("batch"), py::arg("d"),
+      "Bytes of scratch that eigvalsh takes per thread for d x d matrices.");
 }
 
 }  // namespace rgfast::bind

@@ -16,12 +16,16 @@ struct Status {
   Trouble trouble = Trouble::none;
 };
 
+// How a matrix is reduced: beside others in the lanes of a vector, or by itself. `choose` goes by the size
+// and the number of the matrices, never by the threads.
+enum class Route : int { choose = 0, lanes = 1, single = 2 };
+
 // Ascending eigenvalues of a[..., d, d] (fp64 or fp32; the lower triangle is read) into values[..., d] of
 // the same dtype. Values of a matrix in trouble are NaN.
-Status eigvalsh(const View& a, const View& values, int threads);
+Status eigvalsh(const View& a, const View& values, int threads, Route route);
 
 // Bytes of scratch that a thread takes for it.
-std::size_t eigvalsh_workspace(DType dtype, std::int64_t d);
+std::size_t eigvalsh_workspace(DType dtype, std::int64_t batch, std::int64_t d);
 
 // Second moments of x[b, n, d], of any dtype, in fp64: x'x or x x', whichever is smaller, of x 2^-exponent
 // less its column means if `centred`. accumulated, exponent and rank_limit (int64) hold b entries each.
@@ -35,6 +39,7 @@ struct MomentInfo {
 void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, int threads);
 
 // Their ascending eigenvalues into values[b, m], contiguous, without forming them all.
-Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads);
+Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads,
+                        Route route);
 
 }  // namespace rgfast::spectrum

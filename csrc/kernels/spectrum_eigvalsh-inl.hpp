@@ -7,6 +7,8 @@
 
 #include "kernels/spectrum_tridiagonal-inl.hpp"
 
+#include "kernels/spectrum_single-inl.hpp"
+
 #include "kernels/spectrum_ql-inl.hpp"
 
 namespace rgfast {
@@ -70,6 +72,67 @@ inline unsigned pack_lanes(const spectrum::EigenTask<T>& task, const long long* 
   return bad;
 }
 
+// Scales the tridiagonal matrices of a group, whose lanes are to be multiplied by 2^exponents in the end, so
+// that the solver can work with them, and drops what is negligible then.
+template <class T>
+inline void prepare_group(QlGroup<T>& group, Scale<T>& scale, const int* exponents) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  const long long n = group.n;
+  V top{};
+  V square{};
+  for (long long i = 0; i < n; ++i) {
+    top = max(top, abs(load(group.d + i * L)));
+    square = max(square, load(group.e + i * L));
+  }
+  T largest[L];
+  store(largest, max(top, sqrt(square)));
+  Scale<T> inner;
+  for (int lane = 0; lane < L; ++lane) {
+    const int exponent = largest[lane] > T(0) ? Range<T>::exponent(largest[lane]) - QlLimits<T>::scale : 0;
+    inner.set(lane, exponent);
+    scale.set(lane, exponents[lane] + exponent);
+  }
+  scale_all(group.d, n, inner.down_a, inner.down_b);
+  scale_all(group.e, n, inner.down_a, inner.down_b);
+  scale_all(group.e, n, inner.down_a, inner.down_b);
+  for (long long i = 0; i < n; ++i) {
+    const V e = load(group.e + i * L);
+    store(group.e + i * L, select(less_equal(e, broadcast(QlLimits<T>::drop)), V{}, e));
+  }
+  group.row = 0;
+  group.sweeps = 0;
+  group.failed = no_lanes(T());
+}
+
+// Solves, sorts and writes groups that are prepared. `Task` is an EigenTask or a TridiagonalTask.
+template <class T, class Task>
+inline void finish_groups(QlGroup<T>* groups, const Scale<T>* scales, const unsigned* bad, int count,
+                          const Task& task) {
+  constexpr int L = Simd<T>::lanes;
+  ql_groups(groups, count);
+  for (int g = 0; g < count; ++g) {
+    QlGroup<T>& group = groups[g];
+    sort_lanes(group.d, group.n);
+    scale_all(group.d, group.n, scales[g].up_a, scales[g].up_b);
+    const unsigned failed = bits(group.failed);
+    for (int lane = 0; lane < L && g * L + lane < task.count; ++lane) {
+      const int index = g * L + lane;
+      const bool is_bad = ((bad[g] >> lane) & 1U) != 0;
+      const bool is_failed = ((failed >> lane) & 1U) != 0;
+      task.trouble[index] = is_bad ? 1 : is_failed ? 2 : 0;
+      T* const out = task.values + task.values_offsets[index];
+      for (long long i = 0; i < group.n; ++i)
+        out[i * task.values_stride] = is_bad || is_failed ? T(__builtin_nan("")) : group.d[i * L + lane];
+    }
+  }
+}
+
+template <class T>
+inline bool out_of_range(T largest) {
+  return largest != T(0) && !(largest > Range<T>::low && largest < Range<T>::high);
+}
+
 template <class T>
 inline std::size_t eigen_lanes_workspace(long long n) {
   constexpr std::size_t L = Simd<T>::lanes;
@@ -79,7 +142,6 @@ inline std::size_t eigen_lanes_workspace(long long n) {
 
 template <class T>
 inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
-  using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
   const long long n = task.n;
   T* const packed = static_cast<T*>(task.workspace);
@@ -92,13 +154,9 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   int count = 0;
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
-    Scale<T>& scale = scales[count];
     group.d = rows + 2 * count * n * L;
     group.e = group.d + n * L;
     group.n = n;
-    group.row = 0;
-    group.sweeps = 0;
-    group.failed = no_lanes(T());
     // A group that is not full repeats its first matrix.
     long long offsets[L];
     for (int lane = 0; lane < L; ++lane)
@@ -108,63 +166,155 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
     T largest[L];
     bad[count] = pack_lanes(task, offsets, packed, largest);
     int exponents[L];
+    Scale<T> outer;
     bool extreme = false;
     for (int lane = 0; lane < L; ++lane) {
-      const bool out =
-          largest[lane] != T(0) && !(largest[lane] > Range<T>::low && largest[lane] < Range<T>::high);
+      const bool out = out_of_range(largest[lane]);
       exponents[lane] = out ? Range<T>::exponent(largest[lane]) : 0;
-      scale.set(lane, exponents[lane]);
+      outer.set(lane, exponents[lane]);
       extreme = extreme || out;
     }
-    if (extreme) scale_all(packed, n * (n + 1) / 2, scale.down_a, scale.down_b);
+    if (extreme) scale_all(packed, n * (n + 1) / 2, outer.down_a, outer.down_b);
     tridiagonal_lanes(packed, n, group.d, group.e, scratch);
+    prepare_group(group, scales[count], exponents);
+  }
+  finish_groups(groups, scales, bad, count, task);
+}
 
-    V top{};
-    V square{};
-    for (long long i = 0; i < n; ++i) {
-      top = max(top, abs(load(group.d + i * L)));
-      square = max(square, load(group.e + i * L));
+// Columns of whole vectors, but not a page apart: those would share the sets of the cache.
+template <class T>
+inline long long single_stride(long long n) {
+  constexpr long long L = Simd<T>::lanes;
+  const long long rows = whole_vectors(n, L);
+  return rows * static_cast<long long>(sizeof(T)) % 2048 == 0 ? rows + 64 / static_cast<long long>(sizeof(T))
+                                                              : rows;
+}
+
+template <class T>
+inline std::size_t single_workspace(long long n, long long stride) {
+  const long long rows = whole_vectors(n, Simd<T>::lanes);
+  return sizeof(T) * static_cast<std::size_t>(n * stride + Simd<T>::lanes + 4 * rows);
+}
+
+template <class T>
+inline void eigen_single(const spectrum::SingleTask<T>& task) {
+  const long long n = task.n;
+  const long long stride = task.stride;
+  T* const matrix = static_cast<T*>(task.workspace);
+  T* const scratch = matrix + n * stride + Simd<T>::lanes;
+  if (task.a != nullptr) {
+    constexpr long long kSide = 16;  // blocks that both strides leave in the first-level cache
+    for (long long j0 = 0; j0 < n; j0 += kSide)
+      for (long long i0 = j0; i0 < n; i0 += kSide)
+        for (long long j = j0; j < n && j < j0 + kSide; ++j)
+          for (long long i = i0; i < n && i < i0 + kSide; ++i)
+            if (i >= j) matrix[j * stride + i] = task.a[i * task.row_stride + j * task.column_stride];
+  }
+  T largest = T(0);
+  for (long long j = 0; j < n; ++j)
+    for (long long i = j; i < n; ++i) {
+      const T size = matrix[j * stride + i] < T(0) ? -matrix[j * stride + i] : matrix[j * stride + i];
+      largest = size > largest ? size : largest;
     }
-    top = max(top, sqrt(square));
-    store(largest, top);
-    Scale<T> inner;
+  const bool finite = largest <= Range<T>::largest;
+  *task.exponent = finite && out_of_range(largest) ? Range<T>::exponent(largest) : 0;
+  if (*task.exponent != 0) {
+    const int half = *task.exponent / 2;
+    const T a = Range<T>::power(-half);
+    const T b = Range<T>::power(half - *task.exponent);
+    for (long long j = 0; j < n; ++j)
+      for (long long i = j; i < n; ++i) matrix[j * stride + i] = matrix[j * stride + i] * a * b;
+  }
+  tridiagonal_single(matrix, stride, n, task.diagonal, task.off_squared, scratch);
+}
+
+template <class T>
+inline std::size_t tridiagonal_workspace(long long n) {
+  return sizeof(T) * Simd<T>::lanes * 2 * kQlGroups * static_cast<std::size_t>(n);
+}
+
+template <class T>
+inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
+  const long long n = task.n;
+  T* const d = static_cast<T*>(task.workspace);
+  T* const e = d + n;
+  T top = T(0);
+  bool finite = true;
+  for (long long i = 0; i < n; ++i) {
+    d[i] = task.diagonal[i];
+    e[i] = task.off_squared[i];
+    const T size = d[i] < T(0) ? -d[i] : d[i];
+    top = size > top ? size : top;
+    top = e[i] > top * top ? scalar_sqrt(e[i]) : top;
+    finite = finite && size <= Range<T>::largest && e[i] <= Range<T>::largest;
+  }
+  T* const out = task.values + task.values_offsets[0];
+  const int exponent = finite && top > T(0) ? Range<T>::exponent(top) - QlLimits<T>::scale : 0;
+  Scale<T> inner;
+  inner.set(0, exponent);
+  for (long long i = 0; i < n; ++i) {
+    d[i] = d[i] * inner.down_a[0] * inner.down_b[0];
+    e[i] = e[i] * inner.down_a[0] * inner.down_b[0] * inner.down_a[0] * inner.down_b[0];
+  }
+  const bool converged = finite && ql_alone(d, e, n);
+  inner.set(0, exponent + task.exponents[0]);
+  for (long long i = 0; i < n; ++i)
+    out[i * task.values_stride] = converged ? d[i] * inner.up_a[0] * inner.up_b[0] : T(__builtin_nan(""));
+  task.trouble[0] = !finite ? 1 : !converged ? 2 : 0;
+}
+
+template <class T>
+inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  const long long n = task.n;
+  if (task.alone) return eigen_alone(task);
+  const V limit = broadcast(Range<T>::largest);
+  QlGroup<T> groups[kQlGroups];
+  Scale<T> scales[kQlGroups];
+  unsigned bad[kQlGroups];
+  int count = 0;
+  for (int first = 0; first < task.count; first += L, ++count) {
+    QlGroup<T>& group = groups[count];
+    group.d = static_cast<T*>(task.workspace) + 2 * count * n * L;
+    group.e = group.d + n * L;
+    group.n = n;
+    int exponents[L];
     for (int lane = 0; lane < L; ++lane) {
-      const int exponent = largest[lane] > T(0) ? Range<T>::exponent(largest[lane]) : 0;
-      inner.set(lane, exponent);
-      scale.set(lane, exponents[lane] + exponent);
+      const int index = first + lane < task.count ? first + lane : first;
+      exponents[lane] = task.exponents[index];
+      for (long long i = 0; i < n; ++i) {
+        group.d[i * L + lane] = task.diagonal[index * n + i];
+        group.e[i * L + lane] = task.off_squared[index * n + i];
+      }
     }
-    scale_all(group.d, n, inner.down_a, inner.down_b);
-    scale_all(group.e, n, inner.down_a, inner.down_b);
-    scale_all(group.e, n, inner.down_a, inner.down_b);
-    // The largest entry is now in [1/2, 1). An off-diagonal below 2 u moves no eigenvalue by more than that,
-    // and a shift that far from a diagonal entry may round to the entry itself: it would never go away.
-    group.drop = broadcast(T(4) * QlLimits<T>::epsilon * QlLimits<T>::epsilon);
+    // NaN or infinity anywhere in a matrix has reached its tridiagonal form.
+    auto good = less_equal(V{}, V{});
     for (long long i = 0; i < n; ++i) {
-      const V e = load(group.e + i * L);
-      store(group.e + i * L, select(less_equal(e, group.drop), V{}, e));
+      good = both(good, less_equal(abs(load(group.d + i * L)), limit));
+      good = both(good, less_equal(load(group.e + i * L), limit));
     }
-  }
-  ql_groups(groups, count);
-  for (int g = 0; g < count; ++g) {
-    QlGroup<T>& group = groups[g];
-    sort_lanes(group.d, n);
-    scale_all(group.d, n, scales[g].up_a, scales[g].up_b);
-    const unsigned failed = bits(group.failed);
-    for (int lane = 0; lane < L && g * L + lane < task.count; ++lane) {
-      const int index = g * L + lane;
-      const bool is_bad = ((bad[g] >> lane) & 1U) != 0;
-      const bool is_failed = ((failed >> lane) & 1U) != 0;
-      task.trouble[index] = is_bad ? 1 : is_failed ? 2 : 0;
-      T* const out = task.values + task.values_offsets[index];
-      for (long long i = 0; i < n; ++i)
-        out[i * task.values_stride] = is_bad || is_failed ? T(__builtin_nan("")) : group.d[i * L + lane];
+    for (long long i = 0; i < n; ++i) {
+      store(group.d + i * L, select(good, load(group.d + i * L), V{}));
+      store(group.e + i * L, select(good, load(group.e + i * L), V{}));
     }
+    bad[count] = ((1U << L) - 1U) & ~bits(good);
+    prepare_group(group, scales[count], exponents);
   }
+  finish_groups(groups, scales, bad, count, task);
 }
 
 template <class T>
 inline spectrum::EigenKernels<T> eigen_kernels() {
-  return {Simd<T>::lanes, kQlGroups, &eigen_lanes_workspace<T>, &eigen_lanes<T>};
+  return {Simd<T>::lanes,
+          kQlGroups,
+          &eigen_lanes_workspace<T>,
+          &eigen_lanes<T>,
+          &single_stride<T>,
+          &single_workspace<T>,
+          &eigen_single<T>,
+          &tridiagonal_workspace<T>,
+          &eigen_tridiagonal<T>};
 }
 
 inline spectrum::EigenKernels<double> eigen_kernels_double() { return eigen_kernels<double>(); }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/spectrum.hpp"
+#include "kernels/spectrum_solve.hpp"
 #include "kernels/spectrum_task.hpp"
 #include "rgfast/isa.hpp"
 #include "rgfast/parallel.hpp"
@@ -28,15 +29,26 @@ EigenKernels<float> active_eigen_kernels<float>() {
 namespace {
 
 template <class T>
-Status solve(const View& a, const View& values, int threads) {
+Status solve(const View& a, const View& values, int threads, Route route) {
   const EigenKernels<T> kernel = active_eigen_kernels<T>();
   const std::int64_t batch = a.batch(2);
   const std::int64_t n = a.size(-1);
   if (batch == 0 || n == 0) return {};
+  T* const out = values.item<T>(0, 1);
+  if (!takes_lanes(kernel, batch, n, route)) {
+    const auto reduce = [&](std::int64_t index, SingleTask<T>& task) {
+      const Workspace workspace(kernel.single_workspace(n, task.stride));
+      task.a = a.item<T>(index, 2);
+      task.row_stride = a.stride(-2);
+      task.column_stride = a.stride(-1);
+      task.workspace = workspace.data();
+      kernel.single_run(task);
+    };
+    return solve_singly(kernel, batch, n, threads, out, values.stride(-1), reduce,
+                        [&](std::int64_t index) { return values.batch_offset(index, 1); });
+  }
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
-  // No more groups to a task than leave every thread one; a matrix does not feel which it is in.
-  const std::int64_t groups = (batch + kernel.lanes - 1) / kernel.lanes;
-  const std::int64_t each = std::clamp<std::int64_t>(groups / threads, 1, kernel.groups) * kernel.lanes;
+  const std::int64_t each = task_size(kernel, batch, threads);
   parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
     const Workspace workspace(kernel.lanes_workspace(n));
     const std::int64_t first = index * each;
@@ -48,7 +60,7 @@ Status solve(const View& a, const View& values, int threads) {
     }
     EigenTask<T> task{};
     task.a = a.item<T>(0, 2);
-    task.values = values.item<T>(0, 1);
+    task.values = out;
     task.offsets = offsets.data();
     task.values_offsets = offsets.data() + count;
     task.count = static_cast<int>(count);
@@ -60,21 +72,25 @@ Status solve(const View& a, const View& values, int threads) {
     task.workspace = workspace.data();
     kernel.lanes_run(task);
   });
-  const auto found =
-      std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });
-  if (found == trouble.end()) return {};
-  return {found - trouble.begin(), static_cast<Trouble>(*found)};
+  return first_trouble(trouble);
+}
+
+template <class T>
+std::size_t workspace_of(std::int64_t batch, std::int64_t n) {
+  const EigenKernels<T> kernel = active_eigen_kernels<T>();
+  if (takes_lanes(kernel, batch, n, Route::choose)) return kernel.lanes_workspace(n);
+  return std::max(kernel.single_workspace(n, kernel.single_stride(n)), kernel.tridiagonal_workspace(n));
 }
 
 }  // namespace
 
-Status eigvalsh(const View& a, const View& values, int threads) {
-  return a.dtype == DType::f64 ? solve<double>(a, values, threads) : solve<float>(a, values, threads);
+Status eigvalsh(const View& a, const View& values, int threads, Route route) {
+  return a.dtype == DType::f64 ? solve<double>(a, values, threads, route)
+                               : solve<float>(a, values, threads, route);
 }
 
-std::size_t eigvalsh_workspace(DType dtype, std::int64_t d) {
-  return dtype == DType::f64 ? active_eigen_kernels<double>().lanes_workspace(d)
-                             : active_eigen_kernels<float>().lanes_workspace(d);
+std::size_t eigvalsh_workspace(DType dtype, std::int64_t batch, std::int64_t d) {
+  return dtype == DType::f64 ? workspace_of<double>(batch, d) : workspace_of<float>(batch, d);
 }
 
 }  // namespace rgfast::spectrum

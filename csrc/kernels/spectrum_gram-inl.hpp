@@ -242,18 +242,18 @@ inline double largest_magnitude(const spectrum::GramTask& task, double* wide) {
   return found;
 }
 
-// Lower triangle of the smaller side's moment into task.c (column-major, stride gram_stride(m)); returns
-// what is needed to bound its error.
+// Lower triangle of the smaller side's moment into task.c; returns what is needed to bound its error.
 inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   const long long n = task.n;
   const long long d = task.d;
   const bool tall = n >= d;
   const long long m = tall ? d : n;
-  const long long stride = gram_stride(m);
+  const long long stride = task.stride;
+  const long long panels = gram_stride(m) / Simd<double>::lanes;
   const long long columns = gram_stride(d);
   Moments at{};
   at.panels = static_cast<double*>(task.workspace);
-  at.origin = at.panels + stride / Simd<double>::lanes * kPanel;
+  at.origin = at.panels + panels * kPanel;
   at.mean = at.origin + columns;
   at.live = at.mean + columns;
   at.wide = at.live + columns;
@@ -286,7 +286,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     for_row_tiles(task, scale, at.wide,
                   [&](const auto& rows, long long count) __attribute__((always_inline)) {
                     pack_tall(rows, count, d, at);
-                    gram_tile(at.panels, stride / Simd<double>::lanes, count, task.c, stride, first);
+                    gram_tile(at.panels, panels, count, task.c, stride, first);
                     first = false;
                   });
   } else {
@@ -298,7 +298,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
                       pack_wide(rows, some, done, start, count, at);
                       done += some;
                     });
-      gram_tile(at.panels, stride / Simd<double>::lanes, count, task.c, stride, first);
+      gram_tile(at.panels, panels, count, task.c, stride, first);
       first = false;
     }
   }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/spectrum.hpp"
+#include "kernels/spectrum_solve.hpp"
 #include "kernels/spectrum_task.hpp"
 #include "rgfast/isa.hpp"
 #include "rgfast/parallel.hpp"
@@ -18,8 +19,6 @@ GramKernels grams() {
   static constexpr IsaTable<GramKernels (*)()> table = RGFAST_ISA_TABLE(gram_kernels);
   return table.active()();
 }
-
-std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 GramTask task_for(const View& x, bool centred, std::int64_t index) {
   GramTask task{};
@@ -47,6 +46,7 @@ struct Source {
   const MomentInfo& info;
   std::int64_t first;
   double* buffer;
+  std::int64_t stride;
   std::int64_t size;
   void* workspace;
 
@@ -54,6 +54,7 @@ struct Source {
     for (int i = 0; i < count; ++i) {
       GramTask task = task_for(x, centred, first + from + i);
       task.c = buffer + i * size;
+      task.stride = stride;
       task.workspace = workspace;
       tell(info, first + from + i, kernel.run(task));
     }
@@ -73,6 +74,7 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
     const Workspace workspace(scratch + sizeof(double) * static_cast<std::size_t>(stride * stride));
     GramTask task = task_for(x, centred, index);
     task.workspace = workspace.data();
+    task.stride = stride;
     task.c = reinterpret_cast<double*>(static_cast<std::byte*>(workspace.data()) + scratch);
     tell(info, index, kernel.run(task));
     double* const out = matrix + index * m * m;
@@ -85,18 +87,34 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
   });
 }
 
-Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads) {
+Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads,
+                        Route route) {
   const GramKernels kernel = grams();
   const EigenKernels<double> solver = active_eigen_kernels<double>();
   const std::int64_t batch = x.batch(2);
   const std::int64_t n = x.size(-2);
   const std::int64_t d = x.size(-1);
   const std::int64_t m = std::min(n, d);
+  if (batch == 0) return {};
+  if (!takes_lanes(solver, batch, m, route)) {
+    const auto reduce = [&](std::int64_t index, SingleTask<double>& task) {
+      GramTask gram = task_for(x, centred, index);
+      const std::size_t for_solver = aligned(solver.single_workspace(m, task.stride));
+      const Workspace workspace(for_solver + kernel.workspace(gram));
+      task.workspace = workspace.data();
+      gram.c = static_cast<double*>(workspace.data());
+      gram.stride = task.stride;
+      gram.workspace = static_cast<std::byte*>(workspace.data()) + for_solver;
+      tell(info, index, kernel.run(gram));
+      solver.single_run(task);
+    };
+    return solve_singly(solver, batch, m, threads, values, 1, reduce,
+                        [m](std::int64_t index) { return index * m; });
+  }
   const std::int64_t stride = kernel.stride(m);
   const std::int64_t size = stride * stride;
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
-  const std::int64_t groups = (batch + solver.lanes - 1) / solver.lanes;
-  const std::int64_t each = std::clamp<std::int64_t>(groups / threads, 1, solver.groups) * solver.lanes;
+  const std::int64_t each = task_size(solver, batch, threads);
   parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
     const std::int64_t first = index * each;
     const std::int64_t count = std::min(each, batch - first);
@@ -106,7 +124,7 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, const Momen
                               sizeof(double) * static_cast<std::size_t>(solver.lanes * size));
     auto* const bytes = static_cast<std::byte*>(workspace.data());
     auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
-    Source source{kernel, x, centred, info, first, buffer, size, bytes + for_solver};
+    Source source{kernel, x, centred, info, first, buffer, stride, size, bytes + for_solver};
     std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
     for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
     for (std::int64_t i = 0; i < count; ++i)
@@ -127,10 +145,7 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, const Momen
     task.context = &source;
     solver.lanes_run(task);
   });
-  const auto found =
-      std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });
-  if (found == trouble.end()) return {};
-  return {found - trouble.begin(), static_cast<Trouble>(*found)};
+  return first_trouble(trouble);
 }
 
 }  // namespace rgfast::spectrum

@@ -9,17 +9,24 @@
 namespace rgfast {
 namespace RGFAST_NS {
 
+// Matrices come scaled so that their largest entry is in [2^(scale - 1), 2^scale). Above p = floor, which is
+// where p is as good as zero, neither r p nor its reciprocal leaves the normal numbers; with c = p / r at u
+// and r at the smallest off-diagonal kept, p is well above it.
 template <class T>
 struct QlLimits;
 template <>
 struct QlLimits<double> {
-  static constexpr double epsilon = 0x1p-53;
-  static constexpr double floor = 0x1p-330;  // its square, and the reciprocal of that, are normal
+  static constexpr int scale = 0;
+  static constexpr double floor = 0x1p-330;
+  // Squared off-diagonals up to this are dropped: the off-diagonals are below 2 u, which moves no eigenvalue
+  // by more, and a shift that far from a diagonal entry may round to the entry itself: it would never go.
+  static constexpr double drop = 0x1p-104;
 };
 template <>
 struct QlLimits<float> {
-  static constexpr float epsilon = 0x1p-24F;
+  static constexpr int scale = 20;
   static constexpr float floor = 0x1p-60F;
+  static constexpr float drop = 0x1p-6F;
 };
 
 // One group of lanes on its way: rows and squared off-diagonals are n vectors each.
@@ -33,7 +40,6 @@ struct QlGroup {
   long long row;  // the eigenvalue being sought
   long long at;   // the row that the sweep does next, going down
   int sweeps;     // so far for this row
-  V drop;         // squared off-diagonals up to this are zero
   M failed;
   V end;  // last row of each lane's block; -1 where the lane sits this sweep out
   V sigma;
@@ -97,7 +103,7 @@ inline void end_sweep(QlGroup<T>& group) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
   V e = group.s * group.p;
-  e = select(less_equal(e, group.drop), V{}, e);
+  e = select(less_equal(e, broadcast(QlLimits<T>::drop)), V{}, e);
   const auto active = less(V{}, group.end);
   store_where(active, group.e + group.row * L, e);
   store_where(active, group.d + group.row * L, group.sigma + group.gamma);
@@ -109,7 +115,6 @@ struct QlStep {
   using M = typename Simd<T>::Mask;
   T* d;
   T* e;
-  V drop;
   V end;
   V row;
   V sigma;
@@ -121,7 +126,6 @@ struct QlStep {
   RGFAST_INLINE explicit QlStep(const QlGroup<T>& group)
       : d(group.d + group.at * Simd<T>::lanes),
         e(group.e + group.at * Simd<T>::lanes),
-        drop(group.drop),
         end(group.end),
         row(broadcast(static_cast<T>(group.at))),
         sigma(group.sigma),
@@ -146,7 +150,7 @@ struct QlStep {
     const V above = s * r;
     const M active = less(row, end);
     row -= broadcast(T(1));
-    store_where(active, e + L, select(less_equal(above, drop), V{}, above));
+    store_where(active, e + L, select(less_equal(above, broadcast(QlLimits<T>::drop)), V{}, above));
     // c = p / r, s = e / r and then p = gamma^2 / c = gamma^2 r / p: one reciprocal of r p serves all.
     const V inverse = reciprocal(r * p);
     const V over_r = inverse * p;
@@ -217,7 +221,7 @@ inline void run_steps(QlGroup<T>* const* groups, int count, long long steps) {
 constexpr int kQlGroups = 4;
 
 // Sets every group's `d` to its eigenvalues, unsorted, and `failed` to the lanes that did not converge.
-// Rows are expected scaled to about 1, `drop` and the pointers set, row and sweeps 0.
+// Rows are expected scaled, what is negligible dropped and the pointers set, row and sweeps 0.
 template <class T>
 inline void ql_groups(QlGroup<T>* all, int count) {
   QlGroup<T>* live[kQlGroups];
@@ -242,6 +246,65 @@ inline void ql_groups(QlGroup<T>* all, int count) {
     }
     alive = kept;
   }
+}
+
+// The same recurrence for one matrix that has no company to hide its latency: scalar divisions are faster
+// than the refined reciprocal of a vector. Sorts, too. False where it does not converge.
+template <class T>
+inline bool ql_alone(T* d, T* e, long long n) {
+  constexpr T floor = QlLimits<T>::floor;
+  constexpr T drop = QlLimits<T>::drop;
+  for (long long i = 0; i < n; ++i)
+    if (e[i] <= drop) e[i] = T(0);
+  for (long long row = 0; row < n - 1; ++row) {
+    for (int sweeps = 0; e[row] > T(0); ++sweeps) {
+      if (sweeps == kMostSweeps) return false;
+      long long end = row;
+      while (e[end] > T(0)) ++end;
+      T p = d[row];
+      const T root = scalar_sqrt(e[row]);
+      const T ratio = (d[row + 1] - p) / (root + root);
+      const T length = scalar_sqrt(ratio * ratio + T(1));
+      const T sigma = p - root / (ratio < T(0) ? ratio - length : ratio + length);
+      T gamma = d[end] - sigma;
+      p = gamma * gamma > floor ? gamma * gamma : floor;
+      T c = T(1);
+      T s = T(0);
+      for (long long i = end - 1; i >= row; --i) {
+        const T square = e[i];
+        const T r = p + square;
+        const T above = s * r;
+        e[i + 1] = above > drop ? above : T(0);
+        const T r_over_p = r / p;
+        const bool vanished = p <= floor;
+        const T limit = c * square;
+        c = p / r;
+        s = square / r;
+        if (__builtin_expect(vanished, 0)) {
+          c = T(0);
+          s = T(1);
+        }
+        const T alpha = d[i];
+        const T before = gamma;
+        gamma = c * (alpha - sigma) - s * before;
+        d[i + 1] = before + (alpha - gamma);
+        p = gamma * gamma * r_over_p;
+        if (__builtin_expect(vanished, 0)) p = limit;
+        if (__builtin_expect(p < floor, 0)) p = floor;
+      }
+      const T last = s * p;
+      e[row] = last > drop ? last : T(0);
+      d[row] = sigma + gamma;
+    }
+  }
+  // Nearly in order as they come.
+  for (long long i = 1; i < n; ++i) {
+    const T value = d[i];
+    long long at = i;
+    for (; at > 0 && d[at - 1] > value; --at) d[at] = d[at - 1];
+    d[at] = value;
+  }
+  return true;
 }
 
 // Batcher's merge exchange (Knuth, vol. 3, algorithm M): the same comparisons for every lane, any n.

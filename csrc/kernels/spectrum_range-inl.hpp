@@ -30,5 +30,8 @@ struct Range<float> {
   static RGFAST_INLINE float power(int e) { return __builtin_ldexpf(1.0F, e); }
 };
 
+RGFAST_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }
+RGFAST_INLINE float scalar_sqrt(float x) { return __builtin_sqrtf(x); }
+
 }  // namespace RGFAST_NS
 }  // namespace rgfast

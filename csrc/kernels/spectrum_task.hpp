@@ -27,12 +27,48 @@ struct EigenTask {
   void* context;
 };
 
+// One matrix to tridiagonal form: `diagonal` and `off_squared`, n entries each, of the matrix times
+// 2^-exponent.
+template <class T>
+struct SingleTask {
+  const T* a;  // null where the workspace begins with the lower triangle, column-major, already
+  long long n;
+  long long row_stride;
+  long long column_stride;
+  long long stride;  // of the columns in the workspace
+  T* diagonal;
+  T* off_squared;
+  int* exponent;
+  void* workspace;
+};
+
+// Eigenvalues of up to `groups` groups of tridiagonal matrices as SingleTask leaves them, one after another.
+template <class T>
+struct TridiagonalTask {
+  const T* diagonal;
+  const T* off_squared;
+  const int* exponents;
+  T* values;
+  const long long* values_offsets;
+  int count;
+  long long n;
+  long long values_stride;
+  unsigned char* trouble;
+  void* workspace;
+  bool alone;  // one matrix, solved without lanes
+};
+
 template <class T>
 struct EigenKernels {
   int lanes;   // matrices in one group
   int groups;  // groups in one task
   std::size_t (*lanes_workspace)(long long n);
   void (*lanes_run)(const EigenTask<T>& task);
+  long long (*single_stride)(long long n);
+  std::size_t (*single_workspace)(long long n, long long stride);
+  void (*single_run)(const SingleTask<T>& task);
+  std::size_t (*tridiagonal_workspace)(long long n);
+  void (*tridiagonal_run)(const TridiagonalTask<T>& task);
 };
 
 template <class T>
@@ -47,7 +83,8 @@ struct GramTask {
   long long row_stride;
   long long column_stride;
   bool centred;
-  double* c;  // lower triangle, column-major, a multiple of the lanes to a column
+  double* c;         // lower triangle, column-major; what is above it is written too, and means nothing
+  long long stride;  // of its columns, at least GramKernels::stride(m)
   void* workspace;
 };
 

@@ -227,6 +227,25 @@ RGFAST_INLINE VecD load_wide(const float* p) {
 #endif
 }
 
+RGFAST_INLINE double sum_lanes(VecD v) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return _mm512_reduce_add_pd(v);
+#else
+  double total = v[0];
+  for (int i = 1; i < Simd<double>::lanes; ++i) total += v[i];
+  return total;
+#endif
+}
+RGFAST_INLINE float sum_lanes(VecF v) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return _mm512_reduce_add_ps(v);
+#else
+  float total = v[0];
+  for (int i = 1; i < Simd<float>::lanes; ++i) total += v[i];
+  return total;
+#endif
+}
+
 template <class Mask>
 RGFAST_INLINE bool any(Mask m) {
   return bits(m) != 0;

@@ -1,4 +1,4 @@
-"""The compiled implementation: eigenvalues of many symmetric matrices, one matrix per SIMD lane."""
+"""The compiled implementation: second moments, and eigenvalues of many symmetric matrices (see README)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast import native
+from rgfast.threads import one_thread
 
 __all__ = [
     "eigvalsh",
     "eigvalsh_supports",
     "gram",
     "gram_spectrum",
-    "gram_spectrum_supports",
     "gram_supports",
 ]
 
 _NOT_CONVERGED = 2
-_WORKSPACE_LIMIT = 64 << 20
+# Beyond it the reduction, which reads the whole matrix at every step, loses to LAPACK's blocked one.
+_LARGEST = 10 << 20
+
+
+def _fits(dtype: torch.dtype, d: int) -> bool:
+    return d * d * dtype.itemsize <= _LARGEST
 
 
 def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
@@ -32,9 +37,8 @@ def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
         return f"it takes float64 and float32, a is {str(a.dtype).removeprefix('torch.')}"
     if a.dim() > 16:
         return f"it takes up to 16 dimensions, a has {a.dim()}"
-    size = native.load().eigvalsh_workspace(a.dtype == torch.float64, a.shape[-1])
-    if size > _WORKSPACE_LIMIT:
-        return f"matrices of {a.shape[-1]} rows need {size >> 20} MB of workspace a thread, more than 64"
+    if not _fits(a.dtype, a.shape[-1]):
+        return f"LAPACK is faster on matrices of {a.shape[-1]} rows"
     return None
 
 
@@ -63,13 +67,6 @@ def gram_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) ->
     return None
 
 
-def gram_spectrum_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) -> str | None:
-    """None, or why the compiled moment and solver together do not take `x[b, n, d]`."""
-    if min(x.shape[-2:]) > 256:
-        return f"it takes up to 256 samples or features, x has {min(x.shape[-2:])} of the fewer"
-    return gram_supports(x, dtype=dtype)
-
-
 def gram(
     x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +83,13 @@ def gram_spectrum(
     x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns."""
-    values = torch.empty((x.shape[0], min(x.shape[1:])), dtype=torch.float64)
+    m = min(x.shape[1:])
+    if not _fits(torch.float64, m):
+        matrix, accumulated, exponent, limit = gram(x, centering=centering)
+        finite = torch.isfinite(accumulated)[:, None, None]
+        with one_thread():  # LAPACK's bits depend on the number of threads
+            return torch.linalg.eigvalsh(torch.where(finite, matrix, 0.0)), accumulated, exponent, limit
+    values = torch.empty((x.shape[0], m), dtype=torch.float64)
     return values, *_moments(x, centering, values)
 
 

@@ -41,7 +41,5 @@ SPECTRUM.add(Impl("reference", _pinned(reference.gram_spectrum), _anything))
 GRAM.add(Impl("reference", _pinned(reference.gram), _anything))
 EIGVALSH.add(Impl("reference", _pinned(reference.eigvalsh), _anything))
 EIGVALSH.add(Impl("native", native.eigvalsh, native.eigvalsh_supports, unavailable_reason, active_isa))
-SPECTRUM.add(
-    Impl("native", native.gram_spectrum, native.gram_spectrum_supports, unavailable_reason, active_isa)
-)
+SPECTRUM.add(Impl("native", native.gram_spectrum, native.gram_supports, unavailable_reason, active_isa))
 GRAM.add(Impl("native", native.gram, native.gram_supports, unavailable_reason, active_isa))

@@ -83,6 +83,8 @@ def test_the_eigenvalues_are_those_of_the_moment(
     values, accumulated, exponent, limit = room.gram_spectrum(x)
     matrix, *rest = room.gram(x)
     assert torch.equal(values, room.eigvalsh(matrix))
+    alone = room.gram_spectrum(x[:1])[0]
+    assert torch.equal(alone, room.eigvalsh(matrix[:1]))
     assert all(torch.equal(a, b) for a, b in zip((accumulated, exponent, limit), rest, strict=True))
 
 
@@ -96,7 +98,7 @@ def test_any_strides(isa: str, dtype: torch.dtype) -> None:
         views = [wide[:, ::2, ::3], x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)]
         for view in views:
             assert all(torch.equal(a, b) for a, b in zip(room.gram_spectrum(view), want, strict=True))
-        same = room.gram_spectrum(x[:1].expand(4, n, d))
+        same = room.gram_spectrum(x[:1].expand(6, n, d))
         assert all(torch.equal(a, b[:1].expand_as(a)) for a, b in zip(same, want, strict=True))
         flat = room.gram_spectrum(x[:, :1].expand(6, n, d))  # every sample the same
         assert bool((flat[0] == 0).all())
@@ -116,9 +118,21 @@ def test_bits_do_not_depend_on_threads_or_company(isa: str, shape: tuple[int, in
             assert all(torch.equal(a, b) for a, b in zip(room.gram_spectrum(x), want, strict=True))
     finally:
         torch.set_num_threads(before)
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b[order]) for a, b in zip(room.gram_spectrum(x[order]), want, strict=True))
     for i in range(0, shape[0], 2):
-        alone = room.gram_spectrum(x[i : i + 1])
-        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, want, strict=True))
+        alone = room.gram(x[i : i + 1])
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, room.gram(x), strict=True))
+
+
+def test_matrices_too_large_for_the_solver() -> None:
+    x = data(2, 40, 30)
+    want = room.gram_spectrum(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_LARGEST", 0)
+        values, *rest = room.gram_spectrum(x)
+    torch.testing.assert_close(values, want[0], rtol=0, atol=1e-13 * float(want[0].max()))
+    assert all(torch.equal(a, b) for a, b in zip(rest, want[1:], strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e150, 1e-150, 1e300, 1e-300])

@@ -1,0 +1,88 @@
+// What eigvalsh and gram_eigenvalues share: choosing the route, and the second half of the single one.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/spectrum.hpp"
+#include "kernels/spectrum_task.hpp"
+#include "rgfast/parallel.hpp"
+#include "rgfast/workspace.hpp"
+
+namespace rgfast::spectrum {
+
+// A group costs the same however full it is; a single matrix costs less than a full lane's share only where
+// the triangles of a whole group outgrow the cache. Measured, see the README of the op.
+template <class T>
+bool takes_lanes(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t n, Route route) {
+  if (route != Route::choose) return route == Route::lanes;
+  if (n <= 12) return true;
+  if (n > 256) return false;
+  const std::int64_t filled = std::min<std::int64_t>(batch, kernel.lanes);
+  return n <= 64 ? filled * 2 > kernel.lanes : filled * 4 > kernel.lanes * 3;
+}
+
+// As many matrices to a task as fill `groups` groups, but no more than leave every thread a task.
+template <class T>
+std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int threads) {
+  const std::int64_t groups = (batch + kernel.lanes - 1) / kernel.lanes;
+  return std::clamp<std::int64_t>(groups / threads, 1, kernel.groups) * kernel.lanes;
+}
+
+inline Status first_trouble(const std::vector<unsigned char>& trouble) {
+  const auto found =
+      std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });
+  if (found == trouble.end()) return {};
+  return {found - trouble.begin(), static_cast<Trouble>(*found)};
+}
+
+inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Calls reduce(index, task) for every matrix, which sets what is the source's in the task, workspace too,
+// and runs it; then solves the tridiagonal matrices together, in lanes. offset(index) is that of a result.
+template <class T, class Reduce, class Offset>
+Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t n, int threads, T* values,
+                    std::int64_t values_stride, const Reduce& reduce, const Offset& offset) {
+  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
+  const std::unique_ptr<T[]> diagonal(new T[static_cast<std::size_t>(batch * n)]);
+  const std::unique_ptr<T[]> off_squared(new T[static_cast<std::size_t>(batch * n)]);
+  std::vector<int> exponents(static_cast<std::size_t>(batch));
+  parallel_for(batch, threads, [&](std::int64_t index, int) {
+    SingleTask<T> task{};
+    task.n = n;
+    task.stride = kernel.single_stride(n);
+    task.diagonal = diagonal.get() + index * n;
+    task.off_squared = off_squared.get() + index * n;
+    task.exponent = &exponents[static_cast<std::size_t>(index)];
+    reduce(index, task);
+  });
+  // Two matrices are sooner done one after the other than side by side in lanes that are mostly empty.
+  const bool alone = batch <= 2;
+  const std::int64_t each = alone ? 1 : task_size(kernel, batch, threads);
+  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
+    const std::int64_t first = index * each;
+    const std::int64_t count = std::min(each, batch - first);
+    const Workspace workspace(kernel.tridiagonal_workspace(n));
+    std::vector<long long> offsets(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) offsets[static_cast<std::size_t>(i)] = offset(first + i);
+    TridiagonalTask<T> task{};
+    task.diagonal = diagonal.get() + first * n;
+    task.off_squared = off_squared.get() + first * n;
+    task.exponents = exponents.data() + first;
+    task.values = values;
+    task.values_offsets = offsets.data();
+    task.count = static_cast<int>(count);
+    task.n = n;
+    task.values_stride = values_stride;
+    task.trouble = trouble.data() + first;
+    task.workspace = workspace.data();
+    task.alone = alone;
+    kernel.tridiagonal_run(task);
+  });
+  return first_trouble(trouble);
+}
+
+}  // namespace rgfast::spectrum

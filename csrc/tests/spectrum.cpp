@@ -1,0 +1,121 @@
+#include "kernels/spectrum.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "tests/check.hpp"
+
+namespace {
+
+using rgfast::DType;
+using rgfast::View;
+using rgfast::spectrum::MomentInfo;
+using rgfast::spectrum::Route;
+
+template <class T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::f64 : DType::f32;
+}
+
+template <class T>
+View contiguous(std::vector<T>& values, std::vector<std::int64_t> sizes) {
+  View view;
+  view.data = reinterpret_cast<std::byte*>(values.data());
+  view.dtype = dtype_of<T>();
+  view.ndim = static_cast<int>(sizes.size());
+  std::int64_t step = 1;
+  for (std::size_t dim = sizes.size(); dim-- > 0;) {
+    view.sizes[dim] = sizes[dim];
+    view.strides[dim] = step;
+    step *= sizes[dim];
+  }
+  return view;
+}
+
+// The second difference: 2 - 2 cos(k pi / (n + 1)). Buffers of the exact size, so that a sanitizer sees one
+// step beyond them.
+template <class T>
+double worst_error(std::int64_t batch, std::int64_t n, int threads, Route route) {
+  std::vector<T> a(static_cast<std::size_t>(batch * n * n));
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t i = 0; i < n; ++i)
+      for (std::int64_t j = 0; j < n; ++j)
+        a[static_cast<std::size_t>((b * n + i) * n + j)] = static_cast<T>(i == j                 ? 2
+                                                                          : std::abs(i - j) == 1 ? -1
+                                                                                                 : 0);
+  std::vector<T> values(static_cast<std::size_t>(batch * n), std::nanf(""));
+  const auto status = rgfast::spectrum::eigvalsh(contiguous(a, {batch, n, n}), contiguous(values, {batch, n}),
+                                                 threads, route);
+  if (status.index != -1) return 1.0;
+  double worst = 0.0;
+  const double pi = std::acos(-1.0);
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t k = 0; k < n; ++k) {
+      const double want = 2.0 - 2.0 * std::cos(static_cast<double>(k + 1) * pi / static_cast<double>(n + 1));
+      const double got = static_cast<double>(values[static_cast<std::size_t>(b * n + k)]);
+      const double off = std::fabs(got - want);
+      worst = off <= worst ? worst : off;  // NaN wins
+    }
+  return worst;
+}
+
+TEST(eigenvalues_of_the_second_difference) {
+  for (const Route route : {Route::choose, Route::lanes, Route::single})
+    for (const int threads : {1, 3})
+      for (const std::int64_t batch : {1, 2, 3, 17, 40})
+        for (const std::int64_t n : {1, 2, 3, 4, 5, 8, 13, 16, 17, 33}) {
+          CHECK(worst_error<double>(batch, n, threads, route) < 4e-14);
+          CHECK(worst_error<float>(batch, n, threads, route) < 2e-5);
+        }
+}
+
+double moment_error(std::int64_t batch, std::int64_t n, std::int64_t d, bool centred, Route route) {
+  std::mt19937 draw(static_cast<unsigned>(n * 1000 + d));
+  std::normal_distribution<float> normal(3.0F, 1.0F);
+  std::vector<float> x(static_cast<std::size_t>(batch * n * d));
+  for (float& value : x) value = normal(draw);
+  const std::int64_t m = std::min(n, d);
+  std::vector<double> matrix(static_cast<std::size_t>(batch * m * m), std::nan(""));
+  std::vector<double> values(static_cast<std::size_t>(batch * m), std::nan(""));
+  std::vector<double> accumulated(static_cast<std::size_t>(batch));
+  std::vector<std::int64_t> exponent(static_cast<std::size_t>(batch));
+  std::vector<std::int64_t> limit(static_cast<std::size_t>(batch));
+  const MomentInfo info{accumulated.data(), exponent.data(), limit.data()};
+  const View view = contiguous(x, {batch, n, d});
+  rgfast::spectrum::gram(view, centred, matrix.data(), info, 2);
+  if (rgfast::spectrum::gram_eigenvalues(view, centred, values.data(), info, 2, route).index != -1)
+    return 1e9;
+  double worst = 0.0;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    double trace = 0.0;
+    double squares = 0.0;
+    double sum = 0.0;
+    double sum_of_squares = 0.0;
+    for (std::int64_t i = 0; i < m; ++i) {
+      trace += matrix[static_cast<std::size_t>((b * m + i) * m + i)];
+      sum += values[static_cast<std::size_t>(b * m + i)];
+      sum_of_squares += std::pow(values[static_cast<std::size_t>(b * m + i)], 2);
+      for (std::int64_t j = 0; j < m; ++j)
+        squares += std::pow(matrix[static_cast<std::size_t>((b * m + i) * m + j)], 2);
+    }
+    const double scale = trace > 0 ? trace : 1.0;
+    for (const double off :
+         {std::fabs(trace - sum) / scale, std::fabs(squares - sum_of_squares) / (scale * scale)})
+      worst = off <= worst ? worst : off;
+  }
+  return worst;
+}
+
+TEST(moments_and_their_eigenvalues_agree) {
+  for (const Route route : {Route::lanes, Route::single})
+    for (const bool centred : {false, true})
+      for (const std::int64_t batch : {1, 3, 19})
+        for (const auto& [n, d] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+                 {1, 1}, {1, 9}, {9, 1}, {7, 5}, {5, 7}, {40, 17}, {17, 40}, {300, 8}, {8, 300}, {33, 33}})
+          CHECK(moment_error(batch, n, d, centred, route) < 1e-13);
+}
+
+}  // namespace
