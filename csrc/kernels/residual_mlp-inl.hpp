@@ -26,9 +26,7 @@ static void row_moments(const float* x, std::int64_t width, residual_mlp::Norm n
     squares = fma(centred, centred, squares);
   }
   if (rest > 0) {
-    float lanes[kLanes] = {};
-    store_first(lanes, load_first(x + whole, rest) - center, rest);
-    const Vec centred = load(lanes);
+    const Vec centred = keep_first(load_first(x + whole, rest) - center, rest);
     sum = sum + centred;
     squares = fma(centred, centred, squares);
   }
@@ -40,6 +38,32 @@ static void row_moments(const float* x, std::int64_t width, residual_mlp::Norm n
   }
   factor = 1.0f / std::sqrt(second + eps);
 }
+
+// One row of norm(x), column k going to place(k); whole vectors are written.
+template <class Place>
+static inline void normalise_row(const residual_mlp::Block& block, const float* x, float shift, float factor,
+                                 const Place& place) {
+  const Vec center = splat(shift);
+  const Vec gain = splat(factor);
+  for (std::int64_t k = 0; k < block.width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+    Vec v = (load_first(x + k, live) - center) * gain;
+    if (block.norm_weight != nullptr) v = v * load_first(block.norm_weight + k, live);
+    if (block.norm_bias != nullptr) v = v + load_first(block.norm_bias + k, live);
+    store(place(k), v);
+  }
+}
+
+struct InColumnBlocks {
+  float* row;
+  std::int64_t block_floats;
+  float* operator()(std::int64_t k) const { return row + k / kBlock * block_floats + k % kBlock; }
+};
+
+struct InARow {
+  float* row;
+  float* operator()(std::int64_t k) const { return row + k; }
+};
 
 // Rows [row0, row0 + rows) of norm(x), into column blocks of `capacity` rows; what was subtracted from each
 // row and the factor then applied, unless null, into `shifts` and `factors`.
@@ -55,15 +79,7 @@ static void normalise(const residual_mlp::Block& block, std::int64_t row0, std::
       shifts[r] = shift;
       factors[r] = factor;
     }
-    const Vec center = splat(shift);
-    const Vec gain = splat(factor);
-    for (std::int64_t k = 0; k < block.width; k += kLanes) {
-      const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
-      Vec v = (load_first(x + k, live) - center) * gain;
-      if (block.norm_weight != nullptr) v = v * load_first(block.norm_weight + k, live);
-      if (block.norm_bias != nullptr) v = v + load_first(block.norm_bias + k, live);
-      store(out + (k / kBlock * capacity + r) * kStride + k % kBlock, v);
-    }
+    normalise_row(block, x, shift, factor, InColumnBlocks{out + r * kStride, capacity * kStride});
   }
 }
 

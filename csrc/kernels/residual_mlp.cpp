@@ -67,18 +67,27 @@ struct Kernels {
   void (*shared_task)(const Block&, bool, std::int64_t, float*);
   std::int64_t (*forward_floats)(const Block&, std::int64_t);
   void (*forward_tile)(const Block&, bool, float*, std::int64_t, std::int64_t, std::int64_t, float*, float*);
+  std::int64_t (*few_floats)(const Block&);
+  void (*few_normalise)(const Block&, float*);
+  void (*few_hidden)(const Block&, std::int64_t, std::int64_t, float*);
+  void (*few_outputs)(const Block&, std::int64_t, std::int64_t, const float*, float*);
   std::int64_t (*partial_floats)(const Block&);
   std::int64_t (*backward_floats)(const Block&, std::int64_t);
-  void (*backward_chunk)(const Block&, const float*, bool, std::int64_t, std::int64_t, std::int64_t, float*,
-                         float*, float*);
+  std::int64_t (*weights_floats)(const Block&);
+  std::int64_t (*weights_tasks)(const Block&);
+  void (*weights_task)(const Block&, std::int64_t, float*);
+  void (*backward_chunk)(const Block&, float*, const float*, bool, std::int64_t, std::int64_t, std::int64_t,
+                         float*, float*, float*, float*, float*);
   void (*add_chunks)(const Block&, const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                      const Gradients&);
 };
 
-#define RGFAST_MLP_KERNELS(ns)                                                                  \
-  Kernels {                                                                                     \
-    ns::shared_floats, ns::shared_tasks, ns::shared_task, ns::forward_floats, ns::forward_tile, \
-        ns::partial_floats, ns::backward_floats, ns::backward_chunk, ns::add_chunks             \
+#define RGFAST_MLP_KERNELS(ns)                                                                            \
+  Kernels {                                                                                               \
+    ns::shared_floats, ns::shared_tasks, ns::shared_task, ns::forward_floats, ns::forward_tile,           \
+        ns::few_floats, ns::few_normalise, ns::few_hidden, ns::few_outputs, ns::partial_floats,           \
+        ns::backward_floats, ns::weights_floats, ns::weights_tasks, ns::weights_task, ns::backward_chunk, \
+        ns::add_chunks                                                                                    \
   }
 
 Kernels baseline_kernels() { return RGFAST_MLP_KERNELS(baseline); }
@@ -119,10 +128,38 @@ std::int64_t tile_rows(std::int64_t rows, std::int64_t most, int threads) {
 
 }  // namespace
 
+// Up to this many rows weights are read as they lie: wide ones cost more to pack. The bits of a row change
+// where this is crossed.
+constexpr std::int64_t kFewRows = 16;
+constexpr std::int64_t kFewRowsOfWide = 48;
+constexpr std::int64_t kWide = 128;
+
+void forward_few(const Kernels& kernels, const Block& block, float* y, int threads) {
+  const Workspace workspace(kernels.few_floats(block));
+  float* memory = workspace.get();
+  kernels.few_normalise(block, memory);
+  const std::int64_t macs = block.rows * block.width * block.hidden;
+  const int used = macs > 1 << 16 ? threads : 1;
+  const auto split = [&](std::int64_t columns, auto&& body) {
+    const std::int64_t piece = std::max<std::int64_t>(16, (columns + 4 * used - 1) / (4 * used) / 16 * 16);
+    const std::int64_t pieces = (columns + piece - 1) / piece;
+    parallel_for(
+        pieces, static_cast<int>(std::min<std::int64_t>(used, pieces)),
+        [&](std::int64_t index, int) { body(index * piece, std::min(columns, (index + 1) * piece)); });
+  };
+  split(block.hidden,
+        [&](std::int64_t begin, std::int64_t end) { kernels.few_hidden(block, begin, end, memory); });
+  split(block.width,
+        [&](std::int64_t begin, std::int64_t end) { kernels.few_outputs(block, begin, end, memory, y); });
+}
+
 void forward(const Block& block, float* y, int threads) {
   if (block.rows == 0) return;
   const Kernels kernels = active_kernels();
-  const bool whole = 2 * block.width * block.hidden <= kWholeWeights;
+  if (block.rows <= (block.width < kWide ? kFewRows : kFewRowsOfWide))
+    return forward_few(kernels, block, y, threads);
+  const std::int64_t weights = 2 * block.width * block.hidden;
+  const bool whole = weights <= (block.rows < 1024 ? kWholeWeights / 8 : kWholeWeights);
   const std::int64_t capacity = tile_rows(block.rows, whole ? 196 : 392, threads);
   const std::int64_t tiles = (block.rows + capacity - 1) / capacity;
   const std::int64_t shared_floats = aligned(kernels.shared_floats(block, whole));
@@ -146,22 +183,29 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
   const std::int64_t partial_floats = aligned(kernels.partial_floats(block));
   // Chunks and tiles follow from the shape, never from the threads: they decide in which order rows add up.
   const std::int64_t most_chunks = std::clamp<std::int64_t>((std::int64_t{1} << 23) / partial_floats, 2, 8);
-  const std::int64_t chunk_rows = std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 28);
+  const std::int64_t chunk_rows = std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 128);
   const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + chunk_rows - 1) / chunk_rows);
   const std::int64_t capacity =
-      tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 196, 1);
+      tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 256, 1);
   const std::int64_t tile_floats = aligned(kernels.backward_floats(block, capacity));
   const int slots = static_cast<int>(std::min<std::int64_t>(threads, chunks));
-  const Workspace workspace(chunks * partial_floats + slots * tile_floats +
+  const bool whole = chunks > 1 && 3 * block.width * block.hidden <= kWholeWeights;
+  const std::int64_t weights_floats = whole ? aligned(kernels.weights_floats(block)) : 0;
+  const Workspace workspace(weights_floats + chunks * partial_floats + slots * tile_floats +
                             (gradients.x ? 0 : block.rows * block.width));
-  float* partials = workspace.get();
+  float* packed = whole ? workspace.get() : nullptr;
+  float* partials = workspace.get() + weights_floats;
   float* scratch = partials + chunks * partial_floats;
   float* dx = gradients.x != nullptr ? gradients.x : scratch + slots * tile_floats;
+  if (whole)
+    parallel_for(kernels.weights_tasks(block), block.width * block.hidden > 1 << 15 ? threads : 1,
+                 [&](std::int64_t task, int) { kernels.weights_task(block, task, packed); });
   const bool weights = gradients.w1 != nullptr || gradients.w2 != nullptr;
   parallel_for(chunks, slots, [&](std::int64_t chunk, int slot) {
     const std::int64_t row0 = chunk * chunk_rows;
-    kernels.backward_chunk(block, dy, weights, row0, std::min(block.rows, row0 + chunk_rows), capacity,
-                           scratch + slot * tile_floats, partials + chunk * partial_floats, dx);
+    kernels.backward_chunk(block, packed, dy, weights, row0, std::min(block.rows, row0 + chunk_rows),
+                           capacity, scratch + slot * tile_floats, partials + chunk * partial_floats,
+                           chunks == 1 ? gradients.w1 : nullptr, chunks == 1 ? gradients.w2 : nullptr, dx);
   });
   constexpr std::int64_t kPiece = 1 << 14;
   const std::int64_t elements = weights ? block.width * block.hidden : 1;

@@ -24,7 +24,8 @@ struct Block {
   float eps;
 };
 
-// y: [rows, width], contiguous, apart from every input. A row's bits depend on nothing but that row.
+// y: [rows, width], contiguous, apart from every input. A row's bits depend on
+// nothing but that row and whether there are more than a few.
 void forward(const Block& block, float* y, int threads);
 
 // Written in full; a null one is not wanted.

@@ -13,14 +13,16 @@ struct Partial {
   float* w1;            // [hidden][width]
   float* w2;            // [width][hidden]
 
-  Partial(const residual_mlp::Block& block, float* memory) {
+  // The weights' gradients lie where they are wanted instead if there is only this chunk.
+  Partial(const residual_mlp::Block& block, float* memory, float* w1_out, float* w2_out) {
     const std::int64_t width = panels(block.width) * kPanel;
     b1 = reinterpret_cast<double*>(memory);
     b2 = b1 + panels(block.hidden) * kPanel;
     norm_weight = b2 + width;
     norm_bias = norm_weight + width;
-    w1 = reinterpret_cast<float*>(norm_bias + width);
-    w2 = w1 + block.hidden * block.width;
+    float* weights = reinterpret_cast<float*>(norm_bias + width);
+    w1 = w1_out != nullptr ? w1_out : weights;
+    w2 = w2_out != nullptr ? w2_out : weights + block.hidden * block.width;
   }
 };
 
@@ -30,6 +32,43 @@ static std::int64_t partial_vectors(const residual_mlp::Block& block) {
 
 static std::int64_t partial_floats(const residual_mlp::Block& block) {
   return 2 * partial_vectors(block) + 2 * block.hidden * block.width;
+}
+
+// The weights as the three products of a tile read them: u = a w1^T, dh = dz w2, da = du w1.
+struct Weights {
+  Weight up;
+  Weight down;
+  Weight back;
+
+  // Packed beforehand into `memory` unless that is null.
+  Weights(const residual_mlp::Block& block, float* memory, float* scratch)
+      : up{block.w1, block.width, block.hidden, 1, block.width, memory, scratch},
+        down{block.w2, block.width, block.hidden, block.hidden, 1, memory, scratch},
+        back{block.w1, block.hidden, block.width, block.width, 1, memory, scratch} {
+    if (memory == nullptr) return;
+    down.packed = up.packed + panels(block.hidden) * kPanel * block.width;
+    back.packed = down.packed + panels(block.hidden) * kPanel * block.width;
+  }
+};
+
+static std::int64_t weights_floats(const residual_mlp::Block& block) {
+  return (2 * panels(block.hidden) * block.width + panels(block.width) * block.hidden) * kPanel;
+}
+
+static std::int64_t weights_tasks(const residual_mlp::Block& block) {
+  return 2 * panels(block.hidden) + panels(block.width);
+}
+
+static void weights_task(const residual_mlp::Block& block, std::int64_t task, float* memory) {
+  const Weights weights(block, memory, nullptr);
+  const std::int64_t hidden = panels(block.hidden);
+  if (task < hidden) {
+    weights.up.pack(task);
+  } else if (task < 2 * hidden) {
+    weights.down.pack(task - hidden);
+  } else {
+    weights.back.pack(task - 2 * hidden);
+  }
 }
 
 static std::int64_t backward_floats(const residual_mlp::Block& block, std::int64_t capacity) {
@@ -139,9 +178,9 @@ static void outer_products(const float* a, std::int64_t a_columns, const float* 
 }
 
 template <class Activation>
-static void backward_rows(const residual_mlp::Block& block, const float* dy, bool parameters,
+static void backward_rows(const residual_mlp::Block& block, float* packed, const float* dy, bool parameters,
                           std::int64_t first_row, std::int64_t end_row, std::int64_t capacity,
-                          float* workspace, float* partial_memory, float* dx) {
+                          float* workspace, float* partial_memory, float* w1_out, float* w2_out, float* dx) {
   const std::int64_t block_floats = capacity * kStride;
   const std::int64_t blocks = column_blocks(block.width);
   float* normed = workspace;
@@ -153,13 +192,13 @@ static void backward_rows(const residual_mlp::Block& block, const float* dy, boo
   float* shifts = scratch + kBlock * kPanel;
   float* factors = shifts + capacity;
   float* sums = factors + capacity;
-  const Partial partial(block, partial_memory);
+  const Partial partial(block, partial_memory, w1_out, w2_out);
   std::fill_n(partial.b1, partial_vectors(block), 0.0);
-  if (first_row == end_row) std::fill_n(partial.w1, 2 * block.hidden * block.width, 0.0f);
-  // u = a w1^T, dh = dz w2, da = du w1: the last two read the weights as they lie.
-  const Weight up{block.w1, block.width, block.hidden, 1, block.width, nullptr, scratch};
-  const Weight down{block.w2, block.width, block.hidden, block.hidden, 1, nullptr, scratch};
-  const Weight back{block.w1, block.hidden, block.width, block.width, 1, nullptr, scratch};
+  if (first_row == end_row) {
+    std::fill_n(partial.w1, block.hidden * block.width, 0.0f);
+    std::fill_n(partial.w2, block.hidden * block.width, 0.0f);
+  }
+  const Weights weights(block, packed, scratch);
   for (std::int64_t row0 = first_row; row0 < end_row; row0 += capacity) {
     const std::int64_t rows = std::min(capacity, end_row - row0);
     const bool added = row0 > first_row;
@@ -173,8 +212,9 @@ static void backward_rows(const residual_mlp::Block& block, const float* dy, boo
         const std::int64_t at = k / kBlock * block_floats;
         for (std::int64_t j = 0; j < units; j += kPanel) {
           const Columns columns(units, j);
-          multiply_rows(groups, columns, normed + at, up.panel(h0 + j, k, depth), depth, h + j, k > 0);
-          multiply_rows(groups, columns, dz + at, down.panel(h0 + j, k, depth), depth, du + j, k > 0);
+          multiply_rows(groups, columns, normed + at, weights.up.panel(h0 + j, k, depth), depth, h + j,
+                        k > 0);
+          multiply_rows(groups, columns, dz + at, weights.down.panel(h0 + j, k, depth), depth, du + j, k > 0);
         }
       }
       float bias[kBlock + kPanel] = {};
@@ -182,7 +222,7 @@ static void backward_rows(const residual_mlp::Block& block, const float* dy, boo
         std::memcpy(bias, block.b1 + h0, static_cast<std::size_t>(units) * sizeof(float));
       activate_backward<Activation>(h, du, rows, units, bias, partial.b1 + h0);
       for (std::int64_t j = 0; j < block.width; j += kPanel)
-        multiply_rows(groups, Columns(block.width, j), du, back.panel(j, h0, units), units,
+        multiply_rows(groups, Columns(block.width, j), du, weights.back.panel(j, h0, units), units,
                       da + j / kBlock * block_floats + j % kBlock, h0 > 0);
       if (!parameters) continue;
       for (std::int64_t k = 0; k < block.width; k += kBlock) {
@@ -207,21 +247,25 @@ static void backward_rows(const residual_mlp::Block& block, const float* dy, boo
   }
 }
 
-static void backward_chunk(const residual_mlp::Block& block, const float* dy, bool parameters,
+static void backward_chunk(const residual_mlp::Block& block, float* packed, const float* dy, bool parameters,
                            std::int64_t first_row, std::int64_t end_row, std::int64_t capacity,
-                           float* workspace, float* partial, float* dx) {
+                           float* workspace, float* partial, float* w1_out, float* w2_out, float* dx) {
   switch (block.activation) {
     case residual_mlp::Activation::gelu:
-      return backward_rows<Gelu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+      return backward_rows<Gelu>(block, packed, dy, parameters, first_row, end_row, capacity, workspace,
+                                 partial, w1_out, w2_out, dx);
     case residual_mlp::Activation::gelu_tanh:
-      return backward_rows<GeluTanh>(block, dy, parameters, first_row, end_row, capacity, workspace, partial,
-                                     dx);
+      return backward_rows<GeluTanh>(block, packed, dy, parameters, first_row, end_row, capacity, workspace,
+                                     partial, w1_out, w2_out, dx);
     case residual_mlp::Activation::relu:
-      return backward_rows<Relu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+      return backward_rows<Relu>(block, packed, dy, parameters, first_row, end_row, capacity, workspace,
+                                 partial, w1_out, w2_out, dx);
     case residual_mlp::Activation::silu:
-      return backward_rows<Silu>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+      return backward_rows<Silu>(block, packed, dy, parameters, first_row, end_row, capacity, workspace,
+                                 partial, w1_out, w2_out, dx);
     case residual_mlp::Activation::tanh:
-      return backward_rows<Tanh>(block, dy, parameters, first_row, end_row, capacity, workspace, partial, dx);
+      return backward_rows<Tanh>(block, packed, dy, parameters, first_row, end_row, capacity, workspace,
+                                 partial, w1_out, w2_out, dx);
   }
 }
 
@@ -242,9 +286,11 @@ static void add_chunks(const residual_mlp::Block& block, const float* partials, 
                        std::int64_t step, std::int64_t begin, std::int64_t end,
                        const residual_mlp::Gradients& gradients) {
   // The weights' elements [begin, end); the task that has the first of them adds the vectors as well.
-  const Partial at(block, const_cast<float*>(partials));
-  if (gradients.w1 != nullptr) add_up<float>(at.w1 + begin, count, step, end - begin, gradients.w1 + begin);
-  if (gradients.w2 != nullptr) add_up<float>(at.w2 + begin, count, step, end - begin, gradients.w2 + begin);
+  const Partial at(block, const_cast<float*>(partials), nullptr, nullptr);
+  if (count > 1 && gradients.w1 != nullptr)
+    add_up<float>(at.w1 + begin, count, step, end - begin, gradients.w1 + begin);
+  if (count > 1 && gradients.w2 != nullptr)
+    add_up<float>(at.w2 + begin, count, step, end - begin, gradients.w2 + begin);
   if (begin > 0) return;
   const double* const vectors[4] = {at.b1, at.b2, at.norm_weight, at.norm_bias};
   float* const outputs[4] = {gradients.b1, gradients.b2, gradients.norm_weight, gradients.norm_bias};

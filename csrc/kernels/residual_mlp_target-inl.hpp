@@ -5,3 +5,4 @@
 
 #include "kernels/residual_mlp-inl.hpp"
 #include "kernels/residual_mlp_backward-inl.hpp"
+#include "kernels/residual_mlp_few-inl.hpp"

@@ -27,6 +27,13 @@ static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 static inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 static inline Vec load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
 static inline void store_first(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
+static inline Vec keep_first(Vec v, int count) { return _mm512_maskz_mov_ps(first(count), v); }
+static inline float lane_sum(Vec v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 static inline Vec as_float(Bits b) { return _mm512_castsi512_ps(b); }
 static inline Bits as_bits(Vec v) { return _mm512_castps_si512(v); }
 static inline Bits shift_to_exponent(Bits b) { return _mm512_slli_epi32(b, 23); }
@@ -63,6 +70,12 @@ static inline __m256i first(int count) {
 }
 static inline Vec load_first(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
 static inline void store_first(float* p, Vec v, int count) { _mm256_maskstore_ps(p, first(count), v); }
+static inline Vec keep_first(Vec v, int count) { return _mm256_and_ps(_mm256_castsi256_ps(first(count)), v); }
+static inline float lane_sum(Vec v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
 static inline Vec as_float(Bits b) { return _mm256_castsi256_ps(b); }
 static inline Bits as_bits(Vec v) { return _mm256_castps_si256(v); }
 static inline Bits shift_to_exponent(Bits b) { return _mm256_slli_epi32(b, 23); }
@@ -112,6 +125,11 @@ static inline Vec load_first(const float* p, int count) {
 static inline void store_first(float* p, Vec v, int count) {
   std::memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(float));
 }
+static inline Vec keep_first(Vec v, int count) {
+  for (int i = count; i < kLanes; ++i) v[i] = 0.0f;
+  return v;
+}
+static inline float lane_sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline Bits shift_to_exponent(Bits b) { return b << 23; }
 static inline Bits add_bits(Bits a, Bits b) { return a + b; }
 static inline void interleave(Vec a, Vec b, Vec& low, Vec& high) {
@@ -145,14 +163,6 @@ static inline Vec exact_fma(Vec a, Vec b, Vec c) {
         static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b[i]) + static_cast<double>(c[i]));
   return sum;
 #endif
-}
-
-static inline float lane_sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
 }
 
 }  // namespace rgfast::RGFAST_NS

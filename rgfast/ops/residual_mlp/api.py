@@ -104,18 +104,19 @@ def _validated(
     eps: Any,
 ) -> tuple[Any, ...]:
     """The arguments as implementations take them: tensors that fit together, floats, known names."""
-    x = as_real_tensor(x, "x", min_dim=1)
-    width = x.shape[-1]
+    if type(x) not in _PLAIN or x.dtype is not torch.float32 or x.layout is not torch.strided or x.dim() < 1:
+        x = as_real_tensor(x, "x", min_dim=1)
+    width: int = x.size(-1)
     if width < 1:
         raise ValueError(
             f"x must have at least one feature in its last dimension, got shape {tuple(x.shape)}"
         )
     w1 = _parameter(w1, "w1", x)
-    if w1.dim() != 2 or w1.shape[1] != width or w1.shape[0] < 1:
+    if w1.dim() != 2 or w1.size(1) != width or w1.size(0) < 1:
         raise ValueError(f"w1 must have shape [H, {width}] with H >= 1, got {tuple(w1.shape)}")
-    hidden = w1.shape[0]
+    hidden = w1.size(0)
     w2 = _parameter(w2, "w2", x)
-    if w2.shape != (width, hidden):
+    if w2.dim() != 2 or w2.size(0) != width or w2.size(1) != hidden:
         raise ValueError(f"w2 must have shape [{width}, {hidden}], got {tuple(w2.shape)}")
     b1 = _vector(b1, "b1", x, hidden)
     b2 = _vector(b2, "b2", x, width)
@@ -136,9 +137,14 @@ def _validated(
     return x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps
 
 
+# Small blocks are called thousands of times a second: what nearly every argument is, is checked first.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _parameter(value: Any, name: str, x: Tensor) -> Tensor:
-    tensor = as_real_tensor(value, name)
-    if tensor.dtype != x.dtype and torch.float64 in (tensor.dtype, x.dtype):
+    plain = type(value) in _PLAIN and value.dtype is x.dtype and value.layout is torch.strided
+    tensor: Tensor = value if plain else as_real_tensor(value, name)
+    if not plain and tensor.dtype != x.dtype and torch.float64 in (tensor.dtype, x.dtype):
         raise TypeError(
             f"{name} must be {_plain(x.dtype)} like x if either is float64, got {_plain(tensor.dtype)}"
         )
@@ -151,7 +157,7 @@ def _vector(value: Any, name: str, x: Tensor, length: int) -> Tensor | None:
     if value is None:
         return None
     tensor = _parameter(value, name, x)
-    if tensor.dim() != 1 or tensor.shape[0] != length:
+    if tensor.dim() != 1 or tensor.size(0) != length:
         raise ValueError(f"{name} must have shape [{length}] or be None, got {tuple(tensor.shape)}")
     return tensor
 

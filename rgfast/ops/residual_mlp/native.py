@@ -26,6 +26,13 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 # there is no larger output for a rounding error to be small against.
 LEAST_WIDTH = 8
 
+# Where the library was faster (README.md): forward alone, and forward with its gradient.
+WIDEST = 1024
+WIDEST_RECORDED = 511
+FEW_ROWS = 48
+FEW_RECORDED_ROWS = 1024
+NARROW = 127
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def broken() -> str | None:
@@ -62,6 +69,16 @@ def supports(
         return None
     if min(width, hidden) < LEAST_WIDTH:
         return f"D={width}, H={hidden} is too narrow for its vectors"
+    rows = x.numel() // width
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w1, b1, w2, b2, norm_weight, norm_bias)
+    ):
+        if width > WIDEST_RECORDED:
+            return f"with gradients the library's products are faster at D={width}"
+        if width > NARROW and rows < FEW_RECORDED_ROWS:
+            return f"with gradients the library's products are faster for {rows} rows at D={width}"
+    elif width > WIDEST and rows > FEW_ROWS:
+        return f"the library's products are faster for {rows} rows at D={width}"
     return None
 
 
@@ -138,14 +155,15 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: tuple[bool, ...]) ->
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``x`` as [rows, D] with adjacent features, copied only if it cannot be seen so."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x`` as rows of adjacent features, copied only if need be: what to hold, rows, row stride."""
+    width = x.size(-1)
+    if x.is_contiguous():
+        return x, x.numel() // width, width
+    rows = x.reshape(-1, width)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.size(0), rows.stride(0)
 
 
 def _run_forward(
@@ -161,16 +179,16 @@ def _run_forward(
     residual_scale: float,
     eps: float,
 ) -> Tensor:
-    y = x.new_empty(x.shape)
-    rows = _rows(x)
-    held = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2, norm_weight, norm_bias)]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    held, rows, stride = _rows(x)
+    parameters = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2, norm_weight, norm_bias)]
     native.load().residual_mlp_forward(
-        rows.shape[0],
-        rows.shape[1],
-        w1.shape[0],
-        rows.data_ptr(),
-        rows.stride(0),
-        *map(_address, held),
+        rows,
+        w1.size(1),
+        w1.size(0),
+        held.data_ptr(),
+        stride,
+        *[0 if t is None else t.data_ptr() for t in parameters],
         NORM_CODES[norm],
         ACTIVATION_CODES[activation],
         residual_scale,
@@ -199,25 +217,25 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias)
     gradients = tuple(
-        t.new_empty(t.shape) if want and t is not None else None
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(inputs, wanted, strict=True)
     )
-    rows = _rows(x)
+    held, rows, stride = _rows(x)
     dy = dy.contiguous()
-    held = [None if t is None else t.contiguous() for t in inputs[1:]]
+    parameters = [None if t is None else t.contiguous() for t in inputs[1:]]
     native.load().residual_mlp_backward(
-        rows.shape[0],
-        rows.shape[1],
-        w1.shape[0],
-        rows.data_ptr(),
-        rows.stride(0),
-        *map(_address, held),
+        rows,
+        w1.size(1),
+        w1.size(0),
+        held.data_ptr(),
+        stride,
+        *[0 if t is None else t.data_ptr() for t in parameters],
         NORM_CODES[norm],
         ACTIVATION_CODES[activation],
         residual_scale,
         eps,
         dy.data_ptr(),
-        *map(_address, gradients),
+        *[0 if g is None else g.data_ptr() for g in gradients],
         torch.get_num_threads(),
     )
     return gradients

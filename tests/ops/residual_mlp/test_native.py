@@ -12,6 +12,7 @@ from scipy.special import expit, ndtr
 
 import rgfast
 from rgfast import native
+from rgfast.ops.residual_mlp.native import LEAST_WIDTH
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 
 needs_native = pytest.mark.skipif(
@@ -123,6 +124,8 @@ def test_the_budget_can_be_exceeded():
 @pytest.mark.parametrize(("shape", "norm", "activation"), list(grid()))
 def test_error_budget(shape, norm, activation):
     check(shape, norm=norm, activation=activation, scale=0.7)
+    if min(shape[1:]) >= LEAST_WIDTH:
+        check(shape, norm=norm, activation=activation, scale=0.7, impl="native")
 
 
 @needs_native
@@ -320,15 +323,33 @@ def test_refusals_say_why():
     wide = {k: t.double() for k, t in block(7, 4, 16, 16).items()}
     with pytest.raises(rgfast.ImplUnavailable, match="x is float64"):
         public(("layer", "gelu", 1.0, 1e-5))(wide)
-    told = dict(
-        rgfast.explain(
-            "residual_mlp", torch.zeros(2, 3), torch.zeros(9, 3), None, torch.zeros(3, 9), None
-        ).candidates
-    )
-    assert told["native"] == "D=3, H=9 is too narrow for its vectors"
     meta = [torch.zeros(s, device="meta") for s in ((4, 16), (16, 16), (16, 16))]
     with pytest.raises(rgfast.ImplUnavailable, match="not on meta"):
         rgfast.residual_mlp(meta[0], meta[1], None, meta[2], None, impl="native")
+
+
+def told(rows, d, *, recorded=False, h=8):
+    args = torch.zeros(rows, d), torch.zeros(h, d, requires_grad=recorded), None, torch.zeros(d, h), None
+    return dict(rgfast.explain("residual_mlp", *args).candidates)["native"]
+
+
+@needs_native
+def test_where_the_library_is_faster_it_is_taken():
+    assert told(2, 3, h=9) == "D=3, H=9 is too narrow for its vectors"
+    assert told(49, 1025) == "the library's products are faster for 49 rows at D=1025"
+    assert told(4, 512, recorded=True) == "with gradients the library's products are faster at D=512"
+    assert (
+        told(9, 128, recorded=True) == "with gradients the library's products are faster for 9 rows at D=128"
+    )
+    for rows, d, recorded in ((48, 4096, False), (49, 1024, False), (1024, 511, True), (1, 127, True)):
+        assert told(rows, d, recorded=recorded) is None
+    with torch.no_grad():
+        assert told(4, 512, recorded=True) is None
+
+
+@needs_native
+def test_a_named_implementation_runs_what_auto_leaves_to_the_library():
+    check((3, 512, 8), impl="native")
 
 
 def test_without_the_native_module():
