@@ -21,10 +21,9 @@ from torch import Tensor
 
 from rgfast.chains import MarkovChain, captured_fraction
 from rgfast.experiments.config import ReproduceConfig
-from rgfast.experiments.points import Point, merge_points, plain, run_points
+from rgfast.experiments.points import Point, open_study, plain, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
 from rgfast.experiments.survival import mode_survival, posterior_rank
-from rgfast.experiments.sweep import claim_folder
 from rgfast.files import write_text
 from rgfast.flow import Interval, paired_interval
 from rgfast.masking import balanced_mask
@@ -140,10 +139,8 @@ def decimate(
         replace(chosen.base, seeds=tuple(seeds))
         chosen = replace(chosen, seeds=tuple(seeds))
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    claim_folder(folder, FORMAT, asdict(chosen))
     points = chosen.points()
-    if merge:
-        merge_points(points, folder, merge)
+    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     results = run_points(points, folder, _Work(chosen.spacings), jobs=jobs, progress=progress)
     rows = [row for result in results for row in result["rows"]]
     table = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rgfast.experiments.config import ReproduceConfig
-from rgfast.experiments.points import Point, merge_points, plain, run_numbers, run_points
+from rgfast.experiments.points import Point, open_study, plain, run_numbers, run_points
 from rgfast.experiments.runs import RANKS, Run, build_model, one_thread, probe_data, probe_run, train_run
 from rgfast.experiments.survival import mode_survival
-from rgfast.experiments.sweep import claim_folder
 from rgfast.files import write_atomically, write_text
 from rgfast.flow import broken_stick_share, paired_interval, top_share
 from rgfast.probing import probe
@@ -157,10 +156,8 @@ def multiverse(
         replace(chosen.base, seeds=tuple(seeds))
         chosen = replace(chosen, seeds=tuple(seeds))
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    claim_folder(folder, FORMAT, asdict(chosen))
     points = chosen.points()
-    if merge:
-        merge_points(points, folder, merge)
+    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     results = run_points(points, folder, numbers_with_jackknife, jobs=jobs, progress=progress)
     done = _collected(chosen, results, folder)
     _write(done)

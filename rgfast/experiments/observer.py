@@ -22,9 +22,8 @@ from torch import Tensor
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.decimation import RANDOM_MASKS
-from rgfast.experiments.points import Point, merge_points, plain, run_points
+from rgfast.experiments.points import Point, open_study, plain, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
-from rgfast.experiments.sweep import claim_folder
 from rgfast.files import write_text
 from rgfast.flow import Interval, paired_interval
 from rgfast.masking import balanced_mask
@@ -127,10 +126,8 @@ def observe(
         replace(chosen.base, seeds=tuple(seeds))
         chosen = replace(chosen, seeds=tuple(seeds))
     folder = Path(out) if out is not None else Path("runs") / chosen.name
-    claim_folder(folder, FORMAT, asdict(chosen))
     points = chosen.points()
-    if merge:
-        merge_points(points, folder, merge)
+    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     work = _Work(chosen.radii, chosen.hidden_share)
     results = run_points(points, folder, work, jobs=jobs, progress=progress)
     done = _collected(chosen, points, results, folder)

@@ -22,7 +22,7 @@ from rgfast.experiments.runs import DRIFTS, RANKS, Run, run_dataset
 from rgfast.files import write_text
 from rgfast.validation import check_positive_int
 
-__all__ = ["Point", "merge_points", "numbers_of_run", "plain", "run_points"]
+__all__ = ["Point", "numbers_of_run", "open_study", "plain", "run_points"]
 
 FORMAT = "rgfast.point/1"
 
@@ -92,15 +92,13 @@ def run_numbers(dataset: xr.Dataset) -> dict[str, Any]:
 def run_points(
     points: Sequence[Point], folder: Path, work: Work, *, jobs: int | None, progress: bool | None
 ) -> list[dict[str, Any]]:
-    """The numbers of every point, in order; what ``folder/points`` holds already is not computed again.
+    """The numbers of every point of an opened study, in order; what its folder holds is not computed again.
 
     Each process has one thread, so numbers do not depend on ``jobs``. A file that is not this point's is an
     error, whatever else it holds.
     """
     jobs = (os.cpu_count() or 1) if jobs is None else jobs
-    check_positive_int(jobs, "jobs")
     files = folder / "points"
-    files.mkdir(parents=True, exist_ok=True)
     missing = [point for point in points if not (files / f"{point.name}.json").exists()]
     bar = tqdm(
         total=len(points),
@@ -146,28 +144,52 @@ def read_point(path: Path, point: Point) -> dict[str, Any]:
     return result
 
 
-def merge_points(points: Sequence[Point], folder: Path, sources: Iterable[str | Path]) -> int:
-    """Copy the points of this study that other folders hold and ``folder`` lacks; how many were new.
+def open_study(
+    folder: Path,
+    form: str,
+    design: dict[str, Any],
+    points: Sequence[Point],
+    merge: Iterable[str | Path] = (),
+    jobs: int | None = None,
+) -> int:
+    """Make ``folder`` this study's and take over its points that the folders ``merge`` hold; how many.
 
-    A source is a study's folder or its ``points`` folder. Every file is checked before any is copied.
-    Raises ValueError for a source that is no folder or holds none of the points, or a file that is damaged.
+    ``merge`` names folders of the study or their ``points`` folders; points that ``folder`` has are kept.
+    Everything is checked before anything is written. Raises ValueError for a folder of another design, jobs
+    below 1, and a source that is no folder, holds none of the points or a damaged file.
     """
-    files = folder / "points"
+    if jobs is not None:
+        check_positive_int(jobs, "jobs")
+    recorded, files = folder / "design.json", folder / "points"
+    text = json.dumps({"format": form, **plain(design)}, indent=2, ensure_ascii=False) + "\n"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, and {folder} is a file")
+    if recorded.exists() and recorded.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"out must be a new folder or one of this study, and {folder} holds another "
+            "(its design.json tells which)"
+        )
     new: dict[Path, str] = {}
-    for source in sources:
-        place = Path(source)
-        if not place.is_dir():
-            raise ValueError(f"merge must name folders, and {place} is none")
-        place = place / "points" if (place / "points").is_dir() else place
-        held = [point for point in points if (place / f"{point.name}.json").is_file()]
-        if not held:
-            raise ValueError(f"merge: {source} holds no point of this study")
-        for point in held:
-            read_point(place / f"{point.name}.json", point)
-            target = files / f"{point.name}.json"
-            if not target.exists():
-                new[target] = (place / f"{point.name}.json").read_text(encoding="utf-8")
+    for source in merge:
+        for path in _held(points, Path(source)):
+            if not (files / path.name).exists():
+                new[files / path.name] = path.read_text(encoding="utf-8")
     files.mkdir(parents=True, exist_ok=True)
-    for target, text in new.items():
-        write_text(target, text)
+    if not recorded.exists():
+        write_text(recorded, text)
+    for target, content in new.items():
+        write_text(target, content)
     return len(new)
+
+
+def _held(points: Sequence[Point], source: Path) -> list[Path]:
+    """The files of those ``points`` that a folder holds, each checked."""
+    if not source.is_dir():
+        raise ValueError(f"merge must name folders, and {source} is none")
+    place = source / "points" if (source / "points").is_dir() else source
+    held = [point for point in points if (place / f"{point.name}.json").is_file()]
+    if not held:
+        raise ValueError(f"merge: {source} holds no point of this study")
+    for point in held:
+        read_point(place / f"{point.name}.json", point)
+    return [place / f"{point.name}.json" for point in held]

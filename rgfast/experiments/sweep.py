@@ -13,7 +13,7 @@ import pandas as pd
 
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
-from rgfast.experiments.points import Point, merge_points, numbers_of_run, plain, run_points
+from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, run_points
 from rgfast.files import write_atomically, write_text
 from rgfast.flow.relevance import RelevanceTest, relevance_test
 from rgfast.training import TrainingConfig
@@ -131,14 +131,12 @@ def sweep(
         progress: show a bar on stderr; by default only on a terminal.
 
     Raises ValueError for an unknown design, bad seeds or jobs, a folder of another sweep, and what
-    :func:`rgfast.experiments.points.merge_points` raises.
+    :func:`rgfast.experiments.points.open_study` raises.
     """
     chosen = _chosen(design, quick, seeds)
     folder = Path(out) if out is not None else Path("runs") / f"sweep-{chosen.name}"
-    claim_folder(folder, FORMAT, asdict(chosen))
     points = chosen.points()
-    if merge:
-        merge_points(points, folder, merge)
+    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     results = run_points(points, folder, numbers_of_run, jobs=jobs, progress=progress)
     table = pd.DataFrame([_row(p, r) for p, r in zip(points, results, strict=True)])
     table = table.sort_values(["chain", "xi", "width", "seed"], ignore_index=True)
@@ -158,23 +156,6 @@ def _chosen(design: str | Design, quick: bool, seeds: Sequence[int] | None) -> D
         replace(design.base, seeds=tuple(seeds))
         design = replace(design, seeds=tuple(seeds))
     return design
-
-
-def claim_folder(folder: Path, form: str, design: dict[str, Any]) -> None:
-    """Make ``folder`` this design's, or refuse before anything is written (ValueError)."""
-    recorded = folder / "design.json"
-    text = json.dumps({"format": form, **plain(design)}, indent=2, ensure_ascii=False) + "\n"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out must be a folder, and {folder} is a file")
-    if recorded.exists():
-        if recorded.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"out must be a new folder or one of this study, and {folder} holds another "
-                "(its design.json tells which)"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(recorded, text)
 
 
 def transition_rank(chain: MarkovChain) -> float:

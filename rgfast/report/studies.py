@@ -201,12 +201,16 @@ def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
 def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
     """CKA between layer l and the observer who sees radius w, by stage and ξ; the ridge on top.
 
-    White circles: the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA.
+    White circles: the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA. A
+    stage whose masked rows hold nothing anywhere has no panel.
     """
-    cells = list(dict.fromkeys(zip(curves.stage, curves.xi, strict=True)))
+    whole = list(dict.fromkeys(zip(curves.stage, curves.xi, strict=True)))
+    defined = curves.dropna(subset="cka")
+    cells = [cell for cell in whole if cell in set(zip(defined.stage, defined.xi, strict=True))] or whole
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(4.2 * len(cells), 4.0))
-        for axes, (stage, xi) in zip(np.atleast_1d(figure.subplots(1, len(cells))), cells, strict=True):
+        figure = Figure(figsize=(3.6 * len(cells) + 1, 4.4))
+        panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+        for axes, (stage, xi) in zip(panels, cells, strict=True):
             part = curves[(curves.stage == stage) & (curves.xi == xi)]
             grid = part.pivot_table(index="radius", columns="layer", values="cka", dropna=False)
             image = axes.imshow(
@@ -223,5 +227,6 @@ def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
             axes.set_xlabel("layer")
             axes.set_title(f"{stage}, ξ = {xi:g}", fontsize=10)
         figure.axes[0].set_ylabel("radius w of the observer")
+        figure.suptitle("Layers against ideal observers")
         figure.colorbar(image, ax=figure.axes, label="CKA (debiased), masked rows", shrink=0.85)
     return figure

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import rgfast
-from rgfast import MarkovChain
+from rgfast import MarkovChain, cli
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import Run, run_dataset
 from rgfast.experiments.sweep import DESIGNS, QUICK, Design, sweep, transition_rank
@@ -27,6 +27,7 @@ BASE = ReproduceConfig(
     probe_sequences=320,
 )
 GRID = Design("relevance-tiny", ("two-scale:K=2", "two-scale"), (1.0, 7.0), (4, 8), (0,), BASE)
+NARROW = replace(GRID, widths=(4,))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_what_does_not_belong_is_refused(done, tmp_path):
     (tmp_path / "empty" / f"{point.name}.json").write_text('{"format": "rgfast.point/1"}')
     with pytest.raises(ValueError, match="holds another"):
         run(merge=[tmp_path / "empty"])
-    assert not list((tmp_path / "x").glob("points/*"))
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"design\.json tells which"):
         sweep(replace(GRID, seeds=(1,)), out=done.out)
     with pytest.raises(ValueError, match="design must be one of 'xi', 'relevance', got 'all'"):
@@ -114,14 +115,15 @@ def test_what_does_not_belong_is_refused(done, tmp_path):
     with pytest.raises(ValueError, match="seeds must be whole numbers"):
         sweep("xi", out=tmp_path / "y", seeds=[-1])
     assert not (tmp_path / "y").exists()
+    assert not (tmp_path / "z").exists()
 
 
 def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
     """Killed without warning while it runs, the points that stand are whole and the rest is made after."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]);"
-        "from test_sweep import GRID; from rgfast.experiments.sweep import sweep;"
-        "sweep(GRID, out=sys.argv[1], jobs=1, progress=False)"
+        "from test_sweep import NARROW; from rgfast.experiments.sweep import sweep;"
+        "sweep(NARROW, out=sys.argv[1], jobs=1, progress=False)"
     )
     here = os.path.dirname(__file__)  # noqa: PTH120
     victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), here])
@@ -134,8 +136,8 @@ def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
     victim.wait()
     stood = {p.name: p.stat().st_mtime_ns for p in points.glob("[!.]*.json")}
     assert len(stood) >= 2
-    done = sweep(GRID, out=tmp_path / "run", jobs=1, progress=False)
-    assert len(done.table) == 8
+    done = sweep(NARROW, out=tmp_path / "run", jobs=1, progress=False)
+    assert len(done.table) == 4
     for name, stamp in stood.items():
         assert (points / name).stat().st_mtime_ns == stamp
 
@@ -158,3 +160,27 @@ def test_transition_rank_of_known_matrices():
 
 def test_sweep_is_public():
     assert rgfast.sweep is sweep
+
+
+@pytest.mark.parametrize("study", ["sweep", "multiverse", "decimate", "observe"])
+def test_every_study_is_a_command_that_refuses_in_one_sentence(study, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main([study, "--quick", "--out", str(out), "--jobs", "0"]) == 2
+    told = capsys.readouterr()
+    assert told.err == "rgfast: jobs must be at least 1, got 0\n"
+    assert cli.main([study, "--quick", "--out", str(out), "--seeds", "-1"]) == 2
+    assert "seeds must be whole numbers >= 0, got -1" in capsys.readouterr().err
+    assert cli.main([study, "--quick", "--out", str(out), "--merge", str(tmp_path / "absent")]) == 2
+    assert "merge must name folders" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_command_prints_the_table_of_finished_points(done, tmp_path, capsys, monkeypatch):
+    """The command line end to end, on points that are there already."""
+    monkeypatch.setitem(QUICK, "relevance", GRID)
+    words = ["sweep", "--design", "relevance", "--quick", "--jobs", "1", "--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--merge", str(done.out)]) == 0
+    told = capsys.readouterr()
+    assert "0 of 8 points trained" in told.out
+    assert "UNDECIDED" in told.out
+    assert told.err == ""
