@@ -215,10 +215,27 @@ class MomentAccumulator:
         self.flush()
         if self._lead is None:
             return MomentAccumulator(pairs=self._asked)
-        total = self.at(0)
-        for p in range(1, len(self._begun)):
-            total.merge(self.at(p))
-        return total
+        positions = len(self._begun)
+        if positions == 0:
+            return MomentAccumulator(pairs=self._asked)
+        # Halves are merged at once, all positions of a half side by side; an odd one out waits for the end.
+        left = self._part(slice(0, positions))
+        waiting = []
+        while positions > 1:
+            half = positions // 2
+            if positions % 2:
+                waiting.append(left._part(slice(2 * half, positions)))
+            left = left._part(slice(0, half)).merge(left._part(slice(half, 2 * half)))
+            positions = half
+        for one in waiting:
+            left.merge(one)
+        left._lead = ()
+        return left
+
+    def _part(self, part: slice) -> MomentAccumulator:
+        """A copy of some flattened positions, with leading shape ``[number]``."""
+        one = MomentAccumulator(pairs=self._asked, pending_bytes=self._pending_bytes)
+        return one._take(self, part, (len(self._begun[part]),))
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""

@@ -100,6 +100,8 @@ def plot_spectra(result: ProbeResult, view: str | None, ax: Axes | None) -> Axes
             where = 1 + np.flatnonzero(known)
             ax.plot(where, np.where(mean > 0, mean, np.nan), color=colours[layer], label=str(layer))
     ax.set_yscale("log")
+    # Moments do not resolve singular values far below this; a LayerNorm's null direction would set the scale.
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))
     ax.set_xlabel("component")
     ax.set_ylabel("singular value over the largest")
     ax.set_title(view)
