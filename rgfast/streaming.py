@@ -215,27 +215,24 @@ class MomentAccumulator:
         self.flush()
         if self._lead is None:
             return MomentAccumulator(pairs=self._asked)
-        positions = len(self._begun)
-        if positions == 0:
-            return MomentAccumulator(pairs=self._asked)
-        # Halves are merged at once, all positions of a half side by side; an odd one out waits for the end.
-        left = self._part(slice(0, positions))
-        waiting = []
-        while positions > 1:
-            half = positions // 2
-            if positions % 2:
-                waiting.append(left._part(slice(2 * half, positions)))
-            left = left._part(slice(0, half)).merge(left._part(slice(half, 2 * half)))
-            positions = half
-        for one in waiting:
-            left.merge(one)
-        left._lead = ()
-        return left
-
-    def _part(self, part: slice) -> MomentAccumulator:
-        """A copy of some flattened positions, with leading shape ``[number]``."""
         one = MomentAccumulator(pairs=self._asked, pending_bytes=self._pending_bytes)
-        return one._take(self, part, (len(self._begun[part]),))
+        one._begin((), self._widths, self._begun.device)
+        one._exponent = list(self._exponent)
+        one._begun = self._begun.any().reshape(1)
+        count = self._count()[:, None]
+        moves = []
+        for layer in range(len(self._widths)):
+            mean = self._mean(layer)
+            base = mean[count[:, 0] > 0][:1]  # differences from it vanish exactly for a constant column
+            if not len(base):
+                return one
+            weighed = torch.where(count > 0, (mean - base) * count, 0.0).sum(0) / count.sum()
+            one._shift[layer] = base + weighed
+            unit = math.ldexp(1.0, -(self._exponent[layer] or 0))
+            moves.append((self._shift[layer] - one._shift[layer]) * unit)
+        for (i, j), moment in self._moment.items():
+            one._moment[i, j] = _recentred(moment, moves[i], moves[j]).sum(0, keepdim=True)
+        return one
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
@@ -288,13 +285,12 @@ class MomentAccumulator:
     def pair(self, i: int, j: int) -> PairMoments:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
         self.flush()
-        moment, di, dj = self._centred(i, j), self._widths[i], self._widths[j]
         return PairMoments(
             count=self._shaped(self._count()).to(torch.int64),
-            cross=self._shaped(moment[:, :di, :dj]),
+            cross=self._shaped(self._cross(i, j)),
             trace_i=self._shaped(self._trace(i)),
             trace_j=self._shaped(self._trace(j)),
-            norm_product=self._shaped(moment[:, di, dj]),
+            norm_product=self._shaped(self._norm_product(i, j)),
             exponent_i=self._exponent[i] or 0,
             exponent_j=self._exponent[j] or 0,
         )
@@ -497,14 +493,33 @@ class MomentAccumulator:
         unit = math.ldexp(1.0, self._exponent[layer] or 0)
         return self._shift[layer] + self._moment[layer, layer][:, :d, -1] / self._count()[:, None] * unit
 
-    def _centred(self, i: int, j: int) -> Tensor:
-        if (i, j) not in self._moment:
-            if (j, i) in self._moment:
-                return self._centred(j, i).transpose(1, 2)
-            raise ValueError(f"the pair {(i, j)} is not kept: this accumulator was made with {self._asked!r}")
-        count = self._count()[:, None]
-        off = [self._moment[k, k][:, : self._widths[k], -1] / count for k in (i, j)]
-        return _recentred(self._moment[i, j], -off[0], -off[1])
+    def _kept(self, i: int, j: int) -> Tensor:
+        if (i, j) in self._moment:
+            return self._moment[i, j]
+        if (j, i) in self._moment:
+            return self._moment[j, i].transpose(1, 2)
+        raise ValueError(f"the pair {(i, j)} is not kept: this accumulator was made with {self._asked!r}")
+
+    def _cross(self, i: int, j: int) -> Tensor:
+        """Σ x_c y_cᵀ ``[P, d_i, d_j]``, in the layers' units."""
+        if (i, j) not in self._moment and (j, i) in self._moment:
+            return self._cross(j, i).transpose(1, 2)
+        moment, di, dj = self._kept(i, j), self._widths[i], self._widths[j]
+        off = -moment[:, :di, dj + 1] / self._count()[:, None]
+        return torch.addcmul(moment[:, :di, :dj], off[:, :, None], moment[:, di + 1, None, :dj])
+
+    def _norm_product(self, i: int, j: int) -> Tensor:
+        """Σ|x_c|²|y_c|² ``[P]``: |x + e|² = a + 2 e·x + |e|² in every row, with e the negative mean."""
+        m, di, dj, n = self._kept(i, j), self._widths[i], self._widths[j], self._count()
+        sum_x, sum_y = m[:, :di, dj + 1], m[:, di + 1, :dj]
+        sum_a, sum_b = m[:, di, dj + 1], m[:, di + 1, dj]
+        e, f = -sum_x / n[:, None], -sum_y / n[:, None]
+        ee, ff = e.square().sum(1), f.square().sum(1)
+        ex, fy = (e * sum_x).sum(1), (f * sum_y).sum(1)
+        xy = (torch.bmm(e[:, None], m[:, :di, :dj])[:, 0] * f).sum(1)
+        with_y = m[:, di, dj] + 2 * (m[:, di, :dj] * f).sum(1) + ff * sum_a
+        with_x = 2 * (m[:, :di, dj] * e).sum(1) + 4 * xy + 2 * ff * ex
+        return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)
 
     def _trace(self, layer: int) -> Tensor:
         """Σ|x_c|² ``[P]``, in the layer's units."""
@@ -514,7 +529,7 @@ class MomentAccumulator:
     def _product(self, i: int, j: int, centering: str) -> Tensor:
         if centering not in ("mean", "none"):
             raise ValueError(f"centering must be 'mean' or 'none', got {centering!r}")
-        product = self._centred(i, j)[:, : self._widths[i], : self._widths[j]]
+        product = self._cross(i, j)
         product = product * math.ldexp(1.0, (self._exponent[i] or 0) + (self._exponent[j] or 0))
         if centering == "none":
             count = self._count()[:, None, None]

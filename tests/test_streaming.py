@@ -125,7 +125,9 @@ def test_bits_do_not_depend_on_threads(lead, width):
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             acc = MomentAccumulator().update(layers)
+            pair = acc.pooled().pair(0, 1)
             seen.append([acc.scatter(0), acc.cross(0, 1), acc.mean(1), acc.pair(0, 1).norm_product])
+            seen[-1] += [pair.cross, pair.norm_product]
     finally:
         torch.set_num_threads(before)
     for other in seen[1:]:
@@ -175,6 +177,17 @@ def test_pooled_is_one_cloud_and_at_is_one_position():
     flat = [x.reshape(-1, x.shape[-1]) for x in layers]
     assert_matches(acc.pooled(), flat, mask.reshape(-1))
     assert_matches(acc.at(4), [x[1, 1] for x in layers], mask[1, 1])
+
+
+def test_pooled_of_positions_with_nothing_and_with_a_common_constant():
+    layers = make_layers(lead=(3,), dtype=torch.float32)
+    layers[0][..., 1] = 0.1
+    mask = torch.ones(3, 301, dtype=torch.bool)
+    mask[0] = False
+    pooled = MomentAccumulator().update(layers, mask).pooled()
+    assert_matches(pooled, [x.reshape(-1, x.shape[-1]) for x in layers], mask.reshape(-1))
+    assert (pooled.scatter(0)[1] == 0).all()
+    assert int(MomentAccumulator().update(layers, mask & False).pooled().count) == 0
 
 
 def test_uncentred_scatter():

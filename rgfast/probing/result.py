@@ -21,6 +21,8 @@ from rgfast.probing.views import ViewState
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from rgfast.probing.summary import ViewFlow
+
 __all__ = ["ProbeResult"]
 
 
@@ -93,6 +95,16 @@ class ProbeResult:
         values = self.dataset.target_r2.sel(view=view, target=target).isel(position=self._own_positions(view))
         mean: xr.DataArray = values.mean("position", skipna=True)
         return mean
+
+    def flow(self, view: str | None = None) -> ViewFlow:
+        """The view's flow with depth: R and monotonicity of the rank, decay and plateau of the drift.
+
+        ``view`` defaults to the first one; numbers are those of :mod:`rgfast.flow`. Raises ValueError for an
+        unknown view, a result without ``effective_rank`` and ``kernel_drift``, or a single layer.
+        """
+        from rgfast.probing.summary import flow_of
+
+        return flow_of(self, self._view(view))
 
     def to_dataframe(self) -> pd.DataFrame:
         """Long form, one row a value: view, measure, layer, other_layer, position, value, n, sample_limited.

@@ -133,6 +133,19 @@ def test_pictures_show_the_numbers(result):
     plt.close("all")
 
 
+def test_flow_gives_the_numbers_and_their_caveats(result):
+    flow = result.flow("masked")
+    rank = result.order_parameter("masked").values
+    assert flow.first_layer == 1
+    assert flow.rank.ratio == rank[-1] / rank[1]
+    assert "constant before layer 1" in flow.caveats[0]
+    assert "R = " in str(flow)
+    assert result.flow().view == "visible"
+    assert any("sample limited" in caveat for caveat in result.flow("flattened").caveats)
+    with pytest.raises(ValueError, match="view must be one of"):
+        result.flow("nowhere")
+
+
 def test_notebook_form(result):
     html = result._repr_html_()
     assert html.count("<tr>") == 1 + len(result.views)
