@@ -348,6 +348,8 @@ class Probe:
         self._state = ViewState(plan, masked=header["masked"])
         first = next(iter(self.model.parameters()), None)
         self._state.load_state_dict(arrays, "cpu" if first is None else first.device)
+        for target, (_, width) in zip(self._targets, plan.targets, strict=True):
+            target.classes = width
         self._provenance = dict(header["provenance"])
 
     def _asked_for(self) -> dict[str, Any]:
@@ -463,11 +465,13 @@ class Probe:
         shape = tuple(rows[0].shape[:2])
         device = rows[0].device
         keep = entries.get("attention_mask")
-        if isinstance(keep, Tensor) and tuple(keep.shape) == shape:
+        if isinstance(keep, Tensor) and shape[1] > 1:
+            if tuple(keep.shape) != shape:
+                raise ValueError(
+                    f"attention_mask must be {list(shape)}, as the layers are, got shape {list(keep.shape)}"
+                )
             keep = keep.to(device) != 0
-            if bool(keep.all()):
-                keep = None
-        else:
+        if not isinstance(keep, Tensor) or shape[1] == 1 or bool(keep.all()):
             keep = None
         if self._mask is None:
             return keep, None

@@ -22,7 +22,10 @@ _CUTOFF = 1e-12
 
 
 class Target:
-    """One target: an array over all sequences, the name of a batch entry, or a function of the entries."""
+    """One target: an array over all sequences, the name of a batch entry, or a function of the entries.
+
+    ``classes`` is the number of labels of one that has labels, known from the array or the first batch.
+    """
 
     def __init__(self, name: str, source: TargetSpec) -> None:
         if isinstance(source, np.ndarray):
@@ -33,9 +36,9 @@ class Target:
                 f"{type(source).__name__}"
             )
         self.name, self._source = name, source
-        self._classes: int | None = None
+        self.classes: int | None = None
         if isinstance(source, Tensor) and not source.is_floating_point():
-            self._classes = int(source.max()) + 1 if source.numel() else 0
+            self.classes = int(source.max()) + 1 if source.numel() else 0
 
     @property
     def entry(self) -> str | None:
@@ -84,14 +87,14 @@ class Target:
     def _one_hot(self, labels: Tensor) -> Tensor:
         labels = labels.to(torch.int64)
         low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-        if self._classes is None:
-            self._classes = high + 1
-        if low < 0 or high >= self._classes:
+        if self.classes is None:
+            self.classes = high + 1
+        if low < 0 or high >= self.classes:
             raise ValueError(
-                f"targets[{self.name!r}] must have labels 0 to {self._classes - 1} (those of the whole array "
+                f"targets[{self.name!r}] must have labels 0 to {self.classes - 1} (those of the whole array "
                 f"or the first batch; give one-hot vectors otherwise), got {low if low < 0 else high}"
             )
-        return torch.nn.functional.one_hot(labels, self._classes).to(torch.float64)
+        return torch.nn.functional.one_hot(labels, self.classes).to(torch.float64)
 
 
 def make_targets(targets: Mapping[str, TargetSpec] | None) -> list[Target]:

@@ -69,6 +69,16 @@ def test_an_interrupted_run_goes_on(token_model, token_data, tmp_path, every):
     np.testing.assert_array_equal(third.dataset.effective_rank, whole.dataset.effective_rank)
 
 
+def test_labels_keep_their_number_over_a_stop(token_model, token_data, tmp_path):
+    data = {**token_data, "label": (torch.arange(300) < 30).long()[:, None].expand(-1, 6).contiguous()}
+    batches, path, options = batches_of(data), tmp_path / "run.checkpoint", {"targets": {"label": "label"}}
+    with pytest.raises(Stop):
+        run(token_model, stopping(batches, 3), path, checkpoint_every=1, **options)
+    again = run(token_model, batches, path, **options)
+    whole = run(token_model, batches, None, **options)
+    np.testing.assert_array_equal(again.dataset.target_r2, whole.dataset.target_r2)
+
+
 def test_nan_leaves_the_last_good_checkpoint(token_model, token_data, tmp_path):
     path = tmp_path / "run.checkpoint"
     batches = batches_of(token_data)

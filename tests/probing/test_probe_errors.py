@@ -165,6 +165,14 @@ def test_no_module_and_no_tensor():
         rgfast.probe(flat, X, layers=["0"], progress=False)
 
 
+@pytest.mark.parametrize("shape", [(20, 4), (20, 1, 5, 5)])
+def test_an_attention_mask_that_cannot_be_honoured_is_refused(shape):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    batch = {"input": X, "attention_mask": torch.ones(shape)}
+    with pytest.raises(ValueError, match=r"attention_mask must be \[20, 5\], as the layers are"):
+        rgfast.probe(model, batch, layers=["0", "1"], progress=False)
+
+
 def test_shared_modules_are_ambiguous():
     block = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="ran twice in one forward"):
