@@ -1,0 +1,152 @@
+#include "kernels/residual_mlp.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "tests/check.hpp"
+
+namespace {
+
+using namespace rgfast::residual_mlp;
+
+std::vector<float> numbers(std::int64_t count, std::uint64_t seed) {
+  std::vector<float> found(static_cast<std::size_t>(count));
+  for (float& value : found) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    value = static_cast<float>(static_cast<double>(seed >> 40) / 16777216.0 - 0.5);
+  }
+  return found;
+}
+
+// Buffers of exactly the sizes that the header names, so that the sanitizer sees a step outside.
+struct Case {
+  std::int64_t rows, width, hidden;
+  std::vector<float> x, w1, b1, w2, b2, weight, bias;
+  Block block;
+
+  Case(std::int64_t rows_, std::int64_t width_, std::int64_t hidden_, bool vectors, Norm norm,
+       Activation activation)
+      : rows(rows_),
+        width(width_),
+        hidden(hidden_),
+        x(numbers(rows * width, 1)),
+        w1(numbers(hidden * width, 2)),
+        b1(numbers(hidden, 3)),
+        w2(numbers(width * hidden, 4)),
+        b2(numbers(width, 5)),
+        weight(numbers(width, 6)),
+        bias(numbers(width, 7)),
+        block{rows,
+              width,
+              hidden,
+              x.data(),
+              width,
+              w1.data(),
+              vectors ? b1.data() : nullptr,
+              w2.data(),
+              vectors ? b2.data() : nullptr,
+              vectors ? weight.data() : nullptr,
+              vectors ? bias.data() : nullptr,
+              norm,
+              activation,
+              0.5f,
+              1e-5f} {}
+};
+
+float largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  float most = 0.0f;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!std::isfinite(a[i]) || !std::isfinite(b[i])) return INFINITY;
+    most = std::max(most, std::fabs(a[i] - b[i]));
+  }
+  return most;
+}
+
+std::vector<float> forward_of(const Case& with, int threads) {
+  std::vector<float> y(with.x.size(), NAN);
+  forward(with.block, y.data(), threads);
+  return y;
+}
+
+struct All {
+  std::vector<float> x, w1, b1, w2, b2, weight, bias;
+
+  All(const Case& of, const std::vector<float>& dy, int threads)
+      : x(of.x.size(), NAN),
+        w1(of.w1.size(), NAN),
+        b1(of.b1.size(), NAN),
+        w2(of.w2.size(), NAN),
+        b2(of.b2.size(), NAN),
+        weight(of.weight.size(), NAN),
+        bias(of.bias.size(), NAN) {
+    backward(of.block, dy.data(),
+             {x.data(), w1.data(), b1.data(), w2.data(), b2.data(), weight.data(), bias.data()}, threads);
+  }
+};
+
+}  // namespace
+
+TEST(residual_mlp_rows_do_not_depend_on_their_tile) {
+  for (const std::int64_t width : {1, 3, 15, 16, 17, 33, 255, 257, 300})
+    for (const std::int64_t hidden : {1, 16, 31, 97, 270}) {
+      const Case many(67, width, hidden, width % 2 == 1, Norm::layer, Activation::gelu);
+      const std::vector<float> y = forward_of(many, 2);
+      const Case fewer(53, width, hidden, width % 2 == 1, Norm::layer, Activation::gelu);
+      std::vector<float> z = forward_of(fewer, 1);
+      CHECK(largest_difference(z, std::vector<float>(y.begin(), y.begin() + 53 * width)) == 0.0f);
+      const Case few(7, width, hidden, width % 2 == 1, Norm::layer, Activation::gelu);
+      z = forward_of(few, 2);
+      CHECK(largest_difference(z, std::vector<float>(y.begin(), y.begin() + 7 * width)) < 1e-4f);
+    }
+}
+
+TEST(residual_mlp_gradients_do_not_depend_on_threads) {
+  for (const std::int64_t rows : {0, 1, 13, 300})
+    for (const std::int64_t width : {1, 17, 257})
+      for (const Norm norm : {Norm::none, Norm::layer, Norm::rms}) {
+        const Case with(rows, width, 2 * width + 3, true, norm, Activation::silu);
+        const std::vector<float> dy = numbers(rows * width, 9);
+        const All one(with, dy, 1);
+        const All three(with, dy, 3);
+        CHECK(largest_difference(one.x, three.x) == 0.0f);
+        CHECK(largest_difference(one.w1, three.w1) == 0.0f);
+        CHECK(largest_difference(one.b1, three.b1) == 0.0f);
+        CHECK(largest_difference(one.w2, three.w2) == 0.0f);
+        CHECK(largest_difference(one.b2, three.b2) == 0.0f);
+        CHECK(largest_difference(one.weight, three.weight) == 0.0f);
+        CHECK(largest_difference(one.bias, three.bias) == 0.0f);
+      }
+}
+
+// The derivative along the gradient of y . dy with respect to w1, by a central difference.
+TEST(residual_mlp_gradient_is_the_slope) {
+  Case with(40, 24, 50, true, Norm::layer, Activation::gelu);
+  const std::vector<float> dy = numbers(40 * 24, 11);
+  const All gradients(with, dy, 2);
+  const std::vector<float> start = with.w1;
+  const auto value = [&](float step) {
+    for (std::size_t i = 0; i < start.size(); ++i) with.w1[i] = start[i] + step * gradients.w1[i];
+    const std::vector<float> y = forward_of(with, 1);
+    double total = 0.0;
+    for (std::size_t i = 0; i < y.size(); ++i)
+      total += static_cast<double>(y[i]) * static_cast<double>(dy[i]);
+    return total;
+  };
+  double square = 0.0;
+  for (const float g : gradients.w1) square += static_cast<double>(g) * static_cast<double>(g);
+  const double slope = (value(1e-2f) - value(-1e-2f)) / 2e-2;
+  CHECK(std::fabs(slope - square) < 2e-3 * square);
+}
+
+TEST(residual_mlp_activation_of_any_count) {
+  for (const std::int64_t count : {0, 1, 3, 15, 16, 17, 33})
+    for (int kind = 0; kind < 5; ++kind) {
+      const std::vector<float> in = numbers(count, 13);
+      std::vector<float> values(in.size(), NAN);
+      std::vector<float> slopes(in.size(), NAN);
+      activate(static_cast<Activation>(kind), in.data(), values.data(), slopes.data(), count);
+      CHECK(largest_difference(values, in) < 1.0f);
+      CHECK(largest_difference(slopes, in) < 2.0f);
+    }
+}
