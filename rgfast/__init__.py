@@ -3,6 +3,9 @@
 from rgfast import flow
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
+from rgfast.experiments.decimation import decimate
+from rgfast.experiments.multiverse import multiverse
+from rgfast.experiments.observer import observe
 from rgfast.experiments.reproduce import Reproduction, reproduce
 from rgfast.experiments.sweep import Sweep, sweep
 from rgfast.ops.cka import (
@@ -63,6 +66,7 @@ __all__ = [
     "cka",
     "cka_matrix",
     "cka_null",
+    "decimate",
     "effective_rank",
     "effective_rank_estimate",
     "eigvalsh",
@@ -74,7 +78,9 @@ __all__ = [
     "kernel_drift",
     "minibatch_cka",
     "moment_operator",
+    "multiverse",
     "numerical_rank",
+    "observe",
     "participation_ratio",
     "probe",
     "rank_measures",

@@ -131,6 +131,10 @@ def decimate(
         seeds: instead of the design's; intervals from five on.
 
     Raises ValueError as :func:`rgfast.sweep` does.
+
+    >>> from rgfast.experiments.decimation import shown_positions
+    >>> shown_positions("grid", 7, 24), shown_positions("block", 7, 24)
+    ([0, 7, 14, 21], [10, 11, 12, 13])
     """
     if design is not None and quick:
         raise ValueError("quick goes without a design, got both")

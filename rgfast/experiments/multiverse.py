@@ -58,7 +58,7 @@ class Universe:
         ("mixing", ("mixer", "flat")),
         ("width", (16, 24)),
         ("mask_rate", (0.2, 0.35)),
-        ("lr", (5e-3, 2e-3)),
+        ("lr", (5e-3, 1e-2)),
     )
     chain: str = "two-scale"
     xi: tuple[float, float] = (1.0, 7.0)
@@ -148,6 +148,10 @@ def multiverse(
         jobs, merge, progress: as in :func:`rgfast.sweep`.
 
     Raises ValueError as :func:`rgfast.sweep` does.
+
+    >>> from rgfast.experiments.multiverse import Universe
+    >>> len(Universe().setups()), Universe().xi
+    (64, (1.0, 7.0))
     """
     if universe is not None and quick:
         raise ValueError("quick goes without a universe, got both")

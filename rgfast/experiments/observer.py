@@ -118,6 +118,10 @@ def observe(
         seeds: instead of the design's.
 
     Raises ValueError as :func:`rgfast.sweep` does.
+
+    >>> from rgfast.experiments.observer import ridge_radii
+    >>> ridge_radii([[0.2, 0.9, 0.905], [0.1, 0.2, 0.9]], (1, 2, 4))
+    array([2., 4.])
     """
     if design is not None and quick:
         raise ValueError("quick goes without a design, got both")
@@ -264,6 +268,9 @@ def observer_text(done: Observer) -> str:
             told = "no ridge (masked rows hold nothing)"
         part = done.ridges[(done.ridges.stage == stage) & (done.ridges.xi == xi)]
         ridge = part.groupby("layer").radius.mean().dropna()
+        own = done.curves[(done.curves.stage == stage) & (done.curves.xi == xi)].cka
+        if own.notna().any():
+            told += f"; largest CKA {own.max():.2f}"
         where = f"; radius by layer {' '.join(f'{w:.1f}' for w in ridge)}" if len(ridge) else ""
         lines.append(f"  {stage:<22} ξ={xi:g}: {told}{where}")
     return "\n".join(lines)

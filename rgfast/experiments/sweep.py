@@ -132,6 +132,10 @@ def sweep(
 
     Raises ValueError for an unknown design, bad seeds or jobs, a folder of another sweep, and what
     :func:`rgfast.experiments.points.open_study` raises.
+
+    >>> from rgfast.experiments.sweep import DESIGNS
+    >>> len(DESIGNS["relevance"].points())
+    108
     """
     chosen = _chosen(design, quick, seeds)
     folder = Path(out) if out is not None else Path("runs") / f"sweep-{chosen.name}"
