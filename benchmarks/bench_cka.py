@@ -1,11 +1,16 @@
 """Speed of rgfast's CKA beside Gram + einsum in plain torch, pytorch-cka and the loop over pairs.
 
-    python benchmarks/bench_cka.py [--case NAME ...] [--threads 2] [--rounds 5]
+    python benchmarks/bench_cka.py [--case NAME ...] [--threads 2] [--rounds 5] [--positions N] [--clock cpu]
+    python benchmarks/bench_cka.py --case stream [--samples 1000000]
 
 Within a round every contender runs once, in turn, on the same data; the ratio of medians is reported together
 with the spread of the ratios over rounds. Values are checked against fp64 brute force before anything is
 timed: nothing is reported for a contender of ours that errs. pytorch-cka is skipped by name where it is not
 installed (``pip install "rgfast[bench]"``).
+
+``--positions`` measures fewer positions (the work is the same at each), ``--clock cpu`` with ``--threads 1``
+counts processor time, which other load on the machine disturbs least. The case ``stream`` has no peer: it
+prints the peak memory of the whole process.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -150,7 +155,33 @@ def check(case: Case, layers: Tensor, call: Callable[[Tensor, bool], Tensor], bo
         raise SystemExit(f"values are off by {error:.2e}, more than {bound:.0e}: nothing is timed")
 
 
-def run(name: str, case: Case, rounds: int) -> list[tuple[str, str, float, float, float, float]]:
+def stream(samples: int) -> None:
+    """Debiased CKA of all pairs of 12 layers of 256 features, in batches of 2,000, and what memory it took."""
+    import resource
+
+    running = rgfast.CKAAccumulator(pairs="all")
+    generator = torch.Generator().manual_seed(0)
+    begin = time.perf_counter()
+    for start in range(0, samples, 2000):
+        batch = torch.randn(12, min(2000, samples - start), 256, generator=generator).cumsum_(0)
+        running.update(batch)
+    result = running.finalize()
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    # Layer l is a sum of l + 1 independent Gaussians: CKA(l, m) → (l + 1)/(m + 1) for l <= m.
+    sizes = torch.arange(1.0, 13.0, dtype=torch.float64)
+    expected = torch.minimum(sizes[:, None], sizes) / torch.maximum(sizes[:, None], sizes)
+    error = float((result.matrix - expected).abs().max())
+    print(
+        f"stream: n={int(result.count)} L=12 d=256, all pairs, debiased, route {result.route}: "
+        f"peak {peak:.0f} MB in all, {time.perf_counter() - begin:.0f} s, "
+        f"largest distance from the value at infinite n {error:.1e}"
+    )
+
+
+def run(
+    name: str, case: Case, rounds: int, clock: Callable[[], float]
+) -> list[tuple[str, str, float, float, float, float]]:
     """(ours, peer, ratio of medians, least and largest ratio of a round, target or NaN)."""
     layers = case.data()
     calls: dict[str, Callable[[Tensor, bool], Tensor]] = {
@@ -170,9 +201,9 @@ def run(name: str, case: Case, rounds: int) -> list[tuple[str, str, float, float
     seconds: dict[str, list[float]] = {kind: [] for kind in calls}
     for _ in range(rounds + 1):
         for kind, call in calls.items():
-            begin = time.perf_counter()
+            begin = clock()
             call(layers, case.adjacent)
-            seconds[kind].append(time.perf_counter() - begin)
+            seconds[kind].append(clock() - begin)
     rows = []
     for kind in ("single", "double", "auto"):
         for other in ("gram+einsum", "pytorch-cka", "pair loop"):
@@ -187,20 +218,30 @@ def run(name: str, case: Case, rounds: int) -> list[tuple[str, str, float, float
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "stream"], default=list(CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--positions", type=int, default=None)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--samples", type=int, default=1_000_000)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(
         f"torch {torch.__version__}, {platform.machine()}, isa {native.active_isa()}, "
-        f"threads {torch.get_num_threads()}, fp32 data, {options.rounds} interleaved rounds"
+        f"threads {torch.get_num_threads()}, fp32 data, "
+        f"{options.rounds} interleaved rounds, {options.clock} time"
     )
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     for name in options.case:
+        if name == "stream":
+            stream(options.samples)
+            continue
         case = CASES[name]
+        if options.positions is not None:
+            case = replace(case, positions=min(case.positions, options.positions))
         pairs = "neighbours" if case.adjacent else "all pairs"
         print(f"\n{name}: L={case.layers} T={case.positions} n={case.samples} d={case.width}, {pairs}")
-        for kind, other, ratio, least, most, target in run(name, case, options.rounds):
+        for kind, other, ratio, least, most, target in run(name, case, options.rounds, clock):
             aim = "" if target != target else f"  aim {target:g}{'' if ratio >= target else '  MISSED'}"
             print(f"  {kind:<7} over {other:<12} {ratio:7.2f}x  [{least:.2f}, {most:.2f}]{aim}")
     return 0

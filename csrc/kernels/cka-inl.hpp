@@ -207,29 +207,38 @@ static void tile(const T* a, const T* b, std::int64_t depth, std::int64_t panel,
 }
 
 // Writes (x - shift) * scale, rounded to T, in pieces of a vector `panel` elements apart; adds it to the
-// column sums `rest` and returns the sum of its squares.
+// column sums `rest` and returns the sum of its squares. `shift` holds numbers that T holds: the difference
+// of two floats is then rounded once, as the difference of the same numbers in fp64 would be.
 template <class S, class T>
-RGFAST_INLINE double centered_row(const S* row, const double* shift, double scale, std::int64_t d, T* to,
-                                  std::int64_t panel, double* rest) {
+RGFAST_INLINE double centered_row(const S* row, const double* shift, const T* same_shift, double scale,
+                                  std::int64_t d, T* to, std::int64_t panel, double* rest, const S* soon) {
   constexpr int half = kLanes<double>;
-  Doubles squares{};
+  Doubles squares[2] = {};
   double edge = 0.0;
   std::int64_t j = 0;
-  for (; j + kLanes<T> <= d; j += kLanes<T>, to += panel)
+  for (; j + kLanes<T> <= d; j += kLanes<T>, to += panel) {
+    __builtin_prefetch(soon + j, 0, 3);
+    if constexpr (sizeof(S) == 4 && sizeof(T) == 4)
+      *reinterpret_cast<typename Vector<T>::type*>(to) =
+          (load(row + j) - load(same_shift + j)) * splat(static_cast<T>(scale));
+    else
+#pragma GCC unroll 2
+      for (int part = 0; part < kLanes<T>; part += half)
+        narrow(to + part, (wide(row + j + part) - load(shift + j + part)) * splat(scale));
 #pragma GCC unroll 2
     for (int part = 0; part < kLanes<T>; part += half) {
-      narrow(to + part, (wide(row + j + part) - load(shift + j + part)) * splat(scale));
       const Doubles value = wide(to + part);
-      squares = fused(value, value, squares);
+      squares[part / half] = fused(value, value, squares[part / half]);
       store(rest + j + part, load(rest + j + part) + value);
     }
+  }
   for (int v = 0; j < d; ++j, ++v) {
     to[v] = static_cast<T>((static_cast<double>(row[j]) - shift[j]) * scale);
     const double value = static_cast<double>(to[v]);
     edge += value * value;
     rest[j] += value;
   }
-  return total(squares) + edge;
+  return total(squares[0] + squares[1]) + edge;
 }
 
 #if defined(__has_builtin)
@@ -279,8 +288,9 @@ static void transpose(const T* lines, std::int64_t d, T* to) {
     for (int i = 0; i < kLanes<T>; ++i) to[j * kLanes<T> + i] = lines[i * d + j];
 }
 
-template <class S>
-static Status means(const PackJob& job, double* shift, double* sums, double* scale) {
+// Shift and scale from every `step`-th row, rounded to T.
+template <class S, class T>
+static Status means(const PackJob& job, std::int64_t step, double* shift, double* sums, double* scale) {
   const S* const source = static_cast<const S*>(job.source);
   const std::int64_t n = job.samples, d = job.width, whole = d - d % kLanes<double>;
   for (std::int64_t j = 0; j < d; ++j) {
@@ -289,8 +299,8 @@ static Status means(const PackJob& job, double* shift, double* sums, double* sca
   }
   // Off the first row, so that equal rows become exact zeros and an offset costs no digits.
   Doubles most{};
-  double largest = 0.0;
-  for (std::int64_t i = 0; i < n; ++i) {
+  double largest = 0.0, rows = 0.0;
+  for (std::int64_t i = 0; i < n; i += step, rows += 1.0) {
     const S* const row = source + i * job.sample_stride;
     for (std::int64_t j = 0; j < whole; j += kLanes<double>) {
       const Doubles off = wide(row + j) - load(shift + j);
@@ -308,73 +318,114 @@ static Status means(const PackJob& job, double* shift, double* sums, double* sca
   bool finite = true;
   for (std::int64_t j = 0; j < d; ++j) {
     finite = finite && sums[j] - sums[j] == 0.0;  // NaN and infinity come through
-    shift[j] += sums[j] / static_cast<double>(n);
-    sums[j] = 0.0;
+    const double exact = shift[j] + sums[j] / rows, rounded = static_cast<double>(static_cast<T>(exact));
+    shift[j] = rounded - rounded == 0.0 ? rounded : 0.0;
   }
   if (!finite) return Status::not_finite;
-  if (largest == 0.0) return Status::constant;
-  const int exponent = __builtin_ilogb(largest);
-  *scale = __builtin_ldexp(1.0, exponent < -1000 ? 1000 : -exponent);
-  return Status::good;
+  const int exponent = largest == 0.0 ? 0 : __builtin_ilogb(largest);
+  // The scale stays a normal number of T.
+  const int most_exponent = sizeof(T) == 4 ? 120 : 1000;
+  *scale = __builtin_ldexp(1.0, exponent < -most_exponent  ? most_exponent
+                                : exponent > most_exponent ? -most_exponent
+                                                           : -exponent);
+  return largest == 0.0 ? Status::constant : Status::good;
+}
+
+// Panels, norms and the column sums `rest`; returns the sum of the norms.
+template <class S, class T>
+static double fill(const PackJob& job, const double* shift, double scale, double* rest, T* scratch) {
+  constexpr int lanes = kLanes<T>;
+  const S* const source = static_cast<const S*>(job.source);
+  const std::int64_t n = job.samples, d = job.width;
+  T* const panels = static_cast<T*>(job.panels);
+  T* const same_shift = scratch;
+  T* const lines = scratch + d;
+  for (std::int64_t j = 0; j < d; ++j) {
+    same_shift[j] = static_cast<T>(shift[j]);
+    rest[j] = 0.0;
+  }
+  double trace = 0.0;
+  T* const last = panels + d / lanes * job.panel;
+  for (std::int64_t from = 0; from < n; from += lanes) {
+    const std::int64_t rows = n - from < lanes ? n - from : lanes;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t i = from + r;
+      const S* const row = source + i * job.sample_stride;
+      const S* const soon = i + 4 < n ? row + 4 * job.sample_stride : row;
+      if (job.by_features)
+        for (std::int64_t j = d % lanes; j > 0 && j < lanes; ++j) last[i * lanes + j] = T{0};
+      job.norms[i] =
+          job.by_features
+              ? centered_row(row, shift, same_shift, scale, d, panels + i * lanes, job.panel, rest, soon)
+              : centered_row(row, shift, same_shift, scale, d, lines + r * d, lanes, rest, soon);
+      trace += job.norms[i];
+    }
+    if (job.by_features) continue;
+    for (std::int64_t k = rows * d; k < lanes * d; ++k) lines[k] = T{0};
+    transpose(lines, d, panels + from / lanes * job.panel);
+  }
+  return trace;
+}
+
+// What a shift from a few rows must keep to: a mean that is left over may not rival the spread, and the
+// values are of the order of 1. Then the exact corrections by row sums cost no digits.
+static bool fair(double trace, const double* rest, std::int64_t n, std::int64_t d) {
+  double left = 0.0;
+  for (std::int64_t j = 0; j < d; ++j) left += rest[j] * rest[j];
+  const double level = trace / (static_cast<double>(n) * static_cast<double>(d));
+  return left <= 0.1 * trace * static_cast<double>(n) && level > 1e-6 && level < 1e6;
 }
 
 template <class S, class T>
 static void pack(const PackJob& job) {
   constexpr int lanes = kLanes<T>;
-  const S* const source = static_cast<const S*>(job.source);
   const std::int64_t n = job.samples, d = job.width;
-  const std::int64_t whole = ((job.by_features ? d : n) + lanes - 1) / lanes * job.panel;
   T* const panels = static_cast<T*>(job.panels);
   double* const shift = job.columns;
   double* const rest = shift + d;
+  T* const scratch = reinterpret_cast<T*>(rest + d);
   double scale = 1.0;
-  *job.status = means<S>(job, shift, rest, &scale);
+  const std::int64_t step = n > 64 ? n / 32 : 1;
+  *job.status = means<S, T>(job, step, shift, rest, &scale);
+  bool done = *job.status == Status::good && fair(fill<S>(job, shift, scale, rest, scratch), rest, n, d);
+  if (!done && step > 1) *job.status = means<S, T>(job, 1, shift, rest, &scale);
   if (*job.status != Status::good) {
+    const std::int64_t whole = ((job.by_features ? d : n) + lanes - 1) / lanes * job.panel;
     for (std::int64_t i = 0; i < whole; ++i) panels[i] = T{0};
     for (std::int64_t i = 0; i < n; ++i) job.norms[i] = job.row_sums[i] = 0.0;
     return;
   }
+  if (!done && step > 1) fill<S>(job, shift, scale, rest, scratch);
   if (job.by_features) {
-    T* const last = panels + d / lanes * job.panel;
+    const T* const last = panels + d / lanes * job.panel;
     for (std::int64_t i = 0; i < n; ++i) {
-      for (std::int64_t j = d % lanes; j > 0 && j < lanes; ++j) last[i * lanes + j] = T{0};
-      job.norms[i] =
-          centered_row(source + i * job.sample_stride, shift, scale, d, panels + i * lanes, job.panel, rest);
-    }
-    for (std::int64_t i = 0; i < n; ++i) {
-      Doubles sum{};
+      Doubles sum[2] = {};
       double edge = 0.0;
       std::int64_t j = 0;
       const T* row = panels + i * lanes;
       for (; j + lanes <= d; j += lanes, row += job.panel)
 #pragma GCC unroll 2
-        for (int part = 0; part < lanes; part += kLanes<double>)
-          sum = fused(wide(row + part), load(rest + j + part), sum);
+        for (int part = 0; part < lanes; part += kLanes<double>) {
+          Doubles& one = sum[part / kLanes<double>];
+          one = fused(wide(row + part), load(rest + j + part), one);
+        }
       for (; j < d; ++j) edge += static_cast<double>(last[i * lanes + j % lanes]) * rest[j];
-      job.row_sums[i] = total(sum) + edge;
+      job.row_sums[i] = total(sum[0] + sum[1]) + edge;
     }
     return;
   }
-  T* const lines = reinterpret_cast<T*>(rest + d);
   for (std::int64_t from = 0; from < n; from += lanes) {
-    for (std::int64_t r = 0; r < lanes; ++r) {
-      T* const line = lines + r * d;
-      if (from + r < n)
-        job.norms[from + r] =
-            centered_row(source + (from + r) * job.sample_stride, shift, scale, d, line, lanes, rest);
-      else
-        for (std::int64_t j = 0; j < d; ++j) line[j] = T{0};
-    }
-    transpose(lines, d, panels + from / lanes * job.panel);
+    const T* const panel = panels + from / lanes * job.panel;
+    Doubles sum[lanes / kLanes<double>] = {};
+    for (std::int64_t j = 0; j < d; ++j)
+#pragma GCC unroll 2
+      for (int part = 0; part < lanes; part += kLanes<double>) {
+        Doubles& one = sum[part / kLanes<double>];
+        one = fused(wide(panel + j * lanes + part), splat(rest[j]), one);
+      }
+    for (int v = 0; v < lanes && from + v < n; ++v)
+      job.row_sums[from + v] = sum[v / kLanes<double>][v % kLanes<double>];
   }
-  for (std::int64_t from = 0; from < n; from += lanes)
-    for (int part = 0; part < lanes; part += kLanes<double>) {
-      const T* const panel = panels + from / lanes * job.panel + part;
-      Doubles sum{};
-      for (std::int64_t j = 0; j < d; ++j) sum = fused(wide(panel + j * lanes), splat(rest[j]), sum);
-      for (std::int64_t v = 0; v < kLanes<double> && from + part + v < n; ++v)
-        job.row_sums[from + part + v] = sum[v];
-    }
 }
 
 static void pack_any(const PackJob& job, bool single) {

@@ -34,7 +34,7 @@ def _native(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any
     found = native.run(task, *args, **kwargs)
     if found is None:  # the reference tells NaN and Inf from fp64 at the end of its range
         return _reference(task, names, *args, **kwargs)
-    if task == "drift" and kwargs["precision"] is None:
+    if task == "drift" and kwargs["precision"] != "single":
         _refine(found, args[0], kwargs["debiased"])
     return found
 
@@ -133,7 +133,10 @@ def cka_matrix(
     precision and errors as in :func:`cka`. Rows and columns of a layer without variance are NaN.
 
     Gram tiles over samples are used up to n = ``sample_limit`` where they are cheaper than d×d moments; both
-    routes are exact, and neither holds an n×n kernel per layer.
+    routes are exact, and neither holds an n×n kernel per layer. ``precision="single"`` lets the compiled
+    kernels multiply fp32 or half data in fp32 (after centring in fp64, and every sum over products in fp64:
+    errors of 1e-8), ``"double"`` in fp64; None takes the first where it pays and no digits cancel. fp64 data
+    are always multiplied in fp64.
 
     >>> import rgfast, torch
     >>> layers = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
@@ -155,7 +158,8 @@ def kernel_drift(
     Biased by default, where :func:`cka` is not: of a drift one reads differences, and the biased one is never
     negative. Computed as ½‖K̂_l − K̂_{l+1}‖² of unit-norm centred kernels, so that a drift of 1e-9, or of
     1e-20, keeps its digits. A sequence of ``[..., n, d_l]`` will do. NaN beside a layer without variance,
-    with zero gradient. Blind to scale: see :func:`kernel_change`. Errors as in :func:`cka`.
+    with zero gradient. Blind to scale: see :func:`kernel_change`. ``precision`` as in :func:`cka_matrix`;
+    with None drifts that fp32 products would blur are computed again in fp64. Errors as in :func:`cka`.
 
     >>> import rgfast, torch
     >>> x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))

@@ -119,6 +119,8 @@ def _cosines(
         guarded = precision == "single"
     else:
         guarded = False
+        # fp64 data may leave the range of fp32, and asks for more anyhow.
+        precision = "double" if any(x.dtype == torch.float64 for x in layers) else precision
     products = _products(layers, pairs, features, precision == "single")
     if products is None:
         return None
