@@ -156,7 +156,7 @@ def check(case: Case, layers: Tensor, call: Callable[[Tensor, bool], Tensor], bo
 
 
 def stream(samples: int) -> None:
-    """Debiased CKA of all pairs of 12 layers of 256 features, in batches of 2,000, and what memory it took."""
+    """Debiased CKA of all pairs of 12 layers of 256 features in batches of 2,000, and the memory it took."""
     import resource
 
     running = rgfast.CKAAccumulator(pairs="all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,9 +89,8 @@ def run(
     if ys:
         matrix = values[:, len(own) :].reshape(*lead, len(xs), len(ys))
         return matrix[..., 0, 0] if task == "cka" else matrix
-    where = torch.empty(len(xs), len(xs), dtype=torch.int64)
-    for p, (i, j) in enumerate(pairs):
-        where[i, j] = where[j, i] = p
+    place = {pair: p for p, pair in enumerate(pairs)}
+    where = torch.tensor([[place[min(i, j), max(i, j)] for j in range(len(xs))] for i in range(len(xs))])
     return values[:, where].reshape(*lead, len(xs), len(xs))
 
 
@@ -151,19 +151,32 @@ def _products(
     trace = torch.empty(positions, len(layers), dtype=torch.float64)
     bytes_each = n * sum(x.shape[2] for x in layers) * (4 if single else 8)
     step = max(1, _WORK_BYTES // bytes_each)
-    space = torch.empty(0, dtype=torch.float64)
     for start in range(0, positions, step):
         part = slice(start, min(start + step, positions))
         held = [_readable(x[part]) for x in layers]
         tensors = [native.tensor(x) for x in held]
         options = (tensors, pairs, features, single, threads)
-        needed = module.cka_workspace(*options) // 8
-        if space.numel() < needed:
-            space = torch.empty(needed, dtype=torch.float64)
+        space = _workspace(module.cka_workspace(*options))
         flat = (centered[part].view(-1), u_centered[part].view(-1), trace[part].view(-1), space)
         if module.cka_products(*options, *(native.tensor(x) for x in flat)):
             return None
     return centered, u_centered, trace
+
+
+_kept = threading.local()
+_KEPT_BYTES = 64 << 20
+
+
+def _workspace(needed: int) -> Tensor:
+    # Kept from call to call, one for each Python thread: touching fresh pages costs a small problem as much
+    # as its arithmetic.
+    held = getattr(_kept, "space", None)
+    if isinstance(held, Tensor) and 8 * held.numel() >= needed:
+        return held
+    space = torch.empty(needed // 8, dtype=torch.float64)
+    if needed <= _KEPT_BYTES:
+        _kept.space = space
+    return space
 
 
 def _readable(x: Tensor) -> Tensor:
