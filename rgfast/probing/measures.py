@@ -14,6 +14,7 @@ from torch import Tensor
 from rgfast.ops.cka.streaming import cka_from_moments
 from rgfast.ops.spectrum import isotropic_baseline, rank_measures_from_moment
 from rgfast.streaming import MomentAccumulator
+from rgfast.threads import one_thread
 
 __all__ = ["BASELINES", "DRIFTS", "PAIRWISE", "RANKS", "Measured", "baselines", "measure"]
 
@@ -78,15 +79,17 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
             value = torch.where(constant, 1.0, getattr(raw, name))
             ranks[f"{name}_uncentred"][layer] = _where(known, value)
     pairs, drifts = {}, {}
-    for name, drift, debiased in (
-        ("cka", "kernel_drift_debiased", True),
-        ("cka_biased", "kernel_drift", False),
-    ):
-        matrix, _ = cka_from_moments(moments, debiased=debiased)
-        pairs[name] = _array(matrix.permute(1, 2, 0))
-        drifts[drift] = 1 - np.diagonal(pairs[name], 1).T
-    drifts["kernel_drift"] = np.maximum(drifts["kernel_drift"], 0.0)
-    drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
+    # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
+    with one_thread():
+        for name, drift, debiased in (
+            ("cka", "kernel_drift_debiased", True),
+            ("cka_biased", "kernel_drift", False),
+        ):
+            matrix, _ = cka_from_moments(moments, debiased=debiased)
+            pairs[name] = _array(matrix.permute(1, 2, 0))
+            drifts[drift] = 1 - np.diagonal(pairs[name], 1).T
+        drifts["kernel_drift"] = np.maximum(drifts["kernel_drift"], 0.0)
+        drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
     return Measured(count.cpu().numpy(), ranks, bound, spectrum, drifts, pairs)
 
 

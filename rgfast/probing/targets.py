@@ -117,13 +117,14 @@ def linear_r2(
     """
     lead = rest[0].count.reshape(-1).shape[0]
     errors = np.zeros((2, len(folds), targets, layers, lead))
-    for g, (fold, train) in enumerate(zip(folds, rest, strict=True)):
-        if fold.widths == () or train.widths == ():
-            continue
-        for layer in range(layers):
-            inverse = _pseudo_inverse(_flat(train.scatter(layer)))
-            for k in range(targets):
-                errors[:, g, k, layer] = _errors(fold, train, inverse, layer, layers + k)
+    with one_thread():  # bits of eigh and of products depend on the number of threads
+        for g, (fold, train) in enumerate(zip(folds, rest, strict=True)):
+            if fold.widths == () or train.widths == ():
+                continue
+            for layer in range(layers):
+                inverse = _pseudo_inverse(_flat(train.scatter(layer)))
+                for k in range(targets):
+                    errors[:, g, k, layer] = _errors(fold, train, inverse, layer, layers + k)
     residual, total = errors
     with np.errstate(divide="ignore", invalid="ignore"):
         value = np.where(total.sum(0) > 0, 1 - residual.sum(0) / total.sum(0), np.nan)
@@ -139,8 +140,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _pseudo_inverse(scatter: Tensor) -> Tensor:
-    with one_thread():
-        value, vector = torch.linalg.eigh(scatter.nan_to_num(0.0))
+    value, vector = torch.linalg.eigh(scatter.nan_to_num(0.0))
     kept = value > _CUTOFF * value[:, -1:].clamp_min(0.0)
     inverse = torch.where(kept, 1.0 / torch.where(kept, value, 1.0), 0.0)
     product: Tensor = (vector * inverse[:, None]) @ vector.transpose(1, 2)

@@ -67,6 +67,17 @@ def test_bits_do_not_depend_on_batching_of_given_activations(size):
     same(run(model, data, **options).dataset, run(model, data, batch_size=size, **options).dataset)
 
 
+def test_bits_do_not_depend_on_threads():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    x = torch.randn(400, 2, 256, generator=torch.Generator().manual_seed(1))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run(model, x, layers=["0", "1"], groups=2, targets={"x": x[..., :3]}).dataset)
+    for other in found[1:]:
+        same(found[0], other)
+
+
 @pytest.mark.parametrize("kind", ["tuple", "dataclass", "dict"])
 def test_outputs_inside_containers(kit, kind):
     torch.manual_seed(0)
