@@ -1,4 +1,4 @@
-"""Eigenvalues and effective ranks against PyTorch: `bench_spectrum.py [--quick] [--threads N] [--out DIR]`.
+"""Eigenvalues and effective ranks against PyTorch: `bench_spectrum.py [--quick] [--out DIR]`.
 
 Every figure is the median of interleaved rounds in this one process (ours, PyTorch on one thread, PyTorch on
 all threads, ours, ...), and PyTorch counts with its better thread count. Values are checked in the same run,
@@ -150,12 +150,13 @@ def plot(path: Path, series: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="eigvalsh and effective_rank against PyTorch on the CPU")
     parser.add_argument("--quick", action="store_true", help="few sizes, short rounds: about a minute")
+    parser.add_argument("--sizes", type=int, nargs="+", help="d to measure, instead of the usual ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
     parser.add_argument("--out", type=Path, help="folder for spectrum.json and spectrum.png")
     options = parser.parse_args()
     torch.manual_seed(0)
     seconds = 0.2 if options.quick else 1.5
-    sizes = [8, 32, 64, 128, 256] if options.quick else list(TARGET_FP64)
+    sizes = options.sizes or ([8, 32, 64, 128, 256] if options.quick else list(TARGET_FP64))
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

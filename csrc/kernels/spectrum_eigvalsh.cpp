@@ -34,6 +34,7 @@ Status solve(const View& a, const View& values, int threads, Route route) {
   const std::int64_t batch = a.batch(2);
   const std::int64_t n = a.size(-1);
   if (batch == 0 || n == 0) return {};
+  threads = useful_threads(threads, batch, eigen_products(n));
   T* const out = values.item<T>(0, 1);
   if (!takes_lanes(kernel, batch, n, route)) {
     const auto reduce = [&](std::int64_t index, SingleTask<T>& task) {

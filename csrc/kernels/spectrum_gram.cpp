@@ -69,6 +69,7 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
   const std::int64_t d = x.size(-1);
   const std::int64_t m = std::min(n, d);
   const std::int64_t stride = kernel.stride(m);
+  threads = useful_threads(threads, x.batch(2), n * d * (m + 30) / 2);
   parallel_for(x.batch(2), threads, [&](std::int64_t index, int) {
     const std::size_t scratch = aligned(kernel.workspace(task_for(x, centred, 0)));
     const Workspace workspace(scratch + sizeof(double) * static_cast<std::size_t>(stride * stride));
@@ -96,6 +97,7 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, const Momen
   const std::int64_t d = x.size(-1);
   const std::int64_t m = std::min(n, d);
   if (batch == 0) return {};
+  threads = useful_threads(threads, batch, eigen_products(m) + n * d * m / 2);
   if (!takes_lanes(solver, batch, m, route)) {
     const auto reduce = [&](std::int64_t index, SingleTask<double>& task) {
       GramTask gram = task_for(x, centred, index);

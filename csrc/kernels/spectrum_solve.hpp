@@ -25,6 +25,16 @@ bool takes_lanes(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t
   return n <= 64 ? filled * 2 > kernel.lanes : filled * 4 > kernel.lanes * 3;
 }
 
+// Waking a thread costs tens of microseconds, and on a busy machine a woken one may keep the caller waiting:
+// no more threads than have a tenth of a millisecond each to do. `products` is about what one core does
+// 16,000 of in a microsecond.
+inline int useful_threads(int threads, std::int64_t batch, std::int64_t products) {
+  const double microseconds = static_cast<double>(batch) * static_cast<double>(products) / 16e3;
+  return static_cast<int>(std::min(static_cast<double>(threads), 1.0 + microseconds / 100.0));
+}
+
+inline std::int64_t eigen_products(std::int64_t n) { return n * n * (n + 30); }
+
 // As many matrices to a task as fill `groups` groups, but no more than leave every thread a task.
 template <class T>
 std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int threads) {

@@ -295,7 +295,8 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
         if bool(torch.isfinite(a).all()):
             raise
         refuse_nonfinite(a, "a")
-    if not bool(torch.isfinite(values).all()):
+    # The compiled solver reports what it could not solve; LAPACK may return NaN for it without a word.
+    if chosen.name != "native" and not bool(torch.isfinite(values).all()):
         refuse_nonfinite(a, "a")
     return values
 

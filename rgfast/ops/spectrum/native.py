@@ -46,15 +46,16 @@ def eigvalsh(a: Tensor) -> Tensor:
     """Eigenvalues `[..., d]` of symmetric `a[..., d, d]` (fp64 or fp32, on the CPU), ascending, in its dtype.
 
     The lower triangle is read; any strides. Every matrix is computed by itself: its bits depend neither on
-    its place in the batch nor on the number of threads. Values of a matrix that holds NaN or infinity are
-    NaN. Raises `torch.linalg.LinAlgError`, naming the matrix, where one does not converge.
+    its place in the batch nor on the number of threads. Raises `torch.linalg.LinAlgError`, naming the first
+    such matrix, where one holds NaN or infinity or does not converge.
     """
     values = torch.empty(a.shape[:-1], dtype=a.dtype)
     index, trouble = native.load().eigvalsh(native.tensor(a), native.tensor(values), native.threads())
-    if trouble == _NOT_CONVERGED:
+    if trouble:
         place = tuple(int(i) for i in np.unravel_index(index, tuple(a.shape[:-2]))) if a.dim() > 2 else ()
         where = f"matrix {place if len(place) > 1 else place[0]} of the batch" if place else "the matrix"
-        raise LinAlgError(f"eigvalsh did not converge on {where}")
+        what = "did not converge on" if trouble == _NOT_CONVERGED else "found NaN or infinity in"
+        raise LinAlgError(f"eigvalsh {what} {where}")
     return values
 
 
