@@ -16,6 +16,7 @@ from rgfast.ops.spectrum.compute import (
     estimated,
     flat,
     measure_of,
+    on_device,
     refuse_nonfinite,
     spectra,
     tolerance,
@@ -23,6 +24,7 @@ from rgfast.ops.spectrum.compute import (
 )
 from rgfast.ops.spectrum.gradients import differentiable, wants_gradient
 from rgfast.ops.spectrum.measures import (
+    Array,
     effective_rank_of,
     numerical_rank_of,
     participation_ratio_of,
@@ -221,7 +223,7 @@ def numerical_rank(
     x = checked(x)
     tol = tolerance(tol, x)
     x, solved, _ = spectra(x, centering, precision, rtol, method, impl, tol)
-    return numerical_rank_of(solved.sigma, tol).reshape(x.shape[:-2])
+    return on_device(numerical_rank_of(solved.sigma, tol), x.shape[:-2], x.device)
 
 
 def rank_measures(
@@ -250,13 +252,17 @@ def rank_measures(
     x, solved, name = spectra(x, centering, precision, rtol, method, impl, tol)
     info = describe(x, solved, name)
     lead = x.shape[:-2]
+
+    def shaped(value: Array) -> Tensor:
+        return on_device(value, lead, x.device)
+
     return RankMeasures(
-        effective_rank=effective_rank_of(solved.sigma).reshape(lead),
-        effective_rank_variance=effective_rank_of(solved.sigma, spectrum="variance").reshape(lead),
-        participation_ratio=participation_ratio_of(solved.sigma).reshape(lead),
-        stable_rank=stable_rank_of(solved.sigma).reshape(lead),
-        numerical_rank=numerical_rank_of(solved.sigma, tol).reshape(lead),
-        singular_values=solved.singular_values().reshape(*lead, min(x.shape[-2:])),
+        effective_rank=shaped(effective_rank_of(solved.sigma)),
+        effective_rank_variance=shaped(effective_rank_of(solved.sigma, spectrum="variance")),
+        participation_ratio=shaped(participation_ratio_of(solved.sigma)),
+        stable_rank=shaped(stable_rank_of(solved.sigma)),
+        numerical_rank=shaped(numerical_rank_of(solved.sigma, tol)),
+        singular_values=on_device(solved.singular_values(), (*lead, min(x.shape[-2:])), x.device),
         error_bound=info.error_bound,
         variance_error_bound=info.variance_error_bound,
         path=info.path,
@@ -343,7 +349,7 @@ def _measured(
         found, info = estimated(x, measure, centering, precision, impl)
     else:
         x, solved, name = spectra(x, centering, precision, rtol, method, impl)
-        found, info = measure_of(solved, measure, x.shape), describe(x, solved, name)
+        found, info = measure_of(solved, measure, x.shape, x.device), describe(x, solved, name)
     return (result if wants_gradient(x) else found), info
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.lanczos import effective_rank_estimate
-from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
+from rgfast.ops.spectrum.measures import Array, default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, Solved, solve
@@ -23,6 +24,8 @@ __all__ = [
     "describe",
     "estimated",
     "flat",
+    "measure_of",
+    "on_device",
     "refuse_nonfinite",
     "second_moments",
     "spectra",
@@ -51,7 +54,7 @@ def value(
     if method == "lanczos":
         return estimated(x, measure, centering, precision, impl)[0]
     x, solved, _ = spectra(x, centering, precision, rtol, method, impl)
-    return measure_of(solved, measure, x.shape)
+    return measure_of(solved, measure, x.shape, x.device)
 
 
 def estimated(x: Any, measure: str, centering: str, precision: str, impl: str) -> tuple[Tensor, SpectrumInfo]:
@@ -80,12 +83,18 @@ def estimated(x: Any, measure: str, centering: str, precision: str, impl: str) -
     )
 
 
-def measure_of(solved: Solved, measure: str, shape: torch.Size) -> Tensor:
+def measure_of(solved: Solved, measure: str, shape: torch.Size, device: torch.device) -> Tensor:
     """A measure of a solved spectrum, in the leading shape of the data of this `shape`."""
     if measure == "singular_values":
-        return solved.singular_values().reshape(*shape[:-2], min(shape[-2:]))
+        return on_device(solved.singular_values(), (*shape[:-2], min(shape[-2:])), device)
     spectrum = "variance" if measure == "effective_rank_variance" else "singular"
-    return effective_rank_of(solved.sigma, spectrum=spectrum).reshape(shape[:-2])
+    return on_device(effective_rank_of(solved.sigma, spectrum=spectrum), shape[:-2], device)
+
+
+def on_device(value: Array, shape: Sequence[int], device: torch.device) -> Tensor:
+    """A result as a tensor of this shape beside the data."""
+    made = torch.from_numpy(np.ascontiguousarray(value).reshape(tuple(shape)))
+    return made if device.type == "cpu" else made.to(device)
 
 
 def checked(value: Any) -> Tensor:
@@ -153,10 +162,10 @@ def second_moments(x: Any, centering: str, precision: str, impl: str) -> tuple[T
 def describe(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
     lead = x.shape[:-2]
     return SpectrumInfo(
-        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
-        error_bound=solved.bound().reshape(lead),
-        variance_error_bound=solved.bound("variance").reshape(lead),
-        singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),
+        path=np.array(PATHS)[solved.path].reshape(tuple(lead)),
+        error_bound=on_device(solved.bound(), lead, x.device),
+        variance_error_bound=on_device(solved.bound("variance"), lead, x.device),
+        singular_value_error=on_device(solved.singular_value_error(), (*lead, min(x.shape[-2:])), x.device),
         impl=impl,
         n=x.shape[-2],
         d=x.shape[-1],

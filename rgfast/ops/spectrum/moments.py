@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.compute import on_device
 from rgfast.ops.spectrum.measures import (
+    Array,
     effective_rank_of,
     numerical_rank_of,
     participation_ratio_of,
@@ -49,7 +51,7 @@ def singular_values_from_moment(
     """
     scatter, count = _checked(scatter, n, centering)
     sigma = _solved(scatter, count, centering, accumulated, impl).singular_values()
-    return sigma.reshape(scatter.shape[:-1])
+    return on_device(sigma, scatter.shape[:-1], scatter.device)
 
 
 def rank_measures_from_moment(
@@ -85,8 +87,8 @@ def rank_measures_from_moment(
     lead, d = scatter.shape[:-2], scatter.shape[-1]
     known = count > 0
 
-    def shaped(value: Tensor) -> Tensor:
-        return torch.where(known, value, torch.nan).reshape(lead)
+    def shaped(value: Array) -> Tensor:
+        return on_device(np.where(known, value, np.nan), lead, scatter.device)
 
     same = int(count[0]) if len(count) and bool((count == count[0]).all()) else 0
     return RankMeasures(
@@ -95,18 +97,18 @@ def rank_measures_from_moment(
         participation_ratio=shaped(participation_ratio_of(solved.sigma)),
         stable_rank=shaped(stable_rank_of(solved.sigma)),
         numerical_rank=shaped(numerical_rank_of(solved.sigma, tol)),
-        singular_values=solved.singular_values().reshape(*lead, d),
+        singular_values=on_device(solved.singular_values(), (*lead, d), scatter.device),
         error_bound=shaped(solved.bound()),
         variance_error_bound=shaped(solved.bound("variance")),
-        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
-        n=n if isinstance(n, int) else count.reshape(lead),
+        path=np.array(PATHS)[solved.path].reshape(tuple(lead)),
+        n=n if isinstance(n, int) else on_device(count, lead, scatter.device),
         d=d,
         tol=float(tol),
         baseline=None if same == 0 else isotropic_baseline(same, d, centering=centering),
     )
 
 
-def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Tensor]:
+def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Array]:
     scatter = as_real_tensor(scatter, "scatter", min_dim=2).detach()
     if scatter.dtype != torch.float64:
         raise TypeError(f"scatter must be float64, got {str(scatter.dtype).removeprefix('torch.')}")
@@ -119,25 +121,26 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Ten
     lead = scatter.shape[:-2]
     if count.dim() and tuple(count.shape) != tuple(lead):
         raise ValueError(f"n must be one integer or have shape {tuple(lead)}, got {tuple(count.shape)}")
-    count = count.long().expand(lead).reshape(-1)
-    if bool((count < 0).any()):
-        raise ValueError(f"n must not be negative, got {int(count.min())}")
+    counts = count.long().expand(lead).reshape(-1).cpu().numpy()
+    if (counts < 0).any():
+        raise ValueError(f"n must not be negative, got {int(counts.min())}")
     bad = (~torch.isfinite(scatter)).sum((-2, -1)).reshape(-1)
     if bool(bad.any()):
         at = int(bad.argmax())
         index = tuple(int(i) for i in np.unravel_index(at, tuple(lead))) if lead else ()
         where = f" in matrix {index if len(index) > 1 else index[0]} of the batch" if index else ""
         raise ValueError(f"scatter must be finite, got {int(bad[at])} NaN or infinite values{where}")
-    return scatter, count
+    return scatter, counts
 
 
-def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, impl: str) -> Solved:
+def _solved(scatter: Tensor, count: Array, centering: str, accumulated: Any, impl: str) -> Solved:
     flat = scatter.reshape(len(count), *scatter.shape[-2:])
-    variance = flat.diagonal(dim1=-2, dim2=-1)
+    variance = flat.diagonal(dim1=-2, dim2=-1).cpu().numpy()
     trace = variance.sum(-1)
     if accumulated is not None:
-        given = torch.as_tensor(accumulated, dtype=torch.float64, device=flat.device)
-        trace = torch.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1))
-    limit = torch.minimum((count - 1 if centering == "mean" else count).clamp_min(0), (variance > 0).sum(-1))
+        given = torch.as_tensor(accumulated, dtype=torch.float64).cpu()
+        trace = np.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1).numpy())
+    freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
+    limit = np.minimum(freedom, (variance > 0).sum(-1))
     values = EIGVALSH.select(impl, flat.device, flat).run(flat)
-    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=count)
+    return from_eigenvalues(values, trace, np.zeros_like(count), limit, samples=count)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, entropy_error
+from rgfast.ops.spectrum.measures import TINY, UNIT_ROUNDOFF, Array, entropy_error
 
 __all__ = ["gram_error", "refined"]
 
@@ -15,60 +18,62 @@ _SMALL = 1e-6  # eigenvalues under this share of the largest are computed again
 _LEVELS = 3  # beyond, what is left is under u sigma_1 and no algorithm knows it
 
 
-def gram_error(unit: float, terms: Tensor, accumulated: Tensor, top: Tensor, m: int) -> Tensor:
+def gram_error(
+    unit: float, terms: int | Array, accumulated: Array | float, top: Array | float, m: int
+) -> Array:
     """Bound on every eigenvalue of a moment summed over `terms` rows in tiles and then solved."""
-    chain = torch.minimum(terms, reference.TILE + torch.ceil(terms / reference.TILE)) + 4
-    return unit * (chain * accumulated + max(50, m / 2) * top)
+    chain = np.minimum(terms, reference.TILE + np.ceil(np.divide(terms, reference.TILE))) + 4
+    bound: Array = unit * (chain * accumulated + max(50, m / 2) * top)
+    return bound
 
 
-def refined(tall: Tensor, accumulated: Tensor, limit: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+def refined(tall: Tensor, accumulated: Tensor, limit: int, rtol: float) -> tuple[Array, Array]:
     """Singular values `[m]` of fp64 `tall[n, m]`, descending, and a bound `[m]` on the error of each.
 
     The eigenvectors V_s of the Gram matrix with small eigenvalues span what it has lost; the data times V_s
     have a Gram matrix of their own, in which the same values are large. Again, until the bound on the
     relative error of the effective rank is under `rtol` or nothing is left to gain.
     """
-    n, m = tall.shape
-    terms = torch.tensor(float(n), dtype=torch.float64, device=tall.device)
-    frobenius = accumulated.sqrt()
+    n = tall.shape[0]
+    frobenius = math.sqrt(float(accumulated))
     part, floor = tall, 2 * _U * frobenius
-    coupling: list[tuple[Tensor, Tensor]] = []
-    sigma: list[Tensor] = []
-    error: list[Tensor] = []
+    coupling: list[tuple[float, float]] = []
+    sigma: list[Array] = []
+    error: list[Array] = []
     for level in range(_LEVELS):
         matrix = _gram(part)
-        trace = accumulated if level == 0 else matrix.diagonal().sum()
+        trace = float(accumulated if level == 0 else matrix.diagonal().sum())
         width = part.shape[1]
+        vector: Tensor | None = None
         if level == 0:
-            value, vector = torch.linalg.eigh(matrix)
+            eigenvalues, vector = torch.linalg.eigh(matrix)
         else:
-            value, vector = torch.linalg.eigvalsh(matrix), None
-        value = value.clamp_min(0).flip(0)
-        epsilon = gram_error(_U, terms, trace, value[0], width)
-        s, e = value.sqrt(), _root_error(value, epsilon) + floor
+            eigenvalues = torch.linalg.eigvalsh(matrix)
+        value = np.maximum(eigenvalues.cpu().numpy()[::-1], 0.0)
+        epsilon = float(gram_error(_U, n, trace, float(value[0]), width))
+        e = _root_error(value, epsilon) + floor
         for gap_from, strength in coupling:
-            shift = torch.minimum(strength, strength.square() / (gap_from - value).clamp_min(0))
-            e = e + _root_error(value, shift)
-        done, doubt = torch.cat([*sigma, s]), torch.cat([*error, e])
+            gap = np.maximum(gap_from - value, TINY)
+            e = e + _root_error(value, np.minimum(strength, strength / gap * strength))
+        done, doubt = np.concatenate([*sigma, np.sqrt(value)]), np.concatenate([*error, e])
         small = int((value < _SMALL * value[0]).sum())
-        if level > 0:
-            live = torch.arange(m, device=tall.device) < limit
-            bound = entropy_error(done * live, doubt * live, limit)
-            if small == 0 or level == _LEVELS - 1 or bool(bound <= rtol):
-                break
-            vector = torch.linalg.eigh(matrix).eigenvectors
         if small == 0:
             break
-        assert vector is not None
-        sigma.append(s[: width - small])
+        if vector is None:
+            bound = entropy_error(done[:limit], doubt[:limit], np.int64(limit))
+            if level == _LEVELS - 1 or bound <= rtol:
+                break
+            vector = torch.linalg.eigh(matrix).eigenvectors
+        sigma.append(np.sqrt(value[: width - small]))
         error.append(e[: width - small])
-        coupling.append((value[width - small - 1], epsilon))
+        coupling.append((float(value[width - small - 1]), epsilon))
         part = part @ vector[:, :small]
         # Every entry of the product is a sum of `width` terms; the rest is what V lacks in orthogonality.
-        floor = floor + width * _U * (small**0.5) * (frobenius if level == 0 else trace.sqrt())
-    order = done.argsort(descending=True)
-    live = torch.arange(m, device=tall.device) < limit
-    return torch.where(live, done[order], 0.0), torch.where(live, doubt[order], 0.0)
+        floor = floor + width * _U * small**0.5 * (frobenius if level == 0 else math.sqrt(trace))
+    order = np.argsort(-done, kind="stable")
+    done, doubt = done[order], doubt[order]
+    done[limit:] = doubt[limit:] = 0.0
+    return done, doubt
 
 
 def _gram(part: Tensor) -> Tensor:
@@ -79,6 +84,8 @@ def _gram(part: Tensor) -> Tensor:
     return total
 
 
-def _root_error(value: Tensor, error: Tensor) -> Tensor:
+def _root_error(value: Array, error: float | Array) -> Array:
     """Bound on the square root of what errs by `error`: |a - b| / (sqrt a + sqrt b), and sqrt|a - b|."""
-    return torch.minimum(error / value.sqrt(), error.sqrt()).nan_to_num(0.0)
+    root = np.sqrt(error)
+    bound: Array = error / np.maximum(np.sqrt(value), np.maximum(root, TINY))
+    return bound

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl
 from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, entropy_error
+from rgfast.ops.spectrum.measures import (
+    TINY,
+    UNIT_ROUNDOFF,
+    Array,
+    entropy_error,
+    largest_entropy_error,
+)
 from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.threads import one_thread
 
@@ -26,46 +33,46 @@ class Solved:
     each.
     """
 
-    sigma: Tensor
-    error: Tensor
-    exponent: Tensor
-    rank_limit: Tensor
-    path: Tensor
+    sigma: Array
+    error: Array
+    exponent: Array
+    rank_limit: Array
+    path: Array
 
-    def bound(self, spectrum: str = "singular") -> Tensor:
+    def bound(self, spectrum: str = "singular") -> Array:
         """Bound `[b]` on the relative error of the effective rank."""
         if spectrum == "variance":
             error = (2 * self.sigma + self.error) * self.error
-            return entropy_error(self.sigma.square(), error, self.rank_limit)
+            return entropy_error(np.square(self.sigma), error, self.rank_limit)
         return entropy_error(self.sigma, self.error, self.rank_limit)
 
-    def singular_values(self) -> Tensor:
+    def unsettled(self, rtol: float, tol: float | None) -> Array:
+        """Indices of the matrices whose effective rank may be off by more, or whose rank at `tol` is open."""
+        if tol is None and largest_entropy_error(self.sigma, self.error) <= rtol:
+            return np.zeros(0, dtype=np.int64)
+        wanted = self.bound() > rtol
+        if tol is not None:
+            doubt = self.error + tol * self.error[:, :1]
+            near = np.abs(self.sigma - tol * self.sigma[:, :1]) <= doubt
+            wanted |= (near & (doubt > 0)).any(-1)
+        return wanted.nonzero()[0]
+
+    def singular_values(self) -> Array:
         """`sigma` in the units of the data."""
-        return self._in_units(self.sigma)
+        return np.ldexp(self.sigma, self.exponent[:, None])
 
-    def singular_value_error(self) -> Tensor:
+    def singular_value_error(self) -> Array:
         """`error` in the units of the data."""
-        return self._in_units(self.error)
+        return np.ldexp(self.error, self.exponent[:, None])
 
-    def undecided(self, tol: float) -> Tensor:
-        """Where `[b]` the errors leave open whether some sigma_i > tol sigma_1."""
-        doubt = self.error + tol * self.error[:, :1]
-        return ((self.sigma - tol * self.sigma[:, :1]).abs() <= doubt).logical_and(doubt > 0).any(-1)
-
-    def _in_units(self, value: Tensor) -> Tensor:
-        half = self.exponent // 2  # 2**exponent itself may not be a normal number
-        low = ((1023 + half) << 52).view(torch.float64)
-        high = ((1023 + self.exponent - half) << 52).view(torch.float64)
-        return value * low[:, None] * high[:, None]
-
-    def put(self, index: Tensor, other: Solved) -> None:
+    def put(self, index: Array, other: Solved) -> None:
         """Overwrite the matrices at `index`."""
         for name in ("sigma", "error", "exponent", "rank_limit", "path"):
             getattr(self, name)[index] = getattr(other, name)
 
 
 def from_eigenvalues(
-    eigenvalues: Tensor, accumulated: Tensor, exponent: Tensor, rank_limit: Tensor, *, samples: int | Tensor
+    eigenvalues: Tensor, accumulated: Array, exponent: Array, rank_limit: Array, *, samples: int | Array
 ) -> Solved:
     """Singular values from computed eigenvalues `[b, m]`, ascending, of a moment summed over `samples` terms.
 
@@ -73,19 +80,18 @@ def from_eigenvalues(
     max(50, m/2) u times the largest; data that were shifted in floating point err by 2 u of the same norm.
     """
     unit = UNIT_ROUNDOFF[eigenvalues.dtype]
-    m = eigenvalues.shape[-1]
-    value = eigenvalues.double().flip(-1)
-    # A moment that is not known to be zero beyond the limit could only add rounding error there.
-    live = torch.arange(m, device=value.device) < rank_limit[:, None]
-    value = torch.where(live, value.clamp_min(0), 0.0)
-    terms = torch.as_tensor(samples, device=value.device).double()
-    epsilon = gram_error(unit, terms, accumulated, value[:, :1].sum(-1), m)
-    sigma = value.sqrt()
-    error = torch.minimum(epsilon[:, None] / sigma, epsilon.sqrt()[:, None])  # x/0 is inf: the root is taken
-    error = error.nan_to_num(0.0) + 2 * unit * accumulated.sqrt()[:, None]
-    error = torch.where(live, error, 0.0)
-    path = torch.zeros(value.shape[0], dtype=torch.int8, device=value.device)
-    return Solved(sigma, error, exponent, rank_limit, path)
+    b, m = eigenvalues.shape
+    value = np.maximum(eigenvalues.double().cpu().numpy()[:, ::-1], 0.0)
+    epsilon = gram_error(unit, samples, accumulated, value[:, 0] if m else accumulated, m)
+    sigma, root = np.sqrt(value), np.sqrt(epsilon)
+    # epsilon / sigma, but no more than the root of epsilon
+    error = epsilon[:, None] / np.maximum(sigma, np.maximum(root, TINY)[:, None])
+    error += (2 * unit * np.sqrt(accumulated))[:, None]
+    if b and int(rank_limit.min()) < m:
+        # What is known to be zero beyond the limit could only add rounding error.
+        dead = np.arange(m) >= rank_limit[:, None]
+        sigma[dead] = error[dead] = 0.0
+    return Solved(sigma, error, exponent, rank_limit, np.zeros(b, dtype=np.int8))
 
 
 def solve(
@@ -106,22 +112,19 @@ def solve(
     if method == "svd":
         return _from_svd(x, centering) if bool(torch.isfinite(x).all()) else None
     values, accumulated, exponent, limit = chosen.run(x, centering=centering, dtype=dtype)
-    if not bool(torch.isfinite(accumulated).all()):
+    trace = accumulated.cpu().numpy()
+    if not np.isfinite(trace).all():
         return None
-    solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
+    solved = from_eigenvalues(
+        values, trace, exponent.cpu().numpy(), limit.cpu().numpy(), samples=max(x.shape[-2:])
+    )
     if method == "auto" and dtype == torch.float64:
-        wanted = solved.bound() > rtol
-        if tol is not None:
-            wanted |= solved.undecided(tol)
-        again = wanted.nonzero()[:, 0]
+        again = solved.unsettled(rtol, tol)
         if len(again):
-            solved.put(again, _from_refinement(x[again], centering, rtol))
-            wanted = solved.bound() > rtol
-            if tol is not None:
-                wanted |= solved.undecided(tol)
-            again = wanted.nonzero()[:, 0]
+            solved.put(again, _from_refinement(x[torch.from_numpy(again)], centering, rtol))
+            again = solved.unsettled(rtol, tol)
         if len(again):
-            solved.put(again, _from_svd(x[again], centering))
+            solved.put(again, _from_svd(x[torch.from_numpy(again)], centering))
     return solved
 
 
@@ -131,7 +134,7 @@ def _from_refinement(x: Tensor, centering: str, rtol: float) -> Solved:
     with one_thread():
         for i in range(len(x)):
             tall, accumulated = _tall(x, i, centering, result)
-            result.sigma[i], result.error[i] = refined(tall, accumulated, result.rank_limit[i], rtol)
+            result.sigma[i], result.error[i] = refined(tall, accumulated, int(result.rank_limit[i]), rtol)
     return result
 
 
@@ -144,28 +147,28 @@ def _from_svd(x: Tensor, centering: str) -> Solved:
             tall, accumulated = _tall(x, i, centering, result)
             if len(tall) > 3 * m // 2:
                 tall = torch.linalg.qr(tall, mode="r").R
-            live = torch.arange(m, device=x.device) < result.rank_limit[i]
-            backward = (m + 50) * UNIT_ROUNDOFF[torch.float64] * accumulated.sqrt()
-            result.sigma[i] = torch.where(live, torch.linalg.svdvals(tall), 0.0)
-            result.error[i] = torch.where(live, backward, 0.0)
+            live = int(result.rank_limit[i])
+            result.sigma[i] = torch.linalg.svdvals(tall).cpu().numpy()
+            result.error[i] = (m + 50) * UNIT_ROUNDOFF[torch.float64] * float(accumulated.sqrt())
+            result.sigma[i, live:] = result.error[i, live:] = 0.0
     return result
 
 
 def _empty(x: Tensor, path: str) -> Solved:
     b, m = len(x), min(x.shape[-2:])
     return Solved(
-        sigma=torch.empty((b, m), dtype=torch.float64, device=x.device),
-        error=torch.empty((b, m), dtype=torch.float64, device=x.device),
-        exponent=torch.empty(b, dtype=torch.int64, device=x.device),
-        rank_limit=torch.empty(b, dtype=torch.int64, device=x.device),
-        path=torch.full((b,), PATHS.index(path), dtype=torch.int8, device=x.device),
+        sigma=np.empty((b, m)),
+        error=np.empty((b, m)),
+        exponent=np.empty(b, dtype=np.int64),
+        rank_limit=np.empty(b, dtype=np.int64),
+        path=np.full(b, PATHS.index(path), dtype=np.int8),
     )
 
 
 def _tall(x: Tensor, i: int, centering: str, result: Solved) -> tuple[Tensor, Tensor]:
     """Matrix i scaled, centred, fp64, with the longer side first, and its accumulated trace."""
-    one = slice(i, i + 1)
-    y, result.exponent[one] = reference.scaled(x[one])
+    y, exponent = reference.scaled(x[i : i + 1])
     y, accumulated = reference.centred(y, centering)
-    result.rank_limit[one] = reference.rank_limit(y, centering)
+    result.exponent[i] = int(exponent[0])
+    result.rank_limit[i] = int(reference.rank_limit(y, centering)[0])
     return (y[0] if y.shape[1] >= y.shape[2] else y[0].mT), accumulated[0]
