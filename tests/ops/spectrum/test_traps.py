@@ -224,7 +224,10 @@ def test_strides(impl):
     got = rgfast.effective_rank(expanded, impl=impl)
     assert torch.equal(got, want.effective_rank[:1].expand(4, 3))
     one = plain[0, 0].as_strided((1, 40, 13), (12345, 13, 1))
-    assert torch.equal(rgfast.effective_rank(one, impl=impl)[0], want.effective_rank[0, 0])
+    # a batch of one may be solved in another order than a batch of many
+    torch.testing.assert_close(
+        rgfast.effective_rank(one, impl=impl)[0], want.effective_rank[0, 0], rtol=1e-12, atol=0
+    )
 
 
 def test_empty_batch(impl):
