@@ -132,15 +132,16 @@ def _predictors(part: pd.DataFrame, width: int, draws: int, rng: np.random.Gener
 
 
 def _spearman(x: Array, y: Array, picks: NDArray[np.int64]) -> tuple[float, float, float]:
-    def rho(a: Array, b: Array) -> float:
-        ranks = stats.rankdata(a), stats.rankdata(b)
-        if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
-            return math.nan
-        return float(np.corrcoef(*ranks)[0, 1])
+    def rho(a: Array, b: Array) -> Array:
+        left, right = (stats.rankdata(v, axis=-1) for v in (a, b))
+        left, right = (v - v.mean(-1, keepdims=True) for v in (left, right))
+        size = np.sqrt((left**2).sum(-1) * (right**2).sum(-1))
+        # A draw of equal cells has no order.
+        return np.where(size > 0, (left * right).sum(-1) / np.where(size > 0, size, 1.0), math.nan)
 
-    drawn = [rho(x[p], y[p]) for p in picks]
+    drawn = rho(x[picks], y[picks])
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if np.isfinite(drawn).any() else (math.nan, math.nan)
-    return rho(x, y), float(low), float(high)
+    return float(rho(x, y)), float(low), float(high)
 
 
 def _width_exponent(
