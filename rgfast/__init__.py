@@ -1,13 +1,10 @@
 """rgfast: watch a residual stack coarse-grain, at every layer and position."""
 
-from rgfast import flow
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
-from rgfast.experiments.decimation import decimate
-from rgfast.experiments.multiverse import multiverse
-from rgfast.experiments.observer import observe
-from rgfast.experiments.reproduce import Reproduction, reproduce
-from rgfast.experiments.sweep import Sweep, sweep
 from rgfast.ops.cka import (
     CKAAccumulator,
     CKAResult,
@@ -40,9 +37,17 @@ from rgfast.ops.spectrum import (
     singular_values_from_moment,
     stable_rank,
 )
-from rgfast.probing import Probe, ProbeResult, probe
 from rgfast.stack import MaskedTokenModel, ResidualStack
 from rgfast.version import __version__
+
+if TYPE_CHECKING:
+    from rgfast import flow
+    from rgfast.experiments.decimation import decimate
+    from rgfast.experiments.multiverse import multiverse
+    from rgfast.experiments.observer import observe
+    from rgfast.experiments.reproduce import Reproduction, reproduce
+    from rgfast.experiments.sweep import Sweep, sweep
+    from rgfast.probing import Probe, ProbeResult, probe
 
 __all__ = [
     "CKAAccumulator",
@@ -93,3 +98,31 @@ __all__ = [
     "stable_rank",
     "sweep",
 ]
+
+# Imported at first use: the ops alone need neither pandas, xarray nor scipy, which weigh as much as torch.
+_LAZY = {
+    "Probe": "rgfast.probing",
+    "ProbeResult": "rgfast.probing",
+    "Reproduction": "rgfast.experiments.reproduce",
+    "Sweep": "rgfast.experiments.sweep",
+    "decimate": "rgfast.experiments.decimation",
+    "multiverse": "rgfast.experiments.multiverse",
+    "observe": "rgfast.experiments.observer",
+    "probe": "rgfast.probing",
+    "reproduce": "rgfast.experiments.reproduce",
+    "sweep": "rgfast.experiments.sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "flow":
+        return import_module("rgfast.flow")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rgfast' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -256,8 +256,6 @@ class MomentAccumulator:
                 part._moment[min(a, b), max(a, b)] = moment if a <= b else moment.transpose(1, 2)
         return part
 
-    # ---- what was seen
-
     @property
     def count(self) -> Tensor:
         """Number of rows that counted ``[*]``, int64."""
@@ -294,8 +292,6 @@ class MomentAccumulator:
             exponent_i=self._exponent[i] or 0,
             exponent_j=self._exponent[j] or 0,
         )
-
-    # ---- checkpoints
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Everything as named arrays (copies), open block included: restoring continues with equal bits."""
@@ -343,8 +339,6 @@ class MomentAccumulator:
             self._keep[:, : self._filled] = tensor("keep")
             for layer, rows in enumerate(self._rows):
                 rows[:, : self._filled] = tensor(f"rows.{layer}")
-
-    # ---- inside
 
     def _take(self, other: MomentAccumulator, part: slice, lead: tuple[int, ...]) -> MomentAccumulator:
         """Itself, made a copy of some flattened positions of ``other``."""

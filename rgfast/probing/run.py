@@ -368,8 +368,6 @@ class Probe:
         found: dict[str, Any] = json.loads(json.dumps(asked))
         return found
 
-    # ---- hooks
-
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._captured.clear()
         try:
@@ -431,8 +429,6 @@ class Probe:
             raise RuntimeError(
                 f"the model wrote to the output of {names}, which it left alone in its first forward"
             )
-
-    # ---- set-up on the first batch
 
     def _start(self, rows: list[Tensor], masked: bool, targets: list[Tensor]) -> ViewState:
         sizes = {x.shape[0] for x in rows}

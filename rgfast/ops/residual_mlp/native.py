@@ -34,10 +34,13 @@ FEW_RECORDED_ROWS = 1024
 NARROW = 127
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Settled on import: a traced graph reads a constant, where it could not follow the attempt to load.
+_BROKEN = native.unavailable_reason()
+
+
 def broken() -> str | None:
     """Why the compiled module cannot run anything in this process, or None."""
-    return native.unavailable_reason()
+    return _BROKEN
 
 
 def active_isa() -> str | None:
