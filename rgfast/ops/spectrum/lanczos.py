@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
 
 Operator = Callable[[Tensor], Tensor]
 
+_TILE = 512  # rows of a formed moment that one thread multiplies at once
 _BLOCK = 32  # columns of the block Krylov space in which the top of the spectrum is sought
 _DEPTH = 8  # its depth
 _CONVERGED = 1e-3  # relative residual of a deflated pair; what it leaves out is of second order
@@ -76,8 +78,9 @@ def effective_rank_estimate(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     apply, size, device = _operator(moment, dim)
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
     with one_thread():
-        return _estimate(apply, size, device, spectrum, probes, steps, deflate, seed)
+        return _estimate(apply, size, device, spectrum, probes, steps, deflate, seed, workers)
 
 
 def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean") -> Operator:
@@ -134,10 +137,26 @@ def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device
         raise TypeError(f"moment must be float64, got {str(a.dtype).removeprefix('torch.')}")
     if a.dim() != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0 or dim not in (None, a.shape[0]):
         raise ValueError(f"moment must be one square matrix, got shape {tuple(a.shape)} and dim {dim!r}")
-    if not bool(torch.isfinite(a).all()):
+    low, high = torch.aminmax(a)  # one pass, and NaN comes through
+    if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
         bad = int((~torch.isfinite(a)).sum())
         raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
-    return (lambda v: a @ v), a.shape[0], a.device
+    return _product(a), a.shape[0], a.device
+
+
+def _product(a: Tensor) -> Operator:
+    """V -> a V by tiles of rows, whose bits are the same whichever thread computes them."""
+    tiles = torch.split(a, _TILE)
+    workers = torch.get_num_threads() if a.device.type == "cpu" else 1
+    return lambda v: torch.cat(_spread(lambda rows: rows @ v, tiles, workers))
+
+
+def _spread(function: Callable[[Any], Tensor], parts: Sequence[Any], workers: int) -> list[Tensor]:
+    """`function` of every part, on so many threads."""
+    if workers == 1 or len(parts) < 4:
+        return [function(part) for part in parts]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, parts))
 
 
 def _estimate(
@@ -149,22 +168,23 @@ def _estimate(
     steps: int,
     deflate: int,
     seed: int,
+    workers: int,
 ) -> RankEstimate:
     draw = torch.Generator().manual_seed(seed)
-    value, vector = _leading(apply, size, device, deflate, draw)
+    value, vector, residual = _leading(apply, size, device, deflate, draw)
     top = float(value[0]) if len(value) else 0.0
     if not math.isfinite(top):
         raise ValueError("moment must be finite, got NaN or infinite values from it")
     if top <= 0:
         return RankEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     value, vector = value[:deflate], vector[:, :deflate]
-    good = _leading_converged(apply, value, vector, top)
+    good = _converged(value, residual[:deflate], top)
     value, vector = value[:good] / top, vector[:, :good]
     rest = size - good
     start = torch.randn((size, probes), generator=draw, dtype=torch.float64).to(device)
     start = _off(start, vector)
     start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
-    small = _lanczos(lambda v: _off(apply(v), vector) / top, start, min(steps, max(rest, 1)))
+    small = _lanczos(lambda v: _off(apply(v), vector) / top, start, min(steps, max(rest, 1)), workers)
 
     floor = 16 * size**0.5 * _U  # eigenvalues under it are the moment's rounding error
     power = 0.5 if spectrum == "singular" else 1.0
@@ -211,8 +231,8 @@ def _estimate(
 
 def _leading(
     apply: Operator, size: int, device: torch.device, count: int, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Ritz values, descending, and vectors of a block Krylov space of at most `_DEPTH` blocks."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values, descending, vectors and residuals of a block Krylov space of at most `_DEPTH` blocks."""
     width = min(_BLOCK, size)
     block = torch.randn((size, width), generator=draw, dtype=torch.float64).to(device)
     basis = torch.zeros((size, 0), dtype=torch.float64, device=device)
@@ -227,18 +247,18 @@ def _leading(
             break
         basis, block = torch.cat([basis, block], 1), apply(block)
         if not bool(torch.isfinite(block).all()):
-            return torch.tensor([math.nan]), basis
+            return torch.tensor([math.nan]), basis, torch.tensor([math.nan])
         image = torch.cat([image, block], 1)
     small = basis.mT @ image
     value, s = torch.linalg.eigh((small + small.mT) / 2)
-    return value.flip(0), basis @ s.flip(1)
+    kept = max(count, 1)
+    value, s = value.flip(0)[:kept], s.flip(1)[:, :kept]
+    vector = basis @ s
+    return value, vector, (image @ s - vector * value).norm(dim=0)
 
 
-def _leading_converged(apply: Operator, value: Tensor, vector: Tensor, top: float) -> int:
+def _converged(value: Tensor, residual: Tensor, top: float) -> int:
     """How many of the leading pairs may be taken out: up to the first whose residual is not small."""
-    if len(value) == 0:
-        return 0
-    residual = (apply(vector) - vector * value).norm(dim=0)
     bad = (residual > _CONVERGED * value) | (value <= 1e-12 * top)
     return int(bad.nonzero()[0]) if bool(bad.any()) else len(value)
 
@@ -250,19 +270,27 @@ def _off(v: Tensor, vector: Tensor) -> Tensor:
     return v
 
 
-def _lanczos(apply: Operator, start: Tensor, steps: int) -> Tensor:
+def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor:
     """Tridiagonal matrices `[q, steps, steps]` of Lanczos from each of `start[q, d]`, kept orthogonal."""
     q, d = start.shape
+    parts = [slice(i, i + 4) for i in range(0, q, 4)]
     basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
     small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)
-    v = start
+    v, beta = start, torch.zeros(q, dtype=torch.float64, device=start.device)
     for k in range(steps):
         basis[:, k] = v
         w = apply(v.mT).mT
         small[:, k, k] = (w * v).sum(-1)
-        seen = basis[:, : k + 1]
-        for _ in range(2):
-            w = w - (seen.mT @ (seen @ w[:, :, None]))[:, :, 0]
+        # The recurrence takes out nearly all of it, one pass over the basis what rounding has brought back.
+        w = w - small[:, k, k, None] * v
+        if k:
+            w = w - beta[:, None] * basis[:, k - 1]
+
+        def off(part: slice, w: Tensor = w, k: int = k) -> Tensor:
+            seen = basis[part, : k + 1]
+            return w[part] - (seen.mT @ (seen @ w[part, :, None]))[:, :, 0]
+
+        w = torch.cat(_spread(off, parts, workers if d >= 2 * _TILE else 1))
         beta = w.norm(dim=-1)
         beta = torch.where(beta > 1e-14, beta, 0.0)  # an exhausted space goes on with zeros of no weight
         v = w / torch.where(beta > 0, beta, 1.0)[:, None] * (beta > 0)[:, None]
