@@ -272,6 +272,13 @@ class MomentAccumulator:
         self.flush()
         return self._shaped(self._product(layer, layer, centering))
 
+    def accumulated(self, layer: int) -> Tensor:
+        """Σ|x−shift|² over samples of a layer ``[*]``, fp64: what its rounding errors scale with."""
+        self.flush()
+        d = self._widths[layer]
+        unit = math.ldexp(1.0, 2 * (self._exponent[layer] or 0))
+        return self._shaped(self._moment[layer, layer][:, d, d + 1] * unit)
+
     def cross(self, i: int, j: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
         """Σ (x−μ_x)(y−μ_y)ᵀ of layers i and j ``[*, d_i, d_j]``, fp64; ``centering="none"`` gives Σ x yᵀ.
 

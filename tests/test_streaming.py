@@ -306,3 +306,17 @@ def test_memory_is_what_was_stated_whatever_the_sample_number():
 def test_bad_input_is_refused(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_accumulated_is_the_trace_about_the_shift_and_never_less_than_the_variance():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 300, 5, generator=generator, dtype=torch.float64)
+    x[:, 150:] += 100.0  # the mean drifts away from the first rows, and with it from the shift
+    moments = MomentAccumulator().update([x])
+    trace = (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+    summed = moments.accumulated(0)
+    shift = moments.mean(0) - x.mean(1)
+    assert shift.abs().max() < 1e-11
+    assert (summed >= trace * (1 - 1e-12)).all()
+    # The shift is a mean of early rows, so the late ones are about 100 away from it.
+    assert (summed > 1.5 * trace).all()

@@ -66,7 +66,8 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
     spectrum = np.full((layers, positions, max(widths) if spectra else 0), np.nan)
     known = count >= 2
     for layer, width in enumerate(widths):
-        found = rank_measures_from_moment(_scatter(moments, layer, "mean"), count)
+        summed = moments.accumulated(layer).reshape(-1)
+        found = rank_measures_from_moment(_scatter(moments, layer, "mean"), count, accumulated=summed)
         for name in RANKS[:5]:
             ranks[name][layer] = _where(known, getattr(found, name))
         bound[layer] = _where(known, found.error_bound)

@@ -54,13 +54,16 @@ def plot_drift(result: ProbeResult, measure: str, views: Sequence[str] | None, a
     if measure not in DRIFTS:
         raise ValueError(f"measure must be one of {', '.join(DRIFTS)}, got {measure!r}")
     ax = _axes(ax)
+    drawn = False
     for view in _views(result, views):
         values = result.order_parameter(view, measure)
         values = values.where(values > 0)
+        drawn |= bool(values.notnull().any())
         _line(result, ax, view, measure, values, 1.0)
     steps = result.dataset.transition.values
     ax.set_xticks(steps, [f"{k}→{k + 1}" for k in steps], rotation=90 if len(steps) > 12 else 0)
-    ax.set_yscale("log")
+    if drawn:  # a stack that is the identity has no drift to draw, and a logarithm none of zero
+        ax.set_yscale("log")
     ax.set_xlabel("transition")
     ax.set_ylabel(LABELS[measure])
     _finish(ax)
@@ -99,13 +102,14 @@ def plot_spectra(result: ProbeResult, view: str | None, ax: Axes | None) -> Axes
             mean = np.nanmean(scaled[:, known], 0)
             where = 1 + np.flatnonzero(known)
             ax.plot(where, np.where(mean > 0, mean, np.nan), color=colours[layer], label=str(layer))
-    ax.set_yscale("log")
-    # Moments do not resolve singular values far below this; a LayerNorm's null direction would set the scale.
-    ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))
+    if ax.lines:
+        ax.set_yscale("log")
+        # Moments do not resolve values far below this; a LayerNorm's null direction would set the scale.
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))
+        ax.legend(title="layer", fontsize="small", ncols=1 + layers // 9)
     ax.set_xlabel("component")
     ax.set_ylabel("singular value over the largest")
     ax.set_title(view)
-    ax.legend(title="layer", fontsize="small", ncols=1 + layers // 9)
     return ax
 
 

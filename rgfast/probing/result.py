@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from rgfast.files import write_atomically
+from rgfast.files import write_atomically, write_text
 from rgfast.probing.assemble import FORMAT, VERSION, assemble
 from rgfast.probing.html import as_html
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE, RANKS
@@ -220,6 +220,12 @@ class ProbeResult:
         from rgfast.probing import plots
 
         return plots.plot_spectra(self, view, ax)
+
+    def report(self, path: str | Path) -> None:
+        """Write one self-contained HTML page to ``path``, atomically: flow in words, figures, provenance."""
+        from rgfast.probing.page import as_page
+
+        write_text(path, as_page(self))
 
     def _repr_html_(self) -> str:
         return as_html(self)

@@ -110,8 +110,10 @@ def plot_drift_by_transition(result: xr.Dataset, chain: str) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.0))
         for axes, view in zip(figure.subplots(1, 2, sharey=True), MARKERS, strict=True):
+            moving = False
             for xi in sorted(float(x) for x in result.xi.values):
                 x, curves = _curves(result, "kernel_drift", chain=chain, xi=xi, stage="trained", view=view)
+                moving |= bool((curves > 0).any())
                 _draw(
                     axes,
                     x,
@@ -121,7 +123,8 @@ def plot_drift_by_transition(result: xr.Dataset, chain: str) -> Figure:
                     linewidth=2.2,
                     label=f"ξ = {xi:g}",
                 )
-            axes.set_yscale("log")
+            if moving:  # where nothing moves there is nothing to draw, and a logarithm of none
+                axes.set_yscale("log")
             axes.set_title(f"{view} rows")
             axes.set_xlabel("transition from layer l to l + 1")
             axes.set_xticks(np.arange(result.sizes["transition"]))
