@@ -40,7 +40,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,examples]'
 	touch $@ $(VENV)/.installed
 
 clean:
