@@ -99,7 +99,7 @@ __all__ = [
     "sweep",
 ]
 
-# Imported at first use: the ops alone need neither pandas, xarray nor scipy, which weigh as much as torch.
+# Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
     "Probe": "rgfast.probing",
     "ProbeResult": "rgfast.probing",
