@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, from_numpy
 
 __all__ = [
@@ -53,7 +52,7 @@ def stationary_distribution(matrix: Array) -> Array:
 
     Raises ValueError when there is more than one recurrent class.
     """
-    count, member = connected_components(matrix > 0, directed=True, connection="strong")
+    count, member = _components(matrix > 0, directed=True, connection="strong")
     leaves = [np.any((matrix > 0)[member == c][:, member != c]) for c in range(count)]
     closed = [c for c in range(count) if not leaves[c]]
     if len(closed) != 1:
@@ -138,8 +137,15 @@ def _groups(values: NDArray[np.complex128], tolerance: float) -> list[list[int]]
     """Indices of eigenvalues that hang together within ``tolerance``, conjugates taken as one."""
     folded = values.real + 1j * np.abs(values.imag)
     near = np.abs(folded[:, None] - folded) <= tolerance
-    count, member = connected_components(near, directed=False)
+    count, member = _components(near, directed=False)
     return [np.flatnonzero(member == c).tolist() for c in range(count)]
+
+
+def _components(graph: NDArray[np.bool_], **kind: Any) -> tuple[int, NDArray[np.int32]]:
+    from scipy.sparse.csgraph import connected_components  # here, as in _schur_eigenspaces
+
+    count, member = connected_components(graph, **kind)
+    return int(count), member
 
 
 def _schur_eigenspaces(matrix: Array, tolerance: float) -> list[tuple[complex, int, Array]]:
@@ -148,6 +154,8 @@ def _schur_eigenspaces(matrix: Array, tolerance: float) -> list[tuple[complex, i
     With T = [[A, B], [0, C]] and the group's eigenvalues in A, the projector is Z [[I, X], [0, 0]] Z^H, where
     A X - X C = B (Golub & Van Loan, Matrix Computations, 7.6).
     """
+    from scipy import linalg  # here, since few chains need it and importing it takes 10 MB
+
     values = np.linalg.eigvals(matrix).astype(np.complex128)
     folded = values.real + 1j * np.abs(values.imag)
     found = []
@@ -166,7 +174,7 @@ def _schur_eigenspaces(matrix: Array, tolerance: float) -> list[tuple[complex, i
         if m == len(matrix):
             projector = np.eye(len(matrix))
         else:
-            x = scipy.linalg.solve_sylvester(t[:m, :m], -t[m:, m:], t[:m, m:])
+            x = linalg.solve_sylvester(t[:m, :m], -t[m:, m:], t[:m, m:])
             projector = (z[:, :m] @ (z[:, :m].conj().T + x @ z[:, m:].conj().T)).real
         if m != len(group) or np.abs(projector @ projector - projector).max() > 1e-6:
             raise ValueError(
@@ -180,8 +188,10 @@ def _schur_eigenspaces(matrix: Array, tolerance: float) -> list[tuple[complex, i
 def _ordered_schur(
     matrix: Array, belongs: Callable[[complex], bool]
 ) -> tuple[NDArray[np.complex128], NDArray[np.complex128], int]:
+    from scipy import linalg
+
     # scipy passes one complex number to the callback for output="complex"; its stubs know the real form only.
-    t, z, count = scipy.linalg.schur(matrix.astype(np.complex128), output="complex", sort=belongs)  # type: ignore[call-overload]
+    t, z, count = linalg.schur(matrix.astype(np.complex128), output="complex", sort=belongs)  # type: ignore[call-overload]
     return t, z, int(count)
 
 

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -230,3 +234,34 @@ def test_minibatches_with_masks(make):
     for t in range(2):
         alone = rgfast.MinibatchCKAAccumulator(batch_size=8).update(layers[:, t, mask[t]]).finalize()
         assert (result[t] - alone).abs().max() < 1e-12
+
+
+STREAM = """
+import sys
+from pathlib import Path
+import torch
+import rgfast
+
+def peak():
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 1024
+
+assert not any(name.split(".")[0] in ("scipy", "pandas", "xarray") for name in sys.modules)
+running = rgfast.CKAAccumulator(pairs="all")
+generator = torch.Generator().manual_seed(0)
+for batch in range(12):
+    running.update(torch.randn(12, 1000, 256, generator=generator).cumsum_(0))
+    if batch == 5:
+        early = peak()
+result = running.finalize()
+assert result.route == "features"
+print(early, peak())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc/self/status tells the peak memory")
+def test_the_memory_of_the_whole_process_is_small_and_does_not_grow_with_the_samples():
+    done = subprocess.run([sys.executable, "-c", STREAM], capture_output=True, text=True, check=True)
+    early, late = (float(value) for value in done.stdout.split())
+    assert late < 400
+    assert late - early < 4
