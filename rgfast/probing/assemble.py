@@ -10,7 +10,17 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS, Measured, baselines, measure
+from rgfast.probing.measures import (
+    BASELINES,
+    BOUNDED,
+    DRIFTS,
+    LABELS,
+    PAIRWISE,
+    RANKS,
+    Measured,
+    baselines,
+    measure,
+)
 from rgfast.probing.plan import POSITIONAL
 from rgfast.probing.targets import linear_r2
 from rgfast.probing.views import ViewState
@@ -55,7 +65,9 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
         if name in BASELINES:
             data[f"{name}_baseline"] = (_DIMS[name], empty(_DIMS[name]))
     rank_dims = ("view", "layer", "position")
-    data["effective_rank_bound"] = (rank_dims, empty(rank_dims))
+    for name in BOUNDED:
+        data[f"{name}_bound"] = (rank_dims, empty(rank_dims))
+    data["refined"] = (rank_dims, empty(rank_dims, False))
     data["sample_limited"] = (rank_dims, empty(rank_dims, False))
     data["n"] = (("view", "position"), empty(("view", "position"), 0))
     if plan.targets:
@@ -75,7 +87,9 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
         data["n"][1][v, at] = found.count
         for layer, width in enumerate(widths):
             data["sample_limited"][1][v, layer, at] = found.count < SAMPLES_PER_FEATURE * width
-        data["effective_rank_bound"][1][v][:, at] = found.bound
+        for name in BOUNDED:
+            data[f"{name}_bound"][1][v][:, at] = found.bounds[name]
+        data["refined"][1][v][:, at] = found.refined
         if view != "flattened":
             data["singular_values"][1][v][:, at] = found.spectrum
         expected = baselines(found.count, widths)
@@ -137,7 +151,7 @@ def _jackknife(
 ) -> dict[str, NDArray[np.float64]]:
     """Standard errors by leaving out one group of sequences at a time: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
     groups = len(rest)
-    left_out = [measure(_layers_of(moments, layers), spectra=False) for moments in rest]
+    left_out = [measure(_layers_of(moments, layers), spectra=False, refine=False) for moments in rest]
     out = {}
     for name in measures:
         values = np.stack([_values(found, name) for found in left_out])

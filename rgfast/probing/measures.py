@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.ops.cka.streaming import cka_from_moments
-from rgfast.ops.spectrum import isotropic_baseline, rank_measures_from_moment
+from rgfast.ops.spectrum import RankMeasures, isotropic_baseline, rank_measures_from_moment
+from rgfast.ops.spectrum.factors import rank_measures_from_factor
 from rgfast.streaming import MomentAccumulator
 from rgfast.threads import one_thread
 
-__all__ = ["BASELINES", "DRIFTS", "PAIRWISE", "RANKS", "Measured", "baselines", "measure"]
+__all__ = ["BASELINES", "BOUNDED", "DRIFTS", "PAIRWISE", "RANKS", "Measured", "baselines", "measure"]
 
 RANKS = (
     "effective_rank",
@@ -28,9 +29,12 @@ RANKS = (
     "effective_rank_variance_uncentred",
 )
 BASELINES = RANKS[:4]
+BOUNDED = ("effective_rank", "effective_rank_uncentred")
 DRIFTS = ("kernel_drift", "kernel_drift_debiased", "kernel_change")
 PAIRWISE = ("cka", "cka_biased")
 
+# Moments give singular values above this share of the largest to 1e-12 of it.
+_RESOLVED = 1e-3
 _GRID = 12  # baselines at more sample numbers than this are interpolated
 
 Array = NDArray[np.float64]
@@ -40,21 +44,23 @@ Array = NDArray[np.float64]
 class Measured:
     """Measures of one view; the last axis (or axes) is the flattened leading shape of its moments.
 
-    ``ranks[name]`` and ``bound`` (on the relative error of the effective rank) are ``[L, P]``, ``spectrum``
-    is ``[L, P, max d]`` padded with NaN, ``drifts[name]`` ``[L-1, P]``, ``pairs[name]`` ``[L, L, P]``, NaN
-    where a pair was not asked for, ``count`` ``[P]``.
+    ``ranks[name]`` are ``[L, P]``, and so are ``bounds[name]`` (on the relative rounding error of effective
+    ranks of singular values) and ``refined`` (where the centred spectrum is a triangular factor's);
+    ``spectrum`` is ``[L, P, max d]`` padded with NaN, ``drifts[name]`` ``[L-1, P]``, ``pairs[name]``
+    ``[L, L, P]``, NaN where a pair was not asked for, ``count`` ``[P]``.
     """
 
     count: NDArray[np.int64]
     ranks: dict[str, Array]
-    bound: Array
+    bounds: dict[str, Array]
+    refined: NDArray[np.bool_]
     spectrum: Array
     drifts: dict[str, Array]
     pairs: dict[str, Array]
 
 
-def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
-    """All measures of a view's moments.
+def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True) -> Measured:
+    """All measures of a view; ``refine`` uses triangular factors where moments resolve too little.
 
     Undefined values are NaN: a rank of fewer than two rows, a CKA or drift beside a layer without variance,
     a debiased one of fewer than four rows. A constant layer has rank 0.
@@ -62,23 +68,29 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
     widths, count = moments.widths, moments.count.reshape(-1)
     positions, layers = len(count), len(widths)
     ranks = {name: np.full((layers, positions), np.nan) for name in RANKS}
-    bound = np.full((layers, positions), np.nan)
+    bounds = {name: np.full((layers, positions), np.nan) for name in BOUNDED}
+    refined = np.zeros((layers, positions), dtype=bool)
     spectrum = np.full((layers, positions, max(widths) if spectra else 0), np.nan)
     known = count >= 2
     for layer, width in enumerate(widths):
         summed = moments.accumulated(layer).reshape(-1)
         found = rank_measures_from_moment(_scatter(moments, layer, "mean"), count, accumulated=summed)
+        raw = rank_measures_from_moment(_scatter(moments, layer, "none"), count, centering="none")
+        if refine:
+            refined[layer] = _refine(moments, layer, found, "mean")
+            _refine(moments, layer, raw, "none")
         for name in RANKS[:5]:
             ranks[name][layer] = _where(known, getattr(found, name))
-        bound[layer] = _where(known, found.error_bound)
         if spectra:
             spectrum[layer, :, :width] = _where(known[:, None], found.singular_values)
-        raw = rank_measures_from_moment(_scatter(moments, layer, "none"), count, centering="none")
         # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
         constant = (found.stable_rank == 0) & (raw.stable_rank > 0)
         for name in ("effective_rank", "effective_rank_variance"):
             value = torch.where(constant, 1.0, getattr(raw, name))
             ranks[f"{name}_uncentred"][layer] = _where(known, value)
+        bounds["effective_rank"][layer] = _where(known, found.error_bound)
+        exact = torch.where(constant, 0.0, raw.error_bound)
+        bounds["effective_rank_uncentred"][layer] = _where(known, exact)
     pairs, drifts = {}, {}
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
@@ -91,7 +103,30 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True) -> Measured:
             drifts[drift] = 1 - np.diagonal(pairs[name], 1).T
         drifts["kernel_drift"] = np.maximum(drifts["kernel_drift"], 0.0)
         drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
-    return Measured(count.cpu().numpy(), ranks, bound, spectrum, drifts, pairs)
+    return Measured(count.cpu().numpy(), ranks, bounds, refined, spectrum, drifts, pairs)
+
+
+def _refine(
+    moments: MomentAccumulator, layer: int, found: RankMeasures, centering: Literal["mean", "none"]
+) -> NDArray[np.bool_]:
+    """Overwrite ``found`` where singular values are too small for moments and a factor was kept; where."""
+    count = moments.count.reshape(-1)
+    sigma = found.singular_values
+    width = sigma.shape[1]
+    most = (count - 1 if centering == "mean" else count).clamp(0, width)
+    last = sigma.gather(1, (most - 1).clamp_min(0)[:, None])[:, 0]
+    factor = moments.factor(layer, centering=centering)
+    at = torch.zeros_like(count, dtype=torch.bool)
+    if factor is not None:
+        factor = factor.reshape(len(count), -1, width)
+        small = (last < _RESOLVED * sigma[:, 0]) & (count >= 2)
+        at = small & ~factor[:, 0, 0].isnan()
+    if factor is not None and bool(at.any()):
+        updates = -(-int(count.max()) // moments.rows_at_once)
+        better = rank_measures_from_factor(factor[at], count[at], centering=centering, updates=updates)
+        for name in (*RANKS[:5], "singular_values", "error_bound", "variance_error_bound"):
+            getattr(found, name)[at] = getattr(better, name)
+    return np.asarray(at.cpu().numpy())
 
 
 def _scatter(moments: MomentAccumulator, layer: int, centering: Literal["mean", "none"]) -> Tensor:

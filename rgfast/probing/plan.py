@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from rgfast.streaming import Pairs, block_rows, pair_keys, state_bytes
+from rgfast.streaming import Pairs, block_rows, first_block, pair_keys, state_bytes
 
 __all__ = ["POSITIONAL", "SPLIT", "VIEWS", "WHOLE", "Held", "Plan", "check_views", "make_plan"]
 
@@ -20,6 +20,7 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
 _PENDING_BYTES = 256 << 20
+_REFINED_WIDTH = 512  # above this a decomposition costs too much to take unasked
 
 
 def parse_memory(memory: str | int | float) -> int:
@@ -37,22 +38,28 @@ def parse_memory(memory: str | int | float) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """One accumulator of a plan: its kind, number of positions, widths and pairs."""
+    """One accumulator of a plan: its kind, number of positions, widths, pairs and layers with factors."""
 
     kind: str
     positions: int
     widths: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
+    factors: tuple[int, ...]
 
     def bytes(self, pending: int) -> int:
         """Moments, and at most ``pending`` bytes (but for very wide rows) of rows not yet summed, in fp64."""
-        rows = block_rows(self.positions, self.widths, pending) * self.positions * sum(self.widths)
-        return state_bytes(self.widths, self.positions, self.pairs) + 8 * rows
+        rows = self._block(pending) * self.positions * sum(self.widths)
+        return state_bytes(self.widths, self.positions, self.pairs, self.factors) + 8 * rows
 
-    @property
-    def flops_per_row(self) -> float:
-        """For one row at one position."""
-        return 2.0 * state_bytes(self.widths, 1, self.pairs) / 8
+    def flops_per_row(self, pending: int) -> float:
+        """For one row at one position; at most, since factors are dropped where they are not needed."""
+        block, sizes = self._block(pending), [self.widths[layer] + 1 for layer in self.factors]
+        # Householder QR of k + b rows of k columns: 2 k² (b + 2k/3).
+        factors = sum(2 * k * k * (1 + 2 * k / (3 * block)) for k in sizes)
+        return 2.0 * state_bytes(self.widths, 1, self.pairs) / 8 + factors
+
+    def _block(self, pending: int) -> int:
+        return block_rows(self.positions, self.widths, pending, first_block(self.widths, self.factors))
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Plan:
 
     ``positions`` are those followed one by one, of ``length`` in all (the first batch's); the others count in
     the pooled view only. ``targets`` are (name, width). ``pending_bytes`` is what each accumulator may hold
-    back until a block of rows is full.
+    back until a block of rows is full. ``refine`` says which layers have triangular factors (see
+    :mod:`rgfast.streaming.factors`): all (True), none (False), or those up to 512 wide (None).
     """
 
     names: tuple[str, ...]
@@ -74,6 +82,7 @@ class Plan:
     groups: int
     targets: tuple[tuple[str, int], ...] = ()
     pending_bytes: int = 0
+    refine: bool | None = False
     notes: tuple[str, ...] = ()
 
     def to_json(self, **extra: Any) -> str:
@@ -84,7 +93,7 @@ class Plan:
     def from_json(cls, text: str) -> tuple[Plan, dict[str, Any]]:
         """The plan that :meth:`to_json` wrote, and what was added to it."""
         data = json.loads(text)
-        own = {field.name: data.pop(field.name) for field in fields(cls)}
+        own = {field.name: data.pop(field.name) for field in fields(cls) if field.name in data}
         return cls(**{name: _as_tuple(value) for name, value in own.items()}), data
 
     @property
@@ -98,11 +107,18 @@ class Plan:
         if self.positions:
             # With a mask the rows go to one of two states; the position view is their sum.
             kinds = SPLIT if {"visible", "masked"} & set(self.views) else WHOLE
-            held = [Held(kind, len(self.positions), wide, more) for kind in kinds]
-        held += [Held(kind, 1, wide, more) for kind in self._single()]
+            held = [Held(kind, len(self.positions), wide, more, self._factors(1)) for kind in kinds]
+        held += [Held(kind, 1, wide, more, self._factors(1)) for kind in self._single()]
         if "flattened" in self.views:
-            held.append(Held("flattened", 1, tuple(self.length * d for d in self.widths), pairs))
+            whole = tuple(self.length * d for d in self.widths)
+            held.append(Held("flattened", 1, whole, pairs, self._factors(self.length)))
         return tuple(held)
+
+    def _factors(self, times: int) -> tuple[int, ...]:
+        """The layers that have factors, where a row is ``times`` as wide as theirs."""
+        if self.refine is not None:
+            return tuple(range(len(self.widths))) if self.refine else ()
+        return tuple(k for k, width in enumerate(self.widths) if times * width <= _REFINED_WIDTH)
 
     def _single(self) -> list[str]:
         kinds = {"pooled": "rest", "mean_pooled": "mean_pooled"}
@@ -117,7 +133,10 @@ class Plan:
     def flops_per_sequence(self) -> float:
         """What measuring adds to the model's forward, for one sequence."""
         rows = {"rest": self.length - len(self.positions), "mean_pooled": 1, "flattened": 1}
-        return sum(h.flops_per_row * rows.get(h.kind, len(self.positions)) for h in self.accumulators)
+        return sum(
+            h.flops_per_row(self.pending_bytes) * rows.get(h.kind, len(self.positions))
+            for h in self.accumulators
+        )
 
     def __str__(self) -> str:
         followed = len(self.positions)
@@ -147,10 +166,12 @@ def make_plan(
     masked: bool,
     aligned: bool = True,
     targets: Sequence[tuple[str, int]] = (),
+    refine: bool | None = None,
 ) -> Plan:
     """The :class:`Plan` that fits ``memory``; ``aligned`` says whether all layers have the same positions.
 
-    Raises ValueError, naming the change to make, where what was asked for does not fit.
+    With ``refine=None`` factors give way to positions, and are left out where they do not fit. Raises
+    ValueError, naming the change to make, where what was asked for does not fit.
     """
     defaults = _default_views(length, masked, aligned)
     plan = Plan(
@@ -163,16 +184,31 @@ def make_plan(
         pairs=pairs,
         groups=groups,
         targets=tuple(targets),
+        refine=refine,
         notes=() if aligned else ("layers differ in their positions: the mean_pooled view compares them",),
     )
+    if refine is not None:
+        return _fitted(plan, positions, memory)
+    try:
+        with_factors = _fitted(plan, positions, memory)
+        if positions != "auto" or len(with_factors.positions) in (0, length):
+            return with_factors
+    except ValueError:
+        pass
+    note = "small singular values are not refined: their factors do not fit the memory"
+    return _fitted(replace(plan, refine=False, notes=(*plan.notes, note)), positions, memory)
+
+
+def _fitted(plan: Plan, positions: str | Sequence[int], memory: int) -> Plan:
+    """The plan with its positions and what it may hold back; without ``flattened`` where that is large."""
     follow = any(view in POSITIONAL for view in plan.views)
     plan = replace(plan, positions=(0,) if follow else ())
-    held = max(1, len(plan.accumulators)) * groups
+    held = max(1, len(plan.accumulators)) * plan.groups
     plan = replace(plan, pending_bytes=min(_PENDING_BYTES, memory // (8 * held)))
-    if views is None and "flattened" in plan.views:
+    if not plan.views_asked and "flattened" in plan.views:
         bare = replace(plan, views=tuple(view for view in plan.views if view != "flattened"))
         small = plan.state_bytes - bare.state_bytes <= memory / 4
-        plan = plan if small and length * max(widths) <= _FLATTENED_WIDTH else bare
+        plan = plan if small and plan.length * max(plan.widths) <= _FLATTENED_WIDTH else bare
     if follow:
         plan = _with_positions(plan, positions, memory)
     if plan.state_bytes > memory:
@@ -275,6 +311,8 @@ def _too_big(plan: Plan, memory: int) -> str:
         changes.append("fewer groups")
     if "flattened" in plan.views:
         changes.append("views without 'flattened'")
+    if plan.refine:
+        changes.append("refine=False")
     if len(plan.positions) > 1:
         changes.append("fewer positions (positions='auto')")
     elif plan.positions and set(plan.views) - set(POSITIONAL):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ class ProbeResult:
     layer l to l + 1, ``cka`` (debiased) and ``cka_biased`` (view, layer, other_layer, position). Views
     without positions stand at position −1. ``n(view, position)`` counts the rows of each value;
     ``<rank>_baseline`` is what isotropic Gaussian data of the same n and d would give; ``sample_limited(view,
-    layer, position)`` says n < 16 d; ``effective_rank_bound`` bounds the relative rounding error of the
-    effective rank; ``<measure>_se`` is the jackknife standard error where sequences were grouped. All fp64,
+    layer, position)`` says n < 16 d; ``effective_rank_bound`` and ``effective_rank_uncentred_bound`` bound
+    their relative rounding errors, and ``refined`` says where small singular values are a triangular
+    factor's; ``<measure>_se`` is the jackknife standard error where sequences were grouped. All fp64,
     undefined is NaN.
     """
 
@@ -131,6 +133,8 @@ class ProbeResult:
                 raise ValueError(
                     f"other must have the same {name}: {getattr(plan, name)}, got {getattr(theirs, name)}"
                 )
+        if plan.refine != theirs.refine:  # what one of them lacks, both lack together
+            plan = replace(plan, refine=False)
         state, added = (ViewState(plan, masked=extra["masked"]) for _ in range(2))
         state.load_state_dict(self._moments)
         added.load_state_dict(other._moments)

@@ -54,6 +54,7 @@ def probe(
     memory: str | int = "4GiB",
     views: Sequence[str] | None = None,
     batch_size: int = 256,
+    refine: bool | None = None,
 ) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
@@ -95,6 +96,11 @@ def probe(
             position), ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
             over positions), ``flattened`` (a sequence as one row); by default all that the data allow, the
             last one where it is small. Drift is NaN and rank 0 for a layer without variance.
+        refine: whether to keep, beside the moments, triangular factors of layers whose rows are deficient but
+            for rounding (what a LayerNorm puts out, more features than tokens): they give the small singular
+            values that moments lose, at up to 1.5 times the state and a few times the products of such a
+            layer. By default for widths to 512, where ``memory`` allows; ``effective_rank_bound`` says what
+            is known either way.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
@@ -123,6 +129,7 @@ def probe(
         progress=progress,
         memory=memory,
         views=views,
+        refine=refine,
     ) as watched:
         model.eval()
         stream = enumerate(iterate(batches, batch_size), start=1)
@@ -211,6 +218,7 @@ class Probe:
         progress: bool | None = None,
         memory: str | int = "4GiB",
         views: Sequence[str] | None = None,
+        refine: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -219,7 +227,9 @@ class Probe:
             raise TypeError(
                 f"mask must be the name of a batch entry or a callable, got {type(mask).__name__}"
             )
-        self.model = model
+        if refine is not None and not isinstance(refine, bool):
+            raise TypeError(f"refine must be True, False or None, got {refine!r}")
+        self.model, self._refine = model, refine
         self.measures = _measures(measures)
         pairs = as_pairs(pairs)
         self._pairs: Pairs = pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
@@ -364,6 +374,7 @@ class Probe:
             "groups": self._groups,
             "views": self._views,
             "memory": self._memory,
+            "refine": self._refine,
         }
         found: dict[str, Any] = json.loads(json.dumps(asked))
         return found
@@ -447,6 +458,7 @@ class Probe:
             masked=masked,
             aligned=len({x.shape[1] for x in rows}) == 1,
             targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
+            refine=self._refine,
         )
         if self._say:
             print(f"probe: {plan}")

@@ -30,7 +30,9 @@ class ViewState:
         self.sequences = 0
         self._groups = [
             {
-                held.kind: MomentAccumulator(pairs=held.pairs, pending_bytes=plan.pending_bytes)
+                held.kind: MomentAccumulator(
+                    pairs=held.pairs, pending_bytes=plan.pending_bytes, factors=held.factors
+                )
                 for held in plan.accumulators
             }
             for _ in range(plan.groups)
@@ -164,12 +166,15 @@ class ViewState:
     def moments(self, view: str, without: int | None = None) -> MomentAccumulator:
         """The moments of a view, leading shape ``[P]`` or ``()``, of all groups but ``without``.
 
-        To be read only: it may be the state itself.
+        To be read only: it may be the state itself. Factors come with all groups only: an error bar needs
+        none.
         """
         kept = [self.group_moments(group, view) for group in range(self.plan.groups) if group != without]
         if len(kept) == 1:
             return kept[0]
-        total = MomentAccumulator(pairs=kept[0].pairs_asked)
+        total = MomentAccumulator(
+            pairs=kept[0].pairs_asked, factors=kept[0].factored if without is None else ()
+        )
         for part in kept:
             total.merge(part)
         return total
@@ -183,7 +188,8 @@ class ViewState:
             return state["seen" if view == "visible" else "hidden"]
         if view == "position" and "rows" in state:
             return state["rows"]
-        total = MomentAccumulator(pairs=next(iter(state.values())).pairs_asked)
+        any_kind = next(iter(state.values()))
+        total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored)
         for kind in self._held:
             total.merge(state[kind])
         if view == "pooled":

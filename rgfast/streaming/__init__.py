@@ -1,0 +1,19 @@
+"""Streaming second and cross moments of many layers at once, and triangular factors where moments lose."""
+
+from rgfast.streaming.accumulator import MomentAccumulator
+from rgfast.streaming.finite import NonFiniteError, check_finite
+from rgfast.streaming.pairs import PairMoments
+from rgfast.streaming.sizes import Pairs, as_pairs, block_rows, first_block, pair_keys, state_bytes
+
+__all__ = [
+    "MomentAccumulator",
+    "NonFiniteError",
+    "PairMoments",
+    "Pairs",
+    "as_pairs",
+    "block_rows",
+    "check_finite",
+    "first_block",
+    "pair_keys",
+    "state_bytes",
+]

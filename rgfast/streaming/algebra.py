@@ -1,0 +1,104 @@
+"""Moving, scaling and joining the extended second moments of a stream (see `accumulator`)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "centred_cross",
+    "centred_norm_product",
+    "centred_trace",
+    "common_exponent",
+    "joint_mean",
+    "recentred",
+    "rescaled",
+    "scale_exponent",
+]
+
+
+def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
+    """Binary exponent of the largest entry that counts, as LAPACK scales before squaring; None for all zero.
+
+    Only exponents that could overflow or underflow a fourth power are used: others would change nothing.
+    """
+    if keep is not None:
+        x = x.masked_fill(~keep[..., None], 0.0)
+    low, high = torch.aminmax(x)
+    largest = max(-float(low), float(high))
+    if largest == 0.0:
+        return None
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > 32 else 0
+
+
+def common_exponent(a: int | None, b: int | None) -> tuple[int | None, float, float]:
+    """The larger exponent, and the factors that bring sums of each into its units."""
+    if a is None or b is None:
+        return (b if a is None else a), 1.0, 1.0
+    top = max(a, b)
+    return top, math.ldexp(1.0, max(a - top, -1000)), math.ldexp(1.0, max(b - top, -1000))
+
+
+def joint_mean(mean_a: Tensor, n_a: Tensor, mean_b: Tensor, n_b: Tensor) -> Tensor:
+    """Mean of both, exactly the common value where the two agree; the one mean where the other is empty."""
+    mean_a = torch.where(n_a[:, None] > 0, mean_a, mean_b)
+    mean_b = torch.where(n_b[:, None] > 0, mean_b, mean_a)
+    both = torch.where(n_a + n_b > 0, n_b / (n_a + n_b), torch.zeros_like(n_a))
+    target = mean_a + both[:, None] * (mean_b - mean_a)
+    return torch.where((n_a + n_b > 0)[:, None], target, torch.zeros_like(target))
+
+
+def rescaled(moment: Tensor, left: float, right: float) -> Tensor:
+    """diag(c I, c², 1) M diag(c' I, c'², 1): the sums in other units, exact for powers of two."""
+    if left == right == 1.0:
+        return moment
+    rows = moment.new_full((moment.shape[1],), left)
+    rows[-2:] = moment.new_tensor([left * left, 1.0])
+    cols = moment.new_full((moment.shape[2],), right)
+    cols[-2:] = moment.new_tensor([right * right, 1.0])
+    return moment * rows[:, None] * cols
+
+
+def recentred(moment: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The sums of ``[x + left, |x + left|², 1]`` and ``[y + right, …]`` from those of x and y: Tᵀ M T'."""
+    moved = _move_columns(moment, right)
+    return _move_columns(moved.transpose(1, 2), left).transpose(1, 2)
+
+
+def _move_columns(moment: Tensor, delta: Tensor) -> Tensor:
+    d = delta.shape[1]
+    body, square, one = moment[..., :d], moment[..., d], moment[..., d + 1]
+    out = torch.empty(moment.shape, dtype=moment.dtype, device=moment.device)
+    torch.addcmul(body, one[..., None], delta[:, None], out=out[..., :d])
+    out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
+    out[..., d + 1] = one
+    return out
+
+
+def centred_cross(moment: Tensor) -> Tensor:
+    """Σ x_c y_cᵀ ``[P, d_i, d_j]`` from the sums of ``[x, |x|², 1]`` and ``[y, |y|², 1]``."""
+    count = moment[:, -1, -1]
+    off = -moment[:, :-2, -1] / count[:, None]
+    return torch.addcmul(moment[:, :-2, :-2], off[:, :, None], moment[:, -1, None, :-2])
+
+
+def centred_trace(moment: Tensor) -> Tensor:
+    """Σ|x_c|² ``[P]`` from the sums of ``[x, |x|², 1]`` with itself."""
+    return moment[:, -2, -1] - moment[:, :-2, -1].square().sum(-1) / moment[:, -1, -1]
+
+
+def centred_norm_product(moment: Tensor) -> Tensor:
+    """Σ|x_c|²|y_c|² ``[P]``: |x + e|² = a + 2 e·x + |e|² in every row, with e the negative mean."""
+    n = moment[:, -1, -1]
+    sum_x, sum_y = moment[:, :-2, -1], moment[:, -1, :-2]
+    sum_a, sum_b = moment[:, -2, -1], moment[:, -1, -2]
+    e, f = -sum_x / n[:, None], -sum_y / n[:, None]
+    ee, ff = e.square().sum(1), f.square().sum(1)
+    ex, fy = (e * sum_x).sum(1), (f * sum_y).sum(1)
+    xy = (torch.bmm(e[:, None], moment[:, :-2, :-2])[:, 0] * f).sum(1)
+    with_y = moment[:, -2, -2] + 2 * (moment[:, -2, :-2] * f).sum(1) + ff * sum_a
+    with_x = 2 * (moment[:, :-2, -2] * e).sum(1) + 4 * xy + 2 * ff * ex
+    return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)

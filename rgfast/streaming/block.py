@@ -1,0 +1,50 @@
+"""The rows of a stream that wait until a block of them is full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["OpenBlock"]
+
+
+class OpenBlock:
+    """Up to ``size`` rows of every layer, ``[P, size, d_l]``, and which of them count ``[P, size]``."""
+
+    def __init__(self, widths: Sequence[int], positions: int, size: int, device: torch.device) -> None:
+        self.size, self.filled = size, 0
+        self._widths, self._positions, self._device = tuple(widths), positions, device
+        self._rows: list[Tensor] = []
+        self._keep = torch.zeros(positions, 0, dtype=torch.bool, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in (*self._rows, self._keep))
+
+    def hold(self, piece: Sequence[Tensor], keep: Tensor | None) -> None:
+        """Add rows ``piece[l][P, b, d_l]``, in the widest dtype that came for each layer."""
+        if not self._rows:
+            self._rows = [
+                torch.empty(self._positions, self.size, d, dtype=x.dtype, device=self._device)
+                for d, x in zip(self._widths, piece, strict=True)
+            ]
+            self._keep = torch.empty(self._positions, self.size, dtype=torch.bool, device=self._device)
+        take = slice(self.filled, self.filled + piece[0].shape[1])
+        for layer, x in enumerate(piece):
+            self._rows[layer] = self._rows[layer].to(torch.promote_types(self._rows[layer].dtype, x.dtype))
+            self._rows[layer][:, take] = x
+        self._keep[:, take] = True if keep is None else keep
+        self.filled = take.stop
+
+    def contents(self) -> tuple[list[Tensor], Tensor]:
+        """The rows held and which count, in order; views."""
+        return [x[:, : self.filled] for x in self._rows], self._keep[:, : self.filled]
+
+    def take(self) -> tuple[list[Tensor], Tensor | None]:
+        """The same, with None where all count; the block is empty afterwards, its memory is used again."""
+        rows, keep = self.contents()
+        self.filled = 0
+        return rows, None if bool(keep.all()) else keep

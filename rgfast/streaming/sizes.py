@@ -1,0 +1,65 @@
+"""Which pairs a stream keeps, how many rows it sums at once, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+__all__ = ["BLOCK_ROWS", "Pairs", "as_pairs", "block_rows", "first_block", "pair_keys", "state_bytes"]
+
+Pairs = Literal["adjacent", "all"] | Sequence[tuple[int, int]]
+
+BLOCK_ROWS = 128
+_MOST_ROWS = 1024
+
+
+def state_bytes(
+    widths: Sequence[int], positions: int, pairs: Pairs = "adjacent", factors: Sequence[int] = ()
+) -> int:
+    """Bytes that an accumulator over ``positions`` leading indices holds, without rows not yet summed."""
+    keys = pair_keys(pairs, len(widths))
+    entries = sum((widths[i] + 2) * (widths[j] + 2) for i, j in keys) + sum(widths)
+    return 8 * positions * (entries + sum((widths[layer] + 1) ** 2 for layer in factors))
+
+
+def as_pairs(pairs: Any) -> Pairs:
+    """``pairs`` checked: "adjacent", "all" or a list of (i, j). Raises ValueError for anything else."""
+    if pairs == "adjacent":
+        return "adjacent"
+    if pairs == "all":
+        return "all"
+    if not isinstance(pairs, str):
+        try:
+            return [(int(i), int(j)) for i, j in pairs]
+        except (TypeError, ValueError):
+            pass
+    raise ValueError(f"pairs must be 'adjacent', 'all' or a sequence of (i, j), got {pairs!r}")
+
+
+def pair_keys(pairs: Pairs, layers: int) -> list[tuple[int, int]]:
+    """Sorted (i, j), i ≤ j, every layer with itself included."""
+    if pairs == "adjacent":
+        asked = [(i, i + 1) for i in range(layers - 1)]
+    elif pairs == "all":
+        asked = [(i, j) for i in range(layers) for j in range(i + 1, layers)]
+    else:
+        asked = [(min(int(i), int(j)), max(int(i), int(j))) for i, j in pairs]
+        for i, j in asked:
+            if layers and not 0 <= i <= j < layers:
+                raise ValueError(f"pairs must name layers 0 to {layers - 1}, got {(i, j)}")
+    return sorted({(i, i) for i in range(layers)} | set(asked))
+
+
+def block_rows(positions: int, widths: Sequence[int], budget: int, most: int = BLOCK_ROWS) -> int:
+    """Rows per position that are summed at once with ``pending_bytes=budget``: ``most``, or fewer."""
+    rows = most
+    while rows > 8 and 8 * rows * positions * sum(widths) > budget:
+        rows //= 2
+    return rows
+
+
+def first_block(widths: Sequence[int], factors: Sequence[int]) -> int:
+    """Rows to sum at once where memory allows: twice the width or more for layers with a factor, whose
+    update costs as much for few rows as for that many."""
+    widest = max((widths[layer] for layer in factors), default=0)
+    return min(_MOST_ROWS, max(BLOCK_ROWS, 1 << (2 * widest - 1).bit_length())) if widest else BLOCK_ROWS
