@@ -127,6 +127,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             "sequences": state.sequences,
             "groups": plan.groups,
             "length": plan.length,
+            "notes": "\n".join(plan.notes),
             "plan": plan.to_json(masked=state.masked),
             "provenance": json.dumps(provenance),
         },

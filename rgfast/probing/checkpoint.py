@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rgfast.files import write_atomically
 from rgfast.probing.batches import batch_items
 
-__all__ = ["batch_digest", "clear_stale", "model_digest", "read", "write"]
+__all__ = ["batch_digest", "checked_path", "clear_stale", "model_digest", "read", "write"]
 
 FORMAT, VERSION = "rgfast.checkpoint", 1
 _HEADER = "header"
@@ -32,6 +32,18 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
             np.savez(file, **everything)
 
     write_atomically(path, fill)
+
+
+def checked_path(path: Any) -> Path:
+    """``path`` as a Path. Raises TypeError for what is none, ValueError where no file can be written."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"checkpoint must be the path of a file, got {type(path).__name__}")
+    found = Path(path)
+    if found.is_dir():
+        raise ValueError(f"checkpoint must be the path of a file, and {found} is a folder")
+    if not found.parent.is_dir():
+        raise ValueError(f"checkpoint must be in a folder that exists, got {found}")
+    return found
 
 
 def clear_stale(path: Path) -> None:

@@ -22,10 +22,11 @@ def as_html(result: ProbeResult) -> str:
     head = html.escape(repr(result).splitlines()[0])
     rows = "".join(_row(result, view) for view in result.views)
     heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in _HEADS)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in result.notes)
     layers = ", ".join(html.escape(name) for name in result.layers)
     return (
         f"<div><b>{head}</b><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        f"<details><summary>{data.sizes['layer']} layers</summary>{layers}</details></div>"
+        f"{notes}<details><summary>{data.sizes['layer']} layers</summary>{layers}</details></div>"
     )
 
 

@@ -55,6 +55,10 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
     if isinstance(layers, str) and layers == "auto":
         stream = _only_stream(model)
         return stream.taps(), f"the stream through {stream}: its input and {len(stream.blocks)} outputs"
+    if not isinstance(layers, (str, int, re.Pattern, Sequence)):
+        raise TypeError(
+            f"layers must be 'auto', a name, index, pattern or a sequence of them, got {layers!r}"
+        )
     specs = [layers] if isinstance(layers, (str, int, re.Pattern)) else list(layers)
     taps: list[Tap] = []
     for spec in specs:

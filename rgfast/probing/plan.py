@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,7 +11,17 @@ from typing import Any
 
 from rgfast.streaming import Pairs, block_rows, first_block, pair_keys, state_bytes
 
-__all__ = ["POSITIONAL", "SPLIT", "VIEWS", "WHOLE", "Held", "Plan", "check_views", "make_plan"]
+__all__ = [
+    "POSITIONAL",
+    "SPLIT",
+    "VIEWS",
+    "WHOLE",
+    "Held",
+    "Plan",
+    "check_positions",
+    "check_views",
+    "make_plan",
+]
 
 VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
 POSITIONAL = ("visible", "masked", "position")
@@ -234,6 +245,18 @@ def check_views(views: Sequence[str]) -> None:
             raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
 
 
+def check_positions(positions: Any) -> None:
+    """Raise ValueError unless ``positions`` is "auto", "all" or a sequence of whole numbers, at least one."""
+    if isinstance(positions, str) and positions in ("auto", "all"):
+        return
+    try:
+        good = not isinstance(positions, str) and bool([operator.index(t) for t in positions])
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"positions must be 'auto', 'all' or a sequence of indices, got {positions!r}")
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
@@ -261,8 +284,6 @@ def _with_positions(plan: Plan, positions: str | Sequence[int], memory: int) -> 
     length = plan.length
     if not isinstance(positions, str):
         return replace(plan, positions=_indices(positions, length))
-    if positions not in ("auto", "all"):
-        raise ValueError(f"positions must be 'auto', 'all' or a sequence of indices, got {positions!r}")
     picked = tuple(range(length))
     if positions == "auto":
         picked = _fitting(plan, memory)

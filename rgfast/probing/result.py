@@ -14,8 +14,9 @@ import xarray as xr
 
 from rgfast.files import write_atomically, write_text
 from rgfast.probing.assemble import FORMAT, VERSION, assemble
+from rgfast.probing.frame import as_long_form
 from rgfast.probing.html import as_html
-from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE, RANKS
+from rgfast.probing.measures import LABELS
 from rgfast.probing.plan import Plan
 from rgfast.probing.views import ViewState
 
@@ -67,6 +68,12 @@ class ProbeResult:
         found: dict[str, Any] = json.loads(self.dataset.attrs["provenance"])
         return found
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out or done otherwise than by default, in sentences."""
+        found = str(self.dataset.attrs.get("notes", ""))
+        return tuple(found.splitlines())
+
     def by_position(self, measure: str, view: str | None = None) -> xr.DataArray:
         """A measure by layer (or transition) and position; a view without positions has the one position −1.
 
@@ -108,15 +115,16 @@ class ProbeResult:
 
         return flow_of(self, self._view(view))
 
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self, *, spectra: bool = False) -> pd.DataFrame:
         """Long form, one row a value: view, measure, layer, other_layer, position, value, n, sample_limited.
 
         ``layer`` of a drift is the transition's first layer and ``other_layer`` its second; of a CKA they are
-        the pair (i < j); of a rank ``other_layer`` is −1. With groups there is a column ``se``. The spectra
-        are in ``.dataset.singular_values`` only.
+        the pair (i < j); of a rank ``other_layer`` is −1. With groups there is a column ``se``. What was
+        probed with targets has a column ``target``, and rows of the measure ``target_r2`` where it is not
+        empty. With ``spectra`` there is a column ``component``, and rows of the measure ``singular_value``,
+        descending from component 0; it is −1 elsewhere.
         """
-        parts = [self._long(name) for name in self.measures]
-        return pd.concat(parts, ignore_index=True)
+        return as_long_form(self, spectra)
 
     def merge(self, other: ProbeResult) -> ProbeResult:
         """The result of both samples together, exactly as if one probe had seen them all (to rounding).
@@ -246,7 +254,7 @@ class ProbeResult:
             for view in self.views:
                 values = self.order_parameter(view).values
                 lines.append(f"  {view:<12} {_number(values[0])} → {_number(values[-1])}{self._caveat(view)}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def _caveat(self, view: str) -> str:
         limited = self.dataset.sample_limited.sel(view=view)
@@ -270,38 +278,6 @@ class ProbeResult:
         at = self.dataset.position.values
         positional = bool(self.dataset.positional.sel(view=view))
         return np.flatnonzero(at >= 0 if positional else at == -1)
-
-    def _long(self, measure: str) -> pd.DataFrame:
-        parts = []
-        for view in self.views:
-            keep = self._own_positions(view)
-            values = self.dataset[measure].sel(view=view).isel(position=keep)
-            frame = values.rename("value").reset_coords(drop=True).to_series().reset_index()
-            if measure in RANKS:
-                frame["other_layer"] = -1
-            elif measure in DRIFTS:
-                frame = frame.rename(columns={"transition": "layer"})
-                frame["other_layer"] = frame["layer"] + 1
-            error = f"{measure}_se"
-            if error in self.dataset:
-                frame["se"] = self.dataset[error].sel(view=view).isel(position=keep).values.reshape(-1)
-            if measure in PAIRWISE:
-                frame = frame[(frame["layer"] < frame["other_layer"]) & frame["value"].notna()]
-            count = self.dataset.n.sel(view=view).isel(position=keep).to_series()
-            limited = self.dataset.sample_limited.sel(view=view).isel(position=keep)
-            frame["n"] = frame["position"].map(count).astype(int)
-            flag = limited.reset_coords(drop=True).to_series()
-            frame["sample_limited"] = [
-                bool(flag[layer, position])
-                for layer, position in zip(frame["layer"], frame["position"], strict=True)
-            ]
-            frame.insert(0, "measure", measure)
-            frame.insert(0, "view", view)
-            parts.append(frame)
-        columns = ["view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited"]
-        whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
-        ordered: pd.DataFrame = whole[columns + [name for name in ("se",) if name in whole]]
-        return ordered
 
 
 def _number(value: float) -> str:

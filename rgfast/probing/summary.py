@@ -72,6 +72,7 @@ def _caveats(result: ProbeResult, view: str, first: int) -> tuple[str, ...]:
     followed, length = len(own), int(result.dataset.attrs["length"])
     if bool(data.positional) and followed < length:
         out.append(f"{followed} of {length} positions followed")
+    out += [note for note in result.notes if note.startswith("the first batch had") and bool(data.positional)]
     bound = float(data.effective_rank_bound.isel(position=own).max())
     if bound > 1e-6:
         out.append(f"the rounding error of the effective rank is bounded by {bound:.1g} only")

@@ -57,6 +57,8 @@ class ViewState:
         for index, x in enumerate(layers):
             self._check_finite(index, x, keep if aligned or x.shape[1] == layers[0].shape[1] else None)
         length = layers[0].shape[1]
+        if self._held and length > self.plan.length:
+            self._note_longer()
         if "flattened" in self.plan.views and length != self.plan.length:
             self._drop_flattened(length)
         groups = self.plan.groups
@@ -71,6 +73,12 @@ class ViewState:
                     None if masked is None else masked[part],
                 )
         self.sequences += batch
+
+    def _note_longer(self) -> None:
+        rest = "count in the pooled view only" if "pooled" in self.plan.views else "are left out"
+        note = f"the first batch had {self.plan.length} positions; further ones of longer sequences {rest}"
+        if note not in self.plan.notes:
+            self.plan = replace(self.plan, notes=(*self.plan.notes, note))
 
     def _drop_flattened(self, length: int) -> None:
         found = f"sequences of one length, got {length} after {self.plan.length}"

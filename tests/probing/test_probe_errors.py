@@ -111,6 +111,15 @@ X = torch.randn(20, 5, 4)
             r"mask must be bool \[20, 5\], got float32",
         ),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"positions": 3}, ValueError, "positions must be 'auto', 'all' or a sequence of indices, got 3"),
+        ({"positions": [1.5]}, ValueError, "positions must be 'auto', 'all' or a sequence of indices"),
+        ({"positions": []}, ValueError, "positions must be 'auto', 'all' or a sequence of indices"),
+        ({"measures": None}, ValueError, "measures must be 'all' or a sequence"),
+        ({"refine": "yes"}, TypeError, "refine must be True, False or None, got 'yes'"),
+        ({"checkpoint": 3}, TypeError, "checkpoint must be the path of a file, got int"),
+        ({"checkpoint": "nowhere/at/all"}, ValueError, "checkpoint must be in a folder that exists"),
+        ({"checkpoint": "/"}, ValueError, "checkpoint must be the path of a file, and / is a folder"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -118,6 +127,93 @@ def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         rgfast.probe(model, X, layers=["0", "1"], progress=False, **options)
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("options", [{"pairs": [(0, 2)]}, {"positions": "few"}, {"checkpoint": "no/where"}])
+def test_bad_options_are_refused_before_any_work(options):
+    class Never(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the model ran")
+
+    def batches():
+        raise AssertionError("the batches were begun")
+        yield
+
+    model = nn.ModuleDict({"a": Never(), "b": Never()})
+    with pytest.raises(ValueError, match="must"):
+        rgfast.probe(model, batches(), layers=["a", "b"], progress=False, **options)
+
+
+def test_layers_of_no_kind():
+    with pytest.raises(
+        TypeError, match="layers must be 'auto', a name, index, pattern or a sequence of them"
+    ):
+        rgfast.probe(nn.Sequential(nn.Identity()), X, layers=None, progress=False)
+
+
+@pytest.mark.parametrize("where", ["model", "batches"])
+def test_an_interrupt_restores_the_model(where):
+    model = Breaks()
+    seen = []
+
+    def stop(module, args):
+        seen.append(1)
+        if where == "model" and len(seen) == 2:
+            raise KeyboardInterrupt
+
+    def batches():
+        yield torch.randn(5, 3)
+        yield torch.randn(5, 3)
+        raise KeyboardInterrupt
+
+    handle = model.body[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        rgfast.probe(model, batches(), layers=["body.0", "body.2"], progress=False)
+    handle.remove()
+    assert hooks_of(model) == 0
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_probes_nest_but_not_in_themselves():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with (
+        rgfast.Probe(model, layers=["0", "1"], progress=False) as outer,
+        rgfast.Probe(model, layers=["1"], progress=False) as inner,
+    ):
+        model(X)
+        with pytest.raises(RuntimeError, match="is watching already"), outer:
+            pass
+        model(X)
+    assert hooks_of(model) == 0
+    assert int(outer.result().dataset.n.max()) == int(inner.result().dataset.n.max()) == 40 * 5
+
+
+def test_padding_of_sequences_of_one_token():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    keep = torch.arange(20)[:, None] % 2
+    found = rgfast.probe(
+        model, {"input": X[:, :1], "attention_mask": keep}, layers=["0", "1"], progress=False
+    )
+    assert found.dataset.n.values.tolist() == [[10]]
+    # A mask of positions says nothing about a layer that has none.
+    found = rgfast.probe(
+        nn.Sequential(nn.Flatten(), nn.Identity()),
+        {"input": X, "attention_mask": torch.ones(20, 5)},
+        layers=["0", "1"],
+        progress=False,
+    )
+    assert found.dataset.n.values.tolist() == [[20]]
+
+
+def test_longer_sequences_than_the_first_are_noted():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    found = rgfast.probe(model, [X[:, :3], X, X], layers=["0", "1"], progress=False)
+    assert "the first batch had 3 positions; further ones of longer sequences count in" in found.notes[0]
+    assert found.notes[0] in repr(found)
+    assert found.notes[0] in found._repr_html_()
+    assert found.notes[0] in found.flow("position").caveats
+    assert rgfast.probe(model, [X, X], layers=["0", "1"], progress=False).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +296,11 @@ def test_budget_is_stated_kept_and_refused_with_the_change_to_make(capsys):
     assert positions[-1] == 199
     assert f"{len(positions)} log-spaced positions of 200 fit the memory" in printed
     assert result.dataset.n.sel(view="pooled", position=-1) == 64 * 200
+    # Factors give way to positions.
+    unrefined = rgfast.probe(model, x, memory="300 kB", refine=False, **options)
+    assert "not refined: their factors do not fit" in printed
+    assert unrefined.dataset.position.equals(result.dataset.position)
+    capsys.readouterr()
     full = rgfast.probe(model, x, progress=False, **options)
     assert full.dataset.sizes["position"] == 201
     with pytest.raises(

@@ -78,6 +78,28 @@ def test_long_form(result):
     assert frame.query("view == 'flattened' and measure == 'stable_rank'").sample_limited.all()
 
 
+def test_long_form_of_targets_and_spectra(token_model, token_data):
+    result = rgfast.probe(token_model, token_data, mask="mask", targets={"t": "tokens"}, progress=False)
+    frame = result.to_dataframe(spectra=True)
+    assert list(frame.columns[-3:]) == ["se", "target", "component"]
+    rows = frame.query("measure == 'target_r2' and view == 'position' and layer == 1")
+    assert rows.target.unique().tolist() == ["t"]
+    at = result.dataset.sel(view="position", position=rows.position.tolist())
+    np.testing.assert_array_equal(rows.value, at.target_r2.sel(target="t", layer=1))
+    np.testing.assert_array_equal(rows.se, at.target_r2_se.sel(target="t", layer=1))
+    rows = frame.query("measure == 'singular_value' and view == 'position' and layer == 2 and position == 4")
+    np.testing.assert_array_equal(
+        rows.value, result.dataset.singular_values.sel(view="position", layer=2, position=4)
+    )
+    assert rows.component.tolist() == list(range(7))
+    assert (frame.query("measure == 'effective_rank'").component == -1).all()
+    assert (frame.query("measure == 'effective_rank'").target == "").all()
+    assert frame.query("measure == 'singular_value' and view == 'flattened'").empty
+    plain = result.to_dataframe()
+    assert "component" not in plain
+    assert (frame.measure != "singular_value").sum() == len(plain)
+
+
 def test_unknown_names_are_refused(result):
     with pytest.raises(ValueError, match="measure must be one of effective_rank"):
         result.order_parameter("visible", "rank")

@@ -1,0 +1,379 @@
+"""Watching a model: hooks on its layers while it runs, moments as the state."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing import checkpoint as checkpoints
+from rgfast.probing.activations import as_rows, find_tensor
+from rgfast.probing.assemble import assemble
+from rgfast.probing.batches import Caller, batch_rows
+from rgfast.probing.layers import LayerSpec, resolve
+from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
+from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
+from rgfast.probing.provenance import provenance
+from rgfast.probing.result import ProbeResult
+from rgfast.probing.targets import TargetSpec, make_targets
+from rgfast.probing.views import ViewState
+from rgfast.streaming import Pairs, as_pairs, pair_keys
+from rgfast.validation import check_positive_int
+
+__all__ = ["MaskSpec", "Probe"]
+
+_FOLDS = 5
+
+MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """An activation, the tensor it came as, and how often that had been written to."""
+
+    value: Tensor
+    original: Tensor
+    version: int
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class Probe:
+    """The context manager behind :func:`probe`, for a loop of one's own.
+
+    Inside the ``with`` block every forward of the model is measured; arguments are those of :func:`probe`.
+    ``run(batch)`` calls the model as :func:`probe` does; a plain ``model(...)`` works too, and ``mask`` then
+    names an argument of the forward or an entry given by :meth:`note` before it. On leaving, hooks are gone
+    and training flags and grad mode are as they were on entering.
+
+    >>> import torch, rgfast
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> with rgfast.Probe(model, layers=["0", "2"], progress=False) as p:
+    ...     for _ in range(3):
+    ...         _ = model(torch.randn(10, 4))
+    >>> p.result().dataset.n.values
+    array([[30]])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str | LayerSpec | Sequence[LayerSpec] = "auto",
+        positions: str | Sequence[int] = "auto",
+        measures: str | Sequence[str] = "all",
+        pairs: Pairs = "adjacent",
+        mask: MaskSpec = None,
+        targets: Mapping[str, TargetSpec] | None = None,
+        groups: int = 1,
+        progress: bool | None = None,
+        memory: str | int = "4GiB",
+        views: Sequence[str] | None = None,
+        refine: bool | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_positive_int(groups, "groups")
+        if mask is not None and not isinstance(mask, str) and not callable(mask):
+            raise TypeError(
+                f"mask must be the name of a batch entry or a callable, got {type(mask).__name__}"
+            )
+        if refine is not None and not isinstance(refine, bool):
+            raise TypeError(f"refine must be True, False or None, got {refine!r}")
+        self.model, self._refine = model, refine
+        self.measures = _measures(measures)
+        pairs = as_pairs(pairs)
+        self._pairs: Pairs = pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
+        self._targets = make_targets(targets)
+        if self._targets and groups == 1:
+            groups = _FOLDS
+        self._mask, self._groups, self._views = mask, groups, None if views is None else list(views)
+        self._positions, self._memory = positions, parse_memory(memory)
+        check_positions(positions)
+        self._taps, chosen = resolve(model, layers)
+        pair_keys(pairs, len(self._taps))
+        if views is not None:
+            check_views(views)
+        self._say = progress is not False
+        if self._say and layers == "auto":
+            print(f"probe: {chosen}")
+        self._caller = Caller(model)
+        self._signature = inspect.signature(model.forward)
+        self._captured: dict[int, _Captured] = {}
+        self._entries: dict[str, Any] = {}
+        self._noted: dict[str, Any] = {}
+        self._copied, self._first = set(range(len(self._taps))), True
+        self._handles: list[Any] = []
+        self._state: ViewState | None = None
+        self._provenance: dict[str, Any] = {}
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is measured and what it costs; None before the first forward."""
+        return None if self._state is None else self._state.plan
+
+    def __enter__(self) -> Probe:
+        if self._handles:
+            raise RuntimeError("this Probe is watching already; its with block cannot be nested in itself")
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._grad = torch.is_grad_enabled()
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for index, tap in enumerate(self._taps):
+                module = modules[tap.module]
+                if tap.side == "output":
+                    self._handles.append(module.register_forward_hook(self._on_output(index)))
+                else:
+                    self._handles.append(
+                        module.register_forward_pre_hook(self._on_input(index), with_kwargs=True)
+                    )
+            self._handles.append(self.model.register_forward_hook(self._finish))
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+        for module, training in self._modes:
+            module.training = training
+        torch.set_grad_enabled(self._grad)
+
+    def note(self, **entries: Any) -> None:
+        """Give the next forward entries that the model itself does not take, for ``mask``."""
+        self._noted.update(entries)
+
+    def run(self, batch: Any) -> Any:
+        """The output of the model on one batch, called as :func:`probe` does; an empty batch gives None."""
+        if not self._handles:
+            raise RuntimeError("run() must be called inside the with block")
+        if not batch_rows(batch):
+            return None
+        entries = self._caller.entries(batch)
+        named = [self._mask, *(target.entry for target in self._targets)]
+        reserved = frozenset(name for name in named if isinstance(name, str))
+        self._noted.update(entries)
+        return self._caller(batch, entries, reserved)
+
+    def result(self) -> ProbeResult:
+        """The measures of all that was seen so far.
+
+        Raises ValueError for fewer than 2 sequences.
+        """
+        seen = 0 if self._state is None else self._state.sequences
+        if self._state is None or seen < 2:
+            raise ValueError(f"batches must hold at least 2 sequences in all, got n = {seen}")
+        if seen < 2 * self._groups:
+            raise ValueError(
+                f"groups must hold at least 2 sequences each, got {self._groups} groups of {seen} sequences"
+            )
+        dataset = assemble(self._state, self.measures, self._provenance)
+        return ProbeResult(dataset, self._state.state_dict())
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+        """All that a checkpoint holds: what is measured and on which model, and the moments.
+
+        Raises RuntimeError before the first forward.
+        """
+        if self._state is None:
+            raise RuntimeError("snapshot() has nothing to give before the first forward")
+        header = {
+            "plan": self._state.plan.to_json(),
+            "masked": self._state.masked,
+            "asked": self._asked_for(),
+            "model": checkpoints.model_digest(self.model),
+            "provenance": self._provenance,
+        }
+        return header, self._state.state_dict()
+
+    def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Go on from what :meth:`snapshot` gave. Raises ValueError where it was of another probe or model."""
+        asked = self._asked_for()
+        for name, value in asked.items():
+            if header["asked"].get(name) != value:
+                was = header["asked"].get(name)
+                raise ValueError(
+                    f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
+                )
+        if header["model"] != checkpoints.model_digest(self.model):
+            raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
+        plan, _ = Plan.from_json(header["plan"])
+        self._state = ViewState(plan, masked=header["masked"])
+        first = next(iter(self.model.parameters()), None)
+        self._state.load_state_dict(arrays, "cpu" if first is None else first.device)
+        for target, (_, width) in zip(self._targets, plan.targets, strict=True):
+            target.classes = width
+        self._provenance = dict(header["provenance"])
+
+    def _asked_for(self) -> dict[str, Any]:
+        """The options that decide what is measured, as JSON gives them back."""
+        asked = {
+            "layers": [tap.name for tap in self._taps],
+            "positions": self._positions if isinstance(self._positions, str) else list(self._positions),
+            "measures": self.measures,
+            "pairs": self._pairs if isinstance(self._pairs, str) else [list(pair) for pair in self._pairs],
+            "mask": self._mask if isinstance(self._mask, str) else self._mask is not None,
+            "targets": [target.name for target in self._targets],
+            "groups": self._groups,
+            "views": self._views,
+            "memory": self._memory,
+            "refine": self._refine,
+        }
+        found: dict[str, Any] = json.loads(json.dumps(asked))
+        return found
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._captured.clear()
+        try:
+            bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        except TypeError:
+            bound = {}
+        self._entries = {**bound, **bound.pop("kwargs", {}), **self._noted}
+        self._noted = {}
+
+    def _on_output(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._capture(index, output)
+
+        return hook
+
+    def _on_input(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._capture(index, [*args, *kwargs.values()])
+
+        return hook
+
+    def _capture(self, index: int, value: Any) -> None:
+        tap = self._taps[index]
+        if index in self._captured:
+            raise ValueError(
+                f"layers: {tap.module!r} ran twice in one forward (shared weights?), so its output is "
+                "ambiguous; name modules that run once"
+            )
+        x = find_tensor(value, tap.name).detach()
+        self._captured[index] = _Captured(x.clone() if index in self._copied else x, x, _version(x))
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        entries, self._entries = self._entries, {}
+        missing = [tap.name for k, tap in enumerate(self._taps) if k not in self._captured]
+        if missing:
+            raise ValueError(f"layers: {', '.join(missing)} did not run in this forward")
+        kept = [self._captured[k] for k in range(len(self._taps))]
+        self._captured = {}
+        self._check_unchanged(kept)
+        rows = [as_rows(x.value, tap.name) for x, tap in zip(kept, self._taps, strict=True)]
+        if not rows[0].shape[0]:
+            return
+        keep, masked = self._row_masks(entries, rows)
+        seen = 0 if self._state is None else self._state.sequences
+        batch, length = rows[0].shape[:2]
+        targets = [target.rows(entries, seen, batch, length).to(rows[0].device) for target in self._targets]
+        if self._state is None:
+            self._state = self._start(rows, masked is not None, targets)
+        with torch.no_grad():
+            self._state.update(rows, keep, masked, targets)
+
+    def _check_unchanged(self, kept: list[_Captured]) -> None:
+        """Copies are made in the first forward, later of those layers only that the model then wrote to."""
+        written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
+        if self._first:
+            self._copied, self._first = written, False
+        elif written - self._copied:
+            names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
+            raise RuntimeError(
+                f"the model wrote to the output of {names}, which it left alone in its first forward"
+            )
+
+    def _start(self, rows: list[Tensor], masked: bool, targets: list[Tensor]) -> ViewState:
+        sizes = {x.shape[0] for x in rows}
+        if len(sizes) != 1:
+            found = {tap.name: x.shape[0] for tap, x in zip(self._taps, rows, strict=True)}
+            raise ValueError(f"layers must have the same number of rows, got {found}")
+        plan = make_plan(
+            [tap.name for tap in self._taps],
+            [x.shape[2] for x in rows],
+            rows[0].shape[1],
+            positions=self._positions,
+            views=self._views,
+            pairs=self._pairs,
+            groups=self._groups,
+            memory=self._memory,
+            masked=masked,
+            aligned=len({x.shape[1] for x in rows}) == 1,
+            targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
+            refine=self._refine,
+        )
+        if self._say:
+            print(f"probe: {plan}")
+            sys.stdout.flush()
+        self._provenance = provenance(self.model, layers=list(plan.names), measures=list(self.measures))
+        return ViewState(plan, masked=masked)
+
+    def _row_masks(
+        self, entries: Mapping[str, Any], rows: list[Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows count (None: all) and which were hidden (None: no mask), ``[B, T]`` bool."""
+        shape = tuple(rows[0].shape[:2])
+        device = rows[0].device
+        keep = entries.get("attention_mask")
+        if isinstance(keep, Tensor):
+            if tuple(keep.shape) == shape:
+                keep = keep.to(device) != 0
+            elif shape[1] == 1:  # a layer without positions: what a sequence was reduced to
+                keep = None
+            else:
+                raise ValueError(
+                    f"attention_mask must be {list(shape)}, as the layers are, got shape {list(keep.shape)}"
+                )
+        if not isinstance(keep, Tensor) or bool(keep.all()):
+            keep = None
+        if self._mask is None:
+            return keep, None
+        if isinstance(self._mask, str):
+            if self._mask not in entries:
+                raise ValueError(
+                    f"mask: there is no entry {self._mask!r} in the batch ({', '.join(entries)})"
+                )
+            masked = entries[self._mask]
+        else:
+            masked = self._mask(entries)
+        masked = torch.as_tensor(masked, device=device)
+        if masked.dtype != torch.bool or tuple(masked.shape) != shape:
+            raise ValueError(
+                f"mask must be bool {list(shape)}, got {str(masked.dtype).removeprefix('torch.')} "
+                f"{list(masked.shape)}"
+            )
+        return keep, masked
+
+
+def _measures(asked: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(asked, str):
+        asked = tuple(LABELS) if asked == "all" else [asked]
+    if not isinstance(asked, Sequence) or not asked:
+        raise ValueError(f"measures must be 'all' or a sequence of at least one measure, got {asked!r}")
+    for name in asked:
+        if name not in LABELS:
+            raise ValueError(f"measures must be 'all' or among {', '.join(LABELS)}, got {name!r}")
+    return tuple(name for name in LABELS if name in asked)
