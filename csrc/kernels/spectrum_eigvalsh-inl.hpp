@@ -7,7 +7,11 @@
 
 #include "kernels/spectrum_tridiagonal-inl.hpp"
 
+#include "kernels/spectrum_pack-inl.hpp"
+
 #include "kernels/spectrum_single-inl.hpp"
+
+#include "kernels/spectrum_sturm-inl.hpp"
 
 #include "kernels/spectrum_ql-inl.hpp"
 
@@ -41,37 +45,6 @@ inline void scale_all(T* values, long long count, const T* a, const T* b) {
   }
 }
 
-// Copies the lower triangles of one group into lanes; returns the lanes that hold NaN or infinity, which
-// are zeroed, and writes each lane's largest magnitude.
-template <class T>
-inline unsigned pack_lanes(const spectrum::EigenTask<T>& task, const long long* offsets, T* packed,
-                           T* largest) {
-  using V = typename Simd<T>::Vec;
-  constexpr int L = Simd<T>::lanes;
-  const long long n = task.n;
-  const V limit = broadcast(Range<T>::largest);
-  V top{};
-  auto good = less_equal(V{}, V{});
-  for (long long i = 0; i < n; ++i) {
-    const T* const row = task.a + i * task.row_stride;
-    for (long long j = 0; j <= i; ++j) {
-      const V a = gather(row + j * task.column_stride, offsets);
-      const V size = abs(a);
-      good = both(good, less_equal(size, limit));
-      top = max(top, size);
-      store(lane_column(packed, n, j) + i * L, a);
-    }
-  }
-  const unsigned bad = ((1U << L) - 1U) & ~bits(good);
-  if (bad != 0) {
-    for (long long i = 0; i < n * (n + 1) / 2; ++i)
-      store(packed + i * L, select(good, load(packed + i * L), V{}));
-    top = select(good, top, V{});
-  }
-  store(largest, top);
-  return bad;
-}
-
 // Scales the tridiagonal matrices of a group, whose lanes are to be multiplied by 2^exponents in the end, so
 // that the solver can work with them, and drops what is negligible then.
 template <class T>
@@ -100,6 +73,7 @@ inline void prepare_group(QlGroup<T>& group, Scale<T>& scale, const int* exponen
     const V e = load(group.e + i * L);
     store(group.e + i * L, select(less_equal(e, broadcast(QlLimits<T>::drop)), V{}, e));
   }
+  if (n >= kLeastSturm) keep_lanes(group.d, group.e, n, group.copy, group.copy + n * L);
   group.row = 0;
   group.sweeps = 0;
   group.failed = no_lanes(T());
@@ -113,9 +87,10 @@ inline void finish_groups(QlGroup<T>* groups, const Scale<T>* scales, const unsi
   ql_groups(groups, count);
   for (int g = 0; g < count; ++g) {
     QlGroup<T>& group = groups[g];
-    sort_lanes(group.d, group.n);
-    scale_all(group.d, group.n, scales[g].up_a, scales[g].up_b);
     const unsigned failed = bits(group.failed);
+    sort_lanes(group.d, group.n);
+    confirm_lanes(group.d, group.copy, group.copy + group.n * L, group.n, ~failed);
+    scale_all(group.d, group.n, scales[g].up_a, scales[g].up_b);
     for (int lane = 0; lane < L && g * L + lane < task.count; ++lane) {
       const int index = g * L + lane;
       const bool is_bad = ((bad[g] >> lane) & 1U) != 0;
@@ -137,7 +112,7 @@ template <class T>
 inline std::size_t eigen_lanes_workspace(long long n) {
   constexpr std::size_t L = Simd<T>::lanes;
   const auto size = static_cast<std::size_t>(n);
-  return sizeof(T) * L * (size * (size + 1) / 2 + 4 * size + 2 * kQlGroups * size);
+  return sizeof(T) * L * (size * (size + 1) / 2 + 4 * size + 4 * kQlGroups * size);
 }
 
 template <class T>
@@ -154,8 +129,9 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   int count = 0;
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
-    group.d = rows + 2 * count * n * L;
+    group.d = rows + 4 * count * n * L;
     group.e = group.d + n * L;
+    group.copy = group.e + n * L;
     group.n = n;
     // A group that is not full repeats its first matrix.
     long long offsets[L];
@@ -230,14 +206,16 @@ inline void eigen_single(const spectrum::SingleTask<T>& task) {
 
 template <class T>
 inline std::size_t tridiagonal_workspace(long long n) {
-  return sizeof(T) * Simd<T>::lanes * 2 * kQlGroups * static_cast<std::size_t>(n);
+  return sizeof(T) * Simd<T>::lanes * 4 * kQlGroups * static_cast<std::size_t>(n);
 }
 
 template <class T>
 inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
   const long long n = task.n;
+  const long long rows = whole_vectors(n, Simd<T>::lanes);
   T* const d = static_cast<T*>(task.workspace);
-  T* const e = d + n;
+  T* const e = d + rows;
+  T* const copy = e + rows;
   T top = T(0);
   bool finite = true;
   for (long long i = 0; i < n; ++i) {
@@ -256,7 +234,15 @@ inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
     d[i] = d[i] * inner.down_a[0] * inner.down_b[0];
     e[i] = e[i] * inner.down_a[0] * inner.down_b[0] * inner.down_a[0] * inner.down_b[0];
   }
+  constexpr T down = SturmLimits<T>::down;
+  copy[rows] = T(0);
+  for (long long i = 0; i < n; ++i) {
+    copy[i] = d[i] * down;
+    const T square = e[i] * down * down;
+    if (i + 1 < n) copy[rows + i + 1] = square > SturmLimits<T>::coupling ? square : SturmLimits<T>::coupling;
+  }
   const bool converged = finite && ql_alone(d, e, n);
+  if (converged) confirm_alone(d, copy, copy + rows, n);
   inner.set(0, exponent + task.exponents[0]);
   for (long long i = 0; i < n; ++i)
     out[i * task.values_stride] = converged ? d[i] * inner.up_a[0] * inner.up_b[0] : T(__builtin_nan(""));
@@ -276,8 +262,9 @@ inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
   int count = 0;
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
-    group.d = static_cast<T*>(task.workspace) + 2 * count * n * L;
+    group.d = static_cast<T*>(task.workspace) + 4 * count * n * L;
     group.e = group.d + n * L;
+    group.copy = group.e + n * L;
     group.n = n;
     int exponents[L];
     for (int lane = 0; lane < L; ++lane) {

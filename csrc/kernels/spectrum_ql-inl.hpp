@@ -36,6 +36,7 @@ struct QlGroup {
   using M = typename Simd<T>::Mask;
   T* d;
   T* e;
+  T* copy;  // of both as they were in the beginning
   long long n;
   long long row;  // the eigenvalue being sought
   long long at;   // the row that the sweep does next, going down
@@ -297,13 +298,7 @@ inline bool ql_alone(T* d, T* e, long long n) {
       d[row] = sigma + gamma;
     }
   }
-  // Nearly in order as they come.
-  for (long long i = 1; i < n; ++i) {
-    const T value = d[i];
-    long long at = i;
-    for (; at > 0 && d[at - 1] > value; --at) d[at] = d[at - 1];
-    d[at] = value;
-  }
+  insertion_sort(d, n, 1);  // nearly in order as they come
   return true;
 }
 

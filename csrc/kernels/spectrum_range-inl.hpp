@@ -3,6 +3,8 @@
 namespace rgfast {
 namespace RGFAST_NS {
 
+// exponent(x): the e with 2^(e-1) <= |x| < 2^e; power(e): 2^e, a normal number. By bits, since the library's
+// calls cost more than a small matrix's share of everything else.
 template <class T>
 struct Range;
 template <>
@@ -11,11 +13,18 @@ struct Range<double> {
   static constexpr double low = 0x1p-300;
   static constexpr double high = 0x1p+300;
   static RGFAST_INLINE int exponent(double x) {
-    int e = 0;
-    __builtin_frexp(x, &e);
+    unsigned long long bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    int e = static_cast<int>((bits >> 52) & 2047U) - 1022;
+    if (__builtin_expect(e == -1022, 0)) __builtin_frexp(x, &e);
     return e;
   }
-  static RGFAST_INLINE double power(int e) { return __builtin_ldexp(1.0, e); }
+  static RGFAST_INLINE double power(int e) {
+    const unsigned long long bits = static_cast<unsigned long long>(e + 1023) << 52;
+    double value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+  }
 };
 template <>
 struct Range<float> {
@@ -23,11 +32,18 @@ struct Range<float> {
   static constexpr float low = 0x1p-20F;
   static constexpr float high = 0x1p+30F;
   static RGFAST_INLINE int exponent(float x) {
-    int e = 0;
-    __builtin_frexpf(x, &e);
+    unsigned bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    int e = static_cast<int>((bits >> 23) & 255U) - 126;
+    if (__builtin_expect(e == -126, 0)) __builtin_frexpf(x, &e);
     return e;
   }
-  static RGFAST_INLINE float power(int e) { return __builtin_ldexpf(1.0F, e); }
+  static RGFAST_INLINE float power(int e) {
+    const unsigned bits = static_cast<unsigned>(e + 127) << 23;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+  }
 };
 
 RGFAST_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }

@@ -179,6 +179,38 @@ def test_hard_families(isa: str, route: int, family: str, dtype: torch.dtype, ba
     assert error(values, a, want.expand(batch, -1)) <= 1
 
 
+def drifting(kind: str, batch: int, d: int, draw: np.random.Generator) -> Tensor:
+    """Symmetric matrices on which the error of an unchecked QL iteration comes near the promise, or over."""
+    if kind == "gaussian":
+        x = draw.standard_normal((batch, d, d))
+        return torch.from_numpy(x + x.transpose(0, 2, 1))
+    values = {
+        "integers": lambda: draw.integers(-4, 5, d).astype(float),
+        "clusters": lambda: draw.uniform(-1, 1, 4)[draw.integers(0, 4, d)] + 1e-9 * draw.standard_normal(d),
+        "two values": lambda: np.where(np.arange(d) < draw.integers(1, d), draw.uniform(-1, 1), 0.7),
+        "low rank": lambda: np.where(np.arange(d) < draw.integers(1, d), draw.standard_normal(d), 0.0),
+    }[kind]
+    q = np.linalg.qr(draw.standard_normal((d, d)))[0]
+    a = (q * np.stack([values() for _ in range(batch)])[:, None]) @ q.T
+    return torch.from_numpy((a + a.transpose(0, 2, 1)) / 2)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "integers", "clusters", "two values", "low rank"])
+@pytest.mark.parametrize(("d", "batch"), [(64, 100), (100, 60)])
+def test_rounding_does_not_pile_up_over_the_sweeps(route: int, kind: str, d: int, batch: int) -> None:
+    draw = np.random.default_rng(d)
+    a = drifting(kind, batch, d, draw)
+    single = a.float()
+    assert error(solve(single, route), single, torch.linalg.eigvalsh(single.double())) <= 0.9
+    values = solve(a, route)
+    # The comparison errs as much in fp64: the worst few are compared with something better.
+    worst = (values - torch.linalg.eigvalsh(a)).abs().amax(-1).argsort()[-3:]
+    assert error(values[worst], a[worst]) <= 0.9
+    # One by one, which is another path through the same steps.
+    for i in worst.tolist():
+        assert error(solve(a[i : i + 1], route), a[i : i + 1]) <= 0.9
+
+
 def test_known_spectra(isa: str) -> None:
     d = 64
     angle = torch.arange(1, d + 1, dtype=torch.float64) * torch.pi / (d + 1)

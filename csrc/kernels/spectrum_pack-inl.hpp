@@ -1,0 +1,113 @@
+// Copying a group of matrices into lanes. No include guard: see foreach_target.hpp.
+
+#if defined(__clang__)
+#define RGFAST_ZIP(Int, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RGFAST_ZIP(Int, a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
+#endif
+
+namespace rgfast {
+namespace RGFAST_NS {
+
+// The first and the second half of a0 b0 a1 b1 a2 b2 ...
+#if RGFAST_SIMD == 64
+RGFAST_INLINE VecD zip_low(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+RGFAST_INLINE VecD zip_high(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+RGFAST_INLINE VecF zip_low(VecF a, VecF b) {
+  return RGFAST_ZIP(IntF, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+RGFAST_INLINE VecF zip_high(VecF a, VecF b) {
+  return RGFAST_ZIP(IntF, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif RGFAST_SIMD == 32
+RGFAST_INLINE VecD zip_low(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 0, 4, 1, 5); }
+RGFAST_INLINE VecD zip_high(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 2, 6, 3, 7); }
+RGFAST_INLINE VecF zip_low(VecF a, VecF b) { return RGFAST_ZIP(IntF, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+RGFAST_INLINE VecF zip_high(VecF a, VecF b) { return RGFAST_ZIP(IntF, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+RGFAST_INLINE VecD zip_low(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 0, 2); }
+RGFAST_INLINE VecD zip_high(VecD a, VecD b) { return RGFAST_ZIP(IntD, a, b, 1, 3); }
+RGFAST_INLINE VecF zip_low(VecF a, VecF b) { return RGFAST_ZIP(IntF, a, b, 0, 4, 1, 5); }
+RGFAST_INLINE VecF zip_high(VecF a, VecF b) { return RGFAST_ZIP(IntF, a, b, 2, 6, 3, 7); }
+#endif
+
+// As many rows as lanes: interleaving the halves log2(lanes) times transposes.
+template <class T>
+RGFAST_INLINE void transpose(typename Simd<T>::Vec* rows) {
+  constexpr int L = Simd<T>::lanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    typename Simd<T>::Vec mixed[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      mixed[2 * i] = zip_low(rows[i], rows[i + L / 2]);
+      mixed[2 * i + 1] = zip_high(rows[i], rows[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = mixed[i];
+  }
+}
+
+// `count` elements from p, zeros beyond.
+template <class T>
+RGFAST_INLINE typename Simd<T>::Vec load_some(const T* p, long long count) {
+  if (count >= Simd<T>::lanes) return load(p);
+  T part[Simd<T>::lanes] = {};
+  for (long long i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+}
+
+// Copies the lower triangles of one group into lanes; returns the lanes that hold NaN or infinity, which
+// are zeroed, and writes each lane's largest magnitude.
+template <class T>
+inline unsigned pack_lanes(const spectrum::EigenTask<T>& task, const long long* offsets, T* packed,
+                           T* largest) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  const long long n = task.n;
+  const V limit = broadcast(Range<T>::largest);
+  V top{};
+  auto good = less_equal(V{}, V{});
+  const auto put = [&](long long i, long long j, V a) __attribute__((always_inline)) {
+    const V size = abs(a);
+    good = both(good, less_equal(size, limit));
+    top = max(top, size);
+    store(lane_column(packed, n, j) + i * L, a);
+  };
+  V part[L];
+  if (task.column_stride == 1) {
+    for (long long i = 0; i < n; ++i)
+      for (long long j = 0; j <= i; j += L) {
+        // To the end of the row, which may be past the diagonal, and not past the matrix.
+        const T* const from = task.a + i * task.row_stride + j;
+        for (int lane = 0; lane < L; ++lane) part[lane] = load_some(from + offsets[lane], n - j);
+        transpose<T>(part);
+        for (long long c = 0; c < L && j + c <= i; ++c) put(i, j + c, part[c]);
+      }
+  } else if (task.row_stride == 1) {
+    for (long long j = 0; j < n; ++j)
+      for (long long i = j; i < n; i += L) {
+        const T* const from = task.a + j * task.column_stride + i;
+        for (int lane = 0; lane < L; ++lane) part[lane] = load_some(from + offsets[lane], n - i);
+        transpose<T>(part);
+        for (long long r = 0; r < L && i + r < n; ++r) put(i + r, j, part[r]);
+      }
+  } else {
+    for (long long i = 0; i < n; ++i)
+      for (long long j = 0; j <= i; ++j)
+        put(i, j, gather(task.a + i * task.row_stride + j * task.column_stride, offsets));
+  }
+  const unsigned bad = ((1U << L) - 1U) & ~bits(good);
+  if (bad != 0) {
+    for (long long i = 0; i < n * (n + 1) / 2; ++i)
+      store(packed + i * L, select(good, load(packed + i * L), V{}));
+    top = select(good, top, V{});
+  }
+  store(largest, top);
+  return bad;
+}
+
+}  // namespace RGFAST_NS
+}  // namespace rgfast
+
+#undef RGFAST_ZIP
