@@ -72,7 +72,8 @@ def test_an_isa_that_cannot_run_is_refused_by_name() -> None:
 def test_the_pool_computes_the_same_on_any_number_of_threads() -> None:
     want = [i * i for i in range(1000)]
     for threads in (1, 2, 3, 16):
-        assert native.load().pool_squares(1000, threads) == want
+        for lengthy in (False, True):
+            assert native.load().pool_squares(1000, threads, lengthy=lengthy) == want
     assert native.load().pool_squares(0, 4) == []
 
 
@@ -81,11 +82,12 @@ def test_the_pool_refuses_no_threads() -> None:
         native.load().pool_squares(3, 0)
 
 
+@pytest.mark.parametrize("lengthy", [False, True])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_an_exception_of_a_task_arrives_and_the_pool_survives(threads: int) -> None:
+def test_an_exception_of_a_task_arrives_and_the_pool_survives(threads: int, lengthy: bool) -> None:
     module = native.load()
     with pytest.raises(RuntimeError, match="task 7 failed"):
-        module.pool_squares(50, threads, fail_at=7)
+        module.pool_squares(50, threads, fail_at=7, lengthy=lengthy)
     assert module.pool_squares(5, threads) == [0, 1, 4, 9, 16]
 
 
@@ -95,7 +97,7 @@ def test_several_python_threads_may_call_at_once() -> None:
     results: list[bool] = []
 
     def call() -> None:
-        results.extend(module.pool_squares(500, 4) == want for _ in range(20))
+        results.extend(module.pool_squares(500, 4, lengthy=round % 2 == 1) == want for round in range(20))
 
     callers = [threading.Thread(target=call) for _ in range(6)]
     for caller in callers:
@@ -112,22 +114,24 @@ import os
 import warnings
 
 warnings.simplefilter("ignore")  # Python warns of fork beside threads, which is what this is about
+import torch
 from rgfast import native
 
 module = native.load()
 want = [i * i for i in range(100)]
-assert module.pool_squares(100, 4) == want
+torch.set_num_threads(4)
+torch.ones(300, 300) @ torch.ones(300, 300)  # OpenMP now has threads that a child lacks
 for _ in range(3):
     child = os.fork()
     if child == 0:
-        good = module.pool_squares(100, 4) == want
+        good = module.pool_squares(100, 4, lengthy=True) == want and module.pool_squares(100, 4) == want
         grandchild = os.fork()
         if grandchild == 0:
             os._exit(0 if module.pool_squares(100, 2) == want else 1)
         good = good and os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 0
         os._exit(0 if good else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert module.pool_squares(100, 4) == want
+assert module.pool_squares(100, 4, lengthy=True) == want and module.pool_squares(100, 4) == want
 print("done")
 """
     done = run_python(code)

@@ -33,20 +33,21 @@ void register_runtime(py::module_& m) {
       "Force an instruction set for the process; an empty name undoes it.");
   m.def(
       "pool_squares",
-      [](std::int64_t count, int threads, std::int64_t fail_at) {
+      [](std::int64_t count, int threads, std::int64_t fail_at, bool lengthy) {
         std::vector<std::int64_t> squares(static_cast<std::size_t>(std::max<std::int64_t>(count, 0)));
         checked_threads(threads);
         {
           const py::gil_scoped_release release;
-          parallel_for(count, threads, [&](std::int64_t index, int) {
+          parallel_for(count, threads, lengthy, [&](std::int64_t index, int) {
             if (index == fail_at) throw std::runtime_error("task " + std::to_string(index) + " failed");
             squares[static_cast<std::size_t>(index)] = index * index;
           });
         }
         return squares;
       },
-      py::arg("count"), py::arg("threads"), py::arg("fail_at") = -1,
-      "Squares of 0..count-1 from the thread pool; task `fail_at` throws. For tests of the pool.");
+      py::arg("count"), py::arg("threads"), py::arg("fail_at") = -1, py::arg("lengthy") = false,
+      "Squares of 0..count-1 from the thread pool; task `fail_at` throws. For tests of the pool, or "
+      "where\n`lengthy` of the threads of OpenMP.");
 }
 
 }  // namespace rgfast::bind

@@ -9,6 +9,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -38,12 +39,46 @@ struct Job {
 
 thread_local bool inside_task = false;
 
+// The entry point of GNU OpenMP's thread team: body(data) on each of `threads` threads, then a barrier.
+using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child does not have the team's threads, and OpenMP would wait for them.
+std::atomic<bool> forked{false};
+
+// The team that the process has already (PyTorch brings it), or null. It is found, not linked: a second copy
+// of OpenMP would bring threads of its own.
+Team team() {
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+#else
+Team team() { return nullptr; }
+#endif
+
+struct Shared {
+  Job& job;
+  std::atomic<int> next_slot{0};
+};
+
 class Pool {
  public:
   // False where another thread has the pool.
-  bool run(Job& job, int threads) {
+  bool run(Job& job, int threads, bool lengthy) {
     const std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
+    if (const Team borrowed = lengthy ? team() : nullptr) {
+      Shared shared{job};
+      borrowed(
+          [](void* data) {
+            Shared& all = *static_cast<Shared*>(data);
+            inside_task = true;
+            all.job.work(all.next_slot.fetch_add(1));
+            inside_task = false;
+          },
+          &shared, static_cast<unsigned>(threads), 0);
+      return true;
+    }
     grow(threads - 1);
     {
       const std::lock_guard<std::mutex> lock(state_);
@@ -108,16 +143,18 @@ std::atomic<Pool*> current{nullptr};
 #if defined(__unix__) || defined(__APPLE__)
 // The child has none of the helpers, and the locks may have been held by threads that it does not have
 // either: the old pool is left as it is.
-void forget_pool() { current.store(nullptr, std::memory_order_relaxed); }
+void forget_pool() {
+  current.store(nullptr, std::memory_order_relaxed);
+  forked.store(true, std::memory_order_relaxed);
+}
+
+// When the module is loaded, not at the first loop: the parent may have used OpenMP by itself.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, forget_pool);
 #endif
 
 Pool& pool() {
   Pool* found = current.load(std::memory_order_acquire);
   if (found != nullptr) return *found;
-#if defined(__unix__) || defined(__APPLE__)
-  static std::atomic<bool> registered{false};
-  if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, forget_pool);
-#endif
   Pool* fresh = new Pool;
   if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
   delete fresh;
@@ -126,11 +163,11 @@ Pool& pool() {
 
 }  // namespace
 
-void run_tasks(std::int64_t count, int threads, Task task, void* context) {
+void run_tasks(std::int64_t count, int threads, bool lengthy, Task task, void* context) {
   if (count <= 0) return;
   Job job(task, context, count);
   threads = static_cast<int>(std::min<std::int64_t>(threads, count));
-  if (threads <= 1 || inside_task || !pool().run(job, threads)) {
+  if (threads <= 1 || inside_task || !pool().run(job, threads, lengthy)) {
     const bool outer = inside_task;
     inside_task = true;
     job.work(0);

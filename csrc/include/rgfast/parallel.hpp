@@ -1,4 +1,4 @@
-// A small persistent pool of parked threads.
+// Loops over the threads of a small persistent pool, parked between calls.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,15 @@ namespace rgfast {
 
 namespace detail {
 using Task = void (*)(void* context, std::int64_t index, int slot);
-void run_tasks(std::int64_t count, int threads, Task task, void* context);
+void run_tasks(std::int64_t count, int threads, bool lengthy, Task task, void* context);
+
+template <class Body>
+void loop(std::int64_t count, int threads, bool lengthy, Body& body) {
+  run_tasks(
+      count, threads, lengthy,
+      [](void* context, std::int64_t index, int slot) { (*static_cast<Body*>(context))(index, slot); },
+      const_cast<std::remove_const_t<Body>*>(&body));
+}
 }  // namespace detail
 
 // Calls body(index, slot) once for every index in [0, count) on up to `threads` threads, the caller's among
@@ -22,11 +30,16 @@ void run_tasks(std::int64_t count, int threads, Task task, void* context);
 // of its own on its first call.
 template <class Body>
 void parallel_for(std::int64_t count, int threads, Body&& body) {
-  using Held = std::remove_reference_t<Body>;
-  detail::run_tasks(
-      count, threads,
-      [](void* context, std::int64_t index, int slot) { (*static_cast<Held*>(context))(index, slot); },
-      const_cast<std::remove_const_t<Held>*>(&body));
+  detail::loop(count, threads, false, body);
+}
+
+// The same for loops of half a millisecond and more where `lengthy`, on the threads of the OpenMP that the
+// process already has, if it has one (PyTorch brings one). After every parallel loop of the library those
+// spin for milliseconds on the cores that the pool needs, unless they are given this work. A short loop on
+// a busy machine would wait longer for them to be scheduled than it takes.
+template <class Body>
+void parallel_for(std::int64_t count, int threads, bool lengthy, Body&& body) {
+  detail::loop(count, threads, lengthy, body);
 }
 
 }  // namespace rgfast
