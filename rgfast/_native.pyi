@@ -36,6 +36,7 @@ def residual_mlp_forward(
     activation: int,
     scale: float,
     eps: float,
+    mixed: int,
     y: int,
     threads: int,
 ) -> None: ...
@@ -55,6 +56,7 @@ def residual_mlp_backward(
     activation: int,
     scale: float,
     eps: float,
+    mixed: int,
     dy: int,
     dx: int,
     dw1: int,
@@ -63,6 +65,27 @@ def residual_mlp_backward(
     db2: int,
     d_norm_weight: int,
     d_norm_bias: int,
+    threads: int,
+) -> None: ...
+def residual_stack_floats(width: int, hidden: list[int], addresses: list[int], rows_in_all: int) -> int: ...
+def residual_stack_pack(
+    width: int, hidden: list[int], addresses: list[int], rows_in_all: int, packed: int, threads: int
+) -> None: ...
+def residual_stack_forward(
+    rows: int,
+    rows_in_all: int,
+    width: int,
+    hidden: list[int],
+    addresses: list[int],
+    norm: int,
+    activation: int,
+    scale: float,
+    eps: float,
+    packed: int,
+    x: int,
+    x_stride: int,
+    outputs: int,
+    step: int,
     threads: int,
 ) -> None: ...
 def residual_mlp_activation(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,10 @@ from torch import Tensor, nn
 
 from rgfast.files import write_atomically
 from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.ops.residual_mlp.api import ACTIVATIONS as ACTIVATIONS
+from rgfast.ops.residual_mlp.api import NORMS as NORMS
+from rgfast.ops.residual_mlp.api import Across
+from rgfast.ops.residual_mlp.api import Activation as Activation
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["MaskedTokenModel", "ResidualStack"]
@@ -33,19 +36,10 @@ __all__ = ["MaskedTokenModel", "ResidualStack"]
 Mixing = Literal["mixer", "flat", "none"]
 ModelMixing = Literal["mixer", "flat", "window", "none"]
 Norm = Literal["layer", "rms"] | None
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
 
 MIXINGS = ("mixer", "flat", "none")
 MODEL_MIXINGS = ("mixer", "flat", "window", "none")
-NORMS = ("layer", "rms", None)
 EPS = 1e-5
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> nn.Parameter:
@@ -95,6 +89,8 @@ class _MLP(nn.Module):
 class FeatureMLP(_MLP):
     """x + MLP_D(norm(x)) on the last dimension: the op ``residual_mlp``."""
 
+    across: Across = "features"
+
     def forward(self, x: Tensor) -> Tensor:
         return residual_mlp(
             x,
@@ -107,16 +103,14 @@ class FeatureMLP(_MLP):
             norm_bias=self.norm.bias,
             activation=self.activation,
             eps=EPS,
+            across=self.across,
         )
 
 
-class PositionMLP(_MLP):
+class PositionMLP(FeatureMLP):
     """x + MLP_T(norm(x)) across positions: the norm is over features, the MLP over T."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(x).transpose(-1, -2)  # [B, D, T]
-        h = ACTIVATIONS[self.activation](F.linear(z, self.w1, self.b1))
-        return x + F.linear(h, self.w2, self.b2).transpose(-1, -2)
+    across: Across = "positions"
 
 
 class FlatMLP(FeatureMLP):

@@ -1,6 +1,9 @@
 #include "kernels/residual_mlp.hpp"
 
+#include <pybind11/stl.h>
+
 #include <string>
+#include <vector>
 
 #include "bind/register.hpp"
 
@@ -28,7 +31,10 @@ int code(int value, int most, const char* name) {
 Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x,
             std::int64_t x_stride, std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
             std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-            float eps) {
+            float eps, std::int64_t mixed) {
+  if (mixed < 0 || (mixed > 0 && rows % mixed != 0))
+    throw std::invalid_argument("mixed must be 0 or divide rows, got " + std::to_string(mixed) + " and " +
+                                std::to_string(rows));
   if (rows < 0 || width < 1 || hidden < 1)
     throw std::invalid_argument("rows, width and hidden must be at least 0, 1 and 1, got " +
                                 std::to_string(rows) + ", " + std::to_string(width) + " and " +
@@ -49,7 +55,29 @@ Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uin
                static_cast<Norm>(code(norm, 2, "norm")),
                static_cast<Activation>(code(activation, 4, "activation")),
                scale,
-               eps};
+               eps,
+               mixed};
+}
+
+// A stack's blocks, from six addresses for each: w1, b1, w2, b2, norm_weight, norm_bias.
+std::vector<Block> blocks(std::int64_t rows, std::int64_t width, const std::vector<std::int64_t>& hidden,
+                          const std::vector<std::uintptr_t>& addresses, int norm, int activation, float scale,
+                          float eps) {
+  if (hidden.empty() || addresses.size() != 6 * hidden.size())
+    throw std::invalid_argument("addresses must be six for each of at least one block, got " +
+                                std::to_string(addresses.size()) + " for " + std::to_string(hidden.size()));
+  std::vector<Block> found;
+  for (std::size_t l = 0; l < hidden.size(); ++l) {
+    const std::uintptr_t* const at = addresses.data() + 6 * l;
+    found.push_back(block(0, width, hidden[l], 0, width, at[0], at[1], at[2], at[3], at[4], at[5], norm,
+                          activation, scale, eps, 0));
+  }
+  found.front().rows = rows;
+  return found;
+}
+
+residual_mlp::Stack stack_of(const std::vector<Block>& found, std::int64_t rows_in_all) {
+  return {found.data(), static_cast<std::int64_t>(found.size()), rows_in_all};
 }
 
 }  // namespace
@@ -60,9 +88,9 @@ void register_residual_mlp(py::module_& m) {
       [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
          std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::uintptr_t y, int threads) {
+         float eps, std::int64_t mixed, std::uintptr_t y, int threads) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps);
+                                  norm, activation, scale, eps, mixed);
         if (y == 0 && rows > 0) throw std::invalid_argument("y must not be null");
         checked_threads(threads);
         const py::gil_scoped_release release;
@@ -74,11 +102,11 @@ void register_residual_mlp(py::module_& m) {
       [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
          std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dw1, std::uintptr_t db1,
-         std::uintptr_t dw2, std::uintptr_t db2, std::uintptr_t d_norm_weight, std::uintptr_t d_norm_bias,
-         int threads) {
+         float eps, std::int64_t mixed, std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dw1,
+         std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2, std::uintptr_t d_norm_weight,
+         std::uintptr_t d_norm_bias, int threads) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps);
+                                  norm, activation, scale, eps, mixed);
         if (dy == 0 && rows > 0) throw std::invalid_argument("dy must not be null");
         checked_threads(threads);
         const py::gil_scoped_release release;
@@ -88,6 +116,47 @@ void register_residual_mlp(py::module_& m) {
                                threads);
       },
       "The gradients of the residual block, each unless its address is 0.");
+  m.def(
+      "residual_stack_floats",
+      [](std::int64_t width, const std::vector<std::int64_t>& hidden,
+         const std::vector<std::uintptr_t>& addresses, std::int64_t rows_in_all) {
+        const auto found = blocks(0, width, hidden, addresses, 0, 0, 1.0f, 0.0f);
+        return residual_mlp::stack_floats(stack_of(found, rows_in_all));
+      },
+      "How many floats residual_stack_pack writes.");
+  m.def(
+      "residual_stack_pack",
+      [](std::int64_t width, const std::vector<std::int64_t>& hidden,
+         const std::vector<std::uintptr_t>& addresses, std::int64_t rows_in_all, std::uintptr_t packed,
+         int threads) {
+        const auto found = blocks(0, width, hidden, addresses, 0, 0, 1.0f, 0.0f);
+        if (packed == 0) throw std::invalid_argument("packed must not be null");
+        checked_threads(threads);
+        const py::gil_scoped_release release;
+        residual_mlp::stack_pack(stack_of(found, rows_in_all), output(packed), threads);
+      },
+      "The weights of a stack as its products read them.");
+  m.def(
+      "residual_stack_forward",
+      [](std::int64_t rows, std::int64_t rows_in_all, std::int64_t width,
+         const std::vector<std::int64_t>& hidden, const std::vector<std::uintptr_t>& addresses, int norm,
+         int activation, float scale, float eps, std::uintptr_t packed, std::uintptr_t x,
+         std::int64_t x_stride, std::uintptr_t outputs, std::int64_t step, int threads) {
+        auto found = blocks(rows, width, hidden, addresses, norm, activation, scale, eps);
+        if (rows > 0 && (x == 0 || outputs == 0))
+          throw std::invalid_argument("x and outputs must not be null");
+        if (step != 0 && step < rows * width)
+          throw std::invalid_argument("step must be 0 or hold an output, got " + std::to_string(step));
+        checked_threads(threads);
+        found.front().x = input(x);
+        found.front().x_stride = x_stride;
+        const py::gil_scoped_release release;
+        residual_mlp::stack_forward(stack_of(found, rows_in_all), input(packed), output(outputs), step,
+                                    threads);
+      },
+      "Blocks one after the other; the output of block l lies `step` floats after that of the one before, "
+      "or\n"
+      "with a step of 0 the last one's alone is left.");
   m.def(
       "residual_mlp_activation",
       [](int activation, std::int64_t count, std::uintptr_t values_in, std::uintptr_t values,

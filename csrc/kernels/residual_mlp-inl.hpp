@@ -43,10 +43,11 @@ static void row_moments(const float* x, std::int64_t width, residual_mlp::Norm n
 template <class Place>
 static inline void normalise_row(const residual_mlp::Block& block, const float* x, float shift, float factor,
                                  const Place& place) {
+  const std::int64_t width = residual_mlp::normed_width(block);
   const Vec center = splat(shift);
   const Vec gain = splat(factor);
-  for (std::int64_t k = 0; k < block.width; k += kLanes) {
-    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+  for (std::int64_t k = 0; k < width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, width - k));
     Vec v = (load_first(x + k, live) - center) * gain;
     if (block.norm_weight != nullptr) v = v * load_first(block.norm_weight + k, live);
     if (block.norm_bias != nullptr) v = v + load_first(block.norm_bias + k, live);
@@ -65,21 +66,98 @@ struct InARow {
   float* operator()(std::int64_t k) const { return row + k; }
 };
 
-// Rows [row0, row0 + rows) of norm(x), into column blocks of `capacity` rows; what was subtracted from each
-// row and the factor then applied, unless null, into `shifts` and `factors`.
-static void normalise(const residual_mlp::Block& block, std::int64_t row0, std::int64_t rows,
-                      std::int64_t capacity, float* out, float* shifts, float* factors) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const float* x = block.x + (row0 + r) * block.x_stride;
-    float shift = 0.0f;
-    float factor = 1.0f;
-    if (block.norm != residual_mlp::Norm::none)
-      row_moments(x, block.width, block.norm, block.eps, shift, factor);
-    if (shifts != nullptr) {
-      shifts[r] = shift;
-      factors[r] = factor;
+// One row of x normalised into place; what was subtracted from it and the factor then applied into *shift and
+// *factor unless null.
+template <class Place>
+static inline void normalise_one(const residual_mlp::Block& block, const float* x, const Place& place,
+                                 float* shift_out, float* factor_out) {
+  float shift = 0.0f;
+  float factor = 1.0f;
+  if (block.norm != residual_mlp::Norm::none)
+    row_moments(x, residual_mlp::normed_width(block), block.norm, block.eps, shift, factor);
+  if (shift_out != nullptr) {
+    *shift_out = shift;
+    *factor_out = factor;
+  }
+  normalise_row(block, x, shift, factor, place);
+}
+
+// A mixing block multiplies across positions: its rows are features, and what it reads is
+// x[position][feature] flipped, by way of a stage of one sequence, [position][stage_stride].
+static std::int64_t stage_stride(const residual_mlp::Block& block) {
+  return (block.mixed + kLanes - 1) / kLanes * kLanes;
+}
+
+static std::int64_t stage_floats(const residual_mlp::Block& block) {
+  return block.mixed > 0 ? block.width * stage_stride(block) : 0;
+}
+
+struct InFlippedBlocks {
+  float* first;
+  std::int64_t block_floats;
+  float* operator()(std::int64_t row, std::int64_t k) const {
+    return first + k / kBlock * block_floats + row * kStride + k % kBlock;
+  }
+};
+
+// place(column, row) becomes source[row * stride + column]; whole vectors along rows are written.
+template <class Place>
+static void flip(const float* source, std::int64_t stride, std::int64_t rows, std::int64_t columns,
+                 const Place& place) {
+  for (std::int64_t r = 0; r < rows; r += kLanes) {
+    const std::int64_t live_rows = std::min<std::int64_t>(kLanes, rows - r);
+    for (std::int64_t c = 0; c < columns; c += kLanes) {
+      const int live = static_cast<int>(std::min<std::int64_t>(kLanes, columns - c));
+      const float* from = source + r * stride + c;
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = i < live_rows ? load_first(from + i * stride, live) : splat(0.0f);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < live) store(place(c + i, r), square[i]);
     }
-    normalise_row(block, x, shift, factor, InColumnBlocks{out + r * kStride, capacity * kStride});
+  }
+}
+
+struct InStage {
+  float* stage;
+  std::int64_t stride;
+  float* operator()(std::int64_t position, std::int64_t feature) const {
+    return stage + position * stride + feature;
+  }
+};
+
+// The rows of one sequence, out of column blocks, onto the stage.
+static void flip_back(const residual_mlp::Block& block, const float* rows, std::int64_t block_floats,
+                      float* stage) {
+  const std::int64_t stride = stage_stride(block);
+  for (std::int64_t t = 0; t < block.width; t += kBlock)
+    flip(rows + t / kBlock * block_floats, kStride, block.mixed,
+         std::min<std::int64_t>(kBlock, block.width - t), InStage{stage + t * stride, stride});
+}
+
+// Rows [row0, row0 + rows) of what the MLP reads, into column blocks of `capacity` rows; `shifts` and
+// `factors`, by row of x, unless null. `stage` is for mixing blocks alone.
+static void normalise(const residual_mlp::Block& block, std::int64_t row0, std::int64_t rows,
+                      std::int64_t capacity, float* out, float* shifts, float* factors, float* stage) {
+  if (block.mixed == 0) {
+    for (std::int64_t r = 0; r < rows; ++r)
+      normalise_one(block, block.x + (row0 + r) * block.x_stride,
+                    InColumnBlocks{out + r * kStride, capacity * kStride},
+                    shifts != nullptr ? shifts + r : nullptr, factors + (factors != nullptr ? r : 0));
+    return;
+  }
+  const std::int64_t stride = stage_stride(block);
+  for (std::int64_t r = 0; r < rows; r += block.mixed) {
+    const float* x = block.x + (row0 + r) * block.width;
+    const std::int64_t first = r / block.mixed * block.width;
+    for (std::int64_t t = 0; t < block.width; ++t)
+      normalise_one(block, x + t * block.mixed, InARow{stage + t * stride},
+                    shifts != nullptr ? shifts + first + t : nullptr,
+                    factors + (factors != nullptr ? first + t : 0));
+    flip(stage, stride, block.width, block.mixed, InFlippedBlocks{out + r * kStride, capacity * kStride});
   }
 }
 
@@ -105,6 +183,26 @@ static void finish_block(const residual_mlp::Block& block, const float* z, std::
       const Vec x = load_first(block.x + (row + r) * block.x_stride + k, live);
       store_first(y + (row + r) * block.width + k, fma(scale, update, x), live);
     }
+}
+
+// The same for a mixing block, whose sums are those of `rows` features: they are flipped back first.
+static void finish_mixed(const residual_mlp::Block& block, const float* sums, std::int64_t row0,
+                         std::int64_t rows, std::int64_t block_floats, const float* bias, float* stage,
+                         float* y) {
+  const std::int64_t stride = stage_stride(block);
+  const Vec scale = splat(block.scale);
+  for (std::int64_t r = 0; r < rows; r += block.mixed) {
+    flip_back(block, sums + r * kStride, block_floats, stage);
+    for (std::int64_t t = 0; t < block.width; ++t) {
+      const std::int64_t at = (row0 + r) * block.width + t * block.mixed;
+      const Vec shift = splat(bias[t]);
+      for (std::int64_t k = 0; k < block.mixed; k += kLanes) {
+        const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.mixed - k));
+        const Vec update = load(stage + t * stride + k) + shift;
+        store_first(y + at + k, fma(scale, update, load_first(block.x + at + k, live)), live);
+      }
+    }
+  }
 }
 
 static std::int64_t panels(std::int64_t columns) { return (columns + kPanel - 1) / kPanel; }
@@ -182,7 +280,7 @@ static void shared_task(const residual_mlp::Block& block, bool whole, std::int64
 static std::int64_t column_blocks(std::int64_t width) { return (width + kBlock - 1) / kBlock; }
 
 static std::int64_t forward_floats(const residual_mlp::Block& block, std::int64_t capacity) {
-  return (2 * column_blocks(block.width) + 1) * capacity * kStride + kBlock * kPanel;
+  return (2 * column_blocks(block.width) + 1) * capacity * kStride + kBlock * kPanel + stage_floats(block);
 }
 
 template <class Activation>
@@ -193,7 +291,8 @@ static void forward_rows(const residual_mlp::Block& block, Shared shared, std::i
   float* sums = normed + column_blocks(block.width) * block_floats;
   float* h = sums + column_blocks(block.width) * block_floats;
   shared.w1.scratch = shared.w2.scratch = h + block_floats;
-  normalise(block, row0, rows, capacity, normed, nullptr, nullptr);
+  float* stage = h + block_floats + kBlock * kPanel;
+  normalise(block, row0, rows, capacity, normed, nullptr, nullptr, stage);
   const Groups groups(rows);
   for (std::int64_t h0 = 0; h0 < block.hidden; h0 += kBlock) {
     const std::int64_t units = std::min<std::int64_t>(kBlock, block.hidden - h0);
@@ -223,11 +322,12 @@ static void forward_rows(const residual_mlp::Block& block, Shared shared, std::i
         const std::int64_t size = groups.size(g);
         float* out = sums + j / kBlock * block_floats + r * kStride + j % kBlock;
         multiply_group(size, columns, h + r * kStride, panel, units, out, h0 > 0);
-        if (last) finish_block(block, out, row0 + r, size, j, shared.b2, y);
+        if (last && block.mixed == 0) finish_block(block, out, row0 + r, size, j, shared.b2, y);
         r += size;
       }
     }
   }
+  if (block.mixed > 0) finish_mixed(block, sums, row0, rows, block_floats, shared.b2, stage, y);
 }
 
 static void forward_tile(const residual_mlp::Block& block, bool whole, float* memory, std::int64_t row0,

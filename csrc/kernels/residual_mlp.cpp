@@ -59,6 +59,11 @@ class Workspace {
   float* memory_ = nullptr;
 };
 
+// Whether the products of so many elements of x take long enough for threads that may first have to be woken.
+bool lengthy(std::int64_t elements, std::int64_t hidden) {
+  return elements * hidden >= std::int64_t{1} << 25;
+}
+
 std::int64_t aligned(std::int64_t floats) { return (floats + 15) / 16 * 16; }
 
 struct Kernels {
@@ -126,6 +131,11 @@ std::int64_t tile_rows(std::int64_t rows, std::int64_t most, int threads) {
   return (share + tiles - 1) / tiles;
 }
 
+// `rows` up to whole sequences where the block mixes their positions.
+std::int64_t whole_sequences(const Block& block, std::int64_t rows) {
+  return block.mixed > 0 ? (rows + block.mixed - 1) / block.mixed * block.mixed : rows;
+}
+
 }  // namespace
 
 // Up to this many rows weights are read as they lie: wide ones cost more to pack. The bits of a row change
@@ -133,6 +143,10 @@ std::int64_t tile_rows(std::int64_t rows, std::int64_t most, int threads) {
 constexpr std::int64_t kFewRows = 16;
 constexpr std::int64_t kFewRowsOfWide = 48;
 constexpr std::int64_t kWide = 128;
+
+bool few(const Block& block, std::int64_t rows) {
+  return block.mixed == 0 && rows <= (block.width < kWide ? kFewRows : kFewRowsOfWide);
+}
 
 void forward_few(const Kernels& kernels, const Block& block, float* y, int threads) {
   const Workspace workspace(kernels.few_floats(block));
@@ -156,11 +170,10 @@ void forward_few(const Kernels& kernels, const Block& block, float* y, int threa
 void forward(const Block& block, float* y, int threads) {
   if (block.rows == 0) return;
   const Kernels kernels = active_kernels();
-  if (block.rows <= (block.width < kWide ? kFewRows : kFewRowsOfWide))
-    return forward_few(kernels, block, y, threads);
+  if (few(block, block.rows)) return forward_few(kernels, block, y, threads);
   const std::int64_t weights = 2 * block.width * block.hidden;
   const bool whole = weights <= (block.rows < 1024 ? kWholeWeights / 8 : kWholeWeights);
-  const std::int64_t capacity = tile_rows(block.rows, whole ? 196 : 392, threads);
+  const std::int64_t capacity = whole_sequences(block, tile_rows(block.rows, whole ? 196 : 392, threads));
   const std::int64_t tiles = (block.rows + capacity - 1) / capacity;
   const std::int64_t shared_floats = aligned(kernels.shared_floats(block, whole));
   const std::int64_t tile_floats = aligned(kernels.forward_floats(block, capacity));
@@ -170,12 +183,14 @@ void forward(const Block& block, float* y, int threads) {
   float* scratch = shared + shared_floats;
   const bool large = block.width * block.hidden > 1 << 15;
   parallel_for(kernels.shared_tasks(block, whole), large ? threads : 1,
+               lengthy(block.rows * block.width, block.hidden),
                [&](std::int64_t task, int) { kernels.shared_task(block, whole, task, shared); });
-  parallel_for(tiles, slots, [&](std::int64_t tile, int slot) {
-    const std::int64_t row0 = tile * capacity;
-    kernels.forward_tile(block, whole, shared, row0, std::min(capacity, block.rows - row0), capacity,
-                         scratch + slot * tile_floats, y);
-  });
+  parallel_for(tiles, slots, lengthy(block.rows * block.width, block.hidden),
+               [&](std::int64_t tile, int slot) {
+                 const std::int64_t row0 = tile * capacity;
+                 kernels.forward_tile(block, whole, shared, row0, std::min(capacity, block.rows - row0),
+                                      capacity, scratch + slot * tile_floats, y);
+               });
 }
 
 void backward(const Block& block, const float* dy, const Gradients& gradients, int threads) {
@@ -183,10 +198,11 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
   const std::int64_t partial_floats = aligned(kernels.partial_floats(block));
   // Chunks and tiles follow from the shape, never from the threads: they decide in which order rows add up.
   const std::int64_t most_chunks = std::clamp<std::int64_t>((std::int64_t{1} << 23) / partial_floats, 2, 8);
-  const std::int64_t chunk_rows = std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 128);
+  const std::int64_t chunk_rows =
+      whole_sequences(block, std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 128));
   const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + chunk_rows - 1) / chunk_rows);
   const std::int64_t capacity =
-      tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 256, 1);
+      whole_sequences(block, tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 256, 1));
   const std::int64_t tile_floats = aligned(kernels.backward_floats(block, capacity));
   const int slots = static_cast<int>(std::min<std::int64_t>(threads, chunks));
   const bool whole = chunks > 1 && 3 * block.width * block.hidden <= kWholeWeights;
@@ -201,12 +217,14 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
     parallel_for(kernels.weights_tasks(block), block.width * block.hidden > 1 << 15 ? threads : 1,
                  [&](std::int64_t task, int) { kernels.weights_task(block, task, packed); });
   const bool weights = gradients.w1 != nullptr || gradients.w2 != nullptr;
-  parallel_for(chunks, slots, [&](std::int64_t chunk, int slot) {
-    const std::int64_t row0 = chunk * chunk_rows;
-    kernels.backward_chunk(block, packed, dy, weights, row0, std::min(block.rows, row0 + chunk_rows),
-                           capacity, scratch + slot * tile_floats, partials + chunk * partial_floats,
-                           chunks == 1 ? gradients.w1 : nullptr, chunks == 1 ? gradients.w2 : nullptr, dx);
-  });
+  parallel_for(
+      chunks, slots, lengthy(block.rows * block.width, block.hidden), [&](std::int64_t chunk, int slot) {
+        const std::int64_t row0 = chunk * chunk_rows;
+        kernels.backward_chunk(block, packed, dy, weights, row0, std::min(block.rows, row0 + chunk_rows),
+                               capacity, scratch + slot * tile_floats, partials + chunk * partial_floats,
+                               chunks == 1 ? gradients.w1 : nullptr, chunks == 1 ? gradients.w2 : nullptr,
+                               dx);
+      });
   constexpr std::int64_t kPiece = 1 << 14;
   const std::int64_t elements = weights ? block.width * block.hidden : 1;
   const std::int64_t pieces = (elements + kPiece - 1) / kPiece;
@@ -215,6 +233,83 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
                  kernels.add_chunks(block, partials, chunks, partial_floats, piece * kPiece,
                                     std::min(elements, (piece + 1) * kPiece), gradients);
                });
+}
+
+std::int64_t stack_floats(const Stack& stack) {
+  const Kernels kernels = active_kernels();
+  std::int64_t total = 0;
+  for (std::int64_t l = 0; l < stack.depth; ++l)
+    if (!few(stack.blocks[l], stack.rows_in_all))
+      total += aligned(kernels.shared_floats(stack.blocks[l], true));
+  return total;
+}
+
+void stack_pack(const Stack& stack, float* packed, int threads) {
+  const Kernels kernels = active_kernels();
+  for (std::int64_t l = 0; l < stack.depth; ++l) {
+    const Block& block = stack.blocks[l];
+    if (few(block, stack.rows_in_all)) continue;
+    const bool large = block.width * block.hidden > 1 << 15;
+    parallel_for(kernels.shared_tasks(block, true), large ? threads : 1,
+                 [&](std::int64_t task, int) { kernels.shared_task(block, true, task, packed); });
+    packed += aligned(kernels.shared_floats(block, true));
+  }
+}
+
+void stack_few(const Kernels& kernels, const Stack& stack, float* outputs, std::int64_t step, int threads) {
+  Block block = stack.blocks[0];
+  const std::int64_t floats = block.rows * block.width;
+  const std::unique_ptr<float[]> turns(step == 0 ? new float[static_cast<std::size_t>(2 * floats)] : nullptr);
+  const Block first = block;
+  for (std::int64_t l = 0; l < stack.depth; ++l) {
+    const float* x = l == 0 ? first.x : block.x;
+    const std::int64_t x_stride = l == 0 ? first.x_stride : first.width;
+    block = stack.blocks[l];
+    block.rows = first.rows;
+    block.x = x;
+    block.x_stride = x_stride;
+    float* y = outputs + l * step;
+    if (step == 0 && l + 1 < stack.depth) y = turns.get() + l % 2 * floats;
+    forward_few(kernels, block, y, threads);
+    block.x = y;
+  }
+}
+
+void stack_forward(const Stack& stack, const float* packed, float* outputs, std::int64_t step, int threads) {
+  const Block& first = stack.blocks[0];
+  if (first.rows == 0) return;
+  const Kernels kernels = active_kernels();
+  if (few(first, stack.rows_in_all)) return stack_few(kernels, stack, outputs, step, threads);
+  const std::int64_t capacity = tile_rows(first.rows, 196, threads);
+  const std::int64_t tiles = (first.rows + capacity - 1) / capacity;
+  std::int64_t tile_floats = 0;
+  std::int64_t work = 0;
+  for (std::int64_t l = 0; l < stack.depth; ++l) {
+    tile_floats = std::max(tile_floats, aligned(kernels.forward_floats(stack.blocks[l], capacity)));
+    work += stack.blocks[l].hidden;
+  }
+  const int slots = static_cast<int>(std::min<std::int64_t>(threads, tiles));
+  const Workspace workspace(slots * tile_floats);
+  parallel_for(tiles, slots, lengthy(first.rows * first.width, work), [&](std::int64_t tile, int slot) {
+    const std::int64_t row0 = tile * capacity;
+    const float* x = first.x;
+    std::int64_t x_stride = first.x_stride;
+    // The kernels take the shared part as they write it, though a tile only reads.
+    float* weights = const_cast<float*>(packed);
+    for (std::int64_t l = 0; l < stack.depth; ++l) {
+      Block block = stack.blocks[l];
+      block.rows = first.rows;
+      block.x = x;
+      block.x_stride = x_stride;
+      float* y = outputs + l * step;
+      // In place is safe: a tile's rows are normalised before any of its outputs is written.
+      kernels.forward_tile(block, true, weights, row0, std::min(capacity, first.rows - row0), capacity,
+                           workspace.get() + slot * tile_floats, y);
+      weights += aligned(kernels.shared_floats(block, true));
+      x = y;
+      x_stride = block.width;
+    }
+  });
 }
 
 void activate(Activation activation, const float* input, float* values, float* slopes, std::int64_t count) {

@@ -8,26 +8,27 @@ namespace rgfast::RGFAST_NS {
 struct Partial {
   double* b1;           // [hidden]
   double* b2;           // [width]
-  double* norm_weight;  // [width]
-  double* norm_bias;    // [width]
+  double* norm_weight;  // [normed_width]
+  double* norm_bias;    // [normed_width]
   float* w1;            // [hidden][width]
   float* w2;            // [width][hidden]
 
   // The weights' gradients lie where they are wanted instead if there is only this chunk.
   Partial(const residual_mlp::Block& block, float* memory, float* w1_out, float* w2_out) {
-    const std::int64_t width = panels(block.width) * kPanel;
+    const std::int64_t normed = panels(residual_mlp::normed_width(block)) * kPanel;
     b1 = reinterpret_cast<double*>(memory);
     b2 = b1 + panels(block.hidden) * kPanel;
-    norm_weight = b2 + width;
-    norm_bias = norm_weight + width;
-    float* weights = reinterpret_cast<float*>(norm_bias + width);
+    norm_weight = b2 + panels(block.width) * kPanel;
+    norm_bias = norm_weight + normed;
+    float* weights = reinterpret_cast<float*>(norm_bias + normed);
     w1 = w1_out != nullptr ? w1_out : weights;
     w2 = w2_out != nullptr ? w2_out : weights + block.hidden * block.width;
   }
 };
 
 static std::int64_t partial_vectors(const residual_mlp::Block& block) {
-  return (panels(block.hidden) + 3 * panels(block.width)) * kPanel;
+  return (panels(block.hidden) + panels(block.width) + 2 * panels(residual_mlp::normed_width(block))) *
+         kPanel;
 }
 
 static std::int64_t partial_floats(const residual_mlp::Block& block) {
@@ -71,9 +72,15 @@ static void weights_task(const residual_mlp::Block& block, std::int64_t task, fl
   }
 }
 
+// How many rows of x the norm sees where the MLP sees `rows`.
+static std::int64_t normed_rows(const residual_mlp::Block& block, std::int64_t rows) {
+  return block.mixed > 0 ? rows / block.mixed * block.width : rows;
+}
+
 static std::int64_t backward_floats(const residual_mlp::Block& block, std::int64_t capacity) {
-  return (3 * column_blocks(block.width) + 2) * capacity * kStride + kBlock * kPanel + 2 * capacity +
-         2 * panels(block.width) * kPanel;
+  return (3 * column_blocks(block.width) + 2) * capacity * kStride + kBlock * kPanel +
+         2 * normed_rows(block, capacity) + 2 * panels(residual_mlp::normed_width(block)) * kPanel +
+         stage_floats(block);
 }
 
 // Column sums over rows are fp64 sums of fp32 sums of this many.
@@ -85,9 +92,13 @@ static inline void add_wide(double* sums, Vec v) {
   for (int i = 0; i < kLanes; ++i) sums[i] += static_cast<double>(lanes[i]);
 }
 
-// scale * dy into column blocks, and its column sums onto `sums`.
+// scale * dy into column blocks, and its column sums onto `sums`. `dy` is that of the tile's first row.
 static void scaled_gradient(const residual_mlp::Block& block, const float* dy, std::int64_t rows,
                             std::int64_t capacity, float* out, double* sums) {
+  if (block.mixed > 0)
+    for (std::int64_t r = 0; r < rows; r += block.mixed)
+      flip(dy + r * block.width, block.mixed, block.width, block.mixed,
+           InFlippedBlocks{out + r * kStride, capacity * kStride});
   const Vec scale = splat(block.scale);
   for (std::int64_t k = 0; k < block.width; k += kLanes) {
     const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
@@ -95,7 +106,9 @@ static void scaled_gradient(const residual_mlp::Block& block, const float* dy, s
     for (std::int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
       Vec sum = splat(0.0f);
       for (std::int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r) {
-        const Vec v = scale * load_first(dy + r * block.width + k, live);
+        const Vec given =
+            block.mixed > 0 ? load(to + r * kStride) : load_first(dy + r * block.width + k, live);
+        const Vec v = scale * given;
         store(to + r * kStride, v);
         sum = sum + v;
       }
@@ -130,13 +143,14 @@ static void activate_backward(float* u, float* dh, std::int64_t rows, std::int64
 static void normalise_backward(const residual_mlp::Block& block, const float* x, const float* dy,
                                const float* da, std::int64_t block_floats, float shift, float factor,
                                float* weight_sums, float* bias_sums, float* dx) {
+  const std::int64_t width = residual_mlp::normed_width(block);
   const Vec center = splat(shift);
   const Vec gain = splat(factor);
-  const float count = static_cast<float>(block.width);
+  const float count = static_cast<float>(width);
   Vec sum = splat(0.0f);
   Vec along = splat(0.0f);
-  for (std::int64_t k = 0; k < block.width; k += kLanes) {
-    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+  for (std::int64_t k = 0; k < width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, width - k));
     const Vec gradient = load(da + k / kBlock * block_floats + k % kBlock);  // zero beyond the width
     const Vec n = (load_first(x + k, live) - center) * gain;
     store(weight_sums + k, fma(gradient, n, load(weight_sums + k)));
@@ -150,8 +164,8 @@ static void normalise_backward(const residual_mlp::Block& block, const float* x,
   Vec slope = splat(0.0f);
   if (block.norm == residual_mlp::Norm::layer) mean = splat(lane_sum(sum) / count);
   if (block.norm != residual_mlp::Norm::none) slope = splat(lane_sum(along) / count);
-  for (std::int64_t k = 0; k < block.width; k += kLanes) {
-    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, block.width - k));
+  for (std::int64_t k = 0; k < width; k += kLanes) {
+    const int live = static_cast<int>(std::min<std::int64_t>(kLanes, width - k));
     const Vec gradient = load(da + k / kBlock * block_floats + k % kBlock);
     const Vec n = (load_first(x + k, live) - center) * gain;
     const Vec weighted =
@@ -177,6 +191,37 @@ static void outer_products(const float* a, std::int64_t a_columns, const float* 
   }
 }
 
+// dx of a tile's rows, and the sums that the norm's parameters get.
+static void gradient_of_rows(const residual_mlp::Block& block, const float* dy, std::int64_t row0,
+                             std::int64_t rows, std::int64_t capacity, const float* da, const float* shifts,
+                             const float* factors, float* sums, float* stage, const Partial& partial,
+                             float* dx) {
+  const std::int64_t width = residual_mlp::normed_width(block);
+  const std::int64_t padded = panels(width) * kPanel;
+  const std::int64_t first = normed_rows(block, row0);
+  const std::int64_t count = normed_rows(block, rows);
+  for (std::int64_t r0 = 0; r0 < count;) {
+    // A mixing block's rows lie on the stage a sequence at a time, so that sums end there.
+    const std::int64_t sequence = block.mixed > 0 ? r0 / block.width : 0;
+    const std::int64_t left = block.mixed > 0 ? (sequence + 1) * block.width : count;
+    const std::int64_t end = std::min(left, r0 + kSumRows);
+    if (block.mixed > 0 && r0 % block.width == 0)
+      flip_back(block, da + sequence * block.mixed * kStride, capacity * kStride, stage);
+    std::memset(sums, 0, static_cast<std::size_t>(2 * padded) * sizeof(float));
+    for (std::int64_t r = r0; r < end; ++r) {
+      const float* x = block.x + (first + r) * (block.mixed > 0 ? width : block.x_stride);
+      const bool staged = block.mixed > 0;
+      normalise_backward(block, x, dy + (first + r) * width,
+                         staged ? stage + r % block.width * stage_stride(block) : da + r * kStride,
+                         staged ? kBlock : capacity * kStride, shifts[r], factors[r], sums, sums + padded,
+                         dx + (first + r) * width);
+    }
+    for (std::int64_t k = 0; k < 2 * padded; k += kLanes)  // both sums, as they lie in a partial
+      add_wide(partial.norm_weight + k, load(sums + k));
+    r0 = end;
+  }
+}
+
 template <class Activation>
 static void backward_rows(const residual_mlp::Block& block, float* packed, const float* dy, bool parameters,
                           std::int64_t first_row, std::int64_t end_row, std::int64_t capacity,
@@ -190,8 +235,10 @@ static void backward_rows(const residual_mlp::Block& block, float* packed, const
   float* du = h + block_floats;
   float* scratch = du + block_floats;
   float* shifts = scratch + kBlock * kPanel;
-  float* factors = shifts + capacity;
-  float* sums = factors + capacity;
+  float* factors = shifts + normed_rows(block, capacity);
+  float* sums = factors + normed_rows(block, capacity);
+  const std::int64_t padded = panels(residual_mlp::normed_width(block)) * kPanel;
+  float* stage = sums + 2 * padded;
   const Partial partial(block, partial_memory, w1_out, w2_out);
   std::fill_n(partial.b1, partial_vectors(block), 0.0);
   if (first_row == end_row) {
@@ -203,7 +250,7 @@ static void backward_rows(const residual_mlp::Block& block, float* packed, const
     const std::int64_t rows = std::min(capacity, end_row - row0);
     const bool added = row0 > first_row;
     const Groups groups(rows);
-    normalise(block, row0, rows, capacity, normed, shifts, factors);
+    normalise(block, row0, rows, capacity, normed, shifts, factors, stage);
     scaled_gradient(block, dy + row0 * block.width, rows, capacity, dz, partial.b2);
     for (std::int64_t h0 = 0; h0 < block.hidden; h0 += kBlock) {
       const std::int64_t units = std::min<std::int64_t>(kBlock, block.hidden - h0);
@@ -234,16 +281,7 @@ static void backward_rows(const residual_mlp::Block& block, float* packed, const
                        added);
       }
     }
-    const std::int64_t padded = panels(block.width) * kPanel;
-    for (std::int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
-      std::memset(sums, 0, static_cast<std::size_t>(2 * padded) * sizeof(float));
-      for (std::int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r)
-        normalise_backward(block, block.x + (row0 + r) * block.x_stride, dy + (row0 + r) * block.width,
-                           da + r * kStride, block_floats, shifts[r], factors[r], sums, sums + padded,
-                           dx + (row0 + r) * block.width);
-      for (std::int64_t k = 0; k < 2 * padded; k += kLanes)  // both sums, as they lie in a partial
-        add_wide(partial.norm_weight + k, load(sums + k));
-    }
+    gradient_of_rows(block, dy, row0, rows, capacity, da, shifts, factors, sums, stage, partial, dx);
   }
 }
 
@@ -294,10 +332,11 @@ static void add_chunks(const residual_mlp::Block& block, const float* partials, 
   if (begin > 0) return;
   const double* const vectors[4] = {at.b1, at.b2, at.norm_weight, at.norm_bias};
   float* const outputs[4] = {gradients.b1, gradients.b2, gradients.norm_weight, gradients.norm_bias};
+  const std::int64_t normed = residual_mlp::normed_width(block);
+  const std::int64_t lengths[4] = {block.hidden, block.width, normed, normed};
   for (int i = 0; i < 4; ++i)
     if (outputs[i] != nullptr)
-      add_up<double>(reinterpret_cast<const float*>(vectors[i]), count, step,
-                     i == 0 ? block.hidden : block.width, outputs[i]);
+      add_up<double>(reinterpret_cast<const float*>(vectors[i]), count, step, lengths[i], outputs[i]);
 }
 
 }  // namespace rgfast::RGFAST_NS

@@ -82,14 +82,8 @@ static std::int64_t few_floats(const residual_mlp::Block& block) {
 
 static void few_normalise(const residual_mlp::Block& block, float* workspace) {
   const std::int64_t stride = few_stride(block.width);
-  for (std::int64_t r = 0; r < block.rows; ++r) {
-    const float* x = block.x + r * block.x_stride;
-    float shift = 0.0f;
-    float factor = 1.0f;
-    if (block.norm != residual_mlp::Norm::none)
-      row_moments(x, block.width, block.norm, block.eps, shift, factor);
-    normalise_row(block, x, shift, factor, InARow{workspace + r * stride});
-  }
+  for (std::int64_t r = 0; r < block.rows; ++r)
+    normalise_one(block, block.x + r * block.x_stride, InARow{workspace + r * stride}, nullptr, nullptr);
 }
 
 template <class Activation>

@@ -119,6 +119,75 @@ TEST(residual_mlp_gradients_do_not_depend_on_threads) {
       }
 }
 
+// A mixing block against the same MLP on rows that were flipped by hand; without a norm they are one thing.
+TEST(residual_mlp_mixing_is_the_block_on_flipped_rows) {
+  for (const std::int64_t features : {1, 5, 16, 33})
+    for (const std::int64_t length : {1, 12, 17, 258}) {
+      const std::int64_t sequences = 4;
+      const std::int64_t rows = sequences * features;
+      Case rowwise(rows, length, 2 * length + 1, true, Norm::none, Activation::relu);
+      Case mixing(rows, length, 2 * length + 1, true, Norm::none, Activation::relu);
+      const auto flipped = [&](const std::vector<float>& from, bool back) {
+        std::vector<float> to(from.size());
+        for (std::int64_t s = 0; s < sequences; ++s)
+          for (std::int64_t t = 0; t < length; ++t)
+            for (std::int64_t d = 0; d < features; ++d) {
+              const auto by_feature = static_cast<std::size_t>((s * features + d) * length + t);
+              const auto by_position = static_cast<std::size_t>((s * length + t) * features + d);
+              if (back)
+                to[by_feature] = from[by_position];
+              else
+                to[by_position] = from[by_feature];
+            }
+        return to;
+      };
+      mixing.x = flipped(rowwise.x, false);
+      mixing.block.x = mixing.x.data();
+      mixing.block.mixed = features;
+      mixing.block.norm_weight = nullptr;
+      mixing.block.norm_bias = nullptr;
+      rowwise.block.norm_weight = nullptr;
+      rowwise.block.norm_bias = nullptr;
+      mixing.weight.assign(static_cast<std::size_t>(features), 0.0f);
+      mixing.bias.assign(static_cast<std::size_t>(features), 0.0f);
+      CHECK(largest_difference(flipped(forward_of(mixing, 2), true), forward_of(rowwise, 2)) < 1e-4f);
+      const std::vector<float> dy = numbers(rows * length, 9);
+      const All one(mixing, flipped(dy, false), 1);
+      const All three(mixing, flipped(dy, false), 3);
+      const All plain(rowwise, dy, 2);
+      CHECK(largest_difference(one.w1, three.w1) == 0.0f);
+      CHECK(largest_difference(one.weight, three.weight) == 0.0f);
+      CHECK(largest_difference(flipped(one.x, true), plain.x) < 1e-4f);
+      CHECK(largest_difference(one.w1, plain.w1) < 1e-3f);
+      CHECK(largest_difference(one.w2, plain.w2) < 1e-3f);
+      CHECK(largest_difference(one.b2, plain.b2) < 1e-3f);
+    }
+}
+
+TEST(residual_mlp_stack_is_its_blocks_one_after_the_other) {
+  for (const std::int64_t rows : {0, 1, 16, 17, 300})
+    for (const std::int64_t width : {3, 64, 300}) {
+      const Case first(rows, width, 2 * width + 1, true, Norm::layer, Activation::gelu);
+      Case second(rows, width, width, false, Norm::layer, Activation::gelu);
+      const std::size_t floats = first.x.size();
+      std::vector<float> want(2 * floats, NAN);
+      forward(first.block, want.data(), 2);
+      second.block.x = want.data();
+      forward(second.block, want.data() + floats, 2);
+      const Block blocks[2] = {first.block, second.block};
+      const Stack stack{blocks, 2, rows};
+      std::vector<float> packed(static_cast<std::size_t>(stack_floats(stack)), NAN);
+      stack_pack(stack, packed.data(), 2);
+      std::vector<float> all(2 * floats, NAN);
+      stack_forward(stack, packed.data(), all.data(), static_cast<std::int64_t>(floats), 2);
+      CHECK(largest_difference(all, want) == 0.0f);
+      std::vector<float> last(floats, NAN);
+      stack_forward(stack, packed.data(), last.data(), 0, 3);
+      CHECK(largest_difference(last, std::vector<float>(want.begin() + static_cast<std::ptrdiff_t>(floats),
+                                                        want.end())) == 0.0f);
+    }
+}
+
 // The derivative along the gradient of y . dy with respect to w1, by a central difference.
 TEST(residual_mlp_gradient_is_the_slope) {
   Case with(40, 24, 50, true, Norm::layer, Activation::gelu);

@@ -16,13 +16,15 @@ from rgfast.ops.residual_mlp import native
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 from rgfast.validation import as_real_tensor, check_choice
 
-__all__ = ["OP", "Activation", "Norm", "residual_mlp"]
+__all__ = ["ACTIVATIONS", "NORMS", "OP", "Across", "Activation", "Norm", "residual_mlp", "validated"]
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
+Across = Literal["features", "positions"]
 
 NORMS = ("layer", "rms", None)
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+ACROSS = ("features", "positions")
 
 OP = dispatch.Op("residual_mlp")
 OP.add(
@@ -34,7 +36,13 @@ OP.add(
         isa=native.active_isa,
     )
 )
-OP.add(Impl("reference", lambda *args: residual_mlp_reference(*args[:-1]), lambda *args: None))
+OP.add(
+    Impl(
+        "reference",
+        lambda arguments, named: residual_mlp_reference(*arguments),
+        lambda arguments, named: None,
+    )
+)
 
 
 def residual_mlp(
@@ -50,6 +58,7 @@ def residual_mlp(
     activation: Activation = "gelu",
     residual_scale: float = 1.0,
     eps: float = 1e-5,
+    across: Across = "features",
     impl: ImplName = "auto",
 ) -> Tensor:
     """The residual block ``x + residual_scale * (act(norm(x) w1^T + b1) w2^T + b2)``, shaped like ``x``.
@@ -58,6 +67,9 @@ def residual_mlp(
         x: the residual stream, ``[..., D]``; any leading dimensions, none and zero rows included.
         w1: ``[H, D]``, as in ``nn.Linear(D, H)``; b1: ``[H]`` or None.
         w2: ``[D, H]``, as in ``nn.Linear(H, D)``; b2: ``[D]`` or None.
+        across: ``"positions"`` applies the MLP to every feature of ``x[..., T, D]`` along T instead, as mixer
+            blocks do: ``x + residual_scale * (act(norm(x)^T w1^T + b1) w2^T + b2)^T`` with ``w1[H, T]``,
+            ``w2[T, H]`` and ``b2[T]``; the norm stays one over D.
         norm: ``"layer"`` (biased variance), ``"rms"`` or None.
         norm_weight: ``[D]`` or None for ones. norm_bias: ``[D]`` or None for zeros.
         activation: ``"gelu"`` is exact (erf), ``"gelu_tanh"`` its tanh approximation.
@@ -77,7 +89,8 @@ def residual_mlp(
             comes with ``norm=None``, ``residual_scale`` is not finite, or ``eps`` is negative or not finite.
         ImplUnavailable: the named ``impl`` cannot run this input; the message says why.
 
-    The pre-norm block of Xiong et al. 2020 (arXiv 2002.04745) without attention.
+    The pre-norm block of Xiong et al. 2020 (arXiv 2002.04745) without attention; across positions the token
+    mixing of Tolstikhin et al. 2021 (arXiv 2105.01601).
 
     >>> import rgfast, torch
     >>> x = torch.randn(5, 12, 16)
@@ -85,12 +98,14 @@ def residual_mlp(
     >>> torch.equal(rgfast.residual_mlp(x, w1, None, w2, None), x)
     True
     """
-    args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
-    args = (*args, impl != "auto")
-    return OP.select(impl, args[0].device, *args).run(*args)  # type: ignore[no-any-return]
+    arguments = validated(
+        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
+    )
+    named = impl != "auto"
+    return OP.select(impl, arguments.x.device, arguments, named).run(arguments, named)  # type: ignore[no-any-return]
 
 
-def _validated(
+def validated(
     x: Any,
     w1: Any,
     b1: Any,
@@ -102,15 +117,27 @@ def _validated(
     activation: Any,
     residual_scale: Any,
     eps: Any,
-) -> tuple[Any, ...]:
+    across: Any,
+) -> native.Arguments:
     """The arguments as implementations take them: tensors that fit together, floats, known names."""
-    if type(x) not in _PLAIN or x.dtype is not torch.float32 or x.layout is not torch.strided or x.dim() < 1:
-        x = as_real_tensor(x, "x", min_dim=1)
-    width: int = x.size(-1)
-    if width < 1:
+    if across not in ACROSS:
+        check_choice(across, "across", ACROSS)
+    least = 2 if across == "positions" else 1
+    if (
+        type(x) not in _PLAIN
+        or x.dtype is not torch.float32
+        or x.layout is not torch.strided
+        or x.dim() < least
+    ):
+        x = as_real_tensor(x, "x", min_dim=least)
+    features: int = x.size(-1)
+    if features < 1:
         raise ValueError(
             f"x must have at least one feature in its last dimension, got shape {tuple(x.shape)}"
         )
+    width = x.size(-least)
+    if width < 1:
+        raise ValueError(f"x must have at least one position to mix, got shape {tuple(x.shape)}")
     w1 = _parameter(w1, "w1", x)
     if w1.dim() != 2 or w1.size(1) != width or w1.size(0) < 1:
         raise ValueError(f"w1 must have shape [H, {width}] with H >= 1, got {tuple(w1.shape)}")
@@ -126,15 +153,17 @@ def _validated(
         for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             if value is not None:
                 raise ValueError(f"{name} must be None where norm=None, got {_kind(value)}")
-    norm_weight = _vector(norm_weight, "norm_weight", x, width)
-    norm_bias = _vector(norm_bias, "norm_bias", x, width)
+    norm_weight = _vector(norm_weight, "norm_weight", x, features)
+    norm_bias = _vector(norm_bias, "norm_bias", x, features)
     if activation not in ACTIVATION_NAMES:
         check_choice(activation, "activation", ACTIVATION_NAMES)
     residual_scale = _number(residual_scale, "residual_scale")
     eps = _number(eps, "eps")
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    return x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps
+    return native.Arguments(
+        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
+    )
 
 
 # Small blocks are called thousands of times a second: what nearly every argument is, is checked first.
@@ -194,9 +223,12 @@ def _prepare(
     activation: Any = "gelu",
     residual_scale: Any = 1.0,
     eps: Any = 1e-5,
+    across: Any = "features",
 ) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    args = _validated(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
-    return args[0].device, (*args, False), {}
+    arguments = validated(
+        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
+    )
+    return arguments.x.device, (arguments, False), {}
 
 
 dispatch.register(OP, _prepare)

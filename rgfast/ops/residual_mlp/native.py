@@ -9,14 +9,14 @@ costs as much as the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgfast import native
 
-__all__ = ["active_isa", "broken", "residual_mlp_native", "supports"]
+__all__ = ["Arguments", "active_isa", "broken", "residual_mlp_native", "supports"]
 
 # The codes of csrc/kernels/residual_mlp.hpp.
 NORM_CODES = {None: 0, "layer": 1, "rms": 2}
@@ -34,6 +34,42 @@ FEW_RECORDED_ROWS = 1024
 NARROW = 127
 
 
+class Arguments(NamedTuple):
+    """What the block is called with, checked; the tensors first, as autograd counts them."""
+
+    x: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm: str | None
+    activation: str
+    residual_scale: float
+    eps: float
+    across: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias
+
+    @property
+    def mixes(self) -> bool:
+        return self.across == "positions"
+
+    @property
+    def rows(self) -> int:
+        """How many vectors the MLP is applied to."""
+        return self.x.numel() // self.w1.size(1)
+
+    def recorded(self) -> bool:
+        """Whether autograd has to know of this call."""
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
+
+
+TENSORS = 7
+
 # Settled on import: a traced graph reads a constant, where it could not follow the attempt to load.
 _BROKEN = native.unavailable_reason()
 
@@ -48,21 +84,9 @@ def active_isa() -> str | None:
     return native.active_isa()
 
 
-def supports(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm: str | None,
-    activation: str,
-    residual_scale: float,
-    eps: float,
-    named: bool,
-) -> str | None:
+def supports(arguments: Arguments, named: bool) -> str | None:
     """None, or why not. What it could run but the library runs faster it refuses unless asked by name."""
+    x, w1 = arguments.x, arguments.w1
     if x.device.type != "cpu":
         return f"it runs on the cpu, not on {x.device.type}"
     if x.dtype == torch.float64:
@@ -72,10 +96,8 @@ def supports(
         return None
     if min(width, hidden) < LEAST_WIDTH:
         return f"D={width}, H={hidden} is too narrow for its vectors"
-    rows = x.numel() // width
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w1, b1, w2, b2, norm_weight, norm_bias)
-    ):
+    rows = arguments.rows
+    if arguments.recorded():
         if width > WIDEST_RECORDED:
             return f"with gradients the library's products are faster at D={width}"
         if width > NARROW and rows < FEW_RECORDED_ROWS:
@@ -86,61 +108,49 @@ def supports(
 
 
 def residual_mlp_native(
-    differentiable: Callable[..., Tensor],
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm: str | None,
-    activation: str,
-    residual_scale: float,
-    eps: float,
-    named: bool,
+    differentiable: Callable[..., Tensor], arguments: Arguments, named: bool = False
 ) -> Tensor:
     """The block in fp32; narrower types are widened here, so that autograd narrows their gradients.
 
     ``differentiable`` computes the same from PyTorch's own operations: the gradient is taken from it where
     the gradient itself is to be differentiated.
     """
+    x = arguments.x
     dtype = x.dtype
-    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
-    for tensor in tensors:
+    for tensor in arguments.tensors:
         if tensor is not None and tensor.dtype != torch.float32:
-            tensors = tuple(None if t is None else t.float() for t in tensors)  # type: ignore[assignment]
+            wide = (None if t is None else t.float() for t in arguments.tensors)
+            arguments = Arguments(*wide, *arguments[TENSORS:])  # type: ignore[arg-type]
             break
-    options = (norm, activation, residual_scale, eps)
     y: Tensor
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not torch.nn.Parameter):
-        y = torch.ops.rgfast.residual_mlp(*tensors, *options)
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _Block.apply(*tensors, *options, differentiable)  # type: ignore[no-untyped-call]
+        y = torch.ops.rgfast.residual_mlp(*arguments)
+    elif arguments.recorded():
+        y = _Block.apply(*arguments, differentiable)  # type: ignore[no-untyped-call]
     else:
-        y = _run_forward(*tensors, *options)
+        y = _run_forward(arguments)
     return y if y.dtype == dtype else y.to(dtype)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return _run_forward(*args[:-1])
+        return _run_forward(Arguments(*args[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.options = inputs[7:-1]
+        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.options = inputs[TENSORS:-1]
         ctx.differentiable = inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:7]
+        wanted = ctx.needs_input_grad[:TENSORS]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, dy, wanted)
         else:
-            gradients = _run_backward(dy, *ctx.saved_tensors, *ctx.options, wanted=wanted)
-        return (*gradients, None, None, None, None, None)
+            gradients = _run_backward(dy, Arguments(*ctx.saved_tensors, *ctx.options), wanted)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -158,85 +168,63 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: tuple[bool, ...]) ->
     return tuple(next(found) if want else None for want in wanted)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """``x`` as rows of adjacent features, copied only if need be: what to hold, rows, row stride."""
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` as rows of adjacent features, copied only if need be: what to hold, and the row stride."""
     width = x.size(-1)
     if x.is_contiguous():
-        return x, x.numel() // width, width
+        return x, width
     rows = x.reshape(-1, width)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    return rows, rows.size(0), rows.stride(0)
+    return rows, rows.stride(0)
 
 
-def _run_forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm: str | None,
-    activation: str,
-    residual_scale: float,
-    eps: float,
-) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    held, rows, stride = _rows(x)
-    parameters = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2, norm_weight, norm_bias)]
-    native.load().residual_mlp_forward(
-        rows,
+class _Call(NamedTuple):
+    """The arguments that both kernels begin with, and what has to be held while these are in use."""
+
+    leading: tuple[Any, ...]
+    held: list[Tensor | None]
+
+
+def _call(arguments: Arguments) -> _Call:
+    x, w1 = arguments.x, arguments.w1
+    if arguments.mixes:
+        rows, stride = x.contiguous(), 0
+    else:
+        rows, stride = as_rows(x)
+    held = [rows, *(None if t is None else t.contiguous() for t in arguments.tensors[1:])]
+    leading = (
+        arguments.rows,
         w1.size(1),
         w1.size(0),
-        held.data_ptr(),
+        rows.data_ptr(),
         stride,
-        *[0 if t is None else t.data_ptr() for t in parameters],
-        NORM_CODES[norm],
-        ACTIVATION_CODES[activation],
-        residual_scale,
-        eps,
-        y.data_ptr(),
-        torch.get_num_threads(),
+        *[0 if t is None else t.data_ptr() for t in held[1:]],
+        NORM_CODES[arguments.norm],
+        ACTIVATION_CODES[arguments.activation],
+        arguments.residual_scale,
+        arguments.eps,
+        x.size(-1) if arguments.mixes else 0,
     )
+    return _Call(leading, held)
+
+
+def _run_forward(arguments: Arguments) -> Tensor:
+    y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
+    call = _call(arguments)
+    native.load().residual_mlp_forward(*call.leading, y.data_ptr(), torch.get_num_threads())
     return y
 
 
-def _run_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm: str | None,
-    activation: str,
-    residual_scale: float,
-    eps: float,
-    *,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias)
+def _run_backward(dy: Tensor, arguments: Arguments, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     gradients = tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
-        for t, want in zip(inputs, wanted, strict=True)
+        for t, want in zip(arguments.tensors, wanted, strict=True)
     )
-    held, rows, stride = _rows(x)
     dy = dy.contiguous()
-    parameters = [None if t is None else t.contiguous() for t in inputs[1:]]
+    call = _call(arguments)
     native.load().residual_mlp_backward(
-        rows,
-        w1.size(1),
-        w1.size(0),
-        held.data_ptr(),
-        stride,
-        *[0 if t is None else t.data_ptr() for t in parameters],
-        NORM_CODES[norm],
-        ACTIVATION_CODES[activation],
-        residual_scale,
-        eps,
+        *call.leading,
         dy.data_ptr(),
         *[0 if g is None else g.data_ptr() for g in gradients],
         torch.get_num_threads(),
@@ -245,7 +233,7 @@ def _run_backward(
 
 
 _TENSORS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias"
-_OPTIONS = "str? norm, str activation, float residual_scale, float eps"
+_OPTIONS = "str? norm, str activation, float residual_scale, float eps, str across"
 
 torch.library.define("rgfast::residual_mlp", f"({_TENSORS}, {_OPTIONS}) -> Tensor")
 torch.library.define(
@@ -257,7 +245,7 @@ torch.library.define(
 
 @torch.library.impl("rgfast::residual_mlp", "CPU")
 def _op_forward(*args: Any) -> Tensor:
-    return _run_forward(*args)
+    return _run_forward(Arguments(*args))
 
 
 @torch.library.register_fake("rgfast::residual_mlp")  # type: ignore[untyped-decorator]
@@ -266,13 +254,14 @@ def _fake_forward(x: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.impl("rgfast::residual_mlp_backward", "CPU")
-def _op_backward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(args[0].new_empty(0) if g is None else g for g in _run_backward(*args[:-1], wanted=args[-1]))
+def _op_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    found = _run_backward(dy, Arguments(*args[:-1]), args[-1])
+    return tuple(dy.new_empty(0) if g is None else g for g in found)
 
 
 @torch.library.register_fake("rgfast::residual_mlp_backward")  # type: ignore[untyped-decorator]
 def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, wanted = args[:7], args[-1]
+    inputs, wanted = args[:TENSORS], args[-1]
     return tuple(
         dy.new_empty(t.shape if want and t is not None else (0,))
         for t, want in zip(inputs, wanted, strict=True)
@@ -280,15 +269,15 @@ def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:]
 
 
 def _op_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:7]
+    wanted = ctx.needs_input_grad[:TENSORS]
     gradients = torch.ops.rgfast.residual_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, list(wanted))
     kept = tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
-    return (*kept, None, None, None, None)
+    return (*kept, None, None, None, None, None)
 
 
 torch.library.register_autograd("rgfast::residual_mlp", _op_gradients, setup_context=_save)

@@ -34,16 +34,22 @@ def residual_mlp_reference(
     activation: str,
     residual_scale: float,
     eps: float,
+    across: str = "features",
 ) -> Tensor:
     """``x + residual_scale * (act(norm(x) w1^T + b1) w2^T + b2)`` in ``x``'s dtype, ``x[..., D]``.
+
+    ``across="positions"``: the MLP acts on each column of ``norm(x)[..., T, D]``, the norm still on rows, as
+    in the token-mixing block of Tolstikhin et al. 2021 (arXiv 2105.01601).
 
     norm: layer, Ba et al. 2016 (arXiv 1607.06450), biased variance; rms, Zhang & Sennrich 2019
     (arXiv 1910.07467). fp64 and fp32 compute in kind, bf16 and fp16 in fp32. Autocast does not reach inside.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _compute(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
-    return _compute(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
+            return _compute(
+                x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
+            )
+    return _compute(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across)
 
 
 def _compute(
@@ -58,6 +64,7 @@ def _compute(
     activation: str,
     residual_scale: float,
     eps: float,
+    across: str,
 ) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -72,8 +79,12 @@ def _compute(
         normed = F.rms_norm(residual, (x.shape[-1],), wide(norm_weight), eps)
         if norm_bias is not None:
             normed = normed + norm_bias.to(compute)
+    if across == "positions":
+        normed = normed.transpose(-1, -2)  # [..., D, T]
     hidden = ACTIVATIONS[activation](F.linear(normed, w1.to(compute), wide(b1)))  # [..., H]
-    update = F.linear(hidden, w2.to(compute), wide(b2))  # [..., D]
+    update = F.linear(hidden, w2.to(compute), wide(b2))  # [..., D], or [..., D, T] across positions
+    if across == "positions":
+        update = update.transpose(-1, -2)
     if residual_scale != 1.0:
         update = update * residual_scale
     return (residual + update).to(x.dtype)

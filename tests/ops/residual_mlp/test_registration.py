@@ -68,16 +68,16 @@ def arguments(x, module, requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck_forward(x, module, requires_grad):
     tensors = arguments(x, module, requires_grad)
-    opcheck(torch.ops.rgfast.residual_mlp.default, (*tensors, "layer", "gelu", 0.5, 1e-5))
+    opcheck(torch.ops.rgfast.residual_mlp.default, (*tensors, "layer", "gelu", 0.5, 1e-5, "features"))
     bare = (tensors[0], tensors[1], None, tensors[3], None, None, None)
-    opcheck(torch.ops.rgfast.residual_mlp.default, (*bare, None, "tanh", 0.5, 1e-5))
+    opcheck(torch.ops.rgfast.residual_mlp.default, (*bare, None, "tanh", 0.5, 1e-5, "features"))
 
 
 def test_opcheck_backward(x, module):
     tensors = arguments(x, module, False)
     wanted = [True, True, False, True, True, True, False]
     op = torch.ops.rgfast.residual_mlp_backward.default
-    opcheck(op, (torch.ones_like(x), *tensors, "layer", "gelu", 0.5, 1e-5, wanted))
+    opcheck(op, (torch.ones_like(x), *tensors, "layer", "gelu", 0.5, 1e-5, "features", wanted))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -93,7 +93,7 @@ def test_compiled_in_one_graph(x, backend, impl):
 
 def test_the_operator_is_differentiable_by_itself(x, module):
     tensors = arguments(x, module, True)
-    y = torch.ops.rgfast.residual_mlp(*tensors, "layer", "gelu", 1.0, 1e-5)
+    y = torch.ops.rgfast.residual_mlp(*tensors, "layer", "gelu", 1.0, 1e-5, "features")
     y.square().sum().backward()
     assert same(
         [y.detach(), *(t.grad for t in tensors[:2])], [*outcome(module, module, x)[:2], module.up.weight.grad]
