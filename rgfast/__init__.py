@@ -17,7 +17,7 @@ from rgfast.ops.cka import (
     kernel_drift,
     minibatch_cka,
 )
-from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.ops.residual_mlp import residual_mlp, residual_stack
 from rgfast.ops.spectrum import (
     IsotropicBaseline,
     RankEstimate,
@@ -93,6 +93,7 @@ __all__ = [
     "record",
     "reproduce",
     "residual_mlp",
+    "residual_stack",
     "singular_values",
     "singular_values_from_moment",
     "stable_rank",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +23,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules import module as _EVERYWHERE
+from torch.utils.hooks import RemovableHandle
 
 from rgfast.files import write_atomically
-from rgfast.ops.residual_mlp import residual_mlp
+from rgfast.ops.residual_mlp import residual_mlp, residual_stack
 from rgfast.ops.residual_mlp.api import ACTIVATIONS as ACTIVATIONS
 from rgfast.ops.residual_mlp.api import NORMS as NORMS
 from rgfast.ops.residual_mlp.api import Across
 from rgfast.ops.residual_mlp.api import Activation as Activation
+from rgfast.ops.residual_mlp.stack import Consumer, default_tile
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["MaskedTokenModel", "ResidualStack"]
@@ -206,15 +210,105 @@ class ResidualStack(nn.Module):
             return Block(mix, FeatureMLP(width, hidden, width, norm, activation, w2_scale, generator))
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self._consumers: OrderedDict[int, tuple[Consumer, int | None]] = OrderedDict()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.width:
             raise ValueError(f"x must end in width {self.width}, got shape {tuple(x.shape)}")
         if self.mixing != "none" and (x.dim() < 2 or x.shape[-2] != self.length):
             raise ValueError(f"x must be [..., {self.length}, {self.width}], got shape {tuple(x.shape)}")
+        if self._consumers:
+            return self._watched(x)
+        if not torch.is_grad_enabled() and self._is_plain():
+            return self._in_one_call(x)
         for block in self.blocks:
             x = block(x)
         return x
+
+    def watch(self, consumer: Consumer, tile: int | None = None) -> RemovableHandle:
+        """A handle whose ``remove()`` ends it: until then every forward hands its stream to ``consumer``.
+
+        ``consumer(first, states)`` is called for every tile of ``tile`` samples in order (by default as many
+        as take about 4 MiB, at least 128 rows): ``states`` is ``[depth + 1, r, ..., D]``, the input and the
+        output of every block for the samples ``first`` to ``first + r - 1``, without gradients. It is
+        overwritten by the next tile, so that no layer's output is ever stored for more samples than these.
+
+        Raises RuntimeError where a consumer is there already, ValueError for a ``tile`` below 1.
+
+        >>> import torch
+        >>> stack, seen = ResidualStack(width=8, depth=2, mixing="none"), []
+        >>> handle = stack.watch(lambda first, states: seen.append((first, tuple(states.shape))), tile=40)
+        >>> _ = stack(torch.randn(100, 5, 8))
+        >>> handle.remove()
+        >>> seen
+        [(0, (3, 40, 5, 8)), (40, (3, 40, 5, 8)), (80, (3, 20, 5, 8))]
+        """
+        if self._consumers:
+            raise RuntimeError("this stack is watched already; remove() the handle of the other consumer")
+        if tile is not None:
+            check_positive_int(tile, "tile")
+        handle = RemovableHandle(self._consumers)
+        self._consumers[handle.id] = (consumer, tile)
+        return handle
+
+    def _watched(self, x: Tensor) -> Tensor:
+        consumer, tile = next(iter(self._consumers.values()))
+        single = x.dim() == (1 if self.mixing == "none" else 2)
+        if single:
+            x = x[None]
+        shape = x.shape[1:]
+        if self._is_plain():
+
+            def given(first: int, states: Tensor) -> None:
+                consumer(first, states.view(*states.shape[:2], *shape))
+
+            y = self._in_one_call(x, given, tile)
+        else:
+            tile = tile or default_tile(x, self.depth)
+            parts = []
+            for first in range(0, len(x), tile):
+                stream = [x[first : first + tile]]
+                for block in self.blocks:
+                    stream.append(block(stream[-1]))
+                consumer(first, torch.stack([t.detach() for t in stream]))
+                parts.append(stream[-1])
+            y = torch.cat(parts) if parts else x.clone()
+        return y[0] if single else y
+
+    def _is_plain(self) -> bool:
+        """Whether no block was replaced or hooked since it was made: then the op may run them all."""
+        if self.mixing == "mixer" or torch.compiler.is_compiling():
+            return False
+        if _EVERYWHERE._global_forward_hooks or _EVERYWHERE._global_forward_pre_hooks:
+            return False
+        kind = FlatMLP if self.mixing == "flat" else FeatureMLP
+        for block in self.blocks:
+            if type(block) is not Block or type(block.mlp) is not kind:
+                return False
+            if type(block.mlp.norm) is not _Normalisation:
+                return False
+            for module in (block, block.mlp, block.mlp.norm):
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return False
+        return True
+
+    def _in_one_call(self, x: Tensor, consumer: Consumer | None = None, tile: int | None = None) -> Tensor:
+        mlps: list[Any] = [block.mlp for block in self.blocks]
+        y = residual_stack(
+            x.flatten(-2) if self.mixing == "flat" else x,
+            [mlp.w1 for mlp in mlps],
+            [mlp.b1 for mlp in mlps],
+            [mlp.w2 for mlp in mlps],
+            [mlp.b2 for mlp in mlps],
+            norm=self.norm,
+            norm_weight=[mlp.norm.weight for mlp in mlps],
+            norm_bias=[mlp.norm.bias for mlp in mlps],
+            activation=self.activation,
+            eps=EPS,
+            consumer=consumer,
+            tile=tile,
+        )
+        return y.view(x.shape)
 
     def extra_repr(self) -> str:
         return (

@@ -166,3 +166,65 @@ def test_load_refuses_what_does_not_fit(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**config, "format": "other"}))
     with pytest.raises(ValueError, match="format must be"):
         MaskedTokenModel.load(tmp_path)
+
+
+def stream_of(stack, x):
+    found = [x]
+    for block in stack.blocks:
+        found.append(block(found[-1]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("mixing", ["mixer", "flat", "none"])
+@pytest.mark.parametrize("tile", [None, 1, 7])
+def test_a_consumer_sees_every_layer_of_every_sample(mixing, tile):
+    stack = ResidualStack(8, 3, mixing=mixing, length=5, w2_scale=0.7, generator=generator()).eval()
+    x = torch.randn(20, 5, 8, generator=generator(1))
+    want = stream_of(stack, x).detach()
+    for grad in (True, False):
+        seen = torch.full_like(want, float("nan"))
+
+        def put(first, states, seen=seen):
+            assert not states.requires_grad
+            seen[:, first : first + states.shape[1]] = states
+
+        handle = stack.watch(put, tile)
+        with torch.set_grad_enabled(grad):
+            y = stack(x)
+        handle.remove()
+        assert y.requires_grad == grad
+        torch.testing.assert_close(seen, want)
+        torch.testing.assert_close(y.detach(), want[-1])
+        assert torch.equal(stack(x).detach(), stack(x).detach())
+
+
+def test_a_consumer_of_a_single_sample_and_of_plain_rows():
+    stack = ResidualStack(8, 2, mixing="none", w2_scale=0.7, generator=generator())
+    shapes = []
+    handle = stack.watch(lambda first, states: shapes.append(tuple(states.shape)))
+    with torch.no_grad():
+        for x in (torch.randn(8), torch.randn(4, 8), torch.randn(2, 3, 4, 8)):
+            assert torch.equal(stack(x), stream_of(stack, x)[-1])
+    with pytest.raises(RuntimeError, match="watched already"):
+        stack.watch(print)
+    handle.remove()
+    assert shapes == [(3, 1, 8), (3, 4, 8), (3, 2, 3, 4, 8)]
+    stack.watch(print).remove()
+
+
+def test_hooked_and_replaced_blocks_are_called():
+    stack = ResidualStack(8, 3, mixing="none", w2_scale=0.7, generator=generator())
+    x, called = torch.randn(30, 8), []
+    with torch.no_grad():
+        plain = stack(x)
+        handle = stack.blocks[1].mlp.register_forward_hook(lambda *args: called.append(1))
+        stack(x)
+        handle.remove()
+        handle = stack.blocks[1].register_forward_pre_hook(lambda *args: called.append(2))
+        hooked = stack(x)
+        handle.remove()
+        stack.blocks[1] = torch.nn.Identity()
+        shorter = stack(x)
+    assert called == [1, 2]
+    torch.testing.assert_close(hooked, plain)
+    torch.testing.assert_close(shorter, stack.blocks[2](stack.blocks[0](x)))

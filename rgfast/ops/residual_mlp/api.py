@@ -118,8 +118,12 @@ def validated(
     residual_scale: Any,
     eps: Any,
     across: Any,
+    at: str = "",
 ) -> native.Arguments:
-    """The arguments as implementations take them: tensors that fit together, floats, known names."""
+    """The arguments as implementations take them: tensors that fit together, floats, known names.
+
+    ``at`` is put behind the names of parameters in messages.
+    """
     if across not in ACROSS:
         check_choice(across, "across", ACROSS)
     least = 2 if across == "positions" else 1
@@ -138,23 +142,23 @@ def validated(
     width = x.size(-least)
     if width < 1:
         raise ValueError(f"x must have at least one position to mix, got shape {tuple(x.shape)}")
-    w1 = _parameter(w1, "w1", x)
+    w1 = _parameter(w1, f"w1{at}", x)
     if w1.dim() != 2 or w1.size(1) != width or w1.size(0) < 1:
-        raise ValueError(f"w1 must have shape [H, {width}] with H >= 1, got {tuple(w1.shape)}")
+        raise ValueError(f"w1{at} must have shape [H, {width}] with H >= 1, got {tuple(w1.shape)}")
     hidden = w1.size(0)
-    w2 = _parameter(w2, "w2", x)
+    w2 = _parameter(w2, f"w2{at}", x)
     if w2.dim() != 2 or w2.size(0) != width or w2.size(1) != hidden:
-        raise ValueError(f"w2 must have shape [{width}, {hidden}], got {tuple(w2.shape)}")
-    b1 = _vector(b1, "b1", x, hidden)
-    b2 = _vector(b2, "b2", x, width)
+        raise ValueError(f"w2{at} must have shape [{width}, {hidden}], got {tuple(w2.shape)}")
+    b1 = _vector(b1, f"b1{at}", x, hidden)
+    b2 = _vector(b2, f"b2{at}", x, width)
     if norm not in NORMS:
         check_choice(norm, "norm", NORMS)
     if norm is None:
         for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             if value is not None:
-                raise ValueError(f"{name} must be None where norm=None, got {_kind(value)}")
-    norm_weight = _vector(norm_weight, "norm_weight", x, features)
-    norm_bias = _vector(norm_bias, "norm_bias", x, features)
+                raise ValueError(f"{name}{at} must be None where norm=None, got {_kind(value)}")
+    norm_weight = _vector(norm_weight, f"norm_weight{at}", x, features)
+    norm_bias = _vector(norm_bias, f"norm_bias{at}", x, features)
     if activation not in ACTIVATION_NAMES:
         check_choice(activation, "activation", ACTIVATION_NAMES)
     residual_scale = _number(residual_scale, "residual_scale")
