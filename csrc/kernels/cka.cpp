@@ -11,7 +11,7 @@
 #include "rgfast/isa.hpp"
 #include "rgfast/parallel.hpp"
 
-#define RGFAST_TARGET_FILE "kernels/cka-inl.hpp"
+#define RGFAST_TARGET_FILE "kernels/cka_target-inl.hpp"
 #include "rgfast/foreach_target.hpp"
 
 namespace rgfast::cka {
@@ -42,7 +42,7 @@ struct Plan {
     item = p.single ? 4 : 8;
     for (const Layer& layer : p.layers) widest = std::max(widest, layer.width);
     lanes = kernel.lanes(p.single);
-    side = kernel.tile;
+    side = kernel.tile(p.single);
     sample_tiles = blocks(p.samples);
     for (const Layer& layer : p.layers) {
       panels.push_back(position_bytes);
@@ -62,7 +62,7 @@ struct Plan {
     norms = static_cast<std::size_t>(p.positions) * position_bytes;
     row_sums = norms + bytes(p.positions * layers * p.samples * 8);
     columns_at = row_sums + bytes(p.positions * layers * p.samples * 8);
-    columns_bytes = bytes((2 + kMostLanes) * widest * 8);
+    columns_bytes = bytes(3 * widest * 8);
     tiles = columns_at + columns_bytes * static_cast<std::size_t>(p.threads);
     tile_bytes = bytes((p.by_features ? 1 : layers) * side * side * lanes * lanes * 8);
     sums = tiles + tile_bytes * static_cast<std::size_t>(p.threads);

@@ -7,7 +7,6 @@
 
 namespace rgfast::cka {
 
-inline constexpr std::int64_t kMostLanes = 16;
 inline constexpr std::int64_t kDepth = 128;  // products summed before they are widened
 
 // One layer at one position into panels: rows centred, scaled, rounded to T.
@@ -22,7 +21,7 @@ struct PackJob {
   void* panels;        // by samples [n/lanes][width][lanes], by features [width/lanes][samples][lanes]
   double* norms;       // [samples]: K_ii
   double* row_sums;    // [samples]: Σ_j K_ij
-  double* columns;     // scratch [2 + kMostLanes, width]
+  double* columns;     // scratch [3, width]
   Status* status;
 };
 
@@ -61,7 +60,7 @@ struct VectorJob {
 };
 
 struct Kernels {
-  int tile;                            // panels on a side of a tile
+  int (*tile)(bool single);            // panels on a side of a tile
   std::int64_t (*lanes)(bool single);  // columns of a panel
   void (*pack)(const PackJob&, bool single);
   void (*sample)(const SampleJob&, bool single);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +27,36 @@ _CANCELS = 0.05
 # fp32 products err by about 1e-9 in a CKA: a drift below this is read again with fp64 products.
 _SMALL_DRIFT = 1e-4
 
-Pairs = list[tuple[int, int]]
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The pairs that a task needs, (i, i) of every layer first, and where each goes in its result."""
+
+    pairs: list[tuple[int, int]]
+    sides: tuple[Tensor, Tensor]  # [pairs]
+    where: Tensor | None  # [L, L']
+    cost_of_samples: float  # products for n samples: n² times this
+    cost_of_features: float  # n times this
+
+
+@lru_cache(maxsize=64)
+def _wanted(task: str, first: tuple[int, ...], second: tuple[int, ...] | None) -> _Wanted:
+    widths = first + (second or ())
+    count, near = len(first), range(len(first))
+    pairs = [(i, i) for i in range(len(widths))]
+    where = None
+    if task == "drift":
+        pairs += [(i, i + 1) for i in near[:-1]]
+    elif second is not None:
+        pairs += [(i, count + j) for i in near for j in range(len(second))]
+        where = torch.arange(len(widths), len(pairs), device="cpu").reshape(count, -1)
+    else:
+        pairs += [(i, j) for i in near for j in near[i + 1 :]]
+        place = {pair: p for p, pair in enumerate(pairs)}
+        where = torch.tensor([[place[min(i, j), max(i, j)] for j in near] for i in near], device="cpu")
+    left, right = (torch.tensor([pair[side] for pair in pairs], device="cpu") for side in (0, 1))
+    features = sum(float(widths[i]) * widths[j] * (1 if i == j else 2) for i, j in pairs)
+    return _Wanted(pairs, (left, right), where, sum(widths) + 2.0 * len(pairs), features)
 
 
 def broken() -> str | None:
@@ -69,29 +100,19 @@ def run(
     lead = xs[0].shape[:-2]
     positions = math.prod(lead)
     flat = [x.detach().reshape(positions, *x.shape[-2:]) for x in (*xs, *ys)]
-    own: Pairs = [(i, i) for i in range(len(flat))]
-    if task == "drift":
-        pairs = own + [(i, i + 1) for i in range(len(flat) - 1)]
-    elif ys:
-        pairs = own + [(i, len(xs) + j) for i in range(len(xs)) for j in range(len(ys))]
-    else:
-        pairs = own + [(i, j) for i in range(len(flat)) for j in range(i + 1, len(flat))]
-    found = _cosines(flat, pairs, debiased, sample_limit, precision)
-    if found is None:
+    widths = tuple(x.shape[-1] for x in flat)
+    wanted = _wanted(task, widths[: len(xs)], widths[len(xs) :] if ys else None)
+    values = _cosines(flat, wanted, debiased, sample_limit, precision)
+    if values is None:
         return None
-    values = found[0]
-    if task == "drift":
-        drift = 1.0 - values[:, len(own) :]
+    if wanted.where is None:
+        drift = 1.0 - values[:, len(flat) :]
         if precision is None and flat[0].dtype != torch.float64:
             drift = _read_again(flat, drift, debiased)
         drift = drift if debiased else drift.clamp(min=0.0)
         return drift.reshape(*lead, len(flat) - 1)
-    if ys:
-        matrix = values[:, len(own) :].reshape(*lead, len(xs), len(ys))
-        return matrix[..., 0, 0] if task == "cka" else matrix
-    place = {pair: p for p, pair in enumerate(pairs)}
-    where = torch.tensor([[place[min(i, j), max(i, j)] for j in range(len(xs))] for i in range(len(xs))])
-    return values[:, where].reshape(*lead, len(xs), len(xs))
+    matrix = values[:, wanted.where].reshape(*lead, *wanted.where.shape)
+    return matrix[..., 0, 0] if task == "cka" else matrix
 
 
 def _read_again(layers: list[Tensor], drift: Tensor, debiased: bool) -> Tensor:
@@ -99,19 +120,19 @@ def _read_again(layers: list[Tensor], drift: Tensor, debiased: bool) -> Tensor:
         small = (drift[:, step] < _SMALL_DRIFT).nonzero()[:, 0]
         if len(small):
             both = [layers[i] if len(small) == len(drift) else layers[i][small] for i in (step, step + 1)]
-            again = _cosines(both, [(0, 0), (1, 1), (0, 1)], debiased, 4096, "double")
+            wanted = _wanted("drift", (both[0].shape[2], both[1].shape[2]), None)
+            again = _cosines(both, wanted, debiased, 4096, "double")
             if again is not None:
-                drift[small, step] = 1.0 - again[0][:, 2]
+                drift[small, step] = 1.0 - again[:, 2]
     return drift
 
 
 def _cosines(
-    layers: list[Tensor], pairs: Pairs, debiased: bool, sample_limit: int, precision: str | None
-) -> tuple[Tensor, Tensor] | None:
-    """CKA ``[P, pairs]``, the pairs (i, i) first, and which layers vary ``[P, L]``."""
-    n, widths = layers[0].shape[1], [x.shape[2] for x in layers]
-    by_samples = float(n) * n * (sum(widths) + 2 * len(pairs))
-    by_features = sum(float(n) * widths[i] * widths[j] * (1 if i == j else 2) for i, j in pairs)
+    layers: list[Tensor], wanted: _Wanted, debiased: bool, sample_limit: int, precision: str | None
+) -> Tensor | None:
+    """CKA ``[P, pairs]``, NaN beside layers without variance."""
+    n = layers[0].shape[1]
+    by_samples, by_features = n * n * wanted.cost_of_samples, n * wanted.cost_of_features
     features = n > sample_limit or by_features < by_samples
     if precision is None:
         trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
@@ -121,7 +142,7 @@ def _cosines(
         guarded = False
         # fp64 data may leave the range of fp32, and asks for more anyhow.
         precision = "double" if any(x.dtype == torch.float64 for x in layers) else precision
-    products = _products(layers, pairs, features, precision == "single")
+    products = _products(layers, wanted.pairs, features, precision == "single")
     if products is None:
         return None
     centered, u_centered, trace = products
@@ -131,24 +152,25 @@ def _cosines(
     if guarded and debiased:
         again = (varies & (own < _CANCELS * centered[:, : len(layers)])).any(1).nonzero()[:, 0]
         if len(again):
-            exact = _products([x[again] for x in layers], pairs, features, False)
+            exact = _products([x[again] for x in layers], wanted.pairs, features, False)
             if exact is None:
                 return None
             inner[again] = exact[1]
             varies[again] = own[again] > _NO_VARIANCE * exact[2].square() / n
-    root = torch.where(varies, own, torch.nan).sqrt()
-    left, right = ([pair[side] for pair in pairs] for side in (0, 1))
-    return inner / (root[:, left] * root[:, right]), varies
+    own = torch.where(varies, own, torch.nan)
+    left, right = wanted.sides
+    # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
+    return inner / (own[:, left] * own[:, right]).sqrt()
 
 
 def _products(
-    layers: list[Tensor], pairs: Pairs, features: bool, single: bool
+    layers: list[Tensor], pairs: list[tuple[int, int]], features: bool, single: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     module, threads = native.load(), native.threads()
     positions, n = layers[0].shape[:2]
-    centered = torch.empty(positions, len(pairs), dtype=torch.float64)
+    centered = torch.empty(positions, len(pairs), dtype=torch.float64, device="cpu")
     u_centered = torch.empty_like(centered)
-    trace = torch.empty(positions, len(layers), dtype=torch.float64)
+    trace = torch.empty(positions, len(layers), dtype=torch.float64, device="cpu")
     bytes_each = n * sum(x.shape[2] for x in layers) * (4 if single else 8)
     step = max(1, _WORK_BYTES // bytes_each)
     for start in range(0, positions, step):
@@ -173,7 +195,7 @@ def _workspace(needed: int) -> Tensor:
     held = getattr(_kept, "space", None)
     if isinstance(held, Tensor) and 8 * held.numel() >= needed:
         return held
-    space = torch.empty(needed // 8, dtype=torch.float64)
+    space = torch.empty(needed // 8, dtype=torch.float64, device="cpu")
     if needed <= _KEPT_BYTES:
         _kept.space = space
     return space
