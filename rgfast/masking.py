@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgfast.validation import check_choice, check_integer, kind_of
 
-__all__ = ["balanced_mask", "corrupt", "exact_mask", "iid_mask"]
+__all__ = ["balanced_counts", "balanced_mask", "corrupt", "exact_mask", "iid_mask"]
 
 
 def iid_mask(
@@ -78,11 +78,10 @@ def balanced_mask(n: int, length: int, rate: float, generator: torch.Generator |
     _check(n, length, generator)
     _check_rate(rate, positive=True)
     device = _device(generator)
-    each = math.floor(rate * n + 0.5)
+    each, extra = balanced_counts(n, length, rate)
     counts = torch.full((length,), each, device=device)
-    if each * length < n:
-        each, extra = divmod(max(n, math.floor(rate * n * length + 0.5)), length)
-        counts = each + (_ranks(1, length, generator, dim=1)[0] < extra)
+    if (each, extra) != (math.floor(rate * n + 0.5), 0):
+        counts = counts + (_ranks(1, length, generator, dim=1)[0] < extra)
     mask = _ranks(n, length, generator, dim=0) < counts
     empty = (~mask.any(1)).nonzero()[:, 0]
     # All but one hidden token of each sequence, chosen at random, may move down its column to an empty
@@ -96,6 +95,19 @@ def balanced_mask(n: int, length: int, rate: float, generator: torch.Generator |
     mask[rows[taken], columns[taken]] = False
     mask[empty, columns[taken]] = True
     return mask
+
+
+def balanced_counts(n: int, length: int, rate: float) -> tuple[int, int]:
+    """In how many sequences :func:`balanced_mask` hides a position, and at how many positions in one more.
+
+    >>> from rgfast.masking import balanced_counts
+    >>> balanced_counts(2048, 12, 0.2), balanced_counts(10, 4, 0.1)
+    ((410, 0), (2, 2))
+    """
+    each = math.floor(rate * n + 0.5)
+    if each * length >= n:
+        return each, 0
+    return divmod(max(n, math.floor(rate * n * length + 0.5)), length)
 
 
 def corrupt(

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from rgfast.chains import MarkovChain, captured_fraction
 from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.finite import FiniteSample
 from rgfast.experiments.points import Point, open_study, plain, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
 from rgfast.experiments.survival import mode_survival, posterior_rank
 from rgfast.files import write_text
 from rgfast.flow import Interval, paired_interval
-from rgfast.masking import balanced_mask
+from rgfast.masking import balanced_counts, balanced_mask
 from rgfast.probing import probe
 from rgfast.stack import MaskedTokenModel
 from rgfast.training import TrainingConfig, seeded_generator
@@ -147,7 +148,13 @@ def decimate(
     open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     results = run_points(points, folder, _Work(chosen.spacings), jobs=jobs, progress=progress)
     rows = [row for result in results for row in result["rows"]]
-    table = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])
+    table = pd.DataFrame(
+        [
+            {k: v for k, v in row.items() if not isinstance(v, list)}
+            | _sample(chosen.base, row["tokens_shown"])
+            for row in rows
+        ]
+    )
     long = []
     for row in rows:
         head = {name: row[name] for name in ("stage", "arm", "spacing", "seed")}
@@ -230,6 +237,14 @@ def spaced_data(
     mask = torch.ones(tokens.shape, dtype=torch.bool)
     mask[:, where] = asked[:, where]
     return tokens, mask, asked
+
+
+def _sample(config: ReproduceConfig, shown: int) -> dict[str, float | bool]:
+    """What isotropic data of as many masked rows would give, and whether they are too few."""
+    hidden, _ = balanced_counts(config.probe_sequences, shown, PROBE_RATE)
+    masked = FiniteSample(hidden, config.stream_width)
+    visible = FiniteSample(config.probe_sequences - hidden, config.stream_width)
+    return {"masked_isotropic": masked.isotropic_rank, "sample_limited": masked.limited or visible.limited}
 
 
 MEASURES = ("R_visible", "R_masked", "slow_visible", "fast_visible", "total_drift_visible")

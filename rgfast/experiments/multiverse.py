@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import Point, open_study, plain, run_numbers, run_points
 from rgfast.experiments.runs import RANKS, Run, build_model, one_thread, probe_data, probe_run, train_run
 from rgfast.experiments.survival import mode_survival
@@ -208,6 +209,8 @@ def _collected(universe: Universe, results: list[dict[str, Any]], out: Path) -> 
     for number, setup in enumerate(universe.setups()):
         pairs = [(next(at), next(at)) for _ in universe.seeds]
         row: dict[str, Any] = {"setup": number, "default": number == 0, **setup}
+        samples = finite_sample(universe.point(setup, universe.xi[0], universe.seeds[0]).config)
+        row["sample_limited"] = any(samples[view].limited for view in FROM_LAYER)
         row["captured_short"] = min(short["captured"] for short, _ in pairs)
         row["captured_long"] = min(long["captured"] for _, long in pairs)
         row["trained"] = min(row["captured_short"], row["captured_long"]) >= CAPTURED

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
+from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, plan, views_of
 from rgfast.files import write_atomically, write_text
 from rgfast.flow import Check, Verdict, judge
@@ -180,6 +181,11 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
         stage=list(STAGES),
         view=list(views_of(config)),
     )
+    samples = [finite_sample(config)[view] for view in views_of(config)]
+    ordered = ordered.assign(
+        effective_rank_baseline=("view", [sample.isotropic_rank for sample in samples]),
+        sample_limited=("view", [sample.limited for sample in samples]),
+    )
     ordered.attrs = {
         "format": "rgfast.reproduce/1",
         "config": config.to_json(),
@@ -189,6 +195,11 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
         "long_name": "effective rank (singular values, centred over samples)",
         "units": "dimensions",
     }
+    ordered.effective_rank_baseline.attrs = {
+        "long_name": "effective rank of isotropic Gaussian data with as many rows and features",
+        "units": "dimensions",
+    }
+    ordered.sample_limited.attrs = {"long_name": "fewer than 16 rows a feature"}
     ordered.kernel_drift.attrs = {"long_name": "kernel drift 1 − CKA(l, l+1), biased", "units": "1"}
     ordered.kernel_change.attrs = {"long_name": "‖K_{l+1} − K_l‖ / ‖K_l‖", "units": "1"}
     ordered.captured.attrs = {"long_name": "captured fraction of what Bayes predicts", "units": "1"}

@@ -13,6 +13,7 @@ import pandas as pd
 
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, run_points
 from rgfast.files import write_atomically, write_text
 from rgfast.flow.relevance import RelevanceTest, relevance_test
@@ -182,6 +183,9 @@ def _row(point: Point, result: dict[str, Any]) -> dict[str, Any]:
         rank = result["effective_rank"][view]
         row |= {f"{view}_first": rank[first], f"{view}_last": rank[-1], f"{view}_R": rank[-1] / rank[first]}
     row |= {name: result[name] for name in ("posterior_rank", "log_posterior_rank")}
+    samples = finite_sample(point.config)
+    row |= {f"{view}_isotropic": samples[view].isotropic_rank for view in ("visible", "masked")}
+    row["sample_limited"] = any(samples[view].limited for view in ("visible", "masked", "position"))
     row["over_log_posterior"] = row["masked_last"] / row["log_posterior_rank"]
     for process in ("visible", "masked"):
         modes = result["survival"][process]

@@ -73,9 +73,13 @@ def plot_order_parameter(result: xr.Dataset, chain: str) -> Figure:
     """The order parameter by depth: effective rank of visible and of masked rows, one colour a ξ.
 
     Lines are means over seeds, points the seeds; grey dashes are the stacks trained on i.i.d. tokens and on
-    permuted targets, probed on the same sequences at the smallest ξ.
+    permuted targets, probed on the same sequences at the smallest ξ. Black dots: what isotropic data with as
+    many rows and features would give.
     """
-    top = float(result.effective_rank.sel(chain=chain, view=list(MARKERS)).max())
+    top = max(
+        float(result.effective_rank.sel(chain=chain, view=list(MARKERS)).max()),
+        float(result.effective_rank_baseline.sel(view=list(MARKERS)).max()),
+    )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4))
         for axes, view in zip(figure.subplots(1, 2, sharey=True), MARKERS, strict=True):
@@ -95,6 +99,10 @@ def plot_order_parameter(result: xr.Dataset, chain: str) -> Figure:
             for stage, (dash, words) in CONTROLS.items():
                 x, curves = _curves(result, "effective_rank", chain=chain, xi=short, stage=stage, view=view)
                 _draw(axes, x, curves, color=CONTROL, marker=".", linewidth=1.4, linestyle=dash, label=words)
+            baseline = float(result.effective_rank_baseline.sel(view=view))
+            axes.axhline(
+                baseline, color="black", linewidth=1, linestyle=(0, (1, 2)), label="isotropic, same n"
+            )
             axes.set_xlabel("layer (0 = input of the stack)")
             axes.set_title(TITLES[view])
             axes.set_xlim(-0.3, result.sizes["layer"] - 0.7)

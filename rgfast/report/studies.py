@@ -17,13 +17,15 @@ from rgfast.report.figures import COLOURS, CONTROL, STYLE
 __all__ = ["plot_decimation", "plot_multiverse", "plot_observer", "plot_relevance", "plot_xi"]
 
 CAPTURED = 0.90
+ISOTROPIC = (0, (1, 2))
 SHAPES = ("o", "s", "^", "D", "v", "P")
 
 
 def plot_relevance(table: pd.DataFrame, test: RelevanceTest) -> Figure:
     """Final rank against that of the log-posterior, and each predictor's error on cells left out.
 
-    Left: a point a trained run, marker the width, the line is y = x. Right: root mean square error of ln
+    Left: a point a trained run, marker the width, the line is y = x, dotted what isotropic data of the same
+    size would give. Right: root mean square error of ln
     rank by predictor, bars from its bootstrap difference to y = x.
     """
     trained = table[table.captured >= CAPTURED]
@@ -48,6 +50,17 @@ def plot_relevance(table: pd.DataFrame, test: RelevanceTest) -> Figure:
         if both.size:
             ends = [0.9 * both.min(), 1.1 * both.max()]
             left.plot(ends, ends, color="black", linewidth=1, label="y = x")
+        for width in widths:
+            baseline = float(table[table.width == width].masked_isotropic.mean())
+            left.axhline(baseline, color="black", linewidth=1, linestyle=ISOTROPIC)
+            left.annotate(
+                f"isotropic, width {width}, same n",
+                (1, baseline),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+            )
         left.set_xlabel("effective rank of the centred log-posterior")
         left.set_ylabel("effective rank of the last layer, masked rows")
         left.legend(fontsize=8)
@@ -191,6 +204,16 @@ def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
                         label=f"{words}, {what}",
                     )
                     axes.plot(part.spacing, part[name], ".", color=paint, markersize=4, alpha=0.6)
+            if title == "effective rank, masked rows":
+                baseline = table.groupby("spacing").masked_isotropic.mean()
+                axes.plot(
+                    baseline.index,
+                    np.asarray(baseline),
+                    color="black",
+                    linewidth=1,
+                    linestyle=ISOTROPIC,
+                    label="isotropic, same n",
+                )
             axes.set_ylabel(title)
             axes.set_xlabel(f"k: every k-th token shown (ξ = {xi:g}/k on the grid)")
             axes.legend(fontsize=7)

@@ -25,7 +25,11 @@ def result():
     rank[..., 1, 0], drift[..., 1, 0] = 0, np.nan
     dims = ("chain", "xi", "seed", "stage", "view")
     return xr.Dataset(
-        {"effective_rank": ((*dims, "layer"), rank), "kernel_drift": ((*dims, "transition"), drift)},
+        {
+            "effective_rank": ((*dims, "layer"), rank),
+            "kernel_drift": ((*dims, "transition"), drift),
+            "effective_rank_baseline": ("view", [7.5, 7.0]),
+        },
         coords={
             "chain": ["two-scale"],
             "xi": [1.0, 7.0],
@@ -54,6 +58,8 @@ def test_order_parameter_draws_means_seeds_and_controls(result):
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
         assert any("i.i.d." in label for label in labels)
         assert axes.get_xlabel().startswith("layer")
+        baseline = next(line for line in axes.lines if line.get_label() == "isotropic, same n")
+        assert baseline.get_ydata()[0] == result.effective_rank_baseline.sel(view=view)
     assert figure.axes[0].get_ylabel() == "effective rank (dimensions)"
 
 

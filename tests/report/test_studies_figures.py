@@ -24,7 +24,8 @@ def lines(axes, colour):
 def test_relevance_draws_every_trained_run_and_every_predictor():
     rows = [
         {"chain": f"c{k}", "xi": 1.0, "width": w, "seed": 0, "captured": 0.8 if k == 0 else 0.95,
-         "masked_last": 5 + k, "log_posterior_rank": 5.1 + k, **{r: 1 + RNG.random() for r in RIVALS}}
+         "masked_isotropic": w - 0.5, "masked_last": 5 + k, "log_posterior_rank": 5.1 + k,
+         **{r: 1 + RNG.random() for r in RIVALS}}
         for k in range(9)
         for w in (16, 48)
     ]  # fmt: skip
@@ -33,6 +34,7 @@ def test_relevance_draws_every_trained_run_and_every_predictor():
     left, right = figure.axes
     drawn = sum(len(line.get_xdata()) for line in left.lines if line.get_linestyle() == "None")
     assert drawn == 16
+    assert [line.get_ydata()[0] for line in left.lines[-2:]] == [15.5, 47.5]
     names = [label.get_text() for label in right.get_yticklabels()]
     assert names == ["y = x", "log_posterior_rank, fitted", *RIVALS, "mean"]
 
@@ -71,7 +73,7 @@ def test_multiverse_sorts_and_marks_the_default():
 def test_decimation_draws_the_mean_of_each_arm():
     names = (
         "R_visible", "R_masked", "slow_visible", "fast_visible", "total_drift_visible",
-        "total_drift_masked", "final_rank_masked", "log_posterior_rank",
+        "total_drift_masked", "final_rank_masked", "log_posterior_rank", "masked_isotropic",
     )  # fmt: skip
     rows = [
         {"stage": stage, "arm": arm, "spacing": k, "seed": s, **dict.fromkeys(names, k + s)}
@@ -84,6 +86,8 @@ def test_decimation_draws_the_mean_of_each_arm():
     grid = next(line for line in lines(figure.axes[0], COLOURS[0]) if line.get_linestyle() == "-")
     np.testing.assert_allclose(grid.get_ydata(), [1.5, 3.5])
     assert "ξ = 7/k" in figure.axes[0].get_xlabel()
+    baseline = next(line for line in figure.axes[3].lines if line.get_label() == "isotropic, same n")
+    np.testing.assert_allclose(baseline.get_ydata(), [1.5, 3.5])
 
 
 def test_observer_leaves_out_what_is_nowhere_defined():
