@@ -98,11 +98,10 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             if name in BASELINES:
                 data[f"{name}_baseline"][1][v][:, at] = expected[name]
         if plan.groups > 1:
-            rest = [state.moments(view, without=group) for group in range(plan.groups)]
+            folds, rest = state.folds(view)
             for name, error in _jackknife(rest, layers, measures).items():
                 data[f"{name}_se"][1][v][..., at] = error
             if plan.targets and view != "flattened":
-                folds = [state.group_moments(group, view) for group in range(plan.groups)]
                 value, error = linear_r2(folds, rest, layers, len(plan.targets))
                 data["target_r2"][1][v][..., at] = value
                 data["target_r2_se"][1][v][..., at] = error

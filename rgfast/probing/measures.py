@@ -33,8 +33,7 @@ BOUNDED = ("effective_rank", "effective_rank_uncentred")
 DRIFTS = ("kernel_drift", "kernel_drift_debiased", "kernel_change")
 PAIRWISE = ("cka", "cka_biased")
 
-# Moments give singular values above this share of the largest to 1e-12 of it.
-_RESOLVED = 1e-3
+_DOUBT = 1e-11  # error of an effective rank to expect from moments, above which a factor is taken
 _GRID = 12  # baselines at more sample numbers than this are interpolated
 
 Array = NDArray[np.float64]
@@ -111,22 +110,33 @@ def _refine(
 ) -> NDArray[np.bool_]:
     """Overwrite ``found`` where singular values are too small for moments and a factor was kept; where."""
     count = moments.count.reshape(-1)
-    sigma = found.singular_values
-    width = sigma.shape[1]
-    most = (count - 1 if centering == "mean" else count).clamp(0, width)
-    last = sigma.gather(1, (most - 1).clamp_min(0)[:, None])[:, 0]
     factor = moments.factor(layer, centering=centering)
-    at = torch.zeros_like(count, dtype=torch.bool)
-    if factor is not None:
-        factor = factor.reshape(len(count), -1, width)
-        small = (last < _RESOLVED * sigma[:, 0]) & (count >= 2)
-        at = small & ~factor[:, 0, 0].isnan()
-    if factor is not None and bool(at.any()):
+    if factor is None:
+        return np.zeros(len(count), dtype=bool)
+    factor = factor.reshape(len(count), -1, factor.shape[-1])
+    most = count - 1 if centering == "mean" else count
+    at = _doubtful(found.singular_values, most) & (count >= 2) & ~factor[:, 0, 0].isnan()
+    if bool(at.any()):
         updates = -(-int(count.max()) // moments.rows_at_once)
         better = rank_measures_from_factor(factor[at], count[at], centering=centering, updates=updates)
         for name in (*RANKS[:5], "singular_values", "error_bound", "variance_error_bound"):
             getattr(found, name)[at] = getattr(better, name)
     return np.asarray(at.cpu().numpy())
+
+
+def _doubtful(sigma: Tensor, most: Tensor) -> Tensor:
+    """Where an effective rank of singular values ``[P, d]``, ``most[P]`` of them not zero, may err visibly.
+
+    Eigenvalues of a moment err by about 4 u λ₁, so σ by e = min(4 u σ₁²/σ, √(4 u) σ₁), and the entropy by
+    about Σ e ln(Σσ/σ) / Σσ.
+    """
+    unit = 4 * 2.0**-53
+    top, total = sigma[:, :1], sigma.sum(1, keepdim=True)
+    error = torch.minimum(unit * top.square() / sigma, unit**0.5 * top)
+    share = (sigma / total).clamp_min(2.0**-53)
+    expected = error / total * -share.log()
+    live = torch.arange(sigma.shape[1], device=sigma.device) < most[:, None]
+    return (expected.masked_fill(~live, 0.0).nan_to_num(0.0).sum(1) > _DOUBT) & (top[:, 0] > 0)
 
 
 def _scatter(moments: MomentAccumulator, layer: int, centering: Literal["mean", "none"]) -> Tensor:

@@ -171,24 +171,18 @@ class ViewState:
                 f"{index}{where} ({self.plan.names[index]}, sequences {self.sequences} to {last})"
             ) from error
 
-    def moments(self, view: str, without: int | None = None) -> MomentAccumulator:
-        """The moments of a view, leading shape ``[P]`` or ``()``, of all groups but ``without``.
+    def moments(self, view: str) -> MomentAccumulator:
+        """The moments of a view, leading shape ``[P]`` or ``()``, of all groups; to be read only."""
+        return _joined([self._of_group(group, view, factors=True) for group in range(self.plan.groups)])
 
-        To be read only: it may be the state itself. Factors come with all groups only: an error bar needs
-        none.
-        """
-        kept = [self.group_moments(group, view) for group in range(self.plan.groups) if group != without]
-        if len(kept) == 1:
-            return kept[0]
-        total = MomentAccumulator(
-            pairs=kept[0].pairs_asked, factors=kept[0].factored if without is None else ()
-        )
-        for part in kept:
-            total.merge(part)
-        return total
+    def folds(self, view: str) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
+        """The moments of a view by group, and of all groups but one; to be read only, without factors."""
+        parts = [self._of_group(group, view, factors=False) for group in range(self.plan.groups)]
+        rest = [_joined([*parts[:group], *parts[group + 1 :]], factors=False) for group in range(len(parts))]
+        return parts, rest
 
-    def group_moments(self, group: int, view: str) -> MomentAccumulator:
-        """The moments of a view over one group; to be read only."""
+    def _of_group(self, group: int, view: str, *, factors: bool) -> MomentAccumulator:
+        """The moments of a view over one group; to be read only, since it may be the state itself."""
         state = self._groups[group]
         if view in ("mean_pooled", "flattened"):
             return state[view]
@@ -197,7 +191,7 @@ class ViewState:
         if view == "position" and "rows" in state:
             return state["rows"]
         any_kind = next(iter(state.values()))
-        total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored)
+        total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored if factors else ())
         for kind in self._held:
             total.merge(state[kind])
         if view == "pooled":
@@ -234,3 +228,13 @@ class ViewState:
                 prefix = f"{group}.{kind}."
                 own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
                 accumulator.load_state_dict(own, device)
+
+
+def _joined(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:
+    """All of them as one; the only one itself."""
+    if len(parts) == 1:
+        return parts[0]
+    total = MomentAccumulator(pairs=parts[0].pairs_asked, factors=parts[0].factored if factors else ())
+    for part in parts:
+        total.merge(part)
+    return total

@@ -60,9 +60,12 @@ def rank_measures_from_factor(
         raise ValueError(f"n must be {b} integers that are not negative, got {n.tolist()}")
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (factor != 0).any(1).sum(1).cpu().numpy())
+    live = factor[:, : max(1, int(freedom.max(initial=0)))]  # further rows are rounding errors of nothing
+    sigma = np.zeros((b, d))
     with one_thread():
-        sigma = torch.linalg.svdvals(factor).cpu().numpy()
+        found = torch.linalg.svdvals(live).cpu().numpy()
         size = torch.linalg.matrix_norm(factor).cpu().numpy()
+    sigma[:, : found.shape[1]] = found
     error = np.repeat((d + 50 + updates) * UNIT_ROUNDOFF[torch.float64] * size[:, None], d, axis=1)
     dead = np.arange(d) >= limit[:, None]
     sigma[dead] = error[dead] = 0.0
