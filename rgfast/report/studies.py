@@ -17,6 +17,8 @@ from rgfast.report.figures import COLOURS, CONTROL, STYLE
 __all__ = ["plot_decimation", "plot_multiverse", "plot_observer", "plot_relevance", "plot_xi"]
 
 CAPTURED = 0.90
+LIGHT = "#BBBBBB"
+OBSERVED = {"control_iid": "i.i.d. control"}
 ISOTROPIC = (0, (1, 2))
 SHAPES = ("o", "s", "^", "D", "v", "P")
 
@@ -192,7 +194,7 @@ def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
                 for name, words, colour in drawn:
                     if stage != "trained" and name == "log_posterior_rank":
                         continue
-                    paint = COLOURS[colour] if stage == "trained" else CONTROL
+                    paint = COLOURS[colour] if stage == "trained" else (CONTROL, LIGHT)[colour]
                     what = arm if stage == "trained" else "i.i.d. control"
                     mean = part.groupby("spacing")[name].mean()
                     axes.plot(
@@ -214,6 +216,7 @@ def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
                     linestyle=ISOTROPIC,
                     label="isotropic, same n",
                 )
+                axes.set_ylim(bottom=0)
             axes.set_ylabel(title)
             axes.set_xlabel(f"k: every k-th token shown (ξ = {xi:g}/k on the grid)")
             axes.legend(fontsize=7)
@@ -224,8 +227,9 @@ def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
 def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
     """CKA between layer l and the observer who sees radius w, by stage and ξ; the ridge on top.
 
-    White circles: the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA. A
-    stage whose masked rows hold nothing anywhere has no panel.
+    Colour: CKA over that layer's largest, which stands above its column (means over seeds). White circles:
+    the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA. A stage whose masked
+    rows hold nothing anywhere has no panel.
     """
     whole = list(dict.fromkeys(zip(curves.stage, curves.xi, strict=True)))
     defined = curves.dropna(subset="cka")
@@ -236,9 +240,25 @@ def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
         for axes, (stage, xi) in zip(panels, cells, strict=True):
             part = curves[(curves.stage == stage) & (curves.xi == xi)]
             grid = part.pivot_table(index="radius", columns="layer", values="cka", dropna=False)
+            largest = grid.max()
             image = axes.imshow(
-                grid.to_numpy(float), origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis"
+                grid.to_numpy(float) / np.where(largest > 0, largest, np.nan),
+                origin="lower",
+                aspect="auto",
+                vmin=0.5,
+                vmax=1,
+                cmap="viridis",
             )
+            for column, value in enumerate(largest):
+                if math.isfinite(value):
+                    axes.text(
+                        column,
+                        1.01,
+                        f"{value:.2f}",
+                        transform=axes.get_xaxis_transform(),
+                        ha="center",
+                        fontsize=8,
+                    )
             axes.set_xticks(range(grid.shape[1]), [str(v) for v in grid.columns])
             axes.set_yticks(range(grid.shape[0]), [str(v) for v in grid.index])
             ridge = ridges[(ridges.stage == stage) & (ridges.xi == xi)].groupby("layer").radius.mean()
@@ -246,10 +266,20 @@ def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
             height = np.interp(ridge.to_numpy(float), grid.index.to_numpy(float), np.arange(grid.shape[0]))
             at = [list(grid.columns).index(layer) for layer in ridge.index]
             good = np.isfinite(ridge.to_numpy(float))
-            axes.plot(np.array(at)[good], height[good], "o-", color="white", markersize=6, linewidth=1.2)
+            axes.plot(
+                np.array(at)[good],
+                height[good],
+                "o-",
+                color="white",
+                markeredgecolor="black",
+                markersize=6,
+                linewidth=1.6,
+            )
             axes.set_xlabel("layer")
-            axes.set_title(f"{stage}, ξ = {xi:g}", fontsize=10)
+            axes.set_title(f"{OBSERVED.get(stage, stage)}, ξ = {xi:g}", fontsize=10, pad=14)
         figure.axes[0].set_ylabel("radius w of the observer")
-        figure.suptitle("Layers against ideal observers")
-        figure.colorbar(image, ax=figure.axes, label="CKA (debiased), masked rows", shrink=0.85)
+        figure.suptitle(
+            "Layers against ideal observers (masked rows; above the columns: the layer's largest CKA)"
+        )
+        figure.colorbar(image, ax=figure.axes, label="debiased CKA over the layer's largest", shrink=0.85)
     return figure
