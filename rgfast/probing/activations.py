@@ -46,12 +46,16 @@ def _find(value: Any) -> Tensor | None:
 def as_rows(x: Tensor, name: str) -> Tensor:
     """``[B, T, D]`` of an activation: ``[B, D]`` has one position, ``[B, C, H, W]`` has H·W.
 
-    Raises ValueError for any other number of dimensions.
+    Raises ValueError for any other number of dimensions, and where there are no positions or features.
     """
+    rows = x
     if x.dim() == 2:
-        return x[:, None]
-    if x.dim() == 3:
-        return x
-    if x.dim() == 4:
-        return x.flatten(2).transpose(1, 2)
-    raise ValueError(f"layer {name!r} must be [B, D], [B, T, D] or [B, C, H, W], got shape {tuple(x.shape)}")
+        rows = x[:, None]
+    elif x.dim() == 4:
+        rows = x.flatten(2).transpose(1, 2)
+    if rows.dim() != 3 or not rows.shape[1] or not rows.shape[2]:
+        raise ValueError(
+            f"layer {name!r} must be [B, D], [B, T, D] or [B, C, H, W] with none but B empty, got shape "
+            f"{tuple(x.shape)}"
+        )
+    return rows

@@ -82,7 +82,7 @@ def _resolve_one(model: nn.Module, spec: LayerSpec) -> list[Tap]:
         return [stream[spec]]
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if isinstance(spec, re.Pattern) or spec.startswith("re:"):
-        pattern = spec if isinstance(spec, re.Pattern) else re.compile(spec[3:])
+        pattern = spec if isinstance(spec, re.Pattern) else _compiled(spec[3:])
         shown = pattern.pattern
     elif any(c in spec for c in "*?["):
         pattern, shown = re.compile(_glob(spec.removesuffix(_INPUT))), spec
@@ -96,6 +96,13 @@ def _resolve_one(model: nn.Module, spec: LayerSpec) -> list[Tap]:
     if not found:
         raise ValueError(f"layers: no module matches {shown!r}; {_candidates(shown, names)}")
     return found
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"layers: {pattern!r} is no regular expression ({error})") from error
 
 
 def _tap(name: str) -> Tap:

@@ -72,7 +72,7 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = 
     spectrum = np.full((layers, positions, max(widths) if spectra else 0), np.nan)
     known = count >= 2
     for layer, width in enumerate(widths):
-        summed = moments.accumulated(layer).reshape(-1)
+        summed = moments.accumulated(layer, scaled=True).reshape(-1)
         found = rank_measures_from_moment(_scatter(moments, layer, "mean"), count, accumulated=summed)
         raw = rank_measures_from_moment(_scatter(moments, layer, "none"), count, centering="none")
         if refine:
@@ -81,7 +81,8 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = 
         for name in RANKS[:5]:
             ranks[name][layer] = _where(known, getattr(found, name))
         if spectra:
-            spectrum[layer, :, :width] = _where(known[:, None], found.singular_values)
+            sigma = _where(known[:, None], found.singular_values)
+            spectrum[layer, :, :width] = np.ldexp(sigma, moments.exponent(layer))
         # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
         constant = (found.stable_rank == 0) & (raw.stable_rank > 0)
         for name in ("effective_rank", "effective_rank_variance"):
@@ -110,7 +111,7 @@ def _refine(
 ) -> NDArray[np.bool_]:
     """Overwrite ``found`` where singular values are too small for moments and a factor was kept; where."""
     count = moments.count.reshape(-1)
-    factor = moments.factor(layer, centering=centering)
+    factor = moments.factor(layer, centering=centering, scaled=True)
     if factor is None:
         return np.zeros(len(count), dtype=bool)
     factor = factor.reshape(len(count), -1, factor.shape[-1])
@@ -140,8 +141,8 @@ def _doubtful(sigma: Tensor, most: Tensor) -> Tensor:
 
 
 def _scatter(moments: MomentAccumulator, layer: int, centering: Literal["mean", "none"]) -> Tensor:
-    """``[P, d, d]``, zero where nothing was counted."""
-    found = moments.scatter(layer, centering=centering)
+    """``[P, d, d]`` in the layer's unit, in which the rest are too; zero where nothing was counted."""
+    found = moments.scatter(layer, centering=centering, scaled=True)
     found = found.reshape(-1, *found.shape[-2:])
     empty = moments.count.reshape(-1) == 0
     return found.masked_fill(empty[:, None, None], 0.0) if bool(empty.any()) else found

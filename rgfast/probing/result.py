@@ -129,9 +129,12 @@ class ProbeResult:
     def merge(self, other: ProbeResult) -> ProbeResult:
         """The result of both samples together, exactly as if one probe had seen them all (to rounding).
 
-        Raises ValueError where the two did not probe the same layers, positions, views and pairs in the same
-        number of groups, or where one carries no moments (it was saved without).
+        Raises TypeError for anything but a result, ValueError where the two did not probe the same layers,
+        positions, views and pairs in the same number of groups, or where one carries no moments (it was saved
+        without).
         """
+        if not isinstance(other, ProbeResult):
+            raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
         if self._moments is None or other._moments is None:
             raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
         (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))

@@ -53,6 +53,8 @@ class Target:
         found = self._batch(entries, start, batch)
         if not found.is_floating_point():
             found = self._one_hot(found)
+        elif found.dim() == 1:
+            found = found[:, None]
         elif found.dim() == 2 and tuple(found.shape) == (batch, length) and length > 1:
             found = found[..., None]
         if found.dim() == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -371,7 +371,7 @@ class Probe:
 def _measures(asked: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(asked, str):
         asked = tuple(LABELS) if asked == "all" else [asked]
-    if not isinstance(asked, Sequence) or not asked:
+    if not isinstance(asked, Collection) or not asked:
         raise ValueError(f"measures must be 'all' or a sequence of at least one measure, got {asked!r}")
     for name in asked:
         if name not in LABELS:

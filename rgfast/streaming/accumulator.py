@@ -259,17 +259,23 @@ class MomentAccumulator:
         self.flush()
         return self._shaped(self._mean(layer))
 
-    def scatter(self, layer: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
+    def exponent(self, layer: int) -> int:
+        """Exponent of the power of two that is a layer's unit: 0 but for data so far from 1 that squares of
+        them might not be fp64 numbers. What is asked for ``scaled`` comes in this unit."""
+        return self._exponent[layer] or 0
+
+    def scatter(
+        self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
+    ) -> Tensor:
         """Σ (x−μ)(x−μ)ᵀ over samples of a layer ``[*, d, d]``, fp64; ``centering="none"`` gives Σ x xᵀ."""
         self.flush()
-        return self._shaped(self._product(layer, layer, centering))
+        return self._shaped(self._product(layer, layer, centering, scaled))
 
-    def accumulated(self, layer: int) -> Tensor:
+    def accumulated(self, layer: int, *, scaled: bool = False) -> Tensor:
         """Σ|x−shift|² over samples of a layer ``[*]``, fp64: what its rounding errors scale with."""
         self.flush()
-        d = self._widths[layer]
-        unit = math.ldexp(1.0, 2 * (self._exponent[layer] or 0))
-        return self._shaped(self._moment[layer, layer][:, d, d + 1] * unit)
+        trace = self._moment[layer, layer][:, -2, -1]
+        return self._shaped(trace if scaled else _times_power(trace, 2 * self.exponent(layer)))
 
     def cross(self, i: int, j: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
         """Σ (x−μ_x)(y−μ_y)ᵀ of layers i and j ``[*, d_i, d_j]``, fp64; ``centering="none"`` gives Σ x yᵀ.
@@ -277,9 +283,11 @@ class MomentAccumulator:
         Raises ValueError for a pair that is not kept.
         """
         self.flush()
-        return self._shaped(self._product(i, j, centering))
+        return self._shaped(self._product(i, j, centering, False))
 
-    def factor(self, layer: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor | None:
+    def factor(
+        self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
+    ) -> Tensor | None:
         """R of a layer, fp64, with RᵀR its scatter and singular values good to a few u of the largest.
 
         ``[*, d, d]``, or ``[*, d + 1, d]`` for ``centering="none"``; NaN at positions where none was needed,
@@ -289,13 +297,12 @@ class MomentAccumulator:
         if self._factors is None or layer not in self._factored:
             return None
         check_choice(centering, "centering", ("mean", "none"))
-        whole = self._factors.factor(layer)
-        unit = math.ldexp(1.0, self._exponent[layer] or 0)
-        if centering == "mean":
-            return self._shaped(whole[:, 1:, 1:] * unit)
-        return self._shaped(
-            torch.addcmul(whole[:, :, 1:] * unit, whole[:, :, :1], self._shift[layer][:, None])
-        )
+        whole, exponent = self._factors.factor(layer), self.exponent(layer)
+        found = whole[:, 1:, 1:]
+        if centering == "none":
+            shift = _times_power(self._shift[layer], -exponent)
+            found = torch.addcmul(whole[:, :, 1:], whole[:, :, :1], shift[:, None])
+        return self._shaped(found if scaled else _times_power(found, exponent))
 
     def pair(self, i: int, j: int) -> PairMoments:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
@@ -521,14 +528,22 @@ class MomentAccumulator:
             return self._cross(j, i).transpose(1, 2)
         return centred_cross(self._kept(i, j))
 
-    def _product(self, i: int, j: int, centering: str) -> Tensor:
+    def _product(self, i: int, j: int, centering: str, scaled: bool) -> Tensor:
         check_choice(centering, "centering", ("mean", "none"))
         product = self._cross(i, j)
-        product = product * math.ldexp(1.0, (self._exponent[i] or 0) + (self._exponent[j] or 0))
         if centering == "none":
             count = self._count()[:, None, None]
-            product = product + self._mean(i)[:, :, None] * self._mean(j)[:, None, :] * count
+            mean_i, mean_j = (_times_power(self._mean(k), -self.exponent(k)) for k in (i, j))
+            product = product + mean_i[:, :, None] * mean_j[:, None, :] * count
+        if not scaled:
+            product = _times_power(product, self.exponent(i) + self.exponent(j))
         return (product + product.transpose(1, 2)) / 2 if i == j else product
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape((*self.lead, *x.shape[1:]))
+
+
+def _times_power(x: Tensor, exponent: int) -> Tensor:
+    """x · 2^exponent, infinite or zero where that is no fp64 number."""
+    half = exponent // 2  # 2^exponent itself may be none
+    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) if exponent else x

@@ -144,7 +144,16 @@ def test_bad_options_are_refused_before_any_work(options):
         rgfast.probe(model, batches(), layers=["a", "b"], progress=False, **options)
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (5, 0, 3), (5, 3, 0, 2), (5,), (2, 2, 2, 2, 2)])
+def test_activations_of_another_shape(shape):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with pytest.raises(ValueError, match=r"layer '0' must be \[B, D\].*got shape \(" + str(shape[0])):
+        rgfast.probe(model, torch.zeros(shape), layers=["0", "1"], progress=False)
+
+
 def test_layers_of_no_kind():
+    with pytest.raises(ValueError, match=r"layers: '\(' is no regular expression"):
+        rgfast.probe(nn.Sequential(nn.Identity()), X, layers="re:(", progress=False)
     with pytest.raises(
         TypeError, match="layers must be 'auto', a name, index, pattern or a sequence of them"
     ):

@@ -193,6 +193,18 @@ def test_model_of_another_dtype(kit, dtype):
     kit.assert_equal_to(kit.brute([y[:, 1] for y in layers]), result.dataset, "position", 1)
 
 
+@pytest.mark.parametrize("exponent", [-700, -400, 400, 500])
+def test_data_far_from_one(exponent):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    x = torch.randn(200, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
+    x[..., 4] = x[..., 3] + 1e-9 * x[..., 4]
+    plain = run(model, x, layers=["0", "1"], groups=2).dataset
+    far = run(model, x * 2.0**exponent, layers=["0", "1"], groups=2).dataset
+    for name in plain.data_vars:
+        scale = 2.0**exponent if name == "singular_values" else 1.0
+        np.testing.assert_allclose(far[name] / scale, plain[name], rtol=1e-12, err_msg=str(name))
+
+
 def test_pairs_are_the_asked_ones(token_model, token_data):
     for pairs, number in (("adjacent", 3), ("all", 6), ([(0, 3)], 1)):
         result = run(token_model, token_data, pairs=pairs, views=("pooled",))
@@ -239,6 +251,8 @@ def test_merge_is_one_probe_of_both(token_model, token_data, tmp_path):
     with pytest.raises(ValueError, match="same groups"):
         first.merge(run(token_model, token_data, mask="mask"))
     second.save(tmp_path / "small.nc", moments=False)
+    with pytest.raises(TypeError, match="other must be a ProbeResult, got int"):
+        first.merge(3)
     with pytest.raises(ValueError, match="moments=False"):
         first.merge(rgfast.ProbeResult.load(tmp_path / "small.nc"))
 
