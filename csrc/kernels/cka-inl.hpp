@@ -47,7 +47,7 @@ static void gram_tiles(const SampleJob& job) {
       ahead.end = ahead.at + job.rows * bytes;
       ahead.then_end = ahead.then + job.columns * bytes;
     }
-    tile(static_cast<const T*>(job.left[l]), static_cast<const T*>(job.right[l]), job.widths[l],
+    tile(static_cast<const T*>(job.left[l]), static_cast<const T*>(job.right[l]), job.widths[l], kDepth,
          job.panels[l], job.rows, job.columns, job.diagonal, out, ahead);
     for (std::int64_t i = 0; i < height; ++i) {
       for (std::int64_t j = 0; job.diagonal && j <= i; ++j) out[i * line + j] = 0.0;
@@ -90,8 +90,8 @@ static void feature(FeatureJob& job) {
       ahead.at = reinterpret_cast<const char*>(right + columns * panel);
       ahead.end = reinterpret_cast<const char*>(right + 2 * columns * panel);
     }
-    tile(static_cast<const T*>(job.left), right, job.samples, panel, job.rows, columns, diagonal, job.tile,
-         ahead);
+    tile(static_cast<const T*>(job.left), right, job.samples, kStretch<T>, panel, job.rows, columns, diagonal,
+         job.tile, ahead);
     double own = 0.0;
     if (diagonal)
       for (std::int64_t i = 0; i < height; ++i) {

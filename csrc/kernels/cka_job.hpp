@@ -7,7 +7,12 @@
 
 namespace rgfast::cka {
 
-inline constexpr std::int64_t kDepth = 128;  // products summed before they are widened
+// Features of a product that stay in the nearest cache, summed before they are widened.
+inline constexpr std::int64_t kDepth = 128;
+// Samples likewise. Fewer floats: where few features carry a layer, a Gram over samples averages their
+// rounding, and ‖xᵀy‖² does not.
+template <class T>
+inline constexpr std::int64_t kStretch = sizeof(T) == 4 ? 32 : kDepth;
 
 // One layer at one position into panels: rows centred, scaled, rounded to T.
 struct PackJob {

@@ -77,11 +77,24 @@ RGFAST_INLINE Doubles splat(double value) {
 
 RGFAST_INLINE Doubles wide(const double* from) { return load(from); }
 RGFAST_INLINE Doubles wide(const float* from) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfFloats*>(from), Doubles);
+  const HalfFloats value = *reinterpret_cast<const HalfFloats*>(from);
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return (Doubles)_mm512_cvtps_pd((__m256)value);  // GCC would convert it in two pieces
+#elif RGFAST_TARGET == RGFAST_TARGET_AVX2
+  return (Doubles)_mm256_cvtps_pd((__m128)value);
+#else
+  return __builtin_convertvector(value, Doubles);
+#endif
 }
 RGFAST_INLINE void narrow(double* to, Doubles value) { store(to, value); }
 RGFAST_INLINE void narrow(float* to, Doubles value) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  *reinterpret_cast<HalfFloats*>(to) = (HalfFloats)_mm512_cvtpd_ps((__m512d)value);
+#elif RGFAST_TARGET == RGFAST_TARGET_AVX2
+  *reinterpret_cast<HalfFloats*>(to) = (HalfFloats)_mm256_cvtpd_ps((__m256d)value);
+#else
   *reinterpret_cast<HalfFloats*>(to) = __builtin_convertvector(value, HalfFloats);
+#endif
 }
 
 RGFAST_INLINE double total(Doubles v) {

@@ -22,10 +22,11 @@ _WORK_BYTES = 48 << 20
 _TRIVIAL_FLOPS = 1e7
 # HSIC(K, K) below this fraction of (tr K)²/n is rounding, not variance.
 _NO_VARIANCE = 1e-13
-# U-centring cancels: products of fp32 do where less than this is left of ‖K‖².
-_CANCELS = 0.05
-# fp32 products err by about 1e-9 in a CKA: a drift below this is read again with fp64 products.
-_SMALL_DRIFT = 1e-4
+# U-centring cancels: fp32 products do not do where less than this is left of ‖K‖². In feature space the
+# diagonal that it takes off is a part of what was summed in fp32.
+_CANCELS = {"samples": 0.05, "features": 0.5}
+# fp32 products err by 1e-9 to 2e-7 in a CKA: a drift below this is read again with fp64 products.
+_SMALL_DRIFT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _cosines(
     own = inner[:, : len(layers)]
     varies = own > _NO_VARIANCE * trace.square() / n
     if guarded and debiased:
-        again = (varies & (own < _CANCELS * centered[:, : len(layers)])).any(1).nonzero()[:, 0]
+        floor = _CANCELS["features" if features else "samples"] * centered[:, : len(layers)]
+        again = (varies & (own < floor)).any(1).nonzero()[:, 0]
         if len(again):
             exact = _products([x[again] for x in layers], wanted.pairs, features, False)
             if exact is None:

@@ -37,6 +37,27 @@ def test_every_pair_against_the_reference(make, isa, shape, debiased, precision,
     assert (drift - (1 - expected.diagonal(1, -2, -1))).abs().max() <= bound
 
 
+@BOTH
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(("shape", "limit"), [((390, 176), 1), ((2000, 60), 4096), ((256, 500), 4096)])
+def test_single_products_keep_the_bound_of_single_data(shape, limit, offset, power, debiased):
+    # At 1e4 the data has ten bits: squares of so few round the same way every time. With a steep spectrum few
+    # entries carry everything, and nothing averages.
+    generator = torch.Generator().manual_seed(int(offset + 10 * power) + shape[0])
+    decay = torch.arange(1, shape[1] + 1, dtype=torch.float64) ** -power
+    steps = torch.randn(4, *shape, generator=generator, dtype=torch.float64) * decay
+    layers = (steps.cumsum(0) + offset).float()
+    expected = reference.matrix(list(layers), None, debiased=debiased)
+    options = {"debiased": debiased, "sample_limit": limit, "impl": "native"}
+    for precision in (None, "single"):
+        got = rgfast.cka_matrix(layers, precision=precision, **options)
+        assert (got - expected).abs().max() <= 1e-6
+    assert (got != rgfast.cka_matrix(layers, precision="double", **options)).any()  # "single" meant floats
+    drift = rgfast.kernel_drift(layers, debiased=debiased)
+    assert (drift - (1 - expected.diagonal(1))).abs().max() <= 1e-6
+
+
 @PRECISIONS
 @pytest.mark.parametrize("limit", [1, 4096])
 def test_layers_of_different_widths_and_two_models(make, precision, bound, limit):
