@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rgfast.flow.relevance import RelevanceTest
@@ -20,6 +21,7 @@ CAPTURED = 0.90
 LIGHT = "#BBBBBB"
 OBSERVED = {"control_iid": "i.i.d. control"}
 ISOTROPIC = (0, (1, 2))
+DASHES = ("-", "--", ":")
 SHAPES = ("o", "s", "^", "D", "v", "P")
 
 
@@ -93,32 +95,39 @@ def plot_relevance(table: pd.DataFrame, test: RelevanceTest) -> Figure:
 
 
 def plot_xi(table: pd.DataFrame) -> Figure:
-    """R against ξ by chain, visible and masked rows: points are runs (open: undertrained), lines means."""
-    chains = list(dict.fromkeys(table.chain))
+    """R against ξ by chain, visible and masked rows, a row of panels a width.
+
+    Points are runs (open: undertrained), lines means over the trained.
+    """
+    chains, widths = list(dict.fromkeys(table.chain)), sorted(table.width.unique())
+    xis = sorted(table.xi.unique())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.4))
-        for axes, view in zip(figure.subplots(1, 2, sharey=True), ("visible", "masked"), strict=True):
-            for k, chain in enumerate(chains):
-                part, colour = table[table.chain == chain], COLOURS[k % len(COLOURS)]
-                good = part.captured >= CAPTURED
-                axes.plot(part.xi[good], part[f"{view}_R"][good], "o", color=colour, markersize=4, alpha=0.6)
-                axes.plot(
-                    part.xi[~good],
-                    part[f"{view}_R"][~good],
-                    "o",
-                    color=colour,
-                    markersize=4,
-                    fillstyle="none",
-                )
-                mean = part[good].groupby("xi")[f"{view}_R"].mean()
-                axes.plot(mean.index, np.asarray(mean), color=colour, linewidth=1.8, label=chain)
-            axes.axhline(1.0, color="black", linewidth=0.6)
-            axes.set_xscale("log")
-            axes.set_xlabel("correlation length ξ (steps)")
-            axes.set_title(f"{view} rows")
-        figure.axes[0].set_ylabel("R: effective rank, last over first layer")
-        figure.axes[0].legend(fontsize=8)
+        figure = Figure(figsize=(11, 0.6 + 3.8 * len(widths)))
+        grid = figure.subplots(len(widths), 2, sharey="row", squeeze=False)
+        for panels, width in zip(grid, widths, strict=True):
+            for axes, view in zip(panels, ("visible", "masked"), strict=True):
+                _draw_xi(axes, table[table.width == width], chains, f"{view}_R")
+                axes.set_xscale("log")
+                axes.set_xticks(xis, [f"{xi:g}" for xi in xis])
+                axes.set_xticks([], minor=True)
+                axes.set_title(f"{view} rows" + (f", width {width}" if len(widths) > 1 else ""))
+                axes.set_xlabel("correlation length ξ (steps)")
+            panels[0].set_ylabel("R: last over first layer")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=9)
     return figure
+
+
+def _draw_xi(axes: Axes, table: pd.DataFrame, chains: Sequence[str], name: str) -> None:
+    for k, chain in enumerate(chains):
+        part, colour = table[table.chain == chain], COLOURS[k % len(COLOURS)]
+        dash = DASHES[k // len(COLOURS) % len(DASHES)]
+        good = part.captured >= CAPTURED
+        axes.plot(part.xi[good], part[name][good], "o", color=colour, markersize=4, alpha=0.6)
+        axes.plot(part.xi[~good], part[name][~good], "o", color=colour, markersize=4, fillstyle="none")
+        mean = part[good].groupby("xi")[name].mean()
+        axes.plot(mean.index, np.asarray(mean), dash, color=colour, linewidth=1.8, label=chain)
+    axes.axhline(1.0, color="black", linewidth=0.6)
 
 
 def plot_multiverse(

@@ -43,6 +43,7 @@ def test_xi_draws_means_of_trained_runs():
     rows = [
         {
             "chain": "lazy",
+            "width": 16,
             "xi": xi,
             "captured": 0.95 if seed else 0.5,
             "visible_R": xi + seed,
