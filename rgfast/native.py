@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -29,7 +29,7 @@ __all__ = [
     "use_isa",
 ]
 
-NativeTensor = tuple[int, list[int], list[int], int]
+NativeTensor = tuple[int, Sequence[int], Sequence[int], int]
 
 # The codes of csrc/include/rgfast/view.hpp.
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -100,7 +100,7 @@ def tensor(x: Tensor) -> NativeTensor:
 
     Nothing is copied, and nothing keeps ``x`` alive: hold it until the call returns.
     """
-    return x.data_ptr(), list(x.shape), list(x.stride()), _CODES[x.dtype]
+    return x.data_ptr(), x.shape, x.stride(), _CODES[x.dtype]
 
 
 def threads() -> int:

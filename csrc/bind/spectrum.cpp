@@ -33,6 +33,43 @@ std::pair<std::int64_t, int> eigvalsh(const Tensor& a, const Tensor& values, int
   return {status.index, static_cast<int>(status.trouble)};
 }
 
+// The same for a[batch, d, d] and contiguous values, without what it costs to pass tensors: beside one small
+// matrix that is much.
+std::pair<std::int64_t, int> eigvalsh_plain(std::uintptr_t a, bool fp64, std::int64_t batch, std::int64_t d,
+                                            std::int64_t batch_stride, std::int64_t row_stride,
+                                            std::int64_t column_stride, std::uintptr_t values, int threads) {
+  if (batch < 0 || d < 0) throw std::invalid_argument("batch and d must not be negative");
+  if (batch != 0 && d != 0 && (a == 0 || values == 0))
+    throw std::invalid_argument("a and values must not be null pointers");
+  checked_threads(threads);
+  View in;
+  in.data = reinterpret_cast<std::byte*>(a);
+  in.dtype = fp64 ? DType::f64 : DType::f32;
+  in.ndim = 3;
+  in.sizes[0] = batch;
+  in.sizes[1] = in.sizes[2] = d;
+  in.strides[0] = batch_stride;
+  in.strides[1] = row_stride;
+  in.strides[2] = column_stride;
+  View out;
+  out.data = reinterpret_cast<std::byte*>(values);
+  out.dtype = in.dtype;
+  out.ndim = 2;
+  out.sizes[0] = batch;
+  out.sizes[1] = d;
+  out.strides[0] = d;
+  out.strides[1] = 1;
+  const py::gil_scoped_release release;
+  const spectrum::Status status = spectrum::eigvalsh(in, out, threads, spectrum::Route::choose);
+  return {status.index, static_cast<int>(status.trouble)};
+}
+
+void check_samples(const View& x) {
+  if (x.ndim != 3) throw std::invalid_argument("x must have 3 dimensions, got " + std::to_string(x.ndim));
+  if (x.size(1) == 0 || x.size(2) == 0)
+    throw std::invalid_argument("x must have at least one sample and one feature");
+}
+
 using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
@@ -40,9 +77,7 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   const View in = view(x, "x", 3);
   const View out = view(result, "result", solve ? 2 : 3);
   checked_threads(threads);
-  if (in.ndim != 3) throw std::invalid_argument("x must have 3 dimensions, got " + std::to_string(in.ndim));
-  if (in.size(1) == 0 || in.size(2) == 0)
-    throw std::invalid_argument("x must have at least one sample and one feature");
+  check_samples(in);
   const std::int64_t m = std::min(in.size(1), in.size(2));
   bool fits = out.ndim == (solve ? 2 : 3) && out.size(0) == in.size(0) && out.dtype == DType::f64;
   std::int64_t step = 1;
@@ -67,6 +102,30 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   return {status.index, static_cast<int>(status.trouble)};
 }
 
+std::tuple<std::int64_t, int, double> effective_ranks(const Tensor& x, bool centred, bool variance,
+                                                      std::uintptr_t rank, std::uintptr_t scratch,
+                                                      int threads) {
+  const View in = view(x, "x", 3);
+  checked_threads(threads);
+  check_samples(in);
+  const std::int64_t b = in.size(0);
+  const std::int64_t m = std::min(in.size(1), in.size(2));
+  if (b != 0 && (rank == 0 || scratch == 0))
+    throw std::invalid_argument("rank and scratch must not be null pointers");
+  auto* const accumulated = reinterpret_cast<double*>(scratch);
+  auto* const exponent = reinterpret_cast<std::int64_t*>(scratch) + b;
+  double* const bound = accumulated + 3 * b;
+  double* const values = accumulated + 4 * b;
+  const spectrum::MomentInfo told{accumulated, exponent, exponent + b};
+  const py::gil_scoped_release release;
+  const spectrum::Status status =
+      spectrum::gram_eigenvalues(in, centred, values, told, threads, spectrum::Route::choose);
+  spectrum::effective_ranks(values, b, m, std::max(in.size(1), in.size(2)), told,
+                            {variance, reinterpret_cast<double*>(rank), bound}, threads);
+  const double worst = b == 0 ? 0.0 : *std::max_element(bound, bound + b);
+  return {status.index, static_cast<int>(status.trouble), worst};
+}
+
 }  // namespace
 
 void register_spectrum(py::module_& m) {
@@ -75,6 +134,10 @@ void register_spectrum(py::module_& m) {
         "-1, "
         "and its trouble: 1 for NaN or infinity, 2 for no convergence. route: 0 to choose, 1 for one matrix "
         "per lane, 2 for one at a time.");
+  m.def("eigvalsh_plain", &eigvalsh_plain, py::arg("a"), py::arg("fp64"), py::arg("batch"), py::arg("d"),
+        py::arg("batch_stride"), py::arg("row_stride"), py::arg("column_stride"), py::arg("values"),
+        py::arg("threads"),
+        "What eigvalsh does, for a[batch, d, d] and contiguous values[batch, d] by their addresses.");
   m.def(
       "moments", &moments, py::arg("x"), py::arg("centred"), py::arg("solve"), py::arg("result"),
       py::arg("info"), py::arg("threads"), py::arg("route") = 0,
@@ -82,6 +145,12 @@ void register_spectrum(py::module_& m) {
       "ascending "
       "eigenvalues, result[b, m]. info: the addresses of what was accumulated (fp64), the exponents and the "
       "rank limits (int64), b entries each. Returns what eigvalsh does.");
+  m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
+        py::arg("rank"), py::arg("scratch"), py::arg("threads"),
+        "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "
+        "bytes, m = min(n, d), which become what `moments` calls info, the bounds on the relative error of "
+        "the singular effective rank (fp64), and the eigenvalues. Returns what eigvalsh does and the largest "
+        "bound.");
   m.def(
       "eigvalsh_workspace",
       [](bool fp64, std::int64_t batch, std::int64_t d) {

@@ -42,4 +42,16 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
 Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads,
                         Route route);
 
+// Effective ranks by singular values or by variance, and the bound on the relative error of the former that
+// the README of the op derives (infinite where the data are not finite): b entries each.
+struct RankInfo {
+  bool variance;
+  double* rank;
+  double* bound;
+};
+
+// From the ascending eigenvalues[b, m] of moments summed over `terms` terms.
+void effective_ranks(const double* values, std::int64_t batch, std::int64_t m, std::int64_t terms,
+                     const MomentInfo& info, const RankInfo& ranks, int threads);
+
 }  // namespace rgfast::spectrum

@@ -77,6 +77,8 @@ inline void prepare_group(QlGroup<T>& group, Scale<T>& scale, const int* exponen
   group.row = 0;
   group.sweeps = 0;
   group.failed = no_lanes(T());
+  group.split = no_lanes(T());
+  group.bottom = broadcast(T(-1));
 }
 
 // Solves, sorts and writes groups that are prepared. `Task` is an EigenTask or a TridiagonalTask.

@@ -90,16 +90,29 @@ inline void gram_tile(const double* panels, long long count, long long terms, do
     const long long left = count - i;
     const int rows = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
     for (long long j = 0; j < i + rows; ++j) {
-      double* const at = c + j * L * stride + i * L;
-      if (rows == 3)
-        gram_block<3>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
-      else if (rows == 2)
-        gram_block<2>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
+      const int above = j > i ? static_cast<int>(j - i) : 0;  // panels that lie above the diagonal
+      const double* const a = panels + (i + above) * kPanel;
+      const double* const b = panels + j * kPanel;
+      double* const at = c + j * L * stride + (i + above) * L;
+      if (rows - above == 3)
+        gram_block<3>(a, b, terms, at, stride, first);
+      else if (rows - above == 2)
+        gram_block<2>(a, b, terms, at, stride, first);
       else
-        gram_block<1>(panels + i * kPanel, panels + j * kPanel, terms, at, stride, first);
+        gram_block<1>(a, b, terms, at, stride, first);
     }
     i += rows;
   }
+}
+
+// The same in stretches whose panels stay in the first-level cache, where that leaves the error within what
+// Python states for tiles: `total` terms in sums of b err by no more than b + total / b roundings.
+inline void gram_tiles(const double* panels, long long count, long long terms, double* c, long long stride,
+                       bool first, long long total) {
+  const long long step = total <= kGramTile * kGramTile / 2 ? kGramTile / 2 : kGramTile;
+  for (long long k = 0; k < terms; k += step)
+    gram_tile(panels + k * Simd<double>::lanes, count, terms - k < step ? terms - k : step, c, stride,
+              first && k == 0);
 }
 
 inline long long gram_stride(long long m) {
@@ -145,19 +158,36 @@ struct Moments {
   long long live_rows = 0;
 };
 
-// Adds the columns of `count` rows, less the origin, to the mean's sums.
+// Adds columns [j, j + Vectors * lanes) of `count` rows, less the origin, to the mean's sums.
+template <int Vectors, class T>
+RGFAST_INLINE void add_columns(const Rows<T>& rows, long long count, long long j, const Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  VecD origin[Vectors];
+  VecD sum[Vectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < Vectors; ++c) {
+    origin[c] = load(at.origin + j + c * L);
+    sum[c] = load(at.mean + j + c * L);
+  }
+  for (long long i = 0; i < count; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < Vectors; ++c) sum[c] += rows.vector(i, j + c * L, L) - origin[c];
+#pragma GCC unroll 8
+  for (int c = 0; c < Vectors; ++c) store(at.mean + j + c * L, sum[c]);
+}
+
+// Long stretches of every row, which is how the memory likes to be read.
 template <class T>
 inline void add_rows(const Rows<T>& rows, long long count, long long d, const Moments& at) {
   constexpr int L = Simd<double>::lanes;
-  for (long long j = 0; j < d; j += L) {
-    const VecD origin = load(at.origin + j);
-    VecD sum[2] = {load(at.mean + j), VecD{}};
-    long long i = 0;
-    for (; i + 2 <= count; i += 2)
-      for (int c = 0; c < 2; ++c) sum[c] = sum[c] + (rows.vector(i + c, j, d - j) - origin);
-    if (i < count) sum[0] = sum[0] + (rows.vector(i, j, d - j) - origin);
-    store(at.mean + j, sum[0] + sum[1]);
-  }
+  long long j = 0;
+  for (; j + 8 * L <= d; j += 8 * L) add_columns<8>(rows, count, j, at);
+  for (; j + 2 * L <= d; j += 2 * L) add_columns<2>(rows, count, j, at);
+  for (; j + L <= d; j += L) add_columns<1>(rows, count, j, at);
+  if (j == d) return;
+  VecD sum = load(at.mean + j);
+  for (long long i = 0; i < count; ++i) sum += rows.vector(i, j, d - j) - load(at.origin + j);
+  store(at.mean + j, sum);
 }
 
 template <class T>
@@ -169,15 +199,35 @@ inline bool is_zero_row(const Rows<T>& rows, long long i, long long d, const Mom
   return true;
 }
 
+template <int Vectors, class T>
+RGFAST_INLINE void pack_columns(const Rows<T>& rows, long long count, long long j, const Moments& at) {
+  constexpr int L = Simd<double>::lanes;
+  VecD origin[Vectors];
+  VecD mean[Vectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < Vectors; ++c) {
+    origin[c] = load(at.origin + j + c * L);
+    mean[c] = load(at.mean + j + c * L);
+  }
+  double* const to = at.panels + j / L * kPanel;
+  for (long long i = 0; i < count; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < Vectors; ++c)
+      store(to + c * kPanel + i * L, (rows.vector(i, j + c * L, L) - origin[c]) - mean[c]);
+}
+
 // Terms are samples: rows become terms, L columns of them a panel.
 template <class T>
 inline void pack_tall(const Rows<T>& rows, long long count, long long d, Moments& at) {
   constexpr int L = Simd<double>::lanes;
-  for (long long j = 0; j < d; j += L) {
-    const VecD origin = load(at.origin + j);
-    const VecD mean = load(at.mean + j);
+  long long j = 0;
+  for (; j + 8 * L <= d; j += 8 * L) pack_columns<8>(rows, count, j, at);
+  for (; j + 2 * L <= d; j += 2 * L) pack_columns<2>(rows, count, j, at);
+  for (; j + L <= d; j += L) pack_columns<1>(rows, count, j, at);
+  if (j < d) {
     double* const to = at.panels + j / L * kPanel;
-    for (long long i = 0; i < count; ++i) store(to + i * L, (rows.vector(i, j, d - j) - origin) - mean);
+    for (long long i = 0; i < count; ++i)
+      store(to + i * L, (rows.vector(i, j, d - j) - load(at.origin + j)) - load(at.mean + j));
   }
   for (long long i = 0; i < count; ++i)
     if (any(less(VecD{}, abs(load(at.panels + i * L)))) || !is_zero_row(rows, i, d, at)) ++at.live_rows;
@@ -286,7 +336,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     for_row_tiles(task, scale, at.wide,
                   [&](const auto& rows, long long count) __attribute__((always_inline)) {
                     pack_tall(rows, count, d, at);
-                    gram_tile(at.panels, panels, count, task.c, stride, first);
+                    gram_tiles(at.panels, panels, count, task.c, stride, first, n);
                     first = false;
                   });
   } else {
@@ -298,7 +348,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
                       pack_wide(rows, some, done, start, count, at);
                       done += some;
                     });
-      gram_tile(at.panels, panels, count, task.c, stride, first);
+      gram_tiles(at.panels, panels, count, task.c, stride, first, d);
       first = false;
     }
   }

@@ -42,7 +42,9 @@ struct QlGroup {
   long long at;   // the row that the sweep does next, going down
   int sweeps;     // so far for this row
   M failed;
-  V end;  // last row of each lane's block; -1 where the lane sits this sweep out
+  M split;   // lanes in which an off-diagonal has vanished since their block's end was sought
+  V bottom;  // last row of each lane's block
+  V end;     // the same, but -1 where the lane sits this sweep out
   V sigma;
   V gamma;
   V p;
@@ -72,18 +74,23 @@ inline bool begin_sweep(QlGroup<T>& group) {
       group.failed = either(group.failed, pending);
       continue;
     }
-    // Up to the first zero at or above the row; the last entry is zero.
-    const V out = broadcast(T(-1));
-    V end = out;
-    auto open = pending;
-    long long last = group.row;
-    while (any(open)) {
-      ++last;
-      const auto here = without(open, less(zero, load(group.e + last * L)));
-      end = select(here, broadcast(static_cast<T>(last)), end);
+    // Down to the first zero from the row on; the last entry is zero. The end stays where it is until an
+    // off-diagonal vanishes.
+    const V row = broadcast(static_cast<T>(group.row));
+    auto open = both(pending, either(group.split, less_equal(group.bottom, row)));
+    group.split = without(group.split, open);
+    for (long long at = group.row; any(open);) {
+      ++at;
+      const auto here = without(open, less(zero, load(group.e + at * L)));
+      group.bottom = select(here, broadcast(static_cast<T>(at)), group.bottom);
       open = without(open, here);
     }
-    group.end = end;
+    group.end = select(pending, group.bottom, broadcast(T(-1)));
+    T ends[L];
+    store(ends, group.end);
+    T furthest = ends[0];
+    for (int lane = 1; lane < L; ++lane) furthest = ends[lane] > furthest ? ends[lane] : furthest;
+    const auto last = static_cast<long long>(furthest);
     const V p = load(group.d + group.row * L);
     const V root = sqrt(select(pending, e, one));
     const V ratio = (load(group.d + (group.row + 1) * L) - p) / (root + root);
@@ -118,6 +125,8 @@ struct QlStep {
   T* e;
   V end;
   V row;
+  M inside;  // where the row below the current one is not a block's last, whose off-diagonal is zero
+  M split;
   V sigma;
   V gamma;
   V p;
@@ -129,6 +138,8 @@ struct QlStep {
         e(group.e + group.at * Simd<T>::lanes),
         end(group.end),
         row(broadcast(static_cast<T>(group.at))),
+        inside(less(row + broadcast(T(1)), end)),
+        split(group.split),
         sigma(group.sigma),
         gamma(group.gamma),
         p(group.p),
@@ -137,6 +148,7 @@ struct QlStep {
 
   RGFAST_INLINE void save(QlGroup<T>& group, long long steps) const {
     group.at -= steps;
+    group.split = split;
     group.gamma = gamma;
     group.p = p;
     group.c = c;
@@ -151,7 +163,10 @@ struct QlStep {
     const V above = s * r;
     const M active = less(row, end);
     row -= broadcast(T(1));
-    store_where(active, e + L, select(less_equal(above, broadcast(QlLimits<T>::drop)), V{}, above));
+    const M gone = less_equal(above, broadcast(QlLimits<T>::drop));
+    split = either(split, both(inside, gone));
+    inside = active;
+    store_where(active, e + L, select(gone, V{}, above));
     // c = p / r, s = e / r and then p = gamma^2 / c = gamma^2 r / p: one reciprocal of r p serves all.
     const V inverse = reciprocal(r * p);
     const V over_r = inverse * p;

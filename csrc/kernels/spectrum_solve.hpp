@@ -19,7 +19,7 @@ namespace rgfast::spectrum {
 template <class T>
 bool takes_lanes(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t n, Route route) {
   if (route != Route::choose) return route == Route::lanes;
-  if (n <= 12) return true;
+  if (n <= 12) return batch > 1;
   if (n > 256) return false;
   const std::int64_t filled = std::min<std::int64_t>(batch, kernel.lanes);
   return n <= 64 ? filled * 2 > kernel.lanes : filled * 4 > kernel.lanes * 3;

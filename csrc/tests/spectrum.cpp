@@ -118,4 +118,33 @@ TEST(moments_and_their_eigenvalues_agree) {
           CHECK(moment_error(batch, n, d, centred, route) < 1e-13);
 }
 
+// A diagonal moment has its ranks in closed form: k equal eigenvalues and the rest zero is rank k.
+TEST(effective_ranks_of_flat_spectra) {
+  for (const std::int64_t batch : {1, 63, 64, 65, 200})
+    for (const std::int64_t m : {1, 2, 5, 17}) {
+      std::vector<double> values(static_cast<std::size_t>(batch * m), 0.0);
+      std::vector<double> accumulated(static_cast<std::size_t>(batch));
+      std::vector<std::int64_t> exponent(static_cast<std::size_t>(batch), 0);
+      std::vector<std::int64_t> limit(static_cast<std::size_t>(batch));
+      for (std::int64_t b = 0; b < batch; ++b) {
+        const std::int64_t live = b % (m + 1);
+        for (std::int64_t i = 0; i < live; ++i) values[static_cast<std::size_t>(b * m + m - 1 - i)] = 9.0;
+        accumulated[static_cast<std::size_t>(b)] = 9.0 * static_cast<double>(live);
+        limit[static_cast<std::size_t>(b)] = live;
+      }
+      const MomentInfo info{accumulated.data(), exponent.data(), limit.data()};
+      for (const bool variance : {false, true}) {
+        std::vector<double> rank(static_cast<std::size_t>(batch), std::nan(""));
+        std::vector<double> bound(static_cast<std::size_t>(batch), std::nan(""));
+        rgfast::spectrum::effective_ranks(values.data(), batch, m, 40, info,
+                                          {variance, rank.data(), bound.data()}, 2);
+        for (std::int64_t b = 0; b < batch; ++b) {
+          const auto at = static_cast<std::size_t>(b);
+          CHECK(std::fabs(rank[at] - static_cast<double>(b % (m + 1))) < 1e-12);
+          CHECK(bound[at] >= 0.0 && bound[at] < 1e-10);
+        }
+      }
+    }
+}
+
 }  // namespace

@@ -289,7 +289,8 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
     a = as_real_tensor(a, "a", min_dim=2)
     if a.dtype not in (torch.float64, torch.float32):
         raise TypeError(f"a must be float64 or float32, got {str(a.dtype).removeprefix('torch.')}")
-    if a.shape[-1] != a.shape[-2]:
+    *_, rows, columns = a.shape
+    if rows != columns:
         raise ValueError(f"a must hold square matrices, got shape {tuple(a.shape)}")
     chosen = EIGVALSH.select(impl, a.device, a)
     if a.numel() == 0:

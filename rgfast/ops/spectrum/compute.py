@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.dispatch import Impl
+from rgfast.ops.spectrum import native
 from rgfast.ops.spectrum.lanczos import effective_rank_estimate
 from rgfast.ops.spectrum.measures import Array, default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, SPECTRUM
-from rgfast.ops.spectrum.solve import PATHS, Solved, solve
+from rgfast.ops.spectrum.solve import PATHS, Solved, settle, solve
 from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.validation import as_real_tensor, check_choice
 
@@ -53,7 +55,17 @@ def value(
         return ratio.reshape(x.shape[:-2])
     if method == "lanczos":
         return estimated(x, measure, centering, precision, impl)[0]
-    x, solved, _ = spectra(x, centering, precision, rtol, method, impl)
+    x, rows, dtype, chosen = _chosen(x, centering, precision, rtol, method, impl)
+    options: dict[str, Any] = {"centering": centering, "dtype": dtype, "method": method, "rtol": rtol}
+    found = None
+    if chosen.name == "native" and method == "auto" and measure != "singular_values":
+        variance = measure == "effective_rank_variance"
+        found = native.effective_ranks(rows, centering=centering, variance=variance, rtol=rtol)
+    if isinstance(found, Tensor):
+        return found if x.dim() == 3 else found.reshape(x.shape[:-2])
+    solved = solve(rows, chosen, **options) if found is None else settle(rows, found, **options)
+    if solved is None:
+        refuse_nonfinite(x, "x")
     return measure_of(solved, measure, x.shape, x.device)
 
 
@@ -105,6 +117,8 @@ def checked(value: Any) -> Tensor:
 
 
 def flat(x: Tensor) -> Tensor:
+    if x.dim() == 3 and not x.requires_grad:
+        return x
     return x.detach().reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
@@ -131,6 +145,18 @@ def spectra(
     impl: str,
     tol: float | None = None,
 ) -> tuple[Tensor, Solved, str]:
+    x, rows, dtype, chosen = _chosen(x, centering, precision, rtol, method, impl)
+    sharp = tol if tol is not None and tol < _REFINE_UNDER else None
+    solved = solve(rows, chosen, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=sharp)
+    if solved is None:
+        refuse_nonfinite(x, "x")
+    return x, solved, "lapack" if method == "svd" else chosen.name
+
+
+def _chosen(
+    x: Any, centering: str, precision: str, rtol: float, method: str, impl: str
+) -> tuple[Tensor, Tensor, torch.dtype, Impl]:
+    """The data, the same as `[b, n, d]`, the dtype to compute in, and the implementation to run."""
     x = checked(x)
     dtype = check_options(centering, precision)
     check_choice(method, "method", ("auto", "gram", "svd"))
@@ -140,11 +166,7 @@ def spectra(
         raise ValueError("method='svd' computes in fp64: precision must be 'double', got 'single'")
     rows = flat(x)
     chosen = SPECTRUM.select(impl, x.device, rows, centering=centering, dtype=dtype, method=method)
-    sharp = tol if tol is not None and tol < _REFINE_UNDER else None
-    solved = solve(rows, chosen, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=sharp)
-    if solved is None:
-        refuse_nonfinite(x, "x")
-    return x, solved, "lapack" if method == "svd" else chosen.name
+    return x, rows, dtype, chosen
 
 
 def second_moments(x: Any, centering: str, precision: str, impl: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from rgfast import native
 from rgfast.threads import one_thread
 
 __all__ = [
+    "effective_ranks",
     "eigvalsh",
     "eigvalsh_supports",
     "gram",
@@ -31,7 +32,7 @@ def _fits(dtype: torch.dtype, d: int) -> bool:
 
 def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
     """None, or why the compiled solver does not take `a[..., d, d]`."""
-    if a.device.type != "cpu":
+    if not a.is_cpu:
         return f"it runs on the CPU, a is on {a.device.type}"
     if a.dtype not in (torch.float64, torch.float32):
         return f"it takes float64 and float32, a is {str(a.dtype).removeprefix('torch.')}"
@@ -45,12 +46,26 @@ def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
 def eigvalsh(a: Tensor) -> Tensor:
     """Eigenvalues `[..., d]` of symmetric `a[..., d, d]` (fp64 or fp32, on the CPU), ascending, in its dtype.
 
-    The lower triangle is read; any strides. Every matrix is computed by itself: its bits depend neither on
-    its place in the batch nor on the number of threads. Raises `torch.linalg.LinAlgError`, naming the first
+    The lower triangle is read; any strides. The bits of a result do not depend on the number of threads, nor
+    on the place in the batch or the other matrices of it, but on how many there are: a few are reduced one at
+    a time, many side by side, which round differently. Raises `torch.linalg.LinAlgError`, naming the first
     such matrix, where one holds NaN or infinity or does not converge.
     """
-    values = torch.empty(a.shape[:-1], dtype=a.dtype)
-    index, trouble = native.load().eigvalsh(native.tensor(a), native.tensor(values), native.threads())
+    if a.dim() == 3 or a.dim() == 2:
+        shape, strides = a.shape, a.stride()
+        d = shape[-1]
+        batch, step = (shape[0], strides[0]) if len(shape) == 3 else (1, 0)
+        values = a.new_empty((batch, d)) if len(shape) == 3 else a.new_empty(d)
+        index, trouble = native.load().eigvalsh_plain(
+            a.data_ptr(),
+            a.dtype == torch.float64,
+            *(batch, d, step, strides[-2], strides[-1]),
+            values.data_ptr(),
+            torch.get_num_threads(),
+        )
+    else:
+        values = a.new_empty(a.shape[:-1])
+        index, trouble = native.load().eigvalsh(native.tensor(a), native.tensor(values), native.threads())
     if trouble:
         place = tuple(int(i) for i in np.unravel_index(index, tuple(a.shape[:-2]))) if a.dim() > 2 else ()
         where = f"matrix {place if len(place) > 1 else place[0]} of the batch" if place else "the matrix"
@@ -61,7 +76,7 @@ def eigvalsh(a: Tensor) -> Tensor:
 
 def gram_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) -> str | None:
     """None, or why the compiled second moment does not take `x[b, n, d]`."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it runs on the CPU, x is on {x.device.type}"
     if dtype != torch.float64:
         return "it computes in float64, and precision='single' asks for float32"
@@ -94,6 +109,38 @@ def gram_spectrum(
     return values, *_moments(x, centering, values)
 
 
+def effective_ranks(
+    x: Tensor, *, centering: str, variance: bool, rtol: float
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Effective ranks `[b]` of `x[b, n, d]` where their error is known to be within `rtol`.
+
+    In one call, for many small matrices. Where the bound on the relative error of a singular effective rank,
+    as `solve.from_eigenvalues` leads to it, exceeds `rtol`, or data are not finite: what `gram_spectrum`
+    returns. None for matrices that are too large.
+    """
+    b, n, d = x.shape
+    m = min(n, d)
+    if not _fits(torch.float64, m):
+        return None
+    rank = torch.empty(b, dtype=torch.float64)
+    scratch = torch.empty(b * (4 + m), dtype=torch.float64)
+    index, trouble, worst = native.load().effective_ranks(
+        native.tensor(x), centering == "mean", variance, rank.data_ptr(), scratch.data_ptr(), native.threads()
+    )
+    if trouble == _NOT_CONVERGED:
+        raise _stuck(index)
+    if worst <= rtol:
+        return rank
+    whole = scratch[b : 3 * b].view(torch.int64)
+    return scratch[4 * b :].view(b, m), scratch[:b], whole[:b], whole[b:]
+
+
+def _stuck(index: int) -> Exception:
+    message = f"the eigenvalues of the second moment did not converge on matrix {index} of the batch"
+    error: Exception = LinAlgError(message)
+    return error
+
+
 def _moments(x: Tensor, centering: str, result: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
     accumulated = torch.empty(len(x), dtype=torch.float64)
@@ -107,7 +154,5 @@ def _moments(x: Tensor, centering: str, result: Tensor) -> tuple[Tensor, Tensor,
         native.threads(),
     )
     if trouble == _NOT_CONVERGED:
-        raise LinAlgError(
-            f"the eigenvalues of the second moment did not converge on matrix {index} of the batch"
-        )
+        raise _stuck(index)
     return accumulated, exponent, limit

@@ -20,7 +20,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.threads import one_thread
 
-__all__ = ["PATHS", "Solved", "from_eigenvalues", "solve"]
+__all__ = ["PATHS", "Solved", "from_eigenvalues", "settle", "solve"]
 
 PATHS = ("gram", "refined", "svd")
 
@@ -111,7 +111,22 @@ def solve(
     """
     if method == "svd":
         return _from_svd(x, centering) if bool(torch.isfinite(x).all()) else None
-    values, accumulated, exponent, limit = chosen.run(x, centering=centering, dtype=dtype)
+    found = chosen.run(x, centering=centering, dtype=dtype)
+    return settle(x, found, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=tol)
+
+
+def settle(
+    x: Tensor,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    centering: str,
+    dtype: torch.dtype,
+    method: str,
+    rtol: float,
+    tol: float | None = None,
+) -> Solved | None:
+    """What `solve` returns, from what the op `spectrum` has found."""
+    values, accumulated, exponent, limit = found
     trace = accumulated.cpu().numpy()
     if not np.isfinite(trace).all():
         return None

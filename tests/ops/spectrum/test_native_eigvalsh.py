@@ -264,6 +264,19 @@ def test_any_strides(isa: str, route: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_way_for_a_plain_batch_is_the_same(dtype: torch.dtype) -> None:
+    base = symmetric(6, 9, 9, dtype=dtype, seed=6)
+    wide = torch.full((12, 18, 27), float("nan"), dtype=dtype)
+    wide[::2, ::2, ::3] = base
+    for a in (base, base.mT, wide[::2, ::2, ::3], base[:1].expand(5, 9, 9), base[:1], base[3], base[3].mT):
+        assert torch.equal(room.eigvalsh(a), solve(a, CHOOSE))
+        assert torch.equal(room.eigvalsh(a[None, None]), solve(a, CHOOSE)[None, None])
+    for values in (0, 1):
+        with pytest.raises(ValueError, match=("null pointers", "at least 1")[values]):
+            native.load().eigvalsh_plain(8 * values, True, 1, 3, 9, 3, 1, 8 * values, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [6, 40, 130])
 def test_bits_do_not_depend_on_threads_or_company(isa: str, route: int, dtype: torch.dtype, d: int) -> None:
     a = symmetric(37, d, d, dtype=dtype, seed=d)

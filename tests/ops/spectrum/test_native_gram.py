@@ -11,6 +11,8 @@ import rgfast
 from rgfast import native
 from rgfast.ops.spectrum import native as room
 from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.measures import effective_rank_of
+from rgfast.ops.spectrum.solve import from_eigenvalues
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -227,3 +229,29 @@ def test_the_binding_checks(x: Tensor, result: Tensor, solve: bool, said: str) -
     info = torch.zeros(6, dtype=torch.int64).data_ptr()
     with pytest.raises(ValueError, match=said):
         native.load().moments(native.tensor(x), True, solve, native.tensor(result), (info, info, info), 1)
+
+
+@pytest.mark.parametrize("centering", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (700, 5), (30, 30), (1, 4), (2, 2), (9, 1)])
+def test_ranks_and_their_bound_in_one_call(isa: str, shape: tuple[int, int], centering: str) -> None:
+    x = data(70, *shape, dtype=torch.float32, seed=sum(shape))
+    x[3] = 0
+    x[4] = x[4, :1]
+    x[5] *= torch.logspace(0, -9, shape[1])
+    x[6:] *= torch.logspace(0, -1, shape[1])
+    for part in (x, x[5:6], x[6:]):
+        values, accumulated, exponent, limit = room.gram_spectrum(part, centering=centering)
+        solved = from_eigenvalues(
+            values, accumulated.numpy(), exponent.numpy(), limit.numpy(), samples=max(shape)
+        )
+        bound = float(solved.bound().max())
+        for kind in ("singular", "variance"):
+            options = {"centering": centering, "variance": kind == "variance"}
+            ranks = room.effective_ranks(part, rtol=bound * (1 + 1e-9), **options)
+            assert isinstance(ranks, Tensor)
+            want = torch.from_numpy(effective_rank_of(solved.sigma, spectrum=kind))
+            torch.testing.assert_close(ranks, want, rtol=1e-14, atol=0)
+            rest = room.effective_ranks(part, rtol=bound * (1 - 1e-9), **options)
+            assert isinstance(rest, tuple)
+            for a, b in zip(rest, (values, accumulated, exponent, limit), strict=True):
+                assert torch.equal(a, b)
