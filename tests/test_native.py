@@ -141,7 +141,7 @@ print("done")
 
 def test_a_tensor_is_passed_without_a_copy() -> None:
     x = torch.zeros(3, 4, dtype=torch.bfloat16).T
-    assert native.tensor(x) == (x.data_ptr(), [4, 3], [1, 4], 2)
+    assert native.tensor(x) == (x.data_ptr(), (4, 3), (1, 4), 2)
     assert native.threads() == torch.get_num_threads()
 
 
