@@ -168,7 +168,7 @@ class CKAAccumulator:
         if self._moments is not None or self._asked == "features":
             self._to_moments()
             assert self._moments is not None
-            self._moments.update(flat, keep)
+            self._moments.update(flat, keep, finite=True)
             return
         rows = flat[0].shape[1]
         new = self._rows.filled + (rows if keep is None else keep.sum(1))
@@ -186,7 +186,7 @@ class CKAAccumulator:
             rows, keep = self._rows.contents()
             device = self._rows.filled.device
             self._rows = RowStore(self._rows.lead, self._rows.widths, device)
-            self._moments.update(rows, keep)
+            self._moments.update(rows, keep, finite=True)
 
     def _finalize_rows(self, debiased: bool) -> tuple[Tensor, Tensor, Tensor]:
         assert self._rows is not None
