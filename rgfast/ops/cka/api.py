@@ -134,9 +134,9 @@ def cka_matrix(
 
     Gram tiles over samples are used up to n = ``sample_limit`` where they are cheaper than d×d moments; both
     routes are exact, and neither holds an n×n kernel per layer. ``precision="single"`` lets the compiled
-    kernels multiply fp32 or half data in fp32 (after centring in fp64, and every sum over products in fp64:
-    errors of 1e-8), ``"double"`` in fp64; None takes the first where it pays and no digits cancel. fp64 data
-    are always multiplied in fp64.
+    kernels multiply fp32 or half data in fp32 (after centring, with sums of at most 128 products in fp32 and
+    all others in fp64: errors of 1e-9, up to 5e-7 where few features carry the layer), ``"double"`` in fp64;
+    None takes the first where it pays and no digits cancel. fp64 data are always multiplied in fp64.
 
     >>> import rgfast, torch
     >>> layers = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))
