@@ -1,4 +1,4 @@
-"""Does the interval of `effective_rank_estimate` hold the truth? `coverage_spectrum.py [--d N] [--trials N]`
+"""Does the interval of `effective_rank_estimate` hold the truth? `coverage_spectrum.py [--seed N]`
 
 Second moments with known eigenvalues, applied as an operator in their own basis (the probes are isotropic, so
 the basis does not matter), the trials spread over five spectra, each with another seed.
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--d", type=int, default=2048)
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial of every spectrum")
     args = parser.parse_args()
     held = done = 0
     for name, sigma in spectra(args.d).items():
@@ -45,7 +46,7 @@ def main() -> None:
         truth = math.exp(float(torch.special.entr(sigma / sigma.sum()).sum()))
         inside, errors, widths, start = 0, [], [], time.perf_counter()
         trials = args.trials // 5
-        for seed in range(trials):
+        for seed in range(args.seed, args.seed + trials):
             e = rgfast.effective_rank_estimate(
                 lambda v, eigenvalues=eigenvalues: eigenvalues * v, args.d, seed=seed
             )
