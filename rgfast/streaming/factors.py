@@ -7,9 +7,9 @@ ones first, what lies below R's first row is R of the centred rows, and moving t
 the first column to the others.
 
 A decomposition costs several times a product, and most layers do not need it. Singular values only grow when
-rows are added, so once a position's rows are well conditioned its factor is dropped: its moments will do.
-What stays is what is deficient but for rounding (a LayerNorm's output, more features than there are tokens),
-and what has few rows.
+rows are added, so once a position's rows are well conditioned (often after the first block) its factor is
+dropped: its moments will do. What stays is what is deficient but for rounding (a LayerNorm's output, more
+features than there are tokens), and what has few rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TriangularFactors:
             layer: torch.ones(positions, dtype=torch.bool, device=device) for layer in layers
         }  # [P]
         self._seen = 0
-        self._check_at = {layer: 2 * (width + 1) for layer, width in self._width.items()}
+        self._check_at = {layer: 2 * width for layer, width in self._width.items()}
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +59,8 @@ class TriangularFactors:
         count), at the positions ``part``."""
         if layer not in self._r:
             return
+        if not self._seen and z.shape[1] >= 2 * self._width[layer]:
+            self._kept[layer][part] &= ~_plainly_well_conditioned(z[..., :-2])
         kept = self._kept[layer][part]
         at = kept.nonzero()[:, 0] + part.start
         if not len(at):
@@ -185,6 +187,17 @@ def _triangle(rows: Tensor) -> Tensor:
     with one_thread():  # LAPACK's bits depend on the number of threads
         reduced: Tensor = torch.geqrf(rows)[0]
     return reduced[:, : rows.shape[2]].triu()
+
+
+def _plainly_well_conditioned(x: Tensor) -> Tensor:
+    """Where the first rows ``x[m, b, d]``, less their mean, are well conditioned as far as a moment tells.
+
+    It tells that much: what it loses is a hundred million times smaller than the largest singular value.
+    """
+    with one_thread():
+        lower, failed = torch.linalg.cholesky_ex(x.mT @ x)
+    well: Tensor = (failed == 0) & _well_conditioned(lower.mT)
+    return well
 
 
 def _moved(r: Tensor, move: Tensor, scale: float) -> Tensor:
