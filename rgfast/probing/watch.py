@@ -18,19 +18,24 @@ from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.activations import as_rows, find_tensor
 from rgfast.probing.assemble import assemble
 from rgfast.probing.batches import Caller, batch_rows
-from rgfast.probing.layers import LayerSpec, resolve
+from rgfast.probing.layers import LayerSpec, Tap, resolve
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
 from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.targets import TargetSpec, make_targets
 from rgfast.probing.views import ViewState
+from rgfast.stack import ResidualStack
 from rgfast.streaming import Pairs, as_pairs, pair_keys
 from rgfast.validation import check_positive_int
 
 __all__ = ["MaskSpec", "Probe"]
 
 _FOLDS = 5
+
+# Sequences of our own stack that are taken through all its layers, and summed, at once: as many rows per
+# position as an accumulator sums in one product.
+_TILE = 128
 
 MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
 
@@ -42,6 +47,29 @@ class _Captured:
     value: Tensor
     original: Tensor
     version: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What goes with the activations of a batch: ``[B, T]`` masks and ``[B, T, m]`` targets."""
+
+    keep: Tensor | None
+    masked: Tensor | None
+    targets: list[Tensor]
+
+    def part(self, rows: slice) -> _Batch:
+        keep, masked = (None if m is None else m[rows] for m in (self.keep, self.masked))
+        return _Batch(keep, masked, [target[rows] for target in self.targets])
+
+
+def _stack_of(modules: Mapping[str, nn.Module], taps: Sequence[Tap]) -> ResidualStack | None:
+    """The stack of which ``taps`` are the input and all outputs: it hands them over a tile at a time."""
+    for name, module in modules.items():
+        if isinstance(module, ResidualStack) and not name.startswith("_orig_mod"):
+            blocks = [f"{name}.blocks.{k}".lstrip(".") for k in range(len(module.blocks))]
+            if [tap.name for tap in taps] == [f"{blocks[0]}:input", *blocks]:
+                return module
+    return None
 
 
 def _version(x: Tensor) -> int:
@@ -114,6 +142,7 @@ class Probe:
         self._noted: dict[str, Any] = {}
         self._copied, self._first = set(range(len(self._taps))), True
         self._handles: list[Any] = []
+        self._batch: _Batch | None = None
         self._state: ViewState | None = None
         self._provenance: dict[str, Any] = {}
 
@@ -128,9 +157,13 @@ class Probe:
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._grad = torch.is_grad_enabled()
         modules = dict(self.model.named_modules(remove_duplicate=False))
+        stack = _stack_of(modules, self._taps)
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-            for index, tap in enumerate(self._taps):
+            if stack is not None:
+                self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
+                self._handles.append(stack.watch(self._take_tile, _TILE * self._groups))
+            for index, tap in enumerate(self._taps if stack is None else ()):
                 module = modules[tap.module]
                 if tap.side == "output":
                     self._handles.append(module.register_forward_hook(self._on_output(index)))
@@ -138,7 +171,9 @@ class Probe:
                     self._handles.append(
                         module.register_forward_pre_hook(self._on_input(index), with_kwargs=True)
                     )
-            self._handles.append(self.model.register_forward_hook(self._finish))
+            self._handles.append(
+                self.model.register_forward_hook(self._finish if stack is None else self._finish_stack)
+            )
         except BaseException:
             self._restore()
             raise
@@ -157,6 +192,7 @@ class Probe:
             handle.remove()
         self._handles.clear()
         self._captured.clear()
+        self._batch = None
         for module, training in self._modes:
             module.training = training
         torch.set_grad_enabled(self._grad)
@@ -246,6 +282,7 @@ class Probe:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._captured.clear()
+        self._batch = None
         try:
             bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         except TypeError:
@@ -284,16 +321,38 @@ class Probe:
         self._captured = {}
         self._check_unchanged(kept)
         rows = [as_rows(x.value, tap.name) for x, tap in zip(kept, self._taps, strict=True)]
-        if not rows[0].shape[0]:
-            return
+        if rows[0].shape[0]:
+            self._add(rows, self._whole_batch(rows[0], entries))
+
+    def _whole_batch(self, rows: Tensor, entries: Mapping[str, Any]) -> _Batch:
+        """What goes with a batch of which ``rows`` ``[B, T, D]`` is one layer."""
         keep, masked = self._row_masks(entries, rows)
         seen = 0 if self._state is None else self._state.sequences
-        batch, length = rows[0].shape[:2]
-        targets = [target.rows(entries, seen, batch, length).to(rows[0].device) for target in self._targets]
+        targets = [target.rows(entries, seen, *rows.shape[:2]).to(rows.device) for target in self._targets]
+        return _Batch(keep, masked, targets)
+
+    def _add(self, rows: list[Tensor], batch: _Batch) -> None:
         if self._state is None:
-            self._state = self._start(rows, masked is not None, targets)
+            self._state = self._start(rows, batch.masked is not None, batch.targets)
         with torch.no_grad():
-            self._state.update(rows, keep, masked, targets)
+            self._state.update(rows, batch.keep, batch.masked, batch.targets)
+
+    def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._batch is not None:
+            raise ValueError("layers: the stack ran twice in one forward, so its layers are ambiguous")
+        name = self._taps[0].name
+        rows = as_rows(find_tensor([*args, *kwargs.values()], name).detach(), name)
+        self._batch = self._whole_batch(rows, self._entries)
+
+    def _take_tile(self, first: int, states: Tensor) -> None:
+        assert self._batch is not None
+        rows = [as_rows(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
+        self._add(rows, self._batch.part(slice(first, first + len(rows[0]))))
+
+    def _finish_stack(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._batch is None:
+            raise ValueError(f"layers: {self._taps[0].module} did not run in this forward")
+        self._batch, self._entries = None, {}
 
     def _check_unchanged(self, kept: list[_Captured]) -> None:
         """Copies are made in the first forward, later of those layers only that the model then wrote to."""
@@ -331,12 +390,10 @@ class Probe:
         self._provenance = provenance(self.model, layers=list(plan.names), measures=list(self.measures))
         return ViewState(plan, masked=masked)
 
-    def _row_masks(
-        self, entries: Mapping[str, Any], rows: list[Tensor]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _row_masks(self, entries: Mapping[str, Any], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which rows count (None: all) and which were hidden (None: no mask), ``[B, T]`` bool."""
-        shape = tuple(rows[0].shape[:2])
-        device = rows[0].device
+        shape = tuple(rows.shape[:2])
+        device = rows.device
         keep = entries.get("attention_mask")
         if isinstance(keep, Tensor):
             if tuple(keep.shape) == shape:
