@@ -37,6 +37,7 @@ def residual_mlp_forward(
     scale: float,
     eps: float,
     mixed: int,
+    sums: int,
     y: int,
     threads: int,
 ) -> None: ...
@@ -57,6 +58,7 @@ def residual_mlp_backward(
     scale: float,
     eps: float,
     mixed: int,
+    sums: int,
     dy: int,
     dx: int,
     dw1: int,

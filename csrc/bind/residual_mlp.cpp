@@ -31,7 +31,7 @@ int code(int value, int most, const char* name) {
 Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x,
             std::int64_t x_stride, std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
             std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-            float eps, std::int64_t mixed) {
+            float eps, std::int64_t mixed, std::uintptr_t sums) {
   if (mixed < 0 || (mixed > 0 && rows % mixed != 0))
     throw std::invalid_argument("mixed must be 0 or divide rows, got " + std::to_string(mixed) + " and " +
                                 std::to_string(rows));
@@ -56,7 +56,8 @@ Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uin
                static_cast<Activation>(code(activation, 4, "activation")),
                scale,
                eps,
-               mixed};
+               mixed,
+               output(sums)};
 }
 
 // A stack's blocks, from six addresses for each: w1, b1, w2, b2, norm_weight, norm_bias.
@@ -70,7 +71,7 @@ std::vector<Block> blocks(std::int64_t rows, std::int64_t width, const std::vect
   for (std::size_t l = 0; l < hidden.size(); ++l) {
     const std::uintptr_t* const at = addresses.data() + 6 * l;
     found.push_back(block(0, width, hidden[l], 0, width, at[0], at[1], at[2], at[3], at[4], at[5], norm,
-                          activation, scale, eps, 0));
+                          activation, scale, eps, 0, 0));
   }
   found.front().rows = rows;
   return found;
@@ -88,9 +89,9 @@ void register_residual_mlp(py::module_& m) {
       [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
          std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::int64_t mixed, std::uintptr_t y, int threads) {
+         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t y, int threads) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps, mixed);
+                                  norm, activation, scale, eps, mixed, sums);
         if (y == 0 && rows > 0) throw std::invalid_argument("y must not be null");
         checked_threads(threads);
         const py::gil_scoped_release release;
@@ -102,11 +103,11 @@ void register_residual_mlp(py::module_& m) {
       [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
          std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::int64_t mixed, std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dw1,
-         std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2, std::uintptr_t d_norm_weight,
-         std::uintptr_t d_norm_bias, int threads) {
+         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t dy, std::uintptr_t dx,
+         std::uintptr_t dw1, std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2,
+         std::uintptr_t d_norm_weight, std::uintptr_t d_norm_bias, int threads) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps, mixed);
+                                  norm, activation, scale, eps, mixed, sums);
         if (dy == 0 && rows > 0) throw std::invalid_argument("dy must not be null");
         checked_threads(threads);
         const py::gil_scoped_release release;

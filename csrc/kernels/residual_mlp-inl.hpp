@@ -161,6 +161,17 @@ static void normalise(const residual_mlp::Block& block, std::int64_t row0, std::
   }
 }
 
+// Sums of `rows` rows and the columns of one panel to where the backward pass finds them.
+static void keep_sums(const residual_mlp::Block& block, const float* h, std::int64_t row, std::int64_t rows,
+                      std::int64_t column, const Columns& columns) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (int v = 0; v < columns.vecs; ++v) {
+      const int live = v + 1 < columns.vecs ? kLanes : columns.live;
+      store_first(block.sums + (row + r) * block.hidden + column + v * kLanes,
+                  load(h + r * kStride + v * kLanes), live);
+    }
+}
+
 template <class Activation>
 static void activate_block(float* h, std::int64_t rows, int vecs, const float* bias) {
   for (std::int64_t r = 0; r < rows; ++r)
@@ -308,6 +319,7 @@ static void forward_rows(const residual_mlp::Block& block, Shared shared, std::i
           float* out = h + r * kStride + j;
           multiply_group(size, columns, normed + k / kBlock * block_floats + r * kStride, panel, depth, out,
                          k > 0);
+          if (last && block.sums != nullptr) keep_sums(block, out, row0 + r, size, h0 + j, columns);
           if (last) activate_block<Activation>(out, size, columns.vecs, shared.b1 + h0 + j);
           r += size;
         }

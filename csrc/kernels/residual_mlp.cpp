@@ -145,7 +145,8 @@ constexpr std::int64_t kFewRowsOfWide = 48;
 constexpr std::int64_t kWide = 128;
 
 bool few(const Block& block, std::int64_t rows) {
-  return block.mixed == 0 && rows <= (block.width < kWide ? kFewRows : kFewRowsOfWide);
+  return block.mixed == 0 && block.sums == nullptr &&
+         rows <= (block.width < kWide ? kFewRows : kFewRowsOfWide);
 }
 
 void forward_few(const Kernels& kernels, const Block& block, float* y, int threads) {
@@ -198,8 +199,10 @@ void backward(const Block& block, const float* dy, const Gradients& gradients, i
   const std::int64_t partial_floats = aligned(kernels.partial_floats(block));
   // Chunks and tiles follow from the shape, never from the threads: they decide in which order rows add up.
   const std::int64_t most_chunks = std::clamp<std::int64_t>((std::int64_t{1} << 23) / partial_floats, 2, 8);
+  // Adding up a chunk's weight gradients costs as much as the products of some thirty rows.
+  const std::int64_t least = std::clamp<std::int64_t>((block.rows + 1) / 2, 128, 512);
   const std::int64_t chunk_rows =
-      whole_sequences(block, std::max<std::int64_t>((block.rows + most_chunks - 1) / most_chunks, 128));
+      whole_sequences(block, std::max((block.rows + most_chunks - 1) / most_chunks, least));
   const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + chunk_rows - 1) / chunk_rows);
   const std::int64_t capacity =
       whole_sequences(block, tile_rows(std::min(chunk_rows, std::max<std::int64_t>(block.rows, 1)), 256, 1));

@@ -25,6 +25,9 @@ struct Block {
   // 0, or D: the block then mixes positions. x is [rows / D, width, D] without gaps, the MLP runs across its
   // positions for every feature, and norm_weight and norm_bias have D elements like the norm.
   std::int64_t mixed = 0;
+  // [rows, hidden] or null: the first product's sums without b1. The forward pass leaves them there and the
+  // backward pass reads them, which forms them again where there are none, to the same bits.
+  float* sums = nullptr;
 };
 
 // The features that the norm runs over.

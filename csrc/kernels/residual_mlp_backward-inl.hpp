@@ -184,11 +184,20 @@ static void outer_products(const float* a, std::int64_t a_columns, const float* 
     std::int64_t i = 0;
     for (std::int64_t g = 0; g < groups.count; ++g) {
       const std::int64_t size = groups.size(g);
-      product_of<1, kStride, kStride>(columns.vecs, size)(a + i, b + j, rows, out + i * out_stride + j,
-                                                          out_stride, accumulate, columns.live);
+      product_of<1, kStride, kStride, 0>(columns.vecs, size)(a + i, b + j, rows, out + i * out_stride + j,
+                                                             out_stride, accumulate, columns.live);
       i += size;
     }
   }
+}
+
+// The kept sums of `units` hidden units, in whole vectors.
+static void fetch_sums(const residual_mlp::Block& block, std::int64_t row0, std::int64_t rows,
+                       std::int64_t h0, std::int64_t units, float* h) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t j = 0; j < units; j += kLanes)
+      store(h + r * kStride + j, load_first(block.sums + (row0 + r) * block.hidden + h0 + j,
+                                            static_cast<int>(std::min<std::int64_t>(kLanes, units - j))));
 }
 
 // dx of a tile's rows, and the sums that the norm's parameters get.
@@ -259,11 +268,13 @@ static void backward_rows(const residual_mlp::Block& block, float* packed, const
         const std::int64_t at = k / kBlock * block_floats;
         for (std::int64_t j = 0; j < units; j += kPanel) {
           const Columns columns(units, j);
-          multiply_rows(groups, columns, normed + at, weights.up.panel(h0 + j, k, depth), depth, h + j,
-                        k > 0);
+          if (block.sums == nullptr)
+            multiply_rows(groups, columns, normed + at, weights.up.panel(h0 + j, k, depth), depth, h + j,
+                          k > 0);
           multiply_rows(groups, columns, dz + at, weights.down.panel(h0 + j, k, depth), depth, du + j, k > 0);
         }
       }
+      if (block.sums != nullptr) fetch_sums(block, row0, rows, h0, units, h);
       float bias[kBlock + kPanel] = {};
       if (block.b1 != nullptr)
         std::memcpy(bias, block.b1 + h0, static_cast<std::size_t>(units) * sizeof(float));

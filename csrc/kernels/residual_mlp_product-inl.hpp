@@ -18,10 +18,12 @@ inline constexpr int kTileRows = 6;  // 16 registers: 12 sums, 2 of the panel, o
 #endif
 
 // c[Rows][Vecs * kLanes] (+)= a b over `depth` terms. a is read at [row * RowStep + k * TermStep] and b at
-// [k * PanelStep]; `live` lanes of the last vector exist in c.
-template <int Rows, int Vecs, int RowStep, int TermStep, int PanelStep>
-static void product(const float* a, const float* b, std::int64_t depth, float* c, std::int64_t c_stride,
+// [k * PanelStep]; `live` lanes of the last vector exist in c, whose rows are OutStep apart, or c_step where
+// that is 0.
+template <int Rows, int Vecs, int RowStep, int TermStep, int PanelStep, int OutStep>
+static void product(const float* a, const float* b, std::int64_t depth, float* c, std::int64_t c_step,
                     bool accumulate, int live) {
+  const std::int64_t c_stride = OutStep > 0 ? OutStep : c_step;
   Vec sum[Rows][Vecs];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
@@ -62,13 +64,14 @@ static void product(const float* a, const float* b, std::int64_t depth, float* c
 
 using Product = void (*)(const float*, const float*, std::int64_t, float*, std::int64_t, bool, int);
 
-template <int RowStep, int TermStep, int PanelStep>
+template <int RowStep, int TermStep, int PanelStep, int OutStep>
 static Product product_of(int vecs, std::int64_t rows) {
   switch (rows) {
-#define RGFAST_ROWS(n)                                                                     \
-  case n:                                                                                  \
-    return vecs == 1 ? &product<(n <= kTileRows ? n : 1), 1, RowStep, TermStep, PanelStep> \
-                     : &product<(n <= kTileRows ? n : 1), kPanelVecs, RowStep, TermStep, PanelStep>;
+#define RGFAST_ROWS(n)                                                                        \
+  case n:                                                                                     \
+    return vecs == 1                                                                          \
+               ? &product<(n <= kTileRows ? n : 1), 1, RowStep, TermStep, PanelStep, OutStep> \
+               : &product<(n <= kTileRows ? n : 1), kPanelVecs, RowStep, TermStep, PanelStep, OutStep>;
     RGFAST_ROWS(1)
     RGFAST_ROWS(2)
     RGFAST_ROWS(3)
@@ -116,7 +119,8 @@ struct Columns {
 // A group of rows by one panel, out of column blocks into column blocks.
 static void multiply_group(std::int64_t rows, const Columns& columns, const float* a, const float* panel,
                            std::int64_t depth, float* c, bool accumulate) {
-  product_of<kStride, 1, kPanel>(columns.vecs, rows)(a, panel, depth, c, kStride, accumulate, kLanes);
+  product_of<kStride, 1, kPanel, kStride>(columns.vecs, rows)(a, panel, depth, c, kStride, accumulate,
+                                                              kLanes);
 }
 
 // All rows of a tile by one panel.

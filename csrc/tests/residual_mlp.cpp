@@ -119,6 +119,24 @@ TEST(residual_mlp_gradients_do_not_depend_on_threads) {
       }
 }
 
+TEST(residual_mlp_kept_sums_give_the_same_gradients) {
+  for (const std::int64_t rows : {1, 40, 300})
+    for (const std::int64_t width : {3, 64, 300}) {
+      Case with(rows, width, 2 * width + 1, true, Norm::layer, Activation::gelu);
+      const std::vector<float> dy = numbers(rows * width, 9);
+      const All again(with, dy, 2);
+      std::vector<float> sums(static_cast<std::size_t>(rows * with.hidden), NAN);
+      with.block.sums = sums.data();
+      forward_of(with, 2);
+      CHECK(largest_difference(sums, sums) == 0.0f);
+      const All kept(with, dy, 2);
+
+      CHECK(largest_difference(again.x, kept.x) == 0.0f);
+      CHECK(largest_difference(again.w1, kept.w1) == 0.0f);
+      CHECK(largest_difference(again.w2, kept.w2) == 0.0f);
+    }
+}
+
 // A mixing block against the same MLP on rows that were flipped by hand; without a norm they are one thing.
 TEST(residual_mlp_mixing_is_the_block_on_flipped_rows) {
   for (const std::int64_t features : {1, 5, 16, 33})

@@ -26,12 +26,15 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 # there is no larger output for a rounding error to be small against.
 LEAST_WIDTH = 8
 
-# Where the library was faster (README.md): forward alone, and forward with its gradient.
-WIDEST = 1024
-WIDEST_RECORDED = 511
+# Where the library was faster (README.md). Forward alone: above this width. With gradients: above this one,
+# and below so many rows from each of these widths on.
+WIDEST = 2048
 FEW_ROWS = 48
-FEW_RECORDED_ROWS = 1024
-NARROW = 127
+WIDEST_RECORDED = 512
+LEAST_RECORDED_ROWS = ((512, 2048), (256, 1024))
+
+# From this width on the backward pass reads the first product's sums instead of forming them again.
+KEPT_FROM = 96
 
 
 class Arguments(NamedTuple):
@@ -100,7 +103,8 @@ def supports(arguments: Arguments, named: bool) -> str | None:
     if arguments.recorded():
         if width > WIDEST_RECORDED:
             return f"with gradients the library's products are faster at D={width}"
-        if width > NARROW and rows < FEW_RECORDED_ROWS:
+        least = next((count for wide, count in LEAST_RECORDED_ROWS if width >= wide), 0)
+        if rows < least:
             return f"with gradients the library's products are faster for {rows} rows at D={width}"
     elif width > WIDEST and rows > FEW_ROWS:
         return f"the library's products are faster for {rows} rows at D={width}"
@@ -126,36 +130,47 @@ def residual_mlp_native(
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not torch.nn.Parameter):
         y = torch.ops.rgfast.residual_mlp(*arguments)
     elif arguments.recorded():
-        y = _Block.apply(*arguments, differentiable)  # type: ignore[no-untyped-call]
+        y, _ = _Block.apply(*arguments, differentiable)  # type: ignore[no-untyped-call]
     else:
         y = _run_forward(arguments)
     return y if y.dtype == dtype else y.to(dtype)
 
 
 class _Block(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _run_forward(Arguments(*args[:-1]))
+    """The output, and what the backward pass need not form again (empty where forming it costs less)."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:TENSORS])
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        arguments = Arguments(*args[:-1])
+        width, hidden = arguments.w1.size(1), arguments.w1.size(0)
+        kept = arguments.rows if width >= KEPT_FROM and arguments.rows > FEW_ROWS else 0
+        sums = arguments.x.new_empty(kept, hidden)
+        return _run_forward(arguments, sums), sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:TENSORS], output[1])
         ctx.options = inputs[TENSORS:-1]
         ctx.differentiable = inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 13
         wanted = ctx.needs_input_grad[:TENSORS]
+        *saved, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(ctx, dy, wanted)
+            gradients = _differentiable_gradients(ctx, saved, dy, wanted)
         else:
-            gradients = _run_backward(dy, Arguments(*ctx.saved_tensors, *ctx.options), wanted)
+            gradients = _run_backward(dy, Arguments(*saved, *ctx.options), wanted, sums)
         return (*gradients, None, None, None, None, None, None)
 
 
-def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-
+def _differentiable_gradients(
+    ctx: Any, saved: list[Tensor | None], dy: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     def of_wanted(*values: Tensor) -> Tensor:
         rest = iter(values)
         filled = [next(rest) if want else t for t, want in zip(saved, wanted, strict=True)]
@@ -209,14 +224,18 @@ def _call(arguments: Arguments) -> _Call:
     return _Call(leading, held)
 
 
-def _run_forward(arguments: Arguments) -> Tensor:
+def _run_forward(arguments: Arguments, sums: Tensor | None = None) -> Tensor:
+    """The output; the sums that the activation gets into ``sums`` unless that is empty."""
     y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
     call = _call(arguments)
-    native.load().residual_mlp_forward(*call.leading, y.data_ptr(), torch.get_num_threads())
+    kept = 0 if sums is None or not sums.numel() else sums.data_ptr()
+    native.load().residual_mlp_forward(*call.leading, kept, y.data_ptr(), torch.get_num_threads())
     return y
 
 
-def _run_backward(dy: Tensor, arguments: Arguments, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _run_backward(
+    dy: Tensor, arguments: Arguments, wanted: tuple[bool, ...], sums: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     gradients = tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(arguments.tensors, wanted, strict=True)
@@ -225,6 +244,7 @@ def _run_backward(dy: Tensor, arguments: Arguments, wanted: tuple[bool, ...]) ->
     call = _call(arguments)
     native.load().residual_mlp_backward(
         *call.leading,
+        0 if sums is None or not sums.numel() else sums.data_ptr(),
         dy.data_ptr(),
         *[0 if g is None else g.data_ptr() for g in gradients],
         torch.get_num_threads(),

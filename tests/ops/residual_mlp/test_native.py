@@ -12,6 +12,7 @@ from scipy.special import expit, ndtr
 
 import rgfast
 from rgfast import native
+from rgfast.ops.residual_mlp import native as native_block
 from rgfast.ops.residual_mlp.native import LEAST_WIDTH
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 
@@ -154,6 +155,18 @@ def test_same_bits_for_every_thread_count(shape):
         torch.set_num_threads(before)
     for other in outcomes[1:]:
         assert all(torch.equal(outcomes[0][k], other[k]) for k in outcomes[0])
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(49, 128, 100), (300, 130, 300), (260, 300, 70)])
+def test_sums_that_were_kept_give_the_bits_of_sums_formed_again(monkeypatch, shape):
+    tensors = block(8, *shape)
+    dy = torch.randn(shape[0], shape[1], generator=torch.Generator().manual_seed(5))
+    found = []
+    for kept_from in (1, 1 << 40):
+        monkeypatch.setattr(native_block, "KEPT_FROM", kept_from)
+        found.append(run(public(("layer", "gelu", 0.7, 1e-5)), tensors, dy, torch.float32))
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
 @needs_native
@@ -336,12 +349,19 @@ def told(rows, d, *, recorded=False, h=8):
 @needs_native
 def test_where_the_library_is_faster_it_is_taken():
     assert told(2, 3, h=9) == "D=3, H=9 is too narrow for its vectors"
-    assert told(49, 1025) == "the library's products are faster for 49 rows at D=1025"
-    assert told(4, 512, recorded=True) == "with gradients the library's products are faster at D=512"
-    assert (
-        told(9, 128, recorded=True) == "with gradients the library's products are faster for 9 rows at D=128"
-    )
-    for rows, d, recorded in ((48, 4096, False), (49, 1024, False), (1024, 511, True), (1, 127, True)):
+    assert told(49, 2049) == "the library's products are faster for 49 rows at D=2049"
+    assert told(9999, 513, recorded=True) == "with gradients the library's products are faster at D=513"
+    for rows, d in ((2047, 512), (1023, 511), (1023, 256)):
+        assert told(rows, d, recorded=True) == (
+            f"with gradients the library's products are faster for {rows} rows at D={d}"
+        )
+    for rows, d, recorded in (
+        (48, 4096, False),
+        (49, 2048, False),
+        (2048, 512, True),
+        (1024, 511, True),
+        (1, 255, True),
+    ):
         assert told(rows, d, recorded=recorded) is None
     with torch.no_grad():
         assert told(4, 512, recorded=True) is None
