@@ -141,8 +141,10 @@ def plot_multiverse(
     trained = table[table.trained]
     rows = math.ceil(len(effects) / 3)
     with mpl.rc_context({**STYLE, "figure.constrained_layout.use": False}):
-        figure = Figure(figsize=(15, 5.2 * rows))
-        grid = figure.add_gridspec(rows, 3, hspace=0.32, wspace=0.32, left=0.08, right=0.98)
+        figure = Figure(figsize=(15, 4.6 * rows))
+        grid = figure.add_gridspec(
+            rows, 3, hspace=0.25, wspace=0.32, left=0.08, right=0.98, top=0.95, bottom=0.06
+        )
         for cell, (name, (words, bar)) in enumerate(effects.items()):
             inner = grid[cell // 3, cell % 3].subgridspec(2, 1, height_ratios=(2.2, 1), hspace=0.06)
             curve, dots = figure.add_subplot(inner[0]), figure.add_subplot(inner[1])
