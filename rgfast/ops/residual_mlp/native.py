@@ -26,12 +26,12 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 # there is no larger output for a rounding error to be small against.
 LEAST_WIDTH = 8
 
-# Where the library was faster (README.md). Forward alone: above this width. With gradients: above this one,
-# and below so many rows from each of these widths on.
+# Where the library was faster (README.md). Forward alone: above this width but for few rows. With gradients:
+# above this one, and from a lesser one on below so many rows.
 WIDEST = 2048
 FEW_ROWS = 48
-WIDEST_RECORDED = 512
-LEAST_RECORDED_ROWS = ((512, 2048), (256, 1024))
+WIDEST_RECORDED = 511
+WIDE_RECORDED, LEAST_RECORDED_ROWS = 256, 1024
 
 # From this width on the backward pass reads the first product's sums instead of forming them again.
 KEPT_FROM = 96
@@ -103,8 +103,7 @@ def supports(arguments: Arguments, named: bool) -> str | None:
     if arguments.recorded():
         if width > WIDEST_RECORDED:
             return f"with gradients the library's products are faster at D={width}"
-        least = next((count for wide, count in LEAST_RECORDED_ROWS if width >= wide), 0)
-        if rows < least:
+        if width >= WIDE_RECORDED and rows < LEAST_RECORDED_ROWS:
             return f"with gradients the library's products are faster for {rows} rows at D={width}"
     elif width > WIDEST and rows > FEW_ROWS:
         return f"the library's products are faster for {rows} rows at D={width}"
