@@ -103,7 +103,7 @@ class Run {
   }
 
  private:
-  // Numbers read, about a nanosecond each in the shorter of the two loops: half a millisecond and more.
+  // Packing and multiplying so many numbers takes half a millisecond and more.
   bool lengthy() const {
     std::int64_t numbers = 0;
     for (const Layer& layer : p_.layers) numbers += p_.positions * p_.samples * layer.width;

@@ -24,7 +24,7 @@ from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import FiniteSample
 from rgfast.experiments.points import Point, open_study, plain, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
-from rgfast.experiments.survival import mode_survival, posterior_rank
+from rgfast.experiments.survival import FROM_LAYER, mode_survival, posterior_rank
 from rgfast.files import write_text
 from rgfast.flow import Interval, paired_interval
 from rgfast.masking import balanced_counts, balanced_mask
@@ -38,7 +38,6 @@ FORMAT = "rgfast.decimation/1"
 ARMS = ("grid", "block")
 STAGES: tuple[Stage, ...] = ("trained", "control_iid")
 PROBE_RATE = 0.2
-FROM_LAYER = {"visible": 0, "masked": 1}
 
 # Mask rates from 0.1 to 0.95 in one training, so that a window of which little is visible is nothing new.
 RANDOM_MASKS = ReproduceConfig(

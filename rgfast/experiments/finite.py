@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.masking import balanced_counts
 from rgfast.ops.spectrum import isotropic_baseline
+from rgfast.probing.assemble import SAMPLES_PER_FEATURE
 
-__all__ = ["ROWS_PER_FEATURE", "FiniteSample", "finite_sample"]
-
-ROWS_PER_FEATURE = 16
+__all__ = ["FiniteSample", "finite_sample"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class FiniteSample:
 
     @property
     def limited(self) -> bool:
-        return self.rows < ROWS_PER_FEATURE * self.features
+        return self.rows < SAMPLES_PER_FEATURE * self.features
 
 
 def finite_sample(config: ReproduceConfig) -> dict[str, FiniteSample]:

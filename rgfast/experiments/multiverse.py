@@ -19,16 +19,16 @@ from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import Point, open_study, plain, run_numbers, run_points
 from rgfast.experiments.runs import RANKS, Run, build_model, one_thread, probe_data, probe_run, train_run
-from rgfast.experiments.survival import mode_survival
+from rgfast.experiments.survival import FROM_LAYER, mode_survival
 from rgfast.files import write_atomically, write_text
 from rgfast.flow import broken_stick_share, paired_interval, top_share
+from rgfast.flow.relevance import CAPTURED
 from rgfast.probing import probe
 from rgfast.training import TrainingConfig
 
 __all__ = ["EFFECTS", "Multiverse", "Universe", "multiverse"]
 
 FORMAT = "rgfast.multiverse/1"
-CAPTURED = 0.90
 GROUPS = 5
 
 # Name of an effect -> (what is drawn, the bar it is held against).
@@ -40,7 +40,6 @@ EFFECTS = {
     "survival": ("(ii-b) slow − fast mode, short ξ, visible", 0.25),
     "top2_visible": ("(iii) top-2 share − broken stick, short ξ, visible", 0.0),
 }
-FROM_LAYER = {"visible": 0, "masked": 1}
 
 Options = tuple[tuple[str, tuple[Any, ...]], ...]
 

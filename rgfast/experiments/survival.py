@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.chains import MarkovChain
+from rgfast.flow.verdicts import FIRST_LAYER
 from rgfast.ops.spectrum import effective_rank
 from rgfast.probing import probe
 from rgfast.stack import MaskedTokenModel
 
-__all__ = ["PROCESSES", "ModeSurvival", "mode_survival", "posterior_rank"]
+__all__ = ["FROM_LAYER", "PROCESSES", "ModeSurvival", "mode_survival", "posterior_rank"]
 
 PROCESSES = ("visible", "masked")
+FROM_LAYER = {process: FIRST_LAYER[process] for process in PROCESSES}
 
 # A probability below it counts as it, so that a state the posterior excludes has a finite logarithm.
 _SMALLEST = 1e-12

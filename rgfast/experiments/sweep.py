@@ -16,7 +16,7 @@ from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, run_points
 from rgfast.files import write_atomically, write_text
-from rgfast.flow.relevance import RelevanceTest, relevance_test
+from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice
 
@@ -213,7 +213,7 @@ def _write(done: Sweep) -> None:
 
 def sweep_text(done: Sweep) -> str:
     """A sweep as text: a line a (chain, ξ, width) with means over seeds, then the test."""
-    trained = done.table[done.table.captured >= 0.9]
+    trained = done.table[done.table.captured >= CAPTURED]
     lines = [f"{len(trained)} of {len(done.table)} points trained (captured ≥ 0.90)"]
     groups = trained.assign(length=trained.xi).groupby(["chain", "length", "width"])
     for (chain, xi, width), part in groups:

@@ -22,11 +22,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from rgfast.flow.verdicts import Thresholds
+
 __all__ = ["RIVALS", "Predictor", "RelevanceTest", "relevance_test"]
 
 RIVALS = ("xi", "relaxation_time", "mutual_information", "transition_rank")
 RESPONSE, CLAIM = "masked_last", "log_posterior_rank"
-CAPTURED, TRACKING, LEAST_CELLS = 0.90, 0.5, 6
+CAPTURED, TRACKING, LEAST_CELLS = Thresholds().captured, 0.5, 6
 Array = NDArray[np.float64]
 
 

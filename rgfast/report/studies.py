@@ -12,12 +12,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rgfast.flow.relevance import RelevanceTest
+from rgfast.flow.relevance import CAPTURED, RelevanceTest
 from rgfast.report.figures import COLOURS, CONTROL, STYLE
 
 __all__ = ["plot_decimation", "plot_multiverse", "plot_observer", "plot_relevance", "plot_xi"]
 
-CAPTURED = 0.90
 LIGHT = "#BBBBBB"
 OBSERVED = {"control_iid": "i.i.d. control"}
 ISOTROPIC = (0, (1, 2))
