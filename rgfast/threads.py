@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["one_thread"]
+__all__ = ["on_one_thread", "one_thread"]
 
 _LOCK = threading.RLock()
 
@@ -29,3 +32,52 @@ def one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """``function(*args)`` on one thread of the CPU, and so its backward pass; as it is on other devices.
+
+    A graph that is being traced, and the transforms of ``torch.func``, see through: these run what they made
+    of it when and how they like.
+    """
+    tensors = [t for t in args if t is not None]
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return function(*args)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
+        y: Tensor = _OnOneThread.apply(function, *args)  # type: ignore[no-untyped-call]
+        return y
+    with one_thread():
+        return function(*args)
+
+
+def _transformed(tensors: list[Tensor]) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return forward_ad._current_level >= 0 or any(wrapped(t) for t in tensors)
+
+
+class _OnOneThread(torch.autograd.Function):
+    """The graph of the function is made in the forward pass and kept for the backward one."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
+        with one_thread(), torch.enable_grad():
+            y = function(*leaves)
+        ctx.save_for_backward(*args)
+        ctx.function, ctx.leaves, ctx.inner = function, leaves, y
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        args, y = ctx.leaves, ctx.inner
+        with one_thread(), torch.enable_grad():
+            if again:
+                args = ctx.saved_tensors
+                y = ctx.function(*args)
+            wanted = [t for t, want in zip(args, ctx.needs_input_grad[1:], strict=True) if want]
+            found = torch.autograd.grad(
+                y, wanted, dy, retain_graph=True, create_graph=again, allow_unused=True
+            )
+        rest = iter(found)
+        return (None, *(next(rest) if want else None for want in ctx.needs_input_grad[1:]))

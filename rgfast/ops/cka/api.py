@@ -11,6 +11,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.cka import native, reference
 from rgfast.ops.cka.checks import as_layers, as_pair, check_finite, check_rows, check_same_rows
+from rgfast.threads import on_one_thread
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["cka", "cka_matrix", "cka_null", "hsic", "kernel_change", "kernel_drift", "minibatch_cka"]
@@ -27,7 +28,25 @@ def _reference(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> 
             single = isinstance(value, Tensor)
             check_finite([value] if single else value, name, stacked=not single)
     kwargs.pop("precision", None)
-    return reference.run(task, *args, **kwargs)
+    return _pinned(task, *args, **kwargs)
+
+
+def _pinned(task: str, *args: Any, **kwargs: Any) -> Tensor:
+    """The reference on one thread: the library's bits depend on their number."""
+    given = [[value] if isinstance(value, Tensor) else value for value in args]
+    flat = [x for group in given if group is not None for x in group]
+
+    def run(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        groups = [None if group is None else [next(rest) for _ in group] for group in given]
+        value: Tensor = reference.run(
+            task,
+            *(g[0] if g and isinstance(a, Tensor) else g for g, a in zip(groups, args, strict=True)),
+            **kwargs,
+        )
+        return value
+
+    return on_one_thread(run, *flat)
 
 
 def _native(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +67,7 @@ def _refine(drift: Tensor, layers: tuple[Tensor, ...], debiased: bool) -> None:
         tiny = drift[..., step] < _TINY_DRIFT
         if bool(tiny.any()):
             both = [layers[step][tiny], layers[step + 1][tiny]]
-            drift[..., step][tiny] = reference.run("drift", both, debiased=debiased)[..., 0]
+            drift[..., step][tiny] = _pinned("drift", both, debiased=debiased)[..., 0]
 
 
 OP.add(Impl("native", _native, native.supports, native.broken, native.isa))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.rows import RowStore, as_rows
+from rgfast.threads import one_thread
 from rgfast.validation import check_positive_int
 
 __all__ = ["MinibatchCKAAccumulator"]
@@ -91,7 +92,7 @@ class MinibatchCKAAccumulator:
         for n in sorted(set(filled.tolist())):
             if n >= 4:
                 at = (filled == n).nonzero()[:, 0]
-                sums.add(at, *reference.run("hsic_sums", self._rows.take(at, n)))
+                sums.add(at, *_sums_of(self._rows.take(at, n)))
         values = sums.ratio()
         return values.reshape(*self._rows.lead, *values.shape[1:])
 
@@ -105,7 +106,7 @@ class MinibatchCKAAccumulator:
             full = (self._rows.filled >= self.batch_size).nonzero()[:, 0]
             if len(full):
                 batch = self._rows.take(full, self.batch_size)
-                self._sums.add(full, *reference.run("hsic_sums", batch))
+                self._sums.add(full, *_sums_of(batch))
                 self._rows.drop(full, self.batch_size)
 
 
@@ -138,6 +139,11 @@ class _Sums:
         root = torch.where(varies, own, 1.0).sqrt()
         values = self.cross / (root[:, :, None] * root[:, None, :])
         return torch.where(varies[:, :, None] & varies[:, None, :], values, torch.nan)
+
+
+def _sums_of(batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    with one_thread():
+        return reference.run("hsic_sums", batch)  # type: ignore[no-any-return]
 
 
 def _down(cross: Tensor, by: Tensor) -> Tensor:

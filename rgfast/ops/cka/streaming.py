@@ -11,6 +11,7 @@ from torch import Tensor
 from rgfast.ops.cka.api import cka_matrix, kernel_drift
 from rgfast.ops.cka.rows import RowStore, as_rows
 from rgfast.streaming import MomentAccumulator
+from rgfast.threads import one_thread
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["CKAAccumulator", "CKAResult", "cka_from_moments"]
@@ -146,7 +147,9 @@ class CKAAccumulator:
         if self._moments is not None or self._asked == "features":
             self._to_moments()
             assert self._moments is not None
-            values, constant = cka_from_moments(self._moments, debiased=debiased)
+            # Sums over whole matrices are cut by the number of threads.
+            with one_thread():
+                values, constant = cka_from_moments(self._moments, debiased=debiased)
             drift = 1.0 - values.diagonal(1, -2, -1)
             drift = drift if debiased else drift.clamp(min=0.0)
         else:
