@@ -1,94 +1,70 @@
-"""The ``rgfast`` command. Exit codes: 0 done, 2 wrong input (one sentence on stderr), 130 interrupted."""
+"""The ``rgfast`` command: its parser, and what becomes of an error (see :mod:`rgfast.commands.errors`)."""
 
 from __future__ import annotations
 
-import argparse
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-__all__ = ["main"]
+from rgfast.commands.errors import DONE, EXIT_CODES, INTERRUPTED, READER_GONE, UNEXPECTED, WRONG, sentence
+from rgfast.commands.parser import Parser, parse
+
+__all__ = ["build_parser", "main"]
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    from rgfast.commands.completion import add_completion
+    from rgfast.commands.info import add_info
+    from rgfast.commands.reproduce import add_reproduce
+    from rgfast.experiments.commands import add_studies
     from rgfast.version import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rgfast",
-        description="Measure what a residual stack coarse-grains, at every layer and position.",
-        epilog="Exit codes: 0 done, 2 wrong input, 130 interrupted.",
+        description="Measure what a residual stack coarse-grains, at every layer and position.\n"
+        "'rgfast COMMAND --help' explains a command, its options and their defaults.",
+        epilog=EXIT_CODES,
     )
-    parser.add_argument("--version", action="version", version=f"rgfast {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"rgfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    reproduce = commands.add_parser(
-        "reproduce",
-        help="run the paper's experiment and print its verdicts",
-        description="Train stacks on Markov chains, probe every layer and position, print the verdicts. "
-        "Leaves verdict.json, result.nc, summary.csv, figures and config.json in the output folder; "
-        "an interrupted experiment goes on where it was.",
-    )
-    source = reproduce.add_mutually_exclusive_group()
-    source.add_argument(
-        "--preset", choices=("quick", "full", "sequel"), help="set-up to run (default: quick)"
-    )
-    source.add_argument("--config", metavar="FILE", help="repeat the run that this config.json records")
-    reproduce.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds, e.g. 0 1 2")
-    reproduce.add_argument("--xi", type=float, nargs="+", metavar="XI", help="correlation lengths, e.g. 1 7")
-    reproduce.add_argument(
-        "--chain",
-        nargs="+",
-        metavar="LABEL",
-        help="chains, e.g. two-scale two-scale:r=30 lazy, or one matrix.npy (its own xi is used)",
-    )
-    reproduce.add_argument("--jobs", type=int, metavar="N", help="processes at once (default: one per core)")
-    reproduce.add_argument("--out", metavar="DIR", help="output folder (default: runs/reproduce-PRESET)")
-    reproduce.set_defaults(run=_reproduce)
-
-    from rgfast.experiments.commands import add_studies
-
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    add_reproduce(commands)
     add_studies(commands)
-    info = commands.add_parser("info", help="versions, compiled and active ISA, threads, GPUs, ops")
-    info.set_defaults(run=_info)
+    add_info(commands)
+    add_completion(commands)
     return parser
-
-
-def _reproduce(args: argparse.Namespace) -> None:
-    from rgfast.experiments.reproduce import reproduce
-
-    result = reproduce(
-        args.preset,
-        seeds=args.seeds,
-        xi=args.xi,
-        chains=args.chain,
-        config=args.config,
-        out=args.out,
-        jobs=args.jobs,
-    )
-    print(result)
-    print(f"\nwritten to {result.out}: verdict.json result.nc summary.csv config.json and figures (*.png)")
-
-
-def _info(args: argparse.Namespace) -> None:
-    from rgfast.environment import describe
-
-    print(describe())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Greek is no reason to fail
+            stream.reconfigure(errors="replace")
+    args = parse(build_parser(), argv)
     try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print("rgfast: interrupted; finished runs are kept", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        code = args.run(args)
+        sys.stdout.flush()
+        return DONE if code is None else int(code)
+    except KeyboardInterrupt as stop:
+        print(f"rgfast: interrupted; {str(stop) or 'what was finished is kept'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads our output has closed it; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return READER_GONE
+    except Exception as error:
         if args.debug:
-            raise
-        print(f"rgfast: {error}", file=sys.stderr)
-        return 2
-    return 0
+            traceback.print_exc()
+        told = sentence(error)
+        if told is not None:
+            print(f"rgfast: {' '.join(told.split())}", file=sys.stderr)
+            return WRONG
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"rgfast: unexpected {told} (--debug shows where it comes from)", file=sys.stderr)
+        return UNEXPECTED
 
 
 if __name__ == "__main__":

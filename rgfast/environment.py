@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from rgfast import dispatch, native
 from rgfast.version import __version__
 
-__all__ = ["SWITCHES", "describe", "versions"]
+__all__ = ["SWITCHES", "describe", "facts", "versions"]
 
 SWITCHES = {
-    "RGFAST_ISA": "force the instruction set of compiled kernels: baseline, avx2 or avx512",
+    "RGFAST_ISA": "force the instruction set of compiled kernels: baseline, neon, avx2 or avx512",
     "RGFAST_STRICT": "1 makes a fallback to the reference an error instead of a warning",
 }
 
@@ -30,23 +32,55 @@ def versions() -> dict[str, str]:
     return found
 
 
+def facts() -> dict[str, Any]:
+    """The environment as values for JSON: versions, machine, native module, threads, GPUs, ops, switches."""
+    reason = native.unavailable_reason()
+    return {
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "native": {
+            "absent": reason,
+            "active": native.active_isa(),
+            "compiled": list(native.compiled_isas()),
+            "available": list(native.available_isas()),
+        },
+        "gpus": _gpus(),
+        "ops": list(dispatch.registered()),
+        "switches": {name: os.environ.get(name) for name in SWITCHES},
+    }
+
+
 def describe() -> str:
     """The environment in lines: versions, native module and its ISA, threads, GPUs, ops, switches."""
-    lines = [f"{name:<10} {number}" for name, number in versions().items()]
-    reason = native.unavailable_reason()
-    if reason is None:
-        module = native.load()
-        compiled, available = ", ".join(module.compiled_isas()), ", ".join(module.available_isas())
-        lines.append(
-            f"{'native':<10} active {module.active_isa()}, compiled {compiled}, available {available}"
-        )
+    found = facts()
+    lines = [f"{name:<10} {number}" for name, number in found["versions"].items()]
+    module = found["native"]
+    if module["absent"] is None:
+        compiled, available = ", ".join(module["compiled"]), ", ".join(module["available"])
+        lines.append(f"{'native':<10} active {module['active']}, compiled {compiled}, available {available}")
     else:
-        lines.append(f"{'native':<10} absent: {reason}")
-    lines.append(f"{'threads':<10} {torch.get_num_threads()} of {os.cpu_count()} cores")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
-    lines.append(f"{'gpus':<10} {names}")
-    lines.append(f"{'ops':<10} {', '.join(dispatch.registered())}")
+        lines.append(f"{'native':<10} absent: {module['absent']}")
+    lines.append(f"{'machine':<10} {found['machine']}, {found['cpu']}")
+    lines.append(f"{'threads':<10} {found['threads']} of {found['cores']} cores")
+    lines.append(f"{'gpus':<10} {', '.join(found['gpus']) or 'none'}")
+    lines.append(f"{'ops':<10} {', '.join(found['ops'])}")
     for name, meaning in SWITCHES.items():
-        lines.append(f"{name:<14} {os.environ.get(name, 'unset')} ({meaning})")
+        lines.append(f"{name:<14} {found['switches'][name] or 'unset'} ({meaning})")
     return "\n".join(lines)
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells it."""
+    listed = Path("/proc/cpuinfo")
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(i) for i in range(count)]

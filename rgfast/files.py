@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["write_atomically", "write_text"]
+import numpy as np
+
+__all__ = ["as_json", "plain", "write_atomically", "write_text"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
-    Whatever ``write`` raises leaves ``path`` as it was and no temporary file behind.
+    Whatever ``write`` raises leaves ``path`` as it was and no temporary file behind. An OSError of the system
+    (no such folder, a folder that may not be written to) names ``path``.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        missing = not path.parent.exists()
+        reason = f"there is no folder {path.parent} to write it to" if missing else error.strerror
+        raise OSError(error.errno, reason, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -28,11 +39,35 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == name:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: arrays and tuples as lists, NaN and inf as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return value
+
+
+def as_json(document: Any) -> str:
+    """``document`` as indented JSON that every reader takes, with a newline at its end."""
+    return json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,9 +1,18 @@
+import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+import rgfast
 from rgfast import cli
+from rgfast.commands import errors
+from rgfast.commands.parser import parse
+
+COMMANDS = cli.build_parser().commands()
 
 
 @pytest.mark.parametrize(
@@ -16,11 +25,12 @@ from rgfast import cli
         (["--chain", "two-scale:K=3"], "divi"),
         (["--config", "missing.json"], "config must be a file, and missing.json is none"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--chain", "missing.npy"], "missing.npy"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["reproduce", *words]) == 2
+    assert cli.main(["reproduce", *words]) == errors.WRONG
     told = capsys.readouterr()
     assert told.out == ""
     assert message in told.err
@@ -30,29 +40,110 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["reproduce", "--xi", "one"], ["reproduce", "--preset", "slow"], ["sing"]]
+    ("words", "hint"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["reproduce", "--xi", "one"], "argument --xi: invalid float value: 'one'"),
+        (["reproduce", "--preset", "slow"], "argument --preset: invalid choice: 'slow'"),
+        (["reproduce", "--preset", "ful"], "(did you mean full?)"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["reprodce"], "(did you mean reproduce?)"),
+        (["sweep", "--seed", "3"], "unrecognized arguments: --seed 3 (did you mean --seeds?)"),
+        (["sweep", "--desing=xi"], "(did you mean --design?)"),
+        (["info", "everything"], "unrecognized arguments: everything"),
+        (["reproduce", "--preset", "full", "--config", "x.json"], "not allowed with argument --preset"),
+    ],
 )
-def test_wrong_usage_is_exit_code_2(words, capsys):
+def test_wrong_usage_is_exit_code_2_with_the_usage_of_the_command(words, hint, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
-    assert stop.value.code == 2
-    assert "usage: rgfast" in capsys.readouterr().err
+    assert stop.value.code == errors.WRONG
+    told = capsys.readouterr().err
+    own = words[0] if words and words[0] in COMMANDS else ""
+    assert told.startswith(f"usage: rgfast {own}".strip())
+    assert hint in told.splitlines()[-1]
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="xi must be"):
-        cli.main(["--debug", "reproduce", "--xi", "0", "--out", str(tmp_path / "x")])
+def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for words in (["reproduce"], ["sweep", "--quick"], ["observe", "--quick"]):
+        assert cli.main([*words, "--out", str(tmp_path / "file")]) == errors.WRONG
+        assert "out must be a folder" in capsys.readouterr().err
+        assert cli.main([*words, "--out", str(tmp_path / "file" / "below")]) == errors.WRONG
+        assert "file" in capsys.readouterr().err
+
+
+def test_the_help_of_the_whole_names_every_command_and_exit_code(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == errors.DONE
+    told = capsys.readouterr().out
+    for word in (*COMMANDS, "0 ", "1 ", "2 ", "70 ", "130 ", "--debug"):
+        assert re.search(rf"^ +(-h, |-V, )?{re.escape(word)}", told, re.M), word
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_explains_it(name, capsys):
+    """A description, a default for everything that can be left out, and examples that are accepted."""
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    command = COMMANDS[name]
+    assert command.description
+    for action in command.options():
+        assert action.help
+        required = action.required or not action.option_strings
+        if action.nargs != 0 and not required and "config" not in action.dest:
+            assert "(default" in action.help, action.dest
+    examples = re.findall(r"^  (rgfast .*?)(?: >+ .*)?$", command.epilog, re.M)
+    assert examples
+    for example in examples:
+        _, *words = shlex.split(example)
+        assert parse(cli.build_parser(), words).command == name
+
+
+def test_the_designs_of_a_sweep_are_described(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "--help"])
+    told = capsys.readouterr().out
+    from rgfast.experiments.sweep import DESIGNS
+
+    for name in DESIGNS:
+        assert re.search(rf"^  {name}  +\w", told, re.M)
 
 
 def test_info_names_versions_and_ops(capsys):
-    assert cli.main(["info"]) == 0
+    assert cli.main(["info"]) == errors.DONE
     told = capsys.readouterr().out
     for word in ("torch", "native", "threads", "gpus", "residual_mlp", "spectrum", "cka", "RGFAST_ISA"):
         assert word in told
 
 
-def test_the_module_runs_as_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "rgfast", "--version"], capture_output=True, text=True, check=True
+def test_info_as_json_says_the_same(capsys):
+    assert cli.main(["info", "--json"]) == errors.DONE
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {"versions", "cpu", "cores", "threads", "native", "gpus", "ops", "switches"} <= set(told)
+    assert told["versions"]["rgfast"] == rgfast.__version__
+    assert told["native"]["active"] == rgfast.native.active_isa()
+
+
+def test_the_module_runs_as_a_command_and_a_closed_pipe_is_no_traceback():
+    script = (
+        f"{shlex.quote(sys.executable)} -m rgfast --version; {shlex.quote(sys.executable)} -m rgfast info | :"
     )
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("rgfast ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_greek_is_served():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rgfast", "reproduce", "--chain", "ξ"],
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == errors.WRONG
+    assert done.stderr.startswith(b"rgfast: ")

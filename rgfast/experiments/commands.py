@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
+from rgfast.commands.parser import add_json, print_json
+
 __all__ = ["add_studies"]
+
+_RESUME = (
+    "Every finished point is a file in DIR/points: a study that was stopped goes\n"
+    "on where it was when it is started again, and points computed elsewhere can\n"
+    "be merged."
+)
 
 
 def add_studies(commands: Any) -> None:
@@ -13,85 +23,123 @@ def add_studies(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="run a grid of chain, correlation length, width and seed",
-        description="Every finished point is a file in OUT/points: a sweep that was stopped goes on where it "
-        "was, and points computed elsewhere can be merged.",
+        description="Train and probe one stack for every point of a grid, and print and save the\n"
+        "table: where the flow ends, and what decides it.\n\n"
+        "designs:\n"
+        "  xi         four kinds of chain at seven correlation lengths from 0.5 to\n"
+        "             10, 3 seeds: R by correlation length and chain\n"
+        "  relevance  27 cells (two-scale chains of 2, 4, 8 clusters with 3 exponents\n"
+        "             at 3 correlation lengths) at widths 16 and 48, 2 seeds: is the\n"
+        "             final rank that of the exact Bayes posterior?\n\n" + _RESUME,
+        epilog="examples:\n"
+        "  rgfast sweep --design xi --quick\n"
+        "  rgfast sweep --design relevance --seeds 0 1 --jobs 2 --out runs/relevance\n"
+        "  rgfast sweep --design relevance --out runs/all --merge runs/a runs/b",
     )
     sweep.add_argument("--design", choices=("xi", "relevance"), default="xi", help="the grid (default: xi)")
-    sweep.add_argument("--quick", action="store_true", help="a reduced grid to see that it runs; no result")
-    _common(sweep, "sweep-DESIGN")
+    _common(sweep, "sweep-DESIGN", "a reduced grid with short training")
     sweep.set_defaults(run=_sweep)
 
     many = commands.add_parser(
         "multiverse",
         help="run every finding in 64 set-ups",
-        description="Initialisation, norm, mixing, width, mask rate and learning rate varied together: each "
-        "finding's effect with its interval, sorted, the default marked. Resumable as sweep is.",
+        description="Vary initialisation, norm, mixing, width, mask rate and learning rate\n"
+        "together, and give each finding's effect in every set-up with its interval,\n"
+        "sorted, the default marked: does a finding hang on choices that the source\n"
+        "does not tell?\n\n" + _RESUME,
+        epilog="examples:\n  rgfast multiverse --quick\n  rgfast multiverse --jobs 2 --out runs/multiverse",
     )
-    many.add_argument("--quick", action="store_true", help="4 set-ups to see that it runs; no result")
-    _common(many, "multiverse")
+    _common(many, "multiverse", "4 set-ups")
     many.set_defaults(run=_multiverse)
 
     spaced = commands.add_parser(
         "decimate",
         help="show one trained network only every k-th token: every correlation length at the same weights",
-        description="A stack trained at ξ = 7 with random mask rates is probed with every k-th token shown, "
-        "and with as many tokens side by side. Resumable as sweep is.",
+        description="Train one stack at correlation length 7 with random mask rates, then probe it\n"
+        "with every k-th token shown (a chain of correlation length 7/k), and with as\n"
+        "many tokens side by side.\n\n" + _RESUME,
+        epilog="examples:\n  rgfast decimate --quick\n  rgfast decimate --seeds 0 1 2 --out runs/decimation",
     )
-    spaced.add_argument("--quick", action="store_true", help="short training to see that it runs; no result")
-    _common(spaced, "decimation")
+    _common(spaced, "decimation", "two spacings with short training")
     spaced.set_defaults(run=_decimate)
 
     ideal = commands.add_parser(
         "observe",
         help="compare each layer with ideal observers who see only so far",
-        description="CKA between every layer and the exact posterior from visible tokens within each radius, "
-        "and the slope of the ridge. Resumable as sweep is.",
+        description="CKA between every layer and the exact posterior from the visible tokens\n"
+        "within each radius, and the slope of the ridge: does depth integrate scale?\n\n" + _RESUME,
+        epilog="examples:\n  rgfast observe --quick\n  rgfast observe --seeds 0 1 2 --out runs/observer",
     )
-    ideal.add_argument("--quick", action="store_true", help="short training to see that it runs; no result")
-    _common(ideal, "observer")
+    _common(ideal, "observer", "four radii with short training")
     ideal.set_defaults(run=_observe)
 
 
-def _common(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds instead of the design's")
+def _common(parser: argparse.ArgumentParser, out: str, quick: str) -> None:
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, to see that it runs; no result")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="seeds, e.g. 0 1 2 (default: the design's)"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes at once (default: one per core)")
     parser.add_argument("--out", metavar="DIR", help=f"output folder (default: runs/{out})")
     parser.add_argument(
-        "--merge", nargs="+", default=(), metavar="DIR", help="take over the points in these folders first"
+        "--merge",
+        nargs="+",
+        default=(),
+        metavar="DIR",
+        help="take over the points in these folders of the same study first (default: none)",
     )
+    add_json(parser, "what the study found")
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"seeds": args.seeds, "jobs": args.jobs, "out": args.out, "merge": args.merge}
+    return {
+        "quick": args.quick,
+        "seeds": args.seeds,
+        "jobs": args.jobs,
+        "out": args.out,
+        "merge": args.merge,
+    }
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    from rgfast.experiments.sweep import sweep
+    from rgfast.experiments.sweep import FORMAT, sweep
 
-    done = sweep(args.design, quick=args.quick, **_options(args))
-    print(done)
-    print(f"\nwritten to {done.out}")
+    done = sweep(args.design, **_options(args))
+    if args.json:
+        test = None if done.test is None else done.test.to_dict()
+        points = done.table.to_dict("records")
+        print_json({"format": FORMAT, "out": str(done.out), "points": points, "test": test})
+    else:
+        _tell(done)
 
 
 def _multiverse(args: argparse.Namespace) -> None:
     from rgfast.experiments.multiverse import multiverse
 
-    done = multiverse(quick=args.quick, **_options(args))
-    print(done)
-    print(f"\nwritten to {done.out}")
+    _tell_or_json(args, multiverse(**_options(args)))
 
 
 def _decimate(args: argparse.Namespace) -> None:
     from rgfast.experiments.decimation import decimate
 
-    done = decimate(quick=args.quick, **_options(args))
-    print(done)
-    print(f"\nwritten to {done.out}")
+    _tell_or_json(args, decimate(**_options(args)))
 
 
 def _observe(args: argparse.Namespace) -> None:
     from rgfast.experiments.observer import observe
 
-    done = observe(quick=args.quick, **_options(args))
+    _tell_or_json(args, observe(**_options(args)))
+
+
+def _tell_or_json(args: argparse.Namespace, done: Any) -> None:
+    if args.json:
+        out: Path = done.out
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        print_json({**summary, "out": str(out)})
+    else:
+        _tell(done)
+
+
+def _tell(done: Any) -> None:
     print(done)
     print(f"\nwritten to {done.out}")

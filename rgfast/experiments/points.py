@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, run_dataset
-from rgfast.files import write_text
+from rgfast.files import plain, write_text
 from rgfast.validation import check_positive_int
 
 __all__ = ["Point", "numbers_of_run", "open_study", "plain", "run_points"]
@@ -53,21 +51,6 @@ class Point:
         digest = hashlib.sha256(self.config.to_json().encode()).hexdigest()[:12]
         chain = "".join(c if c.isalnum() else "_" for c in self.chain)
         return f"{self.study}-{chain}-xi{self.xi:g}-d{self.config.width}-seed{self.seed}-{digest}"
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: arrays and tuples as lists, NaN and inf as null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
-    return value
 
 
 def numbers_of_run(config: ReproduceConfig) -> dict[str, Any]:

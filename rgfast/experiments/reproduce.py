@@ -20,7 +20,7 @@ from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, plan, views_of
-from rgfast.files import write_atomically, write_text
+from rgfast.files import as_json, write_atomically, write_text
 from rgfast.flow import Check, Verdict, judge
 from rgfast.validation import check_positive_int
 
@@ -267,29 +267,16 @@ def _write(
     document = {
         "format": "rgfast.verdict/1",
         "setup": SETUP if _is_default(config) else "in the set-up that config.json records",
-        "verdicts": {chain: [_plain(v.to_dict()) for v in each] for chain, each in verdicts.items()},
+        "verdicts": {chain: [v.to_dict() for v in each] for chain, each in verdicts.items()},
         "config": json.loads(config.to_json()),
     }
-    write_text(
-        folder / "verdict.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_text(folder / "verdict.json", as_json(document))
 
 
 def _is_default(config: ReproduceConfig) -> bool:
     """Whether this is the set-up that was selected because it reproduces, at any ξ and seeds."""
     same = {"seeds": config.seeds, "xi": config.xi}
     return any(config == ReproduceConfig.preset(name, **same) for name in ("quick", "full"))
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with tuples as lists and what JSON has no number for (NaN, inf) as null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceConfig) -> str:

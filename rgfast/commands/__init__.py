@@ -1,0 +1,1 @@
+"""The ``rgfast`` command: a file a subcommand, and what they share."""
