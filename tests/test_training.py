@@ -50,6 +50,24 @@ def test_training_captures_and_permuted_targets_do_not():
     assert control.loss[-1] == pytest.approx(math.log(8), abs=0.05)
 
 
+def test_the_evaluation_loss_lies_above_that_of_bayes_by_what_is_not_captured():
+    """1 − captured is the excess over Bayes as a share of what Bayes knows beyond the stationary one."""
+    log = train(model(), chain(2.0), SHORT, seed=0)
+    for loss, fraction in zip(log.evaluation_loss, log.captured, strict=True):
+        known = log.stationary_loss - log.bayes_loss
+        assert loss - log.bayes_loss == pytest.approx((1 - fraction) * known, rel=1e-9)
+    assert 0 < log.bayes_loss < log.evaluation_loss[-1]
+    # A uniform stationary distribution: ln 8 nats, whatever the tokens.
+    assert log.stationary_loss == pytest.approx(math.log(8), rel=1e-12)
+
+
+def test_nothing_is_known_of_independent_tokens():
+    log = train(model(), MarkovChain.from_label("iid", 1.0, 8), SHORT)
+    assert log.bayes_loss == pytest.approx(math.log(8), rel=1e-12)
+    assert all(math.isnan(fraction) for fraction in log.captured)
+    assert all(loss >= log.bayes_loss for loss in log.evaluation_loss)
+
+
 def test_the_bayes_posterior_captures_everything():
     class Oracle(torch.nn.Module):
         mask_token = 8

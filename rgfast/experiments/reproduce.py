@@ -27,6 +27,14 @@ from rgfast.validation import check_positive_int
 __all__ = ["Reproduction", "reproduce", "verdict_table"]
 
 SETUP = "in the default set-up, which was selected because it reproduces"
+LONG_NAMES = {
+    "relative_spectrum": "singular value over the layer's largest, mean over positions",
+    "cka": "debiased linear CKA of two layers, mean over positions",
+    "training_loss": "cross-entropy of hidden tokens in the training batch",
+    "training_evaluation_loss": "expected cross-entropy of hidden tokens on held-out sequences",
+    "bayes_loss": "expected cross-entropy of the exact Bayes posterior on the held-out sequences",
+    "stationary_loss": "expected cross-entropy of the stationary distribution on the held-out sequences",
+}
 SUMMARY_COLUMNS = ("chain", "xi", "seed", "stage", "view", "measure", "layer", "value")
 
 
@@ -212,6 +220,9 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
             "long_name": "effective rank of masked rows' Bayes posterior",
             "units": "dimensions",
         }
+    for name, words in LONG_NAMES.items():
+        if name in ordered:  # runs that an older version finished lack them
+            ordered[name].attrs = {"long_name": words, "units": "nats" if name.endswith("loss") else "1"}
     return ordered
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.chains import MarkovChain
@@ -31,6 +32,7 @@ RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "st
 # The flattened view holds moments of (T * width) squared numbers a layer; above this it is left out.
 WIDEST_FLATTENED = 1024
 DRIFTS = ("kernel_drift", "kernel_change")
+WHERE = ("chain", "xi", "seed", "stage")
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,18 @@ def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
     )
 
 
-def run_dataset(config: ReproduceConfig, run: Run) -> xr.Dataset:
-    """Train and probe one run; its numbers."""
+def run_dataset(config: ReproduceConfig, run: Run, *, pairs: bool = False) -> xr.Dataset:
+    """Train and probe one run; its numbers. ``pairs``: with the CKA of every two layers, if it is trained."""
     with one_thread():
         model = build_model(config, run.seed)
         log = train_run(config, run, model)
-        parts = [probe_run(config, run, model, log, chain, xi) for chain, xi in run.probed]
+        parts = [probe_run(config, run, model, log, chain, xi, pairs=pairs) for chain, xi in run.probed]
         return xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
 
 
 def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
     """Train and probe one run and write its numbers to ``path`` (NetCDF, atomically)."""
-    combined = run_dataset(config, run)
+    combined = run_dataset(config, run, pairs=True)
     write_atomically(path, lambda temporary: combined.to_netcdf(temporary, engine="h5netcdf"))
 
 
@@ -141,6 +143,8 @@ def probe_run(
     log: TrainingLog | None,
     label: str,
     xi: float,
+    *,
+    pairs: bool = False,
 ) -> xr.Dataset:
     """The numbers of one model on the sequences of one (chain, ξ)."""
     chain = config.chain(label, xi)
@@ -149,17 +153,35 @@ def probe_run(
     result = probe(model, batch, mask="mask", views=views_of(config), progress=False)
     fraction = captured(model, chain, tokens, mask)
     labelled = _labelled(config, run, result, fraction, log, label, xi)
+    if pairs and run.stage == "trained":
+        # A probe of its own: the views above, of which some are wide, need neighbouring layers alone.
+        values = _all_pairs(model, batch)[None, None, None, None]
+        labelled = labelled.assign(cka=((*WHERE, "process", "layer", "other_layer"), values))
+        labelled = labelled.assign_coords(other_layer=np.arange(config.depth + 1))
     survived = mode_survival(model, chain, tokens, mask)
     ranks = posterior_rank(chain, tokens, mask)
-    where = ("chain", "xi", "seed", "stage")
     labelled = labelled.assign_coords(process=list(PROCESSES), mode=np.arange(len(survived.modulus)))
     extended: xr.Dataset = labelled.assign(
-        survival=((*where, "process", "mode", "layer"), survived.r2[None, None, None, None]),
+        survival=((*WHERE, "process", "mode", "layer"), survived.r2[None, None, None, None]),
         mode_modulus=(("chain", "xi", "mode"), survived.modulus[None, None]),
         posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[0])),
         log_posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[1])),
     )
     return extended
+
+
+def _all_pairs(model: MaskedTokenModel, batch: dict[str, Tensor]) -> NDArray[np.float64]:
+    """Debiased CKA ``[process, layer, other layer]`` of every two layers, the mean over positions."""
+    found = probe(model, batch, mask="mask", views=PROCESSES, measures=("cka",), pairs="all", progress=False)
+    return np.stack([found.order_parameter(view, "cka").values for view in PROCESSES])
+
+
+def _relative_spectra(result: ProbeResult) -> NDArray[np.float64]:
+    """Singular values over the largest ``[positional view, layer, component]``, the mean over positions."""
+    sigma = result.dataset.singular_values.sel(view=list(VIEWS[:3]), position=result.dataset.position >= 0)
+    relative = sigma / sigma.isel(component=0).where(lambda top: top > 0)
+    mean = relative.mean("position", skipna=True).transpose("view", "layer", "component")
+    return np.asarray(mean.values)
 
 
 def _labelled(
@@ -171,18 +193,23 @@ def _labelled(
     label: str,
     xi: float,
 ) -> xr.Dataset:
-    where, views = ("chain", "xi", "seed", "stage"), views_of(config)
+    views = views_of(config)
     data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for measures, along in ((RANKS, "layer"), (DRIFTS, "transition")):
         for measure in measures:
             values = np.stack([np.asarray(result.order_parameter(view, measure)) for view in views])
-            data[measure] = ((*where, "view", along), values[None, None, None, None])
+            data[measure] = ((*WHERE, "view", along), values[None, None, None, None])
     by_position = np.stack([np.asarray(result.by_position("effective_rank", view)) for view in VIEWS[:3]])
     data["effective_rank_by_position"] = (
-        (*where, "positional_view", "layer", "position"),
+        (*WHERE, "positional_view", "layer", "position"),
         by_position[None, None, None, None],
     )
-    data["captured"] = (where, np.full((1, 1, 1, 1), fraction))
+    spectra = _relative_spectra(result)
+    data["relative_spectrum"] = (
+        (*WHERE, "positional_view", "layer", "component"),
+        spectra[None, None, None, None],
+    )
+    data["captured"] = (WHERE, np.full((1, 1, 1, 1), fraction))
     coords: dict[str, object] = {
         "chain": [label],
         "xi": [xi],
@@ -193,9 +220,15 @@ def _labelled(
         "layer": np.arange(config.depth + 1),
         "transition": np.arange(config.depth),
         "position": np.arange(config.length),
+        "component": np.arange(spectra.shape[-1]),
     }
     if log is not None:
         coords["step"] = list(log.step)
-        data["training_loss"] = ((*where, "step"), np.array(log.loss)[None, None, None, None])
-        data["training_captured"] = ((*where, "step"), np.array(log.captured)[None, None, None, None])
+        for name in ("loss", "captured", "evaluation_loss"):
+            data[f"training_{name}"] = (
+                (*WHERE, "step"),
+                np.array(getattr(log, name))[None, None, None, None],
+            )
+        for name in ("bayes_loss", "stationary_loss"):
+            data[name] = (WHERE, np.full((1, 1, 1, 1), getattr(log, name)))
     return xr.Dataset(data, coords=coords)
