@@ -41,7 +41,7 @@ from rgfast.stack import MaskedTokenModel, ResidualStack
 from rgfast.version import __version__
 
 if TYPE_CHECKING:
-    from rgfast import flow
+    from rgfast import flow, report
     from rgfast.experiments.decimation import decimate
     from rgfast.experiments.multiverse import multiverse
     from rgfast.experiments.observer import observe
@@ -91,6 +91,7 @@ __all__ = [
     "rank_measures",
     "rank_measures_from_moment",
     "record",
+    "report",
     "reproduce",
     "residual_mlp",
     "residual_stack",
@@ -116,8 +117,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "flow":
-        return import_module("rgfast.flow")
+    if name in ("flow", "report"):
+        return import_module(f"rgfast.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'rgfast' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

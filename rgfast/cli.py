@@ -20,6 +20,7 @@ def build_parser() -> Parser:
     from rgfast.commands.info import add_info
     from rgfast.commands.reproduce import add_reproduce
     from rgfast.experiments.commands import add_studies
+    from rgfast.report.command import add_report
     from rgfast.version import __version__
 
     parser = Parser(
@@ -33,6 +34,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     add_reproduce(commands)
     add_studies(commands)
+    add_report(commands)
     add_info(commands)
     add_completion(commands)
     return parser

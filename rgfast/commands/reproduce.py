@@ -19,8 +19,9 @@ def add_reproduce(commands: Any) -> None:
         description="Train residual stacks on Markov chains of short and long correlation length,\n"
         "probe every layer and position, and print the verdicts on the paper's\n"
         "findings with their numbers. Leaves in DIR: verdict.json, result.nc,\n"
-        "summary.csv, figures, and the config.json that repeats the run. An\n"
-        "interrupted experiment goes on where it was when it is started again.\n\n"
+        "summary.csv, figures, report.html with all of it, and the config.json that\n"
+        "repeats the run. An interrupted experiment goes on where it was when it is\n"
+        "started again.\n\n"
         "presets:\n"
         "  quick   3 seeds, 6 layers: a few minutes on two cores\n"
         "  full    5 seeds, 8 layers: the default set-up of the documentation\n"
@@ -72,4 +73,5 @@ def _reproduce(args: argparse.Namespace) -> None:
         print_json({**verdict, "out": str(result.out)})
         return
     print(result)
-    print(f"\nwritten to {result.out}: verdict.json result.nc summary.csv config.json and figures (*.png)")
+    told = "report.html verdict.json result.nc summary.csv config.json and figures (*.png)"
+    print(f"\nwritten to {result.out}: {told}")

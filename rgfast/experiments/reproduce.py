@@ -21,7 +21,8 @@ from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, plan, views_of
 from rgfast.files import as_json, write_atomically, write_text
-from rgfast.flow import Check, Verdict, judge
+from rgfast.flow import Verdict, judge
+from rgfast.report.definitions import missed
 from rgfast.validation import check_positive_int
 
 __all__ = ["Reproduction", "reproduce", "verdict_table"]
@@ -62,7 +63,7 @@ def reproduce(
     jobs: int | None = None,
     progress: bool | None = None,
 ) -> Reproduction:
-    """Run the experiment; its verdicts and numbers, also written as JSON, NetCDF, CSV and figures.
+    """Run the experiment; its verdicts and numbers, also written as JSON, NetCDF, CSV, figures and a page.
 
     Args:
         preset: ``"quick"`` (3 seeds, 6 layers; the default), ``"full"`` (5 seeds, 8 layers) or ``"sequel"``
@@ -72,8 +73,8 @@ def reproduce(
             correlation length is then the ξ.
         config: a :class:`ReproduceConfig` or the path of a recorded ``config.json``, instead of a preset.
         out: the output folder, default ``runs/reproduce-<preset>``: ``verdict.json``, ``result.nc``,
-            ``summary.csv``, PNGs and the ``config.json`` to repeat it. Finished runs that it holds are kept,
-            so an interrupted experiment goes on where it was.
+            ``summary.csv``, PNGs, ``report.html`` and the ``config.json`` to repeat it. Finished runs that it
+            holds are kept, so an interrupted experiment goes on where it was.
         jobs: processes at once, default one per core. Each has one thread; the numbers do not depend on it.
         progress: show a bar on stderr; by default only on a terminal.
 
@@ -191,6 +192,7 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
     )
     samples = [finite_sample(config)[view] for view in views_of(config)]
     ordered = ordered.assign(
+        n=("view", [sample.rows for sample in samples]),
         effective_rank_baseline=("view", [sample.isotropic_rank for sample in samples]),
         sample_limited=("view", [sample.limited for sample in samples]),
     )
@@ -207,6 +209,7 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
         "long_name": "effective rank of isotropic Gaussian data with as many rows and features",
         "units": "dimensions",
     }
+    ordered.n.attrs = {"long_name": "rows behind every value: at each position, or in all", "units": "1"}
     ordered.sample_limited.attrs = {"long_name": "fewer than 16 rows a feature"}
     ordered.kernel_drift.attrs = {"long_name": "kernel drift 1 − CKA(l, l+1), biased", "units": "1"}
     ordered.kernel_change.attrs = {"long_name": "‖K_{l+1} − K_l‖ / ‖K_l‖", "units": "1"}
@@ -260,6 +263,7 @@ def _write(
         plot_survival,
         save_figure,
     )
+    from rgfast.report.write import write_report
 
     write_atomically(folder / "result.nc", lambda path: dataset.to_netcdf(path, engine="h5netcdf"))
 
@@ -282,6 +286,7 @@ def _write(
         "config": json.loads(config.to_json()),
     }
     write_text(folder / "verdict.json", as_json(document))
+    write_report(Reproduction(config, dataset, verdicts, folder))
 
 
 def _is_default(config: ReproduceConfig) -> bool:
@@ -300,27 +305,8 @@ def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceCon
             lines.append(f"  {verdict.status.upper():<15} {verdict.title}")
             lines.append(f"  {'':<15} {verdict.summary}")
             if verdict.status in ("partial", "not reproduced", "undertrained"):
-                lines += [f"  {'':<15}   missed, {line}" for line in _missed(verdict)]
+                lines += [f"  {'':<15}   missed, {line}" for line in missed(verdict.checks)]
             lines += [f"  {'':<15}   note: {note}" for note in verdict.notes]
         if _is_default(config):
             lines.append(f"  ({SETUP})")
     return "\n".join(lines)
-
-
-def _missed(verdict: Verdict) -> list[str]:
-    """One line for every check that fails, its seeds together."""
-    failed: dict[str, list[Check]] = {}
-    for check in verdict.checks:
-        if not check.holds:
-            failed.setdefault(check.name, []).append(check)
-    lines = []
-    for name, checks in failed.items():
-        who = (
-            "all seeds together"
-            if checks[0].seed is None
-            else f"seed {' '.join(str(c.seed) for c in checks)}"
-        )
-        values = ", ".join(f"{c.value:.3g}" for c in checks)
-        bars = ", ".join(dict.fromkeys(c.bar for c in checks))
-        lines.append(f"{who}: {name} = {values}, wanted {bars}")
-    return lines

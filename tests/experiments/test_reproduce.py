@@ -46,6 +46,7 @@ def test_every_file_is_there(tiny):
         "order_parameter.png",
         "drift.png",
         "survival.png",
+        "report.html",
         "runs",
     }
 

@@ -1,0 +1,175 @@
+"""The page of a reproduction: verdicts with their definitions, robustness, figures, configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rgfast.flow import Check, Interval, descent, paired_interval
+from rgfast.report.definitions import HINT, TERMS, definition, interval_text, missed, number, numbers_of
+from rgfast.report.extract import by_seed, sorted_xi
+from rgfast.report.interactive import experiment_figures
+from rgfast.report.markup import Markup, bullets, join, table, tag
+from rgfast.report.page import Page, as_rows
+from rgfast.report.sources import Experiment
+
+__all__ = ["experiment_page", "verdict_badge"]
+
+_MARKS = {"reproduced": "good", "valid": "good", "supported": "good", "partial": "part", "undecided": "part"}
+_MARKS |= {"not reproduced": "bad", "undertrained": "bad", "refuted": "bad"}
+_RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank")
+
+
+def verdict_badge(status: str) -> Markup:
+    """The word of a verdict with its mark; colour says nothing that the word does not."""
+    return tag("span", status, class_=f"verdict {_MARKS.get(status, '')}".strip())
+
+
+def experiment_page(source: Experiment) -> Page:
+    """The whole page of a reproduction."""
+    data = source.dataset
+    chains, xis = [str(chain) for chain in data.chain.values], sorted_xi(data)
+    seeds = [int(seed) for seed in data.seed.values]
+    lead = (
+        f"Chain {', '.join(chains)}; ξ = {', '.join(f'{xi:g}' for xi in xis)}; seeds "
+        f"{', '.join(map(str, seeds))}; {data.sizes['layer']} layers. Masked-token stacks on Markov chains, "
+        "probed at every layer and position (the experiment of arXiv 2606.10324)."
+    )
+    page = Page("rgfast: reproduction report", lead)
+    if source.setup:
+        page.add(tag("p", f"Every verdict holds {source.setup}."))
+    few = len(seeds) < 5
+    told = (
+        "mean (smallest to largest seed); 95% intervals are given from five seeds on"
+        if few
+        else "mean [95% paired t-interval over seeds]"
+    )
+    for chain in chains:
+        name = "" if len(chains) == 1 else f", {chain}"
+        page.heading(f"Verdicts{name}")
+        page.add(_verdicts(source.verdicts.get(chain, []), f"Numbers: {told}."))
+        page.heading(f"Robustness{name}")
+        page.add(_controls(data, chain, told), _views(data, chain, told), _seeds(data, chain))
+        page.heading(f"Figures{name}")
+        page.add(tag("p", HINT, class_="faint"))
+        for title, caption, panels in experiment_figures(data, chain):
+            page.figure(title, caption, panels)
+    page.heading("Terms")
+    page.add(table(("term", "meaning"), TERMS, words=(1,)))
+    page.heading("Configuration")
+    page.add(as_rows(source.config) if source.config else tag("p", "The result holds none."))
+    page.heading("Provenance")
+    origin: dict[str, Any] = {"format": data.attrs.get("format", "unknown"), **source.versions}
+    page.add(as_rows(origin))
+    return page
+
+
+def _verdicts(verdicts: Sequence[dict[str, Any]], caption: str) -> Markup:
+    rows = []
+    for verdict in verdicts:
+        checks = [Check(**{**check, "value": _float(check["value"])}) for check in verdict.get("checks", ())]
+        numbers = [
+            f"{name}: {interval_text(found, values)}, n\u00a0=\u00a0{found.n}"
+            for name, found, values in numbers_of(verdict)
+        ]
+        finding = [tag("b", verdict["title"]), tag("p", verdict["summary"])]
+        failed = missed(checks) if verdict["status"] in ("partial", "not reproduced", "undertrained") else []
+        notes = [f"missed, {text}" for text in failed] + [
+            f"note: {text}" for text in verdict.get("notes", ())
+        ]
+        if checks:
+            finding.append(_checks(checks))
+        finding.insert(2, bullets(notes))
+        rows.append(
+            (
+                verdict_badge(str(verdict["status"])),
+                join(finding),
+                bullets(numbers),
+                definition(str(verdict["key"])),
+            )
+        )
+    heads = ("verdict", "finding", "numbers and intervals", "what is asked")
+    return table(heads, rows, caption=caption, words=(1, 2, 3), stack=True)
+
+
+def _checks(checks: Sequence[Check]) -> Markup:
+    rows = [
+        (c.name, "all" if c.seed is None else c.seed, number(c.value), c.bar, "holds" if c.holds else "fails")
+        for c in checks
+    ]
+    held = sum(c.holds for c in checks)
+    summary = tag("summary", f"{held} of {len(checks)} checks hold")
+    return tag("details", summary, table(("check", "seed", "value", "wanted", ""), rows))
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _ratios(data: xr.Dataset, measure: str, chain: str, xi: float, stage: str, view: str) -> list[float]:
+    _, curves = by_seed(data, measure, chain=chain, xi=xi, stage=stage, view=view)
+    return [descent(curve).ratio if curve.size > 1 else math.nan for curve in curves]
+
+
+def _told(values: Sequence[float]) -> str:
+    good = [value for value in values if math.isfinite(value)]
+    found = paired_interval(good) if good else Interval(math.nan, math.nan, math.nan, 0)
+    return interval_text(found, good)
+
+
+def _controls(data: xr.Dataset, chain: str, told: str) -> Markup:
+    rows = []
+    for stage in (str(name) for name in data.stage.values):
+        for view in ("visible", "masked"):
+            cells = [_told(_ratios(data, "effective_rank", chain, xi, stage, view)) for xi in sorted_xi(data)]
+            rows.append((stage, view, *cells))
+    heads = ("stage", "rows", *(f"R at ξ = {xi:g}" for xi in sorted_xi(data)))
+    return table(heads, rows, caption=f"Controls: R of the effective rank, {told}; masked rows from layer 1.")
+
+
+def _views(data: xr.Dataset, chain: str, told: str) -> Markup:
+    xis, rows = sorted_xi(data), []
+    for measure in (name for name in _RANKS if name in data):
+        for view in (str(name) for name in data.view.values):
+            each = [_ratios(data, measure, chain, xi, "trained", view) for xi in xis]
+            limited = "sample_limited" in data and bool(data.sample_limited.sel(view=view))
+            cells = [_told(values) for values in each]
+            if len(xis) > 1:
+                cells.append(_told(list(np.subtract(each[-1], each[0]))))
+            rows.append(
+                (
+                    measure.replace("_", " "),
+                    view.replace("_", " ") + (" (sample limited)" if limited else ""),
+                    *cells,
+                )
+            )
+    heads = ["rank", "rows", *(f"R at ξ = {xi:g}" for xi in xis)]
+    heads += ["R long − R short"] if len(xis) > 1 else []
+    return table(
+        heads,
+        rows,
+        caption=f"Views and rank definitions: R of the trained stacks, {told}; masked rows from layer 1.",
+    )
+
+
+def _seeds(data: xr.Dataset, chain: str) -> Markup:
+    rows = []
+    for seed in (int(s) for s in data.seed.values):
+        own = data.sel(seed=[seed])
+        captured = own.captured.sel(chain=chain, stage="trained", seed=seed)
+        row: list[object] = [seed]
+        for xi in sorted_xi(data):
+            row.append(number(float(captured.sel(xi=xi))))
+            row += [
+                number(_ratios(own, "effective_rank", chain, xi, "trained", view)[0])
+                for view in ("visible", "masked")
+            ]
+        rows.append(row)
+    heads = ["seed"]
+    for xi in sorted_xi(data):
+        heads += [f"captured, ξ = {xi:g}", f"R visible, ξ = {xi:g}", f"R masked, ξ = {xi:g}"]
+    return table(heads, rows, caption="Seeds: every trained run.")

@@ -1,0 +1,218 @@
+"""The pages of the studies: what was found, the whole table, and the interactive figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from rgfast.flow.relevance import CAPTURED
+from rgfast.report.definitions import HINT, number
+from rgfast.report.experiment import verdict_badge
+from rgfast.report.markup import Markup, join, table, tag
+from rgfast.report.page import Page, as_rows
+from rgfast.report.sources import Study
+from rgfast.report.study_interactive import multiverse_panels, observer_panels, ratio_panels, spacing_panels
+
+__all__ = ["study_page"]
+
+
+def study_page(study: Study) -> Page:
+    """The whole page of a study."""
+    page = _PAGES[study.kind](study)
+    page.heading("Design")
+    page.add(as_rows(study.design))
+    page.heading("Provenance")
+    page.add(as_rows({"study": study.kind, "folder": study.folder.name, "points": _points(study)}))
+    return page
+
+
+def _points(study: Study) -> int:
+    return sum(1 for _ in (study.folder / "points").glob("*.json"))
+
+
+def _interval(part: Mapping[str, Any]) -> str:
+    ends = (part.get("low"), part.get("high"))
+    if not part.get("n"):
+        return "undefined"
+    if any(end is None or not math.isfinite(end) for end in ends):
+        return f"{number(part['mean'])} (n = {part['n']}, no interval below five seeds)"
+    return f"{number(part['mean'])} [{number(ends[0])}, {number(ends[1])}]"
+
+
+def _whole(data: pd.DataFrame, caption: str) -> Markup:
+    rows = ([_value(value) for value in row] for row in data.itertuples(index=False))
+    return tag("details", tag("summary", caption), table(list(data.columns), rows))
+
+
+def _value(value: Any) -> object:
+    return number(value) if isinstance(value, float) else value
+
+
+def _multiverse(study: Study) -> Page:
+    found, data = study.summary, study.tables["table"]
+    trained = data[data.trained]
+    lead = (
+        f"Every finding in {len(data)} set-ups, {len(trained)} of them trained (captured ≥ {CAPTURED:g} at "
+        f"both ξ). Intervals are over {found['intervals_over']}."
+    )
+    if found["intervals_over"] == "sequences":
+        lead += " They come from one seed a set-up and say nothing about other seeds."
+    page = Page("rgfast: multiverse report", lead)
+    effects = [name for name, part in found.items() if isinstance(part, dict)]
+    page.heading("Robustness")
+    heads = ("effect", "bar", "reach it", "interval above 0", "median", "range", "default set-up")
+    rows = [_effect(found[name], len(trained)) for name in effects]
+    page.add(table(heads, rows, caption="Each finding's effect over the trained set-ups."))
+    options = list(dict.fromkeys(option for name in effects for option in found[name]["option_moves_it_by"]))
+    moved = [(found[name]["what"], *_moves(found[name], options)) for name in effects]
+    caption = "What each choice moves the effect by, against that of the default set-up."
+    page.add(table(("effect", *options), moved, caption=caption))
+    page.add(table(*_by_view(study.tables["views"]), caption="Views and rank definitions cost no training."))
+    page.heading("Specification curves")
+    page.add(tag("p", HINT, class_="faint"))
+    told = "Trained set-ups sorted by each effect; the diamond is the default, the dotted line the bar."
+    page.figure("Every effect over all trained set-ups", told, multiverse_panels(study))
+    page.add(_whole(data, f"All {len(data)} set-ups"))
+    return page
+
+
+def _effect(part: dict[str, Any], trained: int) -> tuple[object, ...]:
+    above = part["interval_above_zero"]
+    reach = f"{part['reaches_bar']} of {trained}"
+    sure = "no intervals" if above is None else f"{above} of {trained}"
+    spread = f"{number(part['lowest'])} to {number(part['highest'])}"
+    middle = (number(part["bar"]), reach, sure, number(part["median"]), spread)
+    return (part["what"], *middle, number(part["default"]))
+
+
+def _moves(part: dict[str, Any], options: Sequence[str]) -> list[str]:
+    moved = part["option_moves_it_by"]
+    return [
+        ", ".join(f"{value}: {number(by)}" for value, by in moved.get(option, {}).items())
+        for option in options
+    ]
+
+
+def _by_view(views: pd.DataFrame) -> tuple[Sequence[str], list[tuple[object, ...]]]:
+    rows: list[tuple[object, ...]] = []
+    for (measure, view), part in views[views.trained].groupby(["measure", "view"], sort=False):
+        gap = part.R_long - part.R_short
+        names = (str(measure).replace("_", " "), str(view).replace("_", " "))
+        medians = (number(float(part.R_short.median())), number(float(part.R_long.median())))
+        rows.append((*names, *medians, f"{int((gap > 0).sum())} of {len(part)}"))
+    return ("rank", "rows", "R short, median", "R long, median", "R long > R short in"), rows
+
+
+def _sweep(study: Study) -> Page:
+    data, found = study.tables["table"], study.summary
+    trained = data[data.captured >= CAPTURED]
+    lead = (
+        f"A grid of chain, ξ, width and seed: {len(trained)} of {len(data)} points trained (captured ≥ "
+        f"{CAPTURED:g})."
+    )
+    page = Page("rgfast: sweep report", lead)
+    if found:
+        page.heading("Verdict")
+        claim = (
+            "On masked rows, the effective rank of the last layer is that of the centred log-posterior: y "
+            "= x, nothing fitted. Refuted where a rival with a fitted line errs no more on cells left out, "
+            "or where the final rank grows as the square root of the width or faster; undecided where the "
+            "difference is within its interval."
+        )
+        width = found["width_exponent"]
+        exponent = (
+            f"exponent of the final rank in the width: {number(width[0])} [{number(width[1])}, "
+            f"{number(width[2])}]"
+        )
+        rows = [
+            (verdict_badge(found["status"]), join((tag("b", found["reason"]), tag("p", exponent))), claim)
+        ]
+        page.add(table(("verdict", "numbers", "what is claimed"), rows, words=(1, 2)))
+        predictors = [_predictor(p) for p in found["predictors"]]
+        heads = ("predictor", "width", "error in ln rank", "minus that of y = x", "Spearman")
+        page.add(table(heads, predictors, caption="Predictors of the final rank, on the cell left out."))
+    page.heading("Robustness")
+    groups = trained.groupby(["chain", "xi", "width"], sort=False)
+    cells = [(chain, f"{xi:g}", width, len(part), *_cell(part)) for (chain, xi, width), part in groups]
+    names = ("chain", "ξ", "width", "seeds", "R visible", "R masked", "last layer, masked", "log-posterior")
+    page.add(table(names, cells, caption="Every cell: means over trained seeds (smallest to largest)."))
+    page.heading("Figures")
+    page.add(tag("p", HINT, class_="faint"))
+    told = "Points are runs (open: undertrained), lines means over the trained."
+    page.figure("R against ξ", told, ratio_panels(study, "xi"))
+    told = "The same R, and the rank it ends at, against the rank of the exact Bayes posterior."
+    page.figure("Against the posterior's rank", told, ratio_panels(study, "log_posterior_rank"))
+    page.add(_whole(data, f"All {len(data)} points"))
+    return page
+
+
+def _predictor(p: dict[str, Any]) -> tuple[object, ...]:
+    excess = f"{number(p['excess'])} [{number(p['excess_low'])}, {number(p['excess_high'])}]"
+    order = f"{number(p['spearman'])} [{number(p['spearman_low'])}, {number(p['spearman_high'])}]"
+    return (p["name"], p["width"], number(p["error"]), excess, order)
+
+
+def _cell(part: pd.DataFrame) -> list[str]:
+    ranges = [
+        f"{number(part[name].mean())} ({number(part[name].min())} to {number(part[name].max())})"
+        for name in ("visible_R", "masked_R")
+    ]
+    return [*ranges, number(part.masked_last.mean()), number(part.log_posterior_rank.mean())]
+
+
+def _decimation(study: Study) -> Page:
+    data, slopes = study.tables["table"], study.summary.get("slopes_against_ln_k", {})
+    xi = study.design["base"]["xi"][0]
+    lead = (
+        f"One network trained at ξ = {xi:g}, shown only every k-th token (grid: the task is the chain at "
+        "ξ/k) or as many side by side (block: the task stays). Same weights: what changes with k is "
+        "demanded by the input."
+    )
+    page = Page("rgfast: decimation report", lead)
+    page.heading("Robustness")
+    measures = list(dict.fromkeys(name for each in slopes.values() for name in each))
+    rows = [
+        (name.replace("_", " "), *(_interval(each[name]) for each in slopes.values())) for name in measures
+    ]
+    caption = (
+        "Slope against ln k, with 95% t-intervals over seeds; difference: grid minus block, paired by seed."
+    )
+    page.add(table(("measure", *slopes), rows, caption=caption))
+    page.heading("Figures")
+    page.add(tag("p", HINT, class_="faint"))
+    told = "Lines are means over seeds, points the seeds; grey is a stack trained on i.i.d. tokens."
+    page.figure("Against the spacing k", told, spacing_panels(study))
+    page.add(_whole(data, f"All {len(data)} rows"))
+    return page
+
+
+def _observer(study: Study) -> Page:
+    data, slopes = study.tables["table"], study.tables["slopes"]
+    lead = (
+        "Every layer against ideal observers who know the exact posterior from the tokens within a radius "
+        "w. If depth is scale, the radius a layer is most like grows with it."
+    )
+    page = Page("rgfast: observer report", lead)
+    page.heading("Robustness")
+    records = [{str(key): value for key, value in row.items()} for row in slopes.to_dict("records")]
+    rows = [(row["stage"], f"{row['xi']:g}", _interval(row), int(row["n"])) for row in records]
+    caption = "Slope of ln w against the layer, with 95% t-intervals over seeds."
+    page.add(table(("stage", "ξ", "slope a layer", "seeds"), rows, caption=caption))
+    learnt = study.summary.get("captured", {})
+    page.add(table(("run", "captured"), [(name, number(value)) for name, value in learnt.items()]))
+    page.heading("Figures")
+    page.add(tag("p", HINT, class_="faint"))
+    told = (
+        "Debiased CKA of masked rows over the layer's largest, means over seeds; the line joins the "
+        "smallest radius that reaches 99% of a layer's largest."
+    )
+    page.figure("Layers against observers", told, observer_panels(study))
+    means = data.groupby(["stage", "xi", "layer", "radius"], sort=False).cka.mean().reset_index()
+    page.add(_whole(means, "All means over seeds"))
+    return page
+
+
+_PAGES = {"multiverse": _multiverse, "sweep": _sweep, "decimation": _decimation, "observer": _observer}

@@ -1,0 +1,180 @@
+"""Pages as a reader sees them: in a headless Chromium, on a desk and on a phone."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rgfast
+from rgfast.report import write_report
+
+_spec = importlib.util.spec_from_file_location("report_browser", Path(__file__).with_name("browser.py"))
+browser_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(browser_module)
+
+CHROMIUM = browser_module.find_chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+DESK, PHONE = 1280, 390
+NASTY = "</script><script>document.title='owned'</script>\"'&<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    found = browser_module.Browser(CHROMIUM, tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def pages(finished, probed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        "reproduction": finished.out / "report.html",
+        "probe": write_report(probed, folder / "probe.html"),
+    }
+
+
+def centre(browser, selector, index=0):
+    """Where an element lies in the window, once it was scrolled to its middle."""
+    return browser.run(
+        f"(() => {{ const e = document.querySelectorAll({selector!r})[{index}];"
+        " e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect();"
+        " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+    )
+
+
+def told(browser):
+    """The lines of the tip, or nothing where it is hidden."""
+    return browser.run("tip.hidden ? [] : [...tip.children].map((line) => line.textContent)")
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+@pytest.mark.parametrize("name", ["reproduction", "probe"])
+def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages, name, width):
+    browser.open(pages[name], width)
+    drawn = browser.run(
+        "[...document.querySelectorAll('.chart')].map((c) => [...c.querySelectorAll('.box svg')]"
+        ".map((svg) => svg.querySelectorAll('.mark').length))"
+    )
+    assert browser.errors == []
+    assert browser.requests == [pages[name].as_uri()]
+    assert len(drawn) == int(browser.run("document.documentElement.dataset.figures")) >= 6
+    assert all(panels and min(panels) > 0 for panels in drawn)
+    # Nothing but a table's own box scrolls sideways.
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.run("[...document.querySelectorAll('.box svg')].every((s) => s.clientWidth <= innerWidth)")
+
+
+def test_hovering_a_mean_tells_layer_value_and_n(browser, pages, finished):
+    browser.open(pages["reproduction"], DESK)
+    data = finished.dataset.sel(chain="two-scale", stage="trained", xi=7.0, view="visible")
+    layer = finished.dataset.sizes["layer"] - 1
+    value = float(data.effective_rank.mean("seed")[layer])
+    # With ξ = 1 switched off the first circles are those of the mean at ξ = 7.
+    browser.run("document.querySelector('#figure-0 .entry').click()")
+    browser.point(*centre(browser, "#figure-0 .panel:first-child circle.mark", layer))
+    lines = told(browser)
+    assert lines[0] == "ξ = 7"
+    assert f"layer {layer}" in lines
+    shown = next(line for line in lines if line.startswith("effective rank"))
+    assert float(shown.split()[-1]) == pytest.approx(value, rel=1e-4)
+    assert f"n = {int(finished.dataset.n.sel(view='visible'))} rows a position and seed" in lines
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_hovering_a_heat_map_tells_layer_position_value_and_n(browser, pages, probed, width):
+    browser.open(pages["probe"], width)
+    values = probed.by_position("effective_rank", "visible").transpose("layer", "position")
+    counts = probed.dataset.n.sel(view="visible", position=values.position).values
+    layers, positions = values.shape
+    box = browser.run(
+        "(() => { const svg = document.querySelector('#figure-1 .box svg');"
+        " svg.scrollIntoView({block: 'center', behavior: 'instant'});"
+        " const all = [...svg.querySelectorAll('.cell')].map((c) => c.getBoundingClientRect());"
+        " return [Math.min(...all.map((b) => b.left)), Math.max(...all.map((b) => b.right)),"
+        " Math.min(...all.map((b) => b.top)), Math.max(...all.map((b) => b.bottom))]; })()"
+    )
+    for layer, position in ((0, 0), (2, 3), (layers - 1, positions - 1)):
+        x = box[0] + (position + 0.5) / positions * (box[1] - box[0])
+        y = box[3] - (layer + 0.5) / layers * (box[3] - box[2])
+        browser.point(x, y)
+        lines = told(browser)
+        assert lines[:2] == [f"layer {layer}", f"position {position}"]
+        assert float(lines[2].split()[-1]) == pytest.approx(float(values[layer, position]), rel=1e-4)
+        assert lines[3] == f"n = {counts[position]}"
+    browser.point(1, 1)
+    assert told(browser) == []
+
+
+def test_the_keyboard_steps_through_the_values(browser, pages):
+    browser.open(pages["probe"], DESK)
+    browser.run("document.querySelector('#figure-0 .box svg').focus()")
+    browser.press("ArrowRight")
+    first = told(browser)
+    assert "layer 0" in first
+    browser.press("ArrowRight")
+    assert "layer 1" in told(browser)
+    browser.press("ArrowUp")
+    assert told(browser)[0] != first[0]
+    assert "layer 1" in told(browser)
+    browser.press("Escape")
+    assert told(browser) == []
+
+
+def test_a_legend_switches_a_curve_off_and_on(browser, pages):
+    browser.open(pages["probe"], DESK)
+    count = "document.querySelectorAll('#figure-0 .box .mark').length"
+    before = browser.run(count)
+    toggle = "document.querySelector('#figure-0 .entry').click()"
+    browser.run(toggle)
+    assert browser.run(count) < before
+    assert browser.run("document.querySelector('#figure-0 .entry').getAttribute('aria-pressed')") == "false"
+    browser.run(toggle)
+    assert browser.run(count) == before
+
+
+def test_names_are_text_and_never_run(browser, tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = torch.nn.ModuleDict(
+                {NASTY.replace(".", "_"): torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)}
+            )
+
+        def forward(self, x):
+            for part in self.parts.values():
+                x = x + part(x)
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(80, 3, 4)
+    targets = {NASTY: x[..., :1]}
+    result = rgfast.probe(Model(), x, layers="parts.*", targets=targets, groups=2, progress=False)
+    browser.open(write_report(result, tmp_path / "page.html"), DESK)
+    assert browser.errors == []
+    assert browser.run("document.title") == "rgfast: probe report"
+    assert browser.run("document.scripts.length") == 2
+    assert browser.run("document.images.length") == 0
+    assert NASTY in browser.run("document.querySelector('main').innerText")
+    assert NASTY.replace(".", "_") in browser.run("document.querySelector('main').innerText")
+
+
+def test_what_is_nowhere_defined_is_said_instead_of_drawn(browser, tmp_path):
+    result = rgfast.probe(
+        rgfast.ResidualStack(4, 2, mixing="none"), torch.ones(50, 2, 4), pairs="all", progress=False
+    )
+    browser.open(write_report(result, tmp_path / "page.html"), PHONE)
+    assert browser.errors == []
+    assert "nothing to draw" in browser.run("document.querySelector('main').textContent")
+
+
+def test_a_dark_reader_gets_a_dark_page(browser, pages):
+    ground = []
+    for dark in (False, True):
+        browser.open(pages["probe"], DESK, dark=dark)
+        colour = browser.run("getComputedStyle(document.body).backgroundColor")
+        ground.append(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))
+    assert ground[0] > 200 > 60 > ground[1]

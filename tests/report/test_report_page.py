@@ -1,0 +1,180 @@
+"""What a page says, without a browser."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import rgfast
+from rgfast import cli
+from rgfast.flow import Thresholds, judge, paired_interval
+from rgfast.report import write_report
+from rgfast.report.definitions import definition, interval_text, number, numbers_of
+from rgfast.report.markup import Markup, table, tag
+from rgfast.report.page import Page
+
+NASTY = "</script><script>alert(1)</script> \"quoted' & <b>"
+
+
+def figures(page):
+    text = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S).group(1)
+    return json.loads(text, parse_constant=pytest.fail)["figures"]
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def test_whatever_is_put_into_a_tag_is_escaped():
+    told = tag("p", NASTY, tag("b", "1 < 2"), title=NASTY)
+    assert told.count("<") == 4
+    assert "<b>1 &lt; 2</b>" in told
+    assert isinstance(table([NASTY], [[NASTY]], caption=NASTY, words=(0,)), Markup)
+    assert "<script" not in table([NASTY], [[NASTY]], caption=NASTY, words=(0,))
+
+
+def test_json_in_a_page_cannot_end_its_script_and_holds_no_nan():
+    page = Page("title", "lead")
+    values = [1.5, math.nan, math.inf, -math.inf, np.float64(2), np.int64(3), np.bool_(True)]
+    page.figure("t", NASTY, [{"title": NASTY, "values": values, "array": np.array([[math.nan, 1.0]])}])
+    html = page.render()
+    assert html.count("<script") == html.count("</script>") == 2
+    (found,) = figures(html)[0]["panels"]
+    assert found["title"] == NASTY
+    assert found["values"] == [1.5, None, None, None, 2, 3, True]
+    assert found["array"] == [[None, 1.0]]
+
+
+def test_line_separators_stay_inside_a_string():
+    page = Page("t", "l")
+    page.figure("t", "c", [{"title": "a\u2028b\u2029c"}])
+    assert "\u2028" not in page.render()
+    assert figures(page.render())[0]["panels"][0]["title"] == "a\u2028b\u2029c"
+
+
+def test_a_page_names_no_address_and_lets_one_script_run(finished):
+    html = read(finished.out / "report.html")
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", html)
+    assert "default-src 'none'" in html
+    assert "@import" not in html
+    assert not re.search(r"url\(", html)
+
+
+def test_reproduce_leaves_a_page_with_every_verdict_and_its_definition(finished):
+    html = read(finished.out / "report.html")
+    for verdict in finished.verdicts["two-scale"]:
+        assert f"<b>{verdict.title}</b>".replace("'", "&#x27;") in html
+    for words in (
+        "what is asked",
+        "Paired by seed",
+        "better described (BIC)",
+        "Every run captured at least 0.9",
+        "Robustness",
+        "control_permuted",
+        "participation ratio",
+        "training.lr",
+        "torch",
+    ):
+        assert words in html
+    assert len(figures(html)) == 7
+
+
+def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
+    # Such short runs are undertrained; a bar that they reach gives every verdict its numbers.
+    judged = {v.key: v.to_dict() for v in judge(finished.dataset, bars=Thresholds(captured=-9.0))}
+    found = {key: {name: each for name, each, _ in numbers_of(verdict)} for key, verdict in judged.items()}
+    pooled = {key: verdict["pooled"] for key, verdict in judged.items()}
+    assert found["i"]["R"].mean == pytest.approx(pooled["i"]["R"]["mean"])
+    assert found["ii"]["R_long − R_short, masked"].mean == pytest.approx(pooled["ii"]["gap_masked"]["mean"])
+    assert found["ii-b"]["slow − fast"].mean == pytest.approx(pooled["ii-b"]["gap"]["mean"])
+    assert found["iii-visible"]["rate a layer"].mean == pytest.approx(pooled["iii-visible"]["decay_rate"])
+    assert [each.n for each in found["valid"].values()] == [2, 2]
+    assert all(definition(key) for key in judged)
+    assert definition("iii-masked-long").startswith(definition("iii-masked"))
+    five = paired_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert interval_text(five) == "3 [1.04, 4.96]"
+    assert interval_text(paired_interval([1.0, 2.0]), [1.0, 2.0]) == "1.5 (1 to 2)"
+    assert [number(v) for v in (None, math.nan, -0.5, 12345.6, 1e-5)] == [
+        "undefined", "undefined", "−0.5", "12346", "1e-05",
+    ]  # fmt: skip
+
+
+def test_curves_of_a_page_are_those_of_the_result(finished):
+    by_depth = figures(read(finished.out / "report.html"))[0]["panels"]
+    data = finished.dataset.effective_rank.sel(chain="two-scale", stage="trained", xi=1.0)
+    for panel, view in zip(by_depth, ("visible", "masked"), strict=True):
+        first = 0 if view == "visible" else 1
+        mean = panel["series"][0]
+        values = data.sel(view=view).mean("seed").values[first:]
+        np.testing.assert_allclose([p[1] for p in mean["points"]], values, rtol=1e-6)
+        assert [p[0] for p in mean["points"]] == list(range(first, len(values) + first))
+        assert f"n = {int(finished.dataset.n.sel(view=view))} rows a position and seed" in mean["facts"]
+
+
+def test_a_folder_a_file_a_dataset_and_the_result_itself_give_the_same_figures(finished, tmp_path):
+    told = figures(read(write_report(finished, tmp_path / "a.html")))
+    for source in (finished.out, str(finished.out), finished.out / "result.nc", finished.dataset):
+        assert figures(read(write_report(source, tmp_path / "b.html"))) == told
+
+
+def test_the_default_path_is_beside_the_source(finished, probed, tmp_path):
+    assert write_report(finished.out) == finished.out / "report.html"
+    probed.save(tmp_path / "run.nc")
+    assert write_report(tmp_path / "run.nc") == tmp_path / "run.html"
+    with pytest.raises(ValueError, match="path must be given for a result in memory, got None"):
+        write_report(probed)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda folder: folder / "none", FileNotFoundError, "there is no"),
+        (lambda folder: folder, ValueError, "holds no result.nc and no design.json"),
+        (lambda folder: 3, TypeError, "source must be a ProbeResult, .* got int"),
+        (lambda folder: xr.Dataset({"x": 1}), ValueError, "holds neither"),
+    ],
+)
+def test_what_is_no_result_is_refused_and_nothing_is_written(tmp_path, make, error, words):
+    with pytest.raises(error, match=words):
+        write_report(make(tmp_path), tmp_path / "out.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_named(finished, tmp_path):
+    (tmp_path / "result.nc").write_bytes((finished.out / "result.nc").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"result\.nc is damaged"):
+        write_report(tmp_path)
+    (tmp_path / "result.nc").write_bytes((finished.out / "result.nc").read_bytes())
+    (tmp_path / "verdict.json").write_text("{")
+    with pytest.raises(ValueError, match=r"verdict\.json is damaged"):
+        write_report(tmp_path)
+
+
+def test_an_older_result_without_the_newer_numbers_has_a_page(finished, tmp_path):
+    newer = ["cka", "relative_spectrum", "training_evaluation_loss", "bayes_loss", "stationary_loss", "n"]
+    older = finished.dataset.drop_vars(newer)
+    assert len(figures(read(write_report(older, tmp_path / "old.html")))) == 5
+
+
+def test_a_probe_without_drift_or_layers_says_what_it_lacks(tmp_path):
+    stack = rgfast.ResidualStack(4, 2, mixing="none")
+    for measures, words in (
+        (["participation_ratio"], "Not measured: findings need"),
+        (["cka"], "No rank was measured"),
+    ):
+        result = rgfast.probe(stack, torch.randn(80, 3, 4), measures=measures, progress=False)
+        assert words in read(write_report(result, tmp_path / "run.html"))
+
+
+def test_the_command_writes_the_page_and_refuses_in_one_sentence(finished, tmp_path, capsys):
+    assert cli.main(["report", str(finished.out), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == f"written to {tmp_path / 'page.html'}\n"
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("rgfast: source must be")
+    assert told.err.count("\n") == 1
