@@ -18,6 +18,7 @@ def build_parser() -> Parser:
     """The parser of the whole command line."""
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
+    from rgfast.commands.probe import add_probe
     from rgfast.commands.reproduce import add_reproduce
     from rgfast.experiments.commands import add_studies
     from rgfast.report.command import add_report
@@ -32,6 +33,7 @@ def build_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"rgfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    add_probe(commands)
     add_reproduce(commands)
     add_studies(commands)
     add_report(commands)

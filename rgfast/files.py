@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_json", "plain", "write_atomically", "write_text"]
+__all__ = [
+    "as_json",
+    "check_new_folder",
+    "plain",
+    "write_atomically",
+    "write_folder_atomically",
+    "write_text",
+]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -49,6 +57,38 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, in UTF-8."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Raise the system's OSError if :func:`write_folder_atomically` could not make ``path``, before any work.
+
+    Folders above are made where missing.
+    """
+    write_folder_atomically(path, lambda _: None)
+    Path(path).rmdir()
+
+
+def write_folder_atomically(path: str | Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write files into a temporary folder beside ``path``, then rename it to ``path``.
+
+    Folders above are made where missing; ``path`` must be new or empty. Whatever ``fill`` raises leaves no
+    folder behind. An OSError of the system names ``path``.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def plain(value: Any) -> Any:

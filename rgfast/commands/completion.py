@@ -57,11 +57,13 @@ class _Option:
         return _KINDS.get(self.takes, "")
 
     @classmethod
-    def of(cls, action: argparse.Action) -> _Option:
+    def of(cls, action: argparse.Action) -> list[_Option]:
+        """One for every long name of an option (``--refine``, ``--no-refine``)."""
         takes = "" if action.nargs == 0 else str(action.metavar or action.dest)
         choices = tuple(str(choice) for choice in action.choices or ())
-        flag = action.option_strings[-1] if action.option_strings else ""
-        return cls(flag, " ".join((action.help or "").split()), takes, action.nargs in _MANY, choices)
+        flags = [flag for flag in action.option_strings if flag.startswith("--")] or [""]
+        text = " ".join((action.help or "").split())
+        return [cls(flag, text, takes, action.nargs in _MANY, choices) for flag in flags]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class _Command:
 
     @classmethod
     def of(cls, name: str, summary: str, parser: Parser) -> _Command:
-        return cls(name, summary, (*(_Option.of(action) for action in parser.options()), _DEBUG))
+        options = [option for action in parser.options() for option in _Option.of(action)]
+        return cls(name, summary, (*options, _DEBUG))
 
     @property
     def flags(self) -> list[str]:

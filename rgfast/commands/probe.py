@@ -1,0 +1,354 @@
+"""``rgfast probe``: a model and inputs from disk, a folder with everything measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rgfast.commands.parser import add_json, print_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from rgfast.commands.inputs import Inputs
+    from rgfast.commands.models import Loaded
+    from rgfast.probing import ProbeResult
+
+__all__ = ["add_probe"]
+
+FORMAT = "rgfast.probe-run/1"
+
+
+def add_probe(commands: Any) -> None:
+    """Add the subcommand to ``commands`` (what ``add_subparsers`` returned)."""
+    probe = commands.add_parser(
+        "probe",
+        help="measure every layer and position of a model on disk",
+        description="Run a model over texts or arrays once, and measure every layer and position\n"
+        "of its residual stream: effective rank and other ranks, drift, CKA, spectra.\n\n"
+        "MODEL is a folder: a Hugging Face folder (config.json and safetensors; needs\n"
+        "transformers), or what MaskedTokenModel.save left (model.json). Nothing is\n"
+        "downloaded, nothing is unpickled, no code of the folder is run.\n\n"
+        "Leaves in DIR: result.nc, summary.csv, figures, report.html and config.json;\n"
+        "DIR is complete or not there. With --checkpoint, a run that was stopped goes\n"
+        "on where it was when the same command is given again.",
+        epilog="examples:\n"
+        "  rgfast probe models/bert --text corpus.txt --length 64 --out runs/bert\n"
+        "  rgfast probe models/bert --text corpus.txt --mask 0.15 --groups 8\n"
+        "  rgfast probe models/gpt2 --inputs tokens.npy --pairs all --layers 0 6 12\n"
+        "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json",
+    )
+    probe.add_argument("model", metavar="MODEL", help="the folder of the model")
+    source = probe.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text: a sequence a paragraph, or a line where there are no empty lines; "
+        "tokenised by the folder's tokenizer, padding does not count",
+    )
+    source.add_argument(
+        "--inputs",
+        metavar="FILE",
+        help=".npy or .npz: token ids [n, T], floats [n, T, D] or [n, D], or arrays named as "
+        "the model's forward names them (input_ids, attention_mask, …)",
+    )
+    probe.add_argument(
+        "--length", type=int, metavar="T", help="cut texts to T tokens (default: 128, or the model's limit)"
+    )
+    probe.add_argument("--limit", type=int, metavar="N", help="take the first N sequences (default: all)")
+    probe.add_argument(
+        "--mask",
+        metavar="WHAT",
+        help="which tokens are hidden, for the views visible and masked: a share such as 0.15 to "
+        "hide, a bool array of the .npz, or none (default: those that hold the mask token)",
+    )
+    probe.add_argument("--seed", type=int, default=0, metavar="N", help="of the hidden share (default: 0)")
+    probe.add_argument(
+        "--layers",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="names, indices, globs or re:PATTERN of modules (default: auto, the residual stream)",
+    )
+    probe.add_argument(
+        "--positions",
+        nargs="+",
+        default=["auto"],
+        metavar="T",
+        help="indices, all, or auto (default: auto, all that fit the memory, else log-spaced)",
+    )
+    probe.add_argument(
+        "--views",
+        nargs="+",
+        choices=("visible", "masked", "position", "pooled", "mean_pooled", "flattened"),
+        metavar="VIEW",
+        help="visible, masked, position, pooled, mean_pooled, flattened (default: all that the inputs allow)",
+    )
+    probe.add_argument(
+        "--pairs",
+        nargs="+",
+        default=["adjacent"],
+        metavar="PAIR",
+        help="of which layers CKA is taken: adjacent, all, or pairs such as 0-3 2-5 (default: adjacent)",
+    )
+    probe.add_argument(
+        "--groups", type=int, default=1, metavar="N", help="groups for standard errors (default: 1, none)"
+    )
+    probe.add_argument(
+        "--batch-size", type=int, default=256, metavar="N", help="sequences at once (default: 256)"
+    )
+    probe.add_argument(
+        "--memory", default="4GiB", metavar="SIZE", help="what the state may take (default: 4GiB)"
+    )
+    probe.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        help="keep factors for small singular values (default: for widths up to 512)",
+    )
+    probe.add_argument(
+        "--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)"
+    )
+    probe.add_argument(
+        "--checkpoint-every", type=int, default=16, metavar="N", help="batches between writes (default: 16)"
+    )
+    probe.add_argument(
+        "--moments", action="store_true", help="keep the moments in result.nc, to merge it with others later"
+    )
+    probe.add_argument(
+        "--allow-pickle", action="store_true", help="take pickled weights, of a folder that you trust"
+    )
+    probe.add_argument(
+        "--device", default="cpu", metavar="NAME", help="where the model runs, e.g. cuda (default: cpu)"
+    )
+    probe.add_argument("--out", metavar="DIR", help="output folder (default: runs/probe-NAME of MODEL)")
+    add_json(probe, "a summary of the result")
+    probe.set_defaults(run=_probe)
+
+
+def _probe(args: argparse.Namespace) -> None:
+    # torch and all that stands on it is only loaded by the command that needs it.
+    from rgfast.commands.inputs import hide, read_arrays, read_text, try_one
+    from rgfast.commands.models import load_model
+    from rgfast.files import check_new_folder
+    from rgfast.probing import ProbeResult
+
+    options = _options(args)
+    out = Path(args.out) if args.out else Path("runs") / f"probe-{Path(args.model).resolve().name}"
+    held = _held(out)
+    model = load_model(args.model, allow_pickle=args.allow_pickle, seed=args.seed)
+    if args.text is not None:
+        inputs = read_text(args.text, model, limit=args.limit, length=args.length)
+    else:
+        inputs = read_arrays(args.inputs, model, limit=args.limit)
+    inputs = hide(inputs, model, args.mask, args.seed)
+    config = _config(args, options, model, inputs)
+    if held is not None:
+        if any(held.get(name) != config[name] for name in ("model", "inputs", "options")):
+            raise ValueError(
+                f"out must be a new folder, and {out} holds another result (its config.json tells which)"
+            )
+        _tell(args, ProbeResult.load(out / "result.nc"), out, "was there already: nothing was computed")
+        return
+    module = _placed(model.module.stack if _is_stream(model, inputs) else model.module, args.device)
+    try_one(inputs, module)
+    check_new_folder(out)
+    result = _run(args, module, inputs, options)
+    _write(out, result, config, moments=args.moments)
+    _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``rgfast.probe`` is asked, checked as far as it can be before anything is loaded."""
+    from rgfast.probing.plan import parse_memory
+    from rgfast.validation import check_integer, check_positive_int
+
+    for name in ("groups", "batch_size", "checkpoint_every", "limit", "length"):
+        if getattr(args, name) is not None:
+            check_positive_int(getattr(args, name), name.replace("_", "-"))
+    check_integer(args.seed, "seed", least=0)
+    for name in ("text", "inputs"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{name} must be a file, and {path} is none")
+    if args.length is not None and args.text is None:
+        raise ValueError("length cuts texts, and there is no --text")
+    parse_memory(args.memory)
+    layers = [int(name) if re.fullmatch(r"-?\d+", name) else name for name in args.layers]
+    return {
+        "layers": "auto" if layers == ["auto"] else layers,
+        "positions": _positions(args.positions),
+        "pairs": _pairs(args.pairs),
+        "views": args.views,
+        "groups": args.groups,
+        "memory": args.memory,
+        "refine": args.refine,
+    }
+
+
+def _positions(words: list[str]) -> str | list[int]:
+    if words in (["auto"], ["all"]):
+        return words[0]
+    if not all(re.fullmatch(r"-?\d+", word) for word in words):
+        raise ValueError(f"positions must be auto, all or indices, got {' '.join(words)}")
+    return [int(word) for word in words]
+
+
+def _pairs(words: list[str]) -> str | list[tuple[int, int]]:
+    if words in (["adjacent"], ["all"]):
+        return words[0]
+    found = [re.fullmatch(r"(\d+)-(\d+)", word) for word in words]
+    pairs = [(int(pair[1]), int(pair[2])) for pair in found if pair]
+    if len(pairs) < len(words):
+        raise ValueError(f"pairs must be adjacent, all or such as 0-3 2-5, got {' '.join(words)}")
+    return pairs
+
+
+def _held(out: Path) -> dict[str, Any] | None:
+    """The configuration of the result that ``out`` holds; None where it is new. ValueError for others."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, and {out} is a file")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"out must be in a folder, and {above} is a file")
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("format") != FORMAT or not (out / "result.nc").is_file():
+        raise ValueError(f"out must be a new folder, and {out} holds other files")
+    return config
+
+
+def _config(
+    args: argparse.Namespace, options: dict[str, Any], model: Loaded, inputs: Inputs
+) -> dict[str, Any]:
+    """What decides the numbers, as JSON gives it back, and what they were made with."""
+    from rgfast.environment import facts
+    from rgfast.probing.checkpoint import batch_digest, model_digest
+
+    config = {
+        "format": FORMAT,
+        "model": {
+            "folder": str(model.folder),
+            "kind": model.kind,
+            "class": type(model.module).__name__,
+            "digest": model_digest(model.module),
+        },
+        "inputs": {
+            "file": str(args.text if args.text is not None else args.inputs),
+            "arrays": {name: list(value.shape) for name, value in inputs.batch.items()},
+            "mask": inputs.mask,
+            "digest": batch_digest(inputs.batch),
+        },
+        "options": {**options, "batch_size": args.batch_size, "device": args.device, "moments": args.moments},
+        "environment": facts(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def _is_stream(model: Loaded, inputs: Inputs) -> bool:
+    return model.kind == "rgfast" and inputs.main == model.floats
+
+
+def _placed(module: Any, device: str) -> Any:
+    try:
+        return module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that torch has here, got {device!r} ({error})") from error
+
+
+def _run(args: argparse.Namespace, module: Any, inputs: Inputs, options: dict[str, Any]) -> ProbeResult:
+    from rgfast.probing import probe
+
+    watched = sys.stderr.isatty() and not args.json
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+            return probe(
+                module,
+                inputs.batch,
+                mask=inputs.mask,
+                batch_size=args.batch_size,
+                checkpoint=args.checkpoint,
+                checkpoint_every=args.checkpoint_every,
+                progress=None if watched else False,
+                **options,
+            )
+    except KeyboardInterrupt:
+        if args.checkpoint is None:
+            told = "nothing was kept (with --checkpoint FILE the same command goes on)"
+        elif Path(args.checkpoint).exists():
+            told = f"the same command goes on from {args.checkpoint}"
+        else:
+            told = f"{args.checkpoint} was not written yet (--checkpoint-every says how often)"
+        raise KeyboardInterrupt(told) from None
+
+
+def _write(out: Path, result: ProbeResult, config: dict[str, Any], *, moments: bool) -> None:
+    from rgfast.files import as_json, write_folder_atomically, write_text
+
+    def fill(folder: Path) -> None:
+        result.save(folder / "result.nc", moments=moments)
+        result.to_dataframe().to_csv(folder / "summary.csv", index=False, lineterminator="\n")
+        for name, draw in _figures(result).items():
+            _draw(folder / f"{name}.png", draw)
+        result.report(folder / "report.html")
+        write_text(folder / "config.json", as_json(config))
+
+    write_folder_atomically(out, fill)
+
+
+def _figures(result: ProbeResult) -> dict[str, Callable[[Axes], object]]:
+    """The figures that the result has data for."""
+    figures: dict[str, Callable[[Axes], object]] = {"order_parameter": lambda ax: result.plot_rank(ax=ax)}
+    if len(result.layers) > 1:
+        figures["drift"] = lambda ax: result.plot_drift(ax=ax)
+        figures["cka"] = lambda ax: result.plot_cka(ax=ax)
+    if result.views != ("flattened",):
+        figures["spectra"] = lambda ax: result.plot_spectra(ax=ax)
+    return figures
+
+
+def _draw(path: Path, draw: Callable[[Axes], object]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    draw(figure.subplots())
+    figure.savefig(path, dpi=150)
+
+
+def _tell(args: argparse.Namespace, result: ProbeResult, out: Path, what: str) -> None:
+    if args.json:
+        print_json({"format": "rgfast.probe-summary/1", "out": str(out), **summary(result)})
+    else:
+        print(result)
+        print(f"\n{out}: {what}")
+
+
+def summary(result: ProbeResult) -> dict[str, Any]:
+    """A result in short: its layers, and for every view n, effective rank and drift by layer."""
+    views = {}
+    for view in result.views:
+        own = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
+        ranks = result.order_parameter(view).values
+        views[view] = {
+            "n": [int(own.min()), int(own.max())],
+            "sample_limited": bool(result.dataset.sample_limited.sel(view=view).any()),
+            "effective_rank": ranks,
+            "last_over_first": ranks[-1] / ranks[0] if ranks[0] else None,
+            "kernel_drift": result.order_parameter(view, "kernel_drift").values,
+        }
+    return {
+        "sequences": int(result.dataset.attrs["sequences"]),
+        "layers": list(result.layers),
+        "views": views,
+        "notes": list(result.notes),
+    }
