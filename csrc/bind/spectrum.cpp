@@ -70,7 +70,7 @@ void check_samples(const View& x) {
     throw std::invalid_argument("x must have at least one sample and one feature");
 }
 
-using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
                                      const Info& info, int threads, int route) {
@@ -87,10 +87,11 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   }
   if (!fits && in.size(0) != 0)
     throw std::invalid_argument("result must be contiguous float64 of shape [b, m] or [b, m, m]");
-  const auto& [accumulated, exponent, limit] = info;
+  const auto& [accumulated, exponent, limit, mean] = info;
+  if (solve && mean != 0) throw std::invalid_argument("means come with matrices, not with eigenvalues");
   const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
                                   reinterpret_cast<std::int64_t*>(exponent),
-                                  reinterpret_cast<std::int64_t*>(limit)};
+                                  reinterpret_cast<std::int64_t*>(limit), reinterpret_cast<double*>(mean)};
   auto* const to = reinterpret_cast<double*>(out.data);
   const spectrum::Route way = checked_route(route);
   spectrum::Status status;
@@ -144,7 +145,9 @@ void register_spectrum(py::module_& m) {
       "fp64 second moments of x[b, n, d] on its smaller side, result[b, m, m], or with `solve` their "
       "ascending "
       "eigenvalues, result[b, m]. info: the addresses of what was accumulated (fp64), the exponents and the "
-      "rank limits (int64), b entries each. Returns what eigvalsh does.");
+      "rank limits (int64), b entries each, and of the column means (fp64 [b, d], or 0). Returns what "
+      "eigvalsh "
+      "does.");
   m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
         py::arg("rank"), py::arg("scratch"), py::arg("threads"),
         "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "

@@ -331,6 +331,8 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     }
     result.accumulated *= static_cast<double>(n);
   }
+  if (task.mean != nullptr)
+    for (long long j = 0; j < d; ++j) task.mean[j] = at.origin[j] + at.mean[j];
   bool first = true;
   if (tall) {
     for_row_tiles(task, scale, at.wide,

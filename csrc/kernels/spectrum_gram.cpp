@@ -76,6 +76,7 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
     GramTask task = task_for(x, centred, index);
     task.workspace = workspace.data();
     task.stride = stride;
+    task.mean = info.mean == nullptr ? nullptr : info.mean + index * d;
     task.c = reinterpret_cast<double*>(static_cast<std::byte*>(workspace.data()) + scratch);
     tell(info, index, kernel.run(task));
     double* const out = matrix + index * m * m;

@@ -85,6 +85,7 @@ struct GramTask {
   bool centred;
   double* c;         // lower triangle, column-major; what is above it is written too, and means nothing
   long long stride;  // of its columns, at least GramKernels::stride(m)
+  double* mean;      // d column means out, or nullptr
   void* workspace;
 };
 

@@ -19,9 +19,11 @@ from rgfast.probing.measures import (
     RANKS,
     Measured,
     baselines,
+    joined,
     measure,
 )
 from rgfast.probing.plan import POSITIONAL
+from rgfast.probing.samples import SampleState
 from rgfast.probing.targets import linear_r2
 from rgfast.probing.views import ViewState
 from rgfast.streaming import MomentAccumulator
@@ -39,7 +41,9 @@ _DIMS = (
 )
 
 
-def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, Any]) -> xr.Dataset:
+def assemble(
+    state: ViewState | SampleState, measures: Sequence[str], provenance: dict[str, Any]
+) -> xr.Dataset:
     """The dataset of a :class:`~rgfast.probing.result.ProbeResult`."""
     plan = state.plan
     layers, views = len(plan.names), plan.views
@@ -82,7 +86,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
     for v, view in enumerate(views):
         positional = view in POSITIONAL
         at = [i for i, t in enumerate(where) if (t >= 0) == positional]
-        found = measure(_layers_of(state.moments(view), layers), spectra=view != "flattened")
+        found = _measured(state, view)
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
         data["n"][1][v, at] = found.count
         for layer, width in enumerate(widths):
@@ -97,7 +101,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             data[name][1][v][..., at] = _values(found, name)
             if name in BASELINES:
                 data[f"{name}_baseline"][1][v][:, at] = expected[name]
-        if plan.groups > 1:
+        if plan.groups > 1 and isinstance(state, ViewState):
             folds, rest = state.folds(view)
             for name, error in _jackknife(rest, layers, measures).items():
                 data[f"{name}_se"][1][v][..., at] = error
@@ -125,6 +129,7 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
             "format_version": VERSION,
             "sequences": state.sequences,
             "groups": plan.groups,
+            "route": "samples" if isinstance(state, SampleState) else "moments",
             "length": plan.length,
             "notes": "\n".join(plan.notes),
             "plan": plan.to_json(masked=state.masked),
@@ -135,6 +140,13 @@ def assemble(state: ViewState, measures: Sequence[str], provenance: dict[str, An
         if name in dataset:
             dataset[name].attrs["long_name"] = label
     return dataset
+
+
+def _measured(state: ViewState | SampleState, view: str) -> Measured:
+    if isinstance(state, SampleState):
+        return joined(state.parts)
+    layers = len(state.plan.names)
+    return measure(_layers_of(state.moments(view), layers), spectra=view != "flattened")
 
 
 def _values(found: Measured, name: str) -> NDArray[np.float64]:

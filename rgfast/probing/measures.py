@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,20 @@ from rgfast.ops.spectrum.factors import rank_measures_from_factor
 from rgfast.streaming import MomentAccumulator
 from rgfast.threads import one_thread
 
-__all__ = ["BASELINES", "BOUNDED", "DRIFTS", "PAIRWISE", "RANKS", "Measured", "baselines", "measure"]
+__all__ = [
+    "BASELINES",
+    "BOUNDED",
+    "DRIFTS",
+    "PAIRWISE",
+    "RANKS",
+    "Measured",
+    "baselines",
+    "change_of",
+    "doubtful",
+    "joined",
+    "known_drifts",
+    "measure",
+]
 
 RANKS = (
     "effective_rank",
@@ -34,6 +48,7 @@ DRIFTS = ("kernel_drift", "kernel_drift_debiased", "kernel_change")
 PAIRWISE = ("cka", "cka_biased")
 
 _DOUBT = 1e-11  # error of an effective rank to expect from moments, above which a factor is taken
+_TINY = float(np.finfo(np.float64).tiny)
 _GRID = 12  # baselines at more sample numbers than this are interpolated
 
 Array = NDArray[np.float64]
@@ -56,6 +71,29 @@ class Measured:
     spectrum: Array
     drifts: dict[str, Array]
     pairs: dict[str, Array]
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Several positions' measures as one."""
+    first = parts[0]
+
+    def along(name: str) -> dict[str, Array]:
+        values = [getattr(part, name) for part in parts]
+        return {key: np.concatenate([value[key] for value in values], -1) for key in values[0]}
+
+    return (
+        Measured(
+            np.concatenate([part.count for part in parts]),
+            along("ranks"),
+            along("bounds"),
+            np.concatenate([part.refined for part in parts], 1),
+            np.concatenate([part.spectrum for part in parts], 1),
+            along("drifts"),
+            along("pairs"),
+        )
+        if len(parts) > 1
+        else first
+    )
 
 
 def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True) -> Measured:
@@ -91,19 +129,32 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = 
         bounds["effective_rank"][layer] = _where(known, found.error_bound)
         exact = torch.where(constant, 0.0, raw.error_bound)
         bounds["effective_rank_uncentred"][layer] = _where(known, exact)
-    pairs, drifts = {}, {}
+    pairs = {}
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
-        for name, drift, debiased in (
-            ("cka", "kernel_drift_debiased", True),
-            ("cka_biased", "kernel_drift", False),
-        ):
+        for name, debiased in (("cka", True), ("cka_biased", False)):
             matrix, _ = cka_from_moments(moments, debiased=debiased)
             pairs[name] = _array(matrix.permute(1, 2, 0))
-            drifts[drift] = 1 - np.diagonal(pairs[name], 1).T
-        drifts["kernel_drift"] = np.maximum(drifts["kernel_drift"], 0.0)
+        drifts = known_drifts(pairs)
         drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
     return Measured(count.cpu().numpy(), ranks, bounds, refined, spectrum, drifts, pairs)
+
+
+def known_drifts(pairs: dict[str, Array]) -> dict[str, Array]:
+    """The drifts ``[L-1, P]`` that CKA matrices ``[L, L, P]`` hold; the biased one is never negative."""
+    debiased, biased = (1 - np.diagonal(pairs[name], 1).T for name in ("cka", "cka_biased"))
+    return {"kernel_drift_debiased": debiased, "kernel_drift": np.maximum(biased, 0.0)}
+
+
+def change_of(norms: Array, drift: Array) -> Array:
+    """‖K_{l+1} − K_l‖ / ‖K_l‖ ``[L-1, P]`` of kernels of squared norms ``[L, P]`` and drift ``[L-1, P]``.
+
+    ‖K' − K‖² = (‖K'‖ − ‖K‖)² + 2 ‖K‖‖K'‖ (1 − CKA), which does not cancel.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.sqrt(norms[1:] / norms[:-1])
+        turned = np.where(ratio > 0, 2 * ratio * drift, 0.0)
+        return np.where(norms[:-1] > 0, np.sqrt(np.square(ratio - 1) + turned), np.nan)
 
 
 def _refine(
@@ -116,7 +167,8 @@ def _refine(
         return np.zeros(len(count), dtype=bool)
     factor = factor.reshape(len(count), -1, factor.shape[-1])
     most = count - 1 if centering == "mean" else count
-    at = _doubtful(found.singular_values, most) & (count >= 2) & ~factor[:, 0, 0].isnan()
+    doubt = doubtful(found.singular_values.cpu().numpy(), most.cpu().numpy())
+    at = torch.from_numpy(doubt).to(count.device) & (count >= 2) & ~factor[:, 0, 0].isnan()
     if bool(at.any()):
         updates = -(-int(count.max()) // moments.rows_at_once)
         better = rank_measures_from_factor(factor[at], count[at], centering=centering, updates=updates)
@@ -125,19 +177,21 @@ def _refine(
     return np.asarray(at.cpu().numpy())
 
 
-def _doubtful(sigma: Tensor, most: Tensor) -> Tensor:
+def doubtful(sigma: Array, most: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Where an effective rank of singular values ``[P, d]``, ``most[P]`` of them not zero, may err visibly.
 
     Eigenvalues of a moment err by about 4 u λ₁, so σ by e = min(4 u σ₁²/σ, √(4 u) σ₁), and the entropy by
     about Σ e ln(Σσ/σ) / Σσ.
     """
     unit = 4 * 2.0**-53
-    top, total = sigma[:, :1], sigma.sum(1, keepdim=True)
-    error = torch.minimum(unit * top.square() / sigma, unit**0.5 * top)
-    share = (sigma / total).clamp_min(2.0**-53)
-    expected = error / total * -share.log()
-    live = torch.arange(sigma.shape[1], device=sigma.device) < most[:, None]
-    return (expected.masked_fill(~live, 0.0).nan_to_num(0.0).sum(1) > _DOUBT) & (top[:, 0] > 0)
+    top, total = sigma[:, :1], np.maximum(sigma.sum(1, keepdims=True), _TINY)
+    with np.errstate(over="ignore"):
+        error = np.minimum(unit * top * (top / np.maximum(sigma, _TINY)), unit**0.5 * top)
+    share = np.maximum(sigma / total, 2.0**-53)
+    expected = error / total * -np.log(share)
+    live = np.arange(sigma.shape[1]) < most[:, None]
+    found: NDArray[np.bool_] = (np.where(live, expected, 0.0).sum(1) > _DOUBT) & (top[:, 0] > 0)
+    return found
 
 
 def _scatter(moments: MomentAccumulator, layer: int, centering: Literal["mean", "none"]) -> Tensor:

@@ -149,19 +149,20 @@ class Plan:
             for h in self.accumulators
         )
 
-    def __str__(self) -> str:
+    @property
+    def what(self) -> str:
+        """Layers, positions and views in words."""
         followed = len(self.positions)
         where = f"all {self.length}" if followed == self.length else f"{followed} of {self.length}"
-        targets = f", targets {', '.join(name for name, _ in self.targets)}" if self.targets else ""
-        groups = f", {self.groups} groups" if self.groups > 1 else ""
         widths = sorted(set(self.widths))
         width = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        return f"{len(self.names)} layers (width {width}), {where} positions, views {', '.join(self.views)}"
+
+    def __str__(self) -> str:
+        targets = f", targets {', '.join(name for name, _ in self.targets)}" if self.targets else ""
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
         cost = f"{human_bytes(self.state_bytes)} of state, {self.flops_per_sequence:.3g} flops a sequence"
-        first = (
-            f"{len(self.names)} layers (width {width}), {where} positions, views {', '.join(self.views)}"
-            f"{targets}{groups}: at most {cost}"
-        )
-        return "\n".join([first, *self.notes])
+        return "\n".join([f"{self.what}{targets}{groups}: at most {cost}", *self.notes])
 
 
 def make_plan(

@@ -136,7 +136,10 @@ class ProbeResult:
         if not isinstance(other, ProbeResult):
             raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
         if self._moments is None or other._moments is None:
-            raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
+            raise ValueError(
+                "other cannot be merged: one of the two results was saved with moments=False, or probed by "
+                "samples (probe with route='moments' to merge)"
+            )
         (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))
         same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets")
         for name in same:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,9 +18,11 @@ from rgfast.probing.result import ProbeResult
 from rgfast.probing.targets import TargetSpec
 from rgfast.probing.watch import MaskSpec, Probe
 from rgfast.streaming import Pairs
-from rgfast.validation import check_positive_int
+from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["probe"]
+
+Route = Literal["auto", "moments", "samples"]
 
 
 def probe(
@@ -40,6 +43,7 @@ def probe(
     views: Sequence[str] | None = None,
     batch_size: int = 256,
     refine: bool | None = None,
+    route: Route = "auto",
 ) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
@@ -86,6 +90,14 @@ def probe(
             values that moments lose, at up to 1.5 times the state and a few times the products of such a
             layer. By default for widths to 512, where ``memory`` allows; ``effective_rank_bound`` says what
             is known either way.
+        route: ``"moments"`` sums up second moments as the batches come; ``"samples"`` takes all rows of a
+            position through all layers at once and keeps nothing but its measures, in a fraction of the time.
+            It is for a :class:`ResidualStack` with ``mixing="none"`` in fp32 on the CPU,
+            ``views=["position"]``, ``pairs`` adjacent or all, and at most 4,096 sequences, without mask,
+            targets, groups, refine or checkpoint; its CKA and drift come from fp32 products (as those of
+            :func:`rgfast.cka_matrix`: within 1e-6, close neighbours from fp64 ones), and its result cannot be
+            merged. ``"auto"`` takes it where it can and the work is more than a moment's;
+            ``result.dataset.attrs["route"]`` says which it was.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
@@ -103,7 +115,10 @@ def probe(
     check_positive_int(batch_size, "batch_size")
     check_positive_int(checkpoint_every, "checkpoint_every")
     path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
-    with Probe(
+    check_choice(route, "route", ("auto", "moments", "samples"))
+    if route == "samples" and path is not None:
+        raise ValueError("checkpoint: the route 'samples' has nothing to write; take route='moments'")
+    watched = Probe(
         model,
         layers=layers,
         positions=positions,
@@ -116,13 +131,22 @@ def probe(
         memory=memory,
         views=views,
         refine=refine,
-    ) as watched:
+    )
+    quiet = None if progress is None else not progress
+    pieces = iterate(batches, batch_size)
+    if route != "moments" and path is None:
+        with tqdm(unit="position", desc="probe", disable=quiet) as bar:
+            result, taken = watched.by_samples(pieces, bar.update, asked=route == "samples")
+        if result is not None:
+            return result
+        pieces = chain(taken, pieces)
+    with watched:
         model.eval()
-        stream = enumerate(iterate(batches, batch_size), start=1)
+        stream = enumerate(pieces, start=1)
         done = 0
         if path is not None:
             done = _resume(watched, path, stream)
-        bar = tqdm(unit="sequence", desc="probe", disable=None if progress is None else not progress)
+        bar = tqdm(unit="sequence", desc="probe", disable=quiet)
         last: Any = None
         with torch.no_grad(), bar:
             for done, last in stream:

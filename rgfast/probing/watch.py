@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
 from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.samples import gather, measured_by_samples
 from rgfast.probing.targets import TargetSpec, make_targets
 from rgfast.probing.views import ViewState
 from rgfast.stack import ResidualStack
@@ -36,6 +37,8 @@ _FOLDS = 5
 # Sequences of our own stack that are taken through all its layers, and summed, at once: as many rows per
 # position as an accumulator sums in one product.
 _TILE = 128
+
+_BY_SAMPLES = "by samples: CKA and drift to 1e-6, nothing kept to merge (route='moments' keeps it)"
 
 MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
 
@@ -213,6 +216,46 @@ class Probe:
         self._noted.update(entries)
         return self._caller(batch, entries, reserved)
 
+    def by_samples(
+        self, batches: Iterator[Any], advance: Callable[[int], object], *, asked: bool
+    ) -> tuple[ProbeResult | None, list[Any]]:
+        """The measures of all ``batches`` by the sample route, or None and the batches taken to find out.
+
+        Raises ValueError, with the reason, where the route was ``asked`` for and cannot be taken.
+        """
+        near, x = self._pairs == "adjacent", None
+        taken: list[Any] = []
+        options = self._mask is None and not self._targets and self._groups == 1 and self._refine is None
+        if not options or self._views != ["position"] or not (near or self._pairs == "all"):
+            why = "it knows views=['position'], adjacent or all pairs, and no mask, targets, groups or refine"
+        else:
+            x, taken, why = gather(self.model, self._taps, batches, near)
+        if x is None or (why and not asked):
+            if asked:
+                raise ValueError(f"route: 'samples' cannot be taken, since {why}")
+            return None, taken
+        stack, names = self.model, [tap.name for tap in self._taps]
+        assert isinstance(stack, ResidualStack)
+        options_of_plan: Any = {"positions": self._positions, "views": self._views, "pairs": self._pairs}
+        plan = make_plan(
+            names,
+            [stack.width] * len(names),
+            x.shape[1],
+            **options_of_plan,
+            groups=1,
+            memory=sys.maxsize,
+            masked=False,
+            refine=False,
+        )
+        plan = replace(plan, notes=(_BY_SAMPLES,))
+        self._announce(plan, f"{plan.what}, {_BY_SAMPLES}")
+        uncentred = any(name.endswith("uncentred") for name in self.measures)
+        with torch.no_grad():
+            state = measured_by_samples(
+                stack, x, plan, uncentred=uncentred, memory=self._memory, advance=advance
+            )
+        return ProbeResult(assemble(state, self.measures, self._provenance)), taken
+
     def result(self) -> ProbeResult:
         """The measures of all that was seen so far.
 
@@ -384,11 +427,14 @@ class Probe:
             targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
             refine=self._refine,
         )
+        self._announce(plan, str(plan))
+        return ViewState(plan, masked=masked)
+
+    def _announce(self, plan: Plan, text: str) -> None:
         if self._say:
-            print(f"probe: {plan}")
+            print(f"probe: {text}")
             sys.stdout.flush()
         self._provenance = provenance(self.model, layers=list(plan.names), measures=list(self.measures))
-        return ViewState(plan, masked=masked)
 
     def _row_masks(self, entries: Mapping[str, Any], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which rows count (None: all) and which were hidden (None: no mask), ``[B, T]`` bool."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,16 @@ from rgfast.ops.cka.checks import as_layers, as_pair, check_finite, check_rows, 
 from rgfast.threads import on_one_thread
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["cka", "cka_matrix", "cka_null", "hsic", "kernel_change", "kernel_drift", "minibatch_cka"]
+__all__ = [
+    "alignment",
+    "cka",
+    "cka_matrix",
+    "cka_null",
+    "hsic",
+    "kernel_change",
+    "kernel_drift",
+    "minibatch_cka",
+]
 
 Kernel = Literal["linear", "rbf"]
 Precision = Literal["double", "single"]
@@ -50,7 +60,9 @@ def _pinned(task: str, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _native(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-    found = native.run(task, *args, **kwargs)
+    found = (
+        native.run_alignment(*args, **kwargs) if task == "alignment" else native.run(task, *args, **kwargs)
+    )
     if found is None:  # the reference tells NaN and Inf from fp64 at the end of its range
         return _reference(task, names, *args, **kwargs)
     if task == "drift" and kwargs["precision"] != "single":
@@ -72,6 +84,18 @@ def _refine(drift: Tensor, layers: tuple[Tensor, ...], debiased: bool) -> None:
 
 OP.add(Impl("native", _native, native.supports, native.broken, native.isa))
 OP.add(Impl("reference", _reference, lambda *args, **kwargs: None))
+
+
+def alignment(layers: Sequence[Tensor], *, adjacent: bool, impl: ImplName = "auto") -> Tensor:
+    """Debiased and biased CKA ``[2, P, L, L]`` (fp64) of ``layers[l][P, n, d]`` from one pass over the data.
+
+    The values of :func:`cka_matrix`, NaN beside constant layers and, if ``adjacent``, for all pairs but
+    neighbours; those of close neighbours are as good as 1 − :func:`kernel_drift`. Raises ValueError for NaN
+    or Inf.
+    """
+    checked = as_layers(layers, "layers")
+    value: Tensor = OP(impl, checked[0].device, "alignment", ("layers",), checked, adjacent=adjacent)
+    return value
 
 
 def cka(

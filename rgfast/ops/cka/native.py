@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rgfast import native
 
-__all__ = ["broken", "isa", "run", "supports"]
+__all__ = ["broken", "isa", "run", "run_alignment", "supports"]
 
 # Panels of the positions in one call; more would only leave the caches.
 _WORK_BYTES = 48 << 20
@@ -72,7 +72,7 @@ def isa() -> str | None:
 
 def supports(task: str, names: Any, first: Any, second: Any = None, **options: Any) -> str | None:
     """None, or why the kernels cannot do this."""
-    if task not in ("cka", "matrix", "drift"):
+    if task not in ("cka", "matrix", "drift", "alignment"):
         return f"only CKA and drift of linear kernels have compiled kernels, not {task!r}"
     tensors = [x for side in (first, second) if side is not None for x in _sequence(side)]
     if any(x.device.type != "cpu" for x in tensors):
@@ -116,6 +116,38 @@ def run(
     return matrix[..., 0, 0] if task == "cka" else matrix
 
 
+def run_alignment(layers: Sequence[Tensor], adjacent: bool) -> Tensor | None:
+    """Debiased and biased CKA ``[2, P, L, L]`` of ``layers[l][P, n, d]`` from the same products, or None.
+
+    Positions with close neighbours have their neighbours read again with fp64 products.
+    """
+    flat = [x.detach() for x in layers]
+    widths = tuple(x.shape[2] for x in flat)
+    near, wanted = _wanted("drift", widths, None), _wanted("drift" if adjacent else "matrix", widths, None)
+    found = _inner_products(flat, wanted, 4096, None, guarded=True)
+    if found is None:
+        return None
+    out = torch.full((2, len(flat[0]), len(flat), len(flat)), torch.nan, dtype=torch.float64, device="cpu")
+
+    def put(found: tuple[Tensor, Tensor, Tensor], wanted: _Wanted, at: Tensor | slice, layers: Any) -> None:
+        centered, u_centered, trace = found
+        left, right = wanted.sides
+        for matrix, inner in zip(out, (u_centered, centered), strict=True):
+            values = matrix[at]
+            values[:, left, right] = values[:, right, left] = _ratio(inner, trace, layers, wanted)
+            matrix[at] = values
+
+    put(found, wanted, slice(None), flat)
+    if flat[0].dtype != torch.float64:
+        close = (1.0 - out[1].diagonal(1, -2, -1) < _SMALL_DRIFT).any(1).nonzero()[:, 0]
+        if len(close):
+            some = flat if len(close) == len(flat[0]) else [x[close] for x in flat]
+            again = _inner_products(some, near, 4096, "double", guarded=False)
+            if again is not None:
+                put(again, near, close, some)
+    return out
+
+
 def _read_again(layers: list[Tensor], drift: Tensor, debiased: bool) -> Tensor:
     for step in range(drift.shape[1]):
         small = (drift[:, step] < _SMALL_DRIFT).nonzero()[:, 0]
@@ -132,37 +164,53 @@ def _cosines(
     layers: list[Tensor], wanted: _Wanted, debiased: bool, sample_limit: int, precision: str | None
 ) -> Tensor | None:
     """CKA ``[P, pairs]``, NaN beside layers without variance."""
+    found = _inner_products(layers, wanted, sample_limit, precision, guarded=debiased)
+    if found is None:
+        return None
+    centered, u_centered, trace = found
+    return _ratio(u_centered if debiased else centered, trace, layers, wanted)
+
+
+def _ratio(inner: Tensor, trace: Tensor, layers: list[Tensor], wanted: _Wanted) -> Tensor:
+    own = inner[:, : len(layers)]
+    own = torch.where(own > _NO_VARIANCE * trace.square() / layers[0].shape[1], own, torch.nan)
+    left, right = wanted.sides
+    # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
+    return inner / (own[:, left] * own[:, right]).sqrt()
+
+
+def _inner_products(
+    layers: list[Tensor], wanted: _Wanted, sample_limit: int, precision: str | None, *, guarded: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Inner products of centred and of U-centred kernels ``[P, pairs]``, and the kernels' traces ``[P, L]``.
+
+    ``guarded`` looks, where fp32 products were this function's choice, for those that U-centring blurs.
+    """
     n = layers[0].shape[1]
     by_samples, by_features = n * n * wanted.cost_of_samples, n * wanted.cost_of_features
     features = n > sample_limit or by_features < by_samples
     if precision is None:
         trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
         precision = "double" if trivial or any(x.dtype == torch.float64 for x in layers) else "single"
-        guarded = precision == "single"
+        guarded = guarded and precision == "single"
     else:
         guarded = False
         # fp64 data may leave the range of fp32, and asks for more anyhow.
         precision = "double" if any(x.dtype == torch.float64 for x in layers) else precision
     products = _products(layers, wanted.pairs, features, precision == "single")
-    if products is None:
-        return None
+    if products is None or not guarded:
+        return products
     centered, u_centered, trace = products
-    inner = u_centered if debiased else centered
-    own = inner[:, : len(layers)]
-    varies = own > _NO_VARIANCE * trace.square() / n
-    if guarded and debiased:
-        floor = _CANCELS["features" if features else "samples"] * centered[:, : len(layers)]
-        again = (varies & (own < floor)).any(1).nonzero()[:, 0]
-        if len(again):
-            exact = _products([x[again] for x in layers], wanted.pairs, features, False)
-            if exact is None:
-                return None
-            inner[again] = exact[1]
-            varies[again] = own[again] > _NO_VARIANCE * exact[2].square() / n
-    own = torch.where(varies, own, torch.nan)
-    left, right = wanted.sides
-    # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
-    return inner / (own[:, left] * own[:, right]).sqrt()
+    own = u_centered[:, : len(layers)]
+    floor = _CANCELS["features" if features else "samples"] * centered[:, : len(layers)]
+    again = ((own > _NO_VARIANCE * trace.square() / n) & (own < floor)).any(1).nonzero()[:, 0]
+    if len(again):
+        exact = _products([x[again] for x in layers], wanted.pairs, features, False)
+        if exact is None:
+            return None
+        for held, better in zip(products, exact, strict=True):
+            held[again] = better
+    return products
 
 
 def _products(

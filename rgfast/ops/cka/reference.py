@@ -219,6 +219,18 @@ def drift(layers: Sequence[Tensor], *, debiased: bool) -> Tensor:
     return _stacked(steps, xs[0])
 
 
+def alignment(layers: Sequence[Tensor], *, adjacent: bool) -> Tensor:
+    """Debiased and biased CKA ``[2, ..., L, L]``, of neighbours alone (NaN elsewhere) if ``adjacent``."""
+    out = torch.stack([matrix(layers, None, debiased=debiased) for debiased in (True, False)])
+    near = torch.arange(len(layers), device=out.device)
+    far = (near[:, None] - near).abs() > 1
+    for values, debiased in zip(out, (True, False), strict=True):
+        close = 1.0 - drift(layers, debiased=debiased)
+        values.diagonal(1, -2, -1).copy_(close)
+        values.diagonal(-1, -2, -1).copy_(close)
+    return out.masked_fill(far, torch.nan) if adjacent else out
+
+
 def change(layers: Sequence[Tensor]) -> Tensor:
     """‖K_{l+1} − K_l‖/‖K_l‖ ``[..., L-1]`` of centred kernels: a drift that sees scale."""
     both = [centered(x) for x in layers]
@@ -324,6 +336,7 @@ def rbf(
 _TASKS: dict[str, Any] = {
     "cka": pair,
     "matrix": matrix,
+    "alignment": alignment,
     "drift": drift,
     "change": change,
     "hsic": hsic,

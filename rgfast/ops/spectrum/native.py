@@ -84,7 +84,12 @@ def gram_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) ->
 
 
 def gram(
-    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
+    x: Tensor,
+    *,
+    centering: str = "mean",
+    dtype: torch.dtype = torch.float64,
+    means: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Second moments `[b, m, m]`, m = min(n, d), of `x[b, n, d]` and what bounds their error.
 
@@ -92,7 +97,7 @@ def gram(
     """
     b, n, d = x.shape
     matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64)
-    return matrix, *_moments(x, centering, matrix)
+    return matrix, *_moments(x, centering, matrix, means)
 
 
 def gram_spectrum(
@@ -141,7 +146,9 @@ def _stuck(index: int) -> Exception:
     return error
 
 
-def _moments(x: Tensor, centering: str, result: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(
+    x: Tensor, centering: str, result: Tensor, means: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
     accumulated = torch.empty(len(x), dtype=torch.float64)
     exponent, limit = torch.empty((2, len(x)), dtype=torch.int64)
@@ -150,7 +157,12 @@ def _moments(x: Tensor, centering: str, result: Tensor) -> tuple[Tensor, Tensor,
         centering == "mean",
         result.dim() == 2,
         native.tensor(result),
-        (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr()),
+        (
+            accumulated.data_ptr(),
+            exponent.data_ptr(),
+            limit.data_ptr(),
+            0 if means is None else means.data_ptr(),
+        ),
         native.threads(),
     )
     if trouble == _NOT_CONVERGED:

@@ -50,13 +50,18 @@ def rank_limit(y: Tensor, centering: str) -> Tensor:
 
 
 def gram(
-    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64
+    x: Tensor,
+    *,
+    centering: str = "mean",
+    dtype: torch.dtype = torch.float64,
+    means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Second moment of the smaller side of `x[b, n, d]`, accumulated in `dtype`, not divided by n.
 
     Returns the Gram matrix `[b, m, m]`, m = min(n, d), of the centred data times 2**-exponent; the trace
     `[b]` of the accumulated shifted moment, not finite exactly where the input is not; the exponents `[b]`;
-    and the largest rank possible `[b]`.
+    and the largest rank possible `[b]`. `means` `[b, d]` (fp64), where given, gets the column means times
+    2**-exponent.
     """
     b, n, d = x.shape
     m = min(n, d)
@@ -68,6 +73,8 @@ def gram(
     for start in range(0, b, step):
         part = slice(start, start + step)
         y, e = scaled(x[part])
+        if means is not None:
+            means[part] = y[:, 0] + (y - y[:, :1]).mean(1)
         y, accumulated[part] = centred(y, centering)
         limit[part] = rank_limit(y, centering)
         if dtype != torch.float64:

@@ -20,7 +20,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.threads import one_thread
 
-__all__ = ["PATHS", "Solved", "from_eigenvalues", "settle", "solve"]
+__all__ = ["PATHS", "Solved", "from_eigenvalues", "refine", "settle", "solve"]
 
 PATHS = ("gram", "refined", "svd")
 
@@ -136,14 +136,14 @@ def settle(
     if method == "auto" and dtype == torch.float64:
         again = solved.unsettled(rtol, tol)
         if len(again):
-            solved.put(again, _from_refinement(x[torch.from_numpy(again)], centering, rtol))
+            solved.put(again, refine(x[torch.from_numpy(again)], centering, rtol))
             again = solved.unsettled(rtol, tol)
         if len(again):
             solved.put(again, _from_svd(x[torch.from_numpy(again)], centering))
     return solved
 
 
-def _from_refinement(x: Tensor, centering: str, rtol: float) -> Solved:
+def refine(x: Tensor, centering: str, rtol: float) -> Solved:
     """Spectra of `x[b, n, d]` with small singular values recovered, one matrix at a time."""
     result = _empty(x, "refined")
     with one_thread():

@@ -228,7 +228,27 @@ def test_auto_takes_the_compiled_path_and_agrees_with_the_reference() -> None:
 def test_the_binding_checks(x: Tensor, result: Tensor, solve: bool, said: str) -> None:
     info = torch.zeros(6, dtype=torch.int64).data_ptr()
     with pytest.raises(ValueError, match=said):
-        native.load().moments(native.tensor(x), True, solve, native.tensor(result), (info, info, info), 1)
+        native.load().moments(native.tensor(x), True, solve, native.tensor(result), (info, info, info, 0), 1)
+
+
+def test_means_come_with_matrices_alone() -> None:
+    x, values = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.float64)
+    info = torch.zeros(8, dtype=torch.int64).data_ptr()
+    with pytest.raises(ValueError, match="means come with matrices"):
+        native.load().moments(native.tensor(x), True, True, native.tensor(values), (info,) * 4, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (700, 5), (1, 4)])
+def test_means(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = (torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)) + 1e4).to(dtype)
+    if dtype == torch.float64:
+        x = x * 2.0**300
+    want = x[:, 0].double() + (x.double() - x[:, :1].double()).mean(1)
+    for gram in (room.gram, reference.gram):
+        means = torch.full((3, shape[1]), torch.nan, dtype=torch.float64)
+        exponent = gram(x, means=means)[2]
+        torch.testing.assert_close(torch.ldexp(means, exponent[:, None]), want, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("centering", ["mean", "none"])

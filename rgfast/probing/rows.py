@@ -1,0 +1,77 @@
+"""From all rows of a few positions to their measures, as :mod:`rgfast.probing.measures` from moments."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from rgfast.ops.cka.api import alignment
+from rgfast.ops.spectrum.measures import (
+    effective_rank_of,
+    numerical_rank_of,
+    participation_ratio_of,
+    stable_rank_of,
+)
+from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows
+from rgfast.ops.spectrum.solve import Solved
+from rgfast.probing.measures import BOUNDED, RANKS, Array, Measured, change_of, doubtful, known_drifts
+
+__all__ = ["measure_rows"]
+
+_TOL = 1e-7
+
+
+def measure_rows(states: Tensor, *, adjacent: bool, uncentred: bool) -> Measured | None:
+    """The measures of ``states[L, P, n, d]`` for P positions; None where NaN or infinity is met.
+
+    CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN.
+    """
+    layers, positions, n, d = states.shape
+    x = states.reshape(layers * positions, n, d)
+    found = spectra_of_rows(x, uncentred=uncentred)
+    if found is None:
+        return None
+    ranks: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in RANKS}
+    bounds: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in BOUNDED}
+    shape = (layers, positions)
+    centred, raw = found
+    again = doubtful(centred.sigma, np.full(len(x), n - 1))
+    refine_spectra(x, centred, again.nonzero()[0], centering="mean")
+    sigma = centred.sigma
+    for name, value in (
+        ("effective_rank", effective_rank_of(sigma)),
+        ("effective_rank_variance", effective_rank_of(sigma, spectrum="variance")),
+        ("participation_ratio", participation_ratio_of(sigma)),
+        ("stable_rank", stable_rank_of(sigma)),
+        ("numerical_rank", numerical_rank_of(sigma, _TOL)),
+    ):
+        ranks[name] = value.reshape(shape)
+    bounds["effective_rank"] = centred.bound().reshape(shape)
+    if raw is not None:
+        _uncentred(x, raw, ranks, bounds, shape)
+    values = centred.singular_values()
+    spectrum = np.full((layers, positions, d), np.nan)
+    spectrum[..., : values.shape[1]] = values.reshape(*shape, -1)
+    spectrum[..., values.shape[1] :] = 0.0
+    debiased, biased = (
+        np.asarray(matrix.permute(1, 2, 0).cpu().numpy())
+        for matrix in alignment(list(states), adjacent=adjacent)
+    )
+    pairs = {"cka": debiased, "cka_biased": biased}
+    drifts = known_drifts(pairs)
+    norms = np.square(np.square(values)).sum(-1).reshape(shape)  # ‖K‖² of the centred kernels
+    drifts["kernel_change"] = change_of(norms, drifts["kernel_drift"])
+    return Measured(np.full(positions, n), ranks, bounds, again.reshape(shape), spectrum, drifts, pairs)
+
+
+def _uncentred(
+    x: Tensor, raw: Solved, ranks: dict[str, Array], bounds: dict[str, Array], shape: tuple[int, int]
+) -> None:
+    """Fill in what is measured of rows as they are. n μ μᵀ has rank one, where nothing varies."""
+    constant = (ranks["stable_rank"] == 0).reshape(-1) & (raw.sigma[:, 0] > 0)
+    at = doubtful(raw.sigma, np.full(len(x), x.shape[1])) & ~constant
+    refine_spectra(x, raw, at.nonzero()[0], centering="none")
+    for name, spectrum in (("effective_rank", "singular"), ("effective_rank_variance", "variance")):
+        value = np.where(constant, 1.0, effective_rank_of(raw.sigma, spectrum=spectrum))
+        ranks[f"{name}_uncentred"] = value.reshape(shape)
+    bounds["effective_rank_uncentred"] = np.where(constant, 0.0, raw.bound()).reshape(shape)

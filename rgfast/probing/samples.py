@@ -1,0 +1,131 @@
+"""The sample route: all rows of a position pass all layers at once, and only their measures are kept.
+
+Where every position of a stack goes its own way and all samples are at hand, nothing has to be accumulated: a
+few positions at a time run through all layers, and their spectra and alignments are computed while the rows
+are there. No layer's output is stored for more positions than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgfast.probing.batches import batch_items
+from rgfast.probing.layers import Tap
+from rgfast.probing.measures import Measured
+from rgfast.probing.plan import Plan
+from rgfast.probing.rows import measure_rows
+from rgfast.stack import ResidualStack
+
+__all__ = ["LIMIT", "SampleState", "gather", "measured_by_samples"]
+
+# More sequences than these are summed up as they come.
+LIMIT = 4096
+# What the rows alive at a time may take, over all layers, and how many tiles there are at least: enough
+# matrices for the eigenvalue solver's lanes, and a fraction of what storing every layer takes.
+_TILE_BYTES, _LEAST_TILES = 112 << 20, 4
+# With fewer products of pairs than these any route takes a moment, and moments can be merged.
+_LEAST_FLOPS = 1e9
+
+
+@dataclass(frozen=True)
+class SampleState:
+    """What was measured of ``sequences`` sequences, a few positions a part. It cannot be added to."""
+
+    plan: Plan
+    sequences: int
+    parts: tuple[Measured, ...]
+    masked: bool = False
+
+
+def gather(
+    model: Any, taps: Sequence[Tap], batches: Iterator[Any], adjacent: bool
+) -> tuple[Tensor | None, list[Any], str]:
+    """All batches as one ``[n, T, D]``, or None; those taken from ``batches``; and why not, if so."""
+    taken: list[Any] = []
+    parts: list[Tensor] = []
+    if not isinstance(model, ResidualStack) or model.mixing != "none":
+        return None, taken, "positions go separate ways in a ResidualStack with mixing='none' only"
+    stream = ["blocks.0:input", *(f"blocks.{k}" for k in range(model.depth))]
+    if [tap.name for tap in taps] != stream or model._forward_hooks or model._forward_pre_hooks:
+        return None, taken, "it follows the whole stream of a stack without other hooks"
+    if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
+        return None, taken, "it is for fp32 on the CPU"
+    n = 0
+    for batch in batches:
+        taken.append(batch)
+        items = batch_items(batch)
+        x = items[0] if len(items) == 1 else None
+        if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu or x.dtype != torch.float32:
+            return None, taken, "every batch must be one fp32 tensor [B, T, D] on the CPU"
+        if x.shape[2] != model.width or (parts and x.shape[1:] != parts[0].shape[1:]):
+            return None, taken, "batches must have one length and the width of the stack"
+        parts += [x] if len(x) else []
+        n += len(x)
+        if n > LIMIT:
+            return None, taken, f"there are more than {LIMIT} sequences"
+    if n < 4:
+        return None, taken, "there are fewer than 4 sequences"
+    pairs = 2 * model.depth if adjacent else (model.depth + 1) * (model.depth + 2) / 2
+    if 2.0 * n * parts[0].shape[1] * model.width**2 * pairs < _LEAST_FLOPS:
+        return _end_to_end(parts), taken, "so small that moments cost nothing"
+    return _end_to_end(parts), taken, ""
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` as one tensor: a view where they are pieces of one, as those of an array are."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != first.stride() or part.storage_offset() != at:
+            return torch.cat(list(parts))
+        at += len(part) * part.stride(0)
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def measured_by_samples(
+    stack: ResidualStack,
+    x: Tensor,
+    plan: Plan,
+    *,
+    uncentred: bool,
+    memory: int,
+    advance: Callable[[int], object],
+) -> SampleState:
+    """The measures of ``x[n, T, D]`` at the positions of ``plan``; ``advance(k)`` after every k of them.
+
+    Raises ValueError where a layer is not finite, naming it and the position.
+    """
+    parts: list[Measured] = []
+    bytes_each = (stack.depth + 1) * len(x) * x.shape[2] * x.element_size()
+    followed = len(plan.positions)
+    at_once = max(1, min(min(_TILE_BYTES, memory // 4) // bytes_each, -(-followed // _LEAST_TILES)))
+
+    def take(first: int, states: Tensor) -> None:
+        found = measure_rows(states, adjacent=plan.pairs == "adjacent", uncentred=uncentred)
+        if found is None:
+            raise ValueError(_not_finite(states, plan, plan.positions[first:]))
+        parts.append(found)
+        advance(states.shape[1])
+
+    handle = stack.watch(take, at_once)
+    try:
+        every = followed == x.shape[1]
+        stack((x if every else x[:, list(plan.positions)]).transpose(0, 1))
+    finally:
+        handle.remove()
+    return SampleState(plan, len(x), tuple(parts))
+
+
+def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:
+    bad = (~torch.isfinite(states)).sum((2, 3))
+    layer, k = (int(i) for i in bad.nonzero()[0])
+    return (
+        f"activations must be finite, got {int(bad[layer, k])} NaN or infinite values in layer {layer} at "
+        f"position {where[k]} ({plan.names[layer]}, sequences 0 to {states.shape[2] - 1})"
+    )

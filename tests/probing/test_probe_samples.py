@@ -1,0 +1,224 @@
+"""The sample route of the probe: the values of the moments route and of brute force, and when it is taken."""
+
+import numpy as np
+import pytest
+import torch
+
+import rgfast
+from rgfast.probing import samples
+
+OPTIONS = {"views": ["position"], "progress": False}
+
+
+def stack_of(width, depth, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return rgfast.ResidualStack(width, depth, mixing="none", w2_scale=0.7, generator=generator, **options)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both(stack, x, **options):
+    return [rgfast.probe(stack, x, route=route, **OPTIONS, **options) for route in ("samples", "moments")]
+
+
+def collapsed(n, length, width, noise):
+    return normal(n, length, 1) * normal(length, width, seed=1) + noise * normal(n, length, width, seed=2)
+
+
+CASES = {
+    "plain": (stack_of(24, 3), normal(300, 5, 24)),
+    "wide rows": (stack_of(40, 2), normal(17, 3, 40)),
+    "rank one and noise": (stack_of(24, 3), collapsed(300, 5, 24, 1e-5)),
+    "rank one": (stack_of(24, 2), collapsed(100, 2, 24, 0.0)),
+    "offset": (stack_of(16, 2, norm=None), normal(200, 3, 16) + 1e4),
+    "nothing happens": (rgfast.ResidualStack(16, 3, mixing="none"), normal(100, 4, 16)),
+    "odd": (stack_of(17, 4, hidden=5), normal(63, 1, 17)),
+    "four rows": (stack_of(8, 2), normal(4, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_values_are_those_of_the_moments(name, pairs):
+    stack, x = CASES[name]
+    here, there = both(stack, x, pairs=pairs)
+    assert [result.dataset.attrs["route"] for result in (here, there)] == ["samples", "moments"]
+    assert set(here.dataset.data_vars) == set(there.dataset.data_vars)
+    pairwise = ("cka", "cka_biased", "kernel_drift", "kernel_drift_debiased", "kernel_change")
+    for name in here.dataset.data_vars:
+        a, b = here.dataset[name], there.dataset[name]
+        assert a.dims == b.dims
+        if name in ("refined",) or name.endswith("_bound"):
+            continue
+        scale = np.maximum(1.0, np.abs(b.values))
+        np.testing.assert_allclose(
+            a.values / scale, b.values / scale, rtol=0, atol=1e-6 if name in pairwise else 1e-9
+        )
+
+
+@pytest.mark.parametrize("noise", [None, 1e-3, 1e-6])
+def test_brute_force_on_what_hooks_store(noise):
+    stack = stack_of(64, 3, seed=5)
+    x = normal(700, 6, 64) if noise is None else collapsed(700, 6, 64, noise)
+    result = rgfast.probe(stack, x, pairs="all", route="samples", **OPTIONS)
+    stream = [x]
+    with torch.no_grad():
+        for block in stack.blocks:
+            stream.append(block(stream[-1]))
+    for t in range(6):
+        layers = [y[:, t].double() for y in stream]
+        for layer, y in enumerate(layers):
+            sigma = torch.linalg.svdvals(y - y.mean(0))
+            p = sigma / sigma.sum()
+            want = float(torch.special.entr(p).sum().exp())
+            got = float(result.dataset.effective_rank[0, layer, t])
+            assert abs(got - want) <= 1e-9 * want
+            np.testing.assert_allclose(
+                result.dataset.singular_values[0, layer, t], sigma, rtol=1e-6, atol=1e-12 * float(sigma[0])
+            )
+        grams = []
+        for y in layers:
+            k = (y - y.mean(0)) @ (y - y.mean(0)).T
+            k.fill_diagonal_(0.0)
+            rows, n = k.sum(1), len(k)
+            k = k - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+            grams.append(k.fill_diagonal_(0.0).reshape(-1))
+        for i, a in enumerate(grams):
+            for j, b in enumerate(grams):
+                want = float(a @ b / (a.norm() * b.norm()))
+                assert abs(float(result.dataset.cka[0, i, j, t]) - want) < 1e-6
+
+
+def test_batches_are_what_they_are_joined_from_or_not():
+    stack, x = stack_of(32, 3), normal(501, 4, 32)
+    want = rgfast.probe(stack, x, route="samples", **OPTIONS).dataset
+    ragged = [x[:200], x[200:200], x[200:203].clone(), x[203:].transpose(0, 1).contiguous().transpose(0, 1)]
+    for batches in (ragged, iter(ragged), {"x": x}, x.numpy(), [{"x": part} for part in ragged]):
+        got = rgfast.probe(stack, batches, route="samples", **OPTIONS).dataset
+        for name in want.data_vars:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_chosen_positions_and_measures():
+    stack, x = stack_of(32, 3), normal(300, 9, 32)
+    whole = rgfast.probe(stack, x, route="samples", **OPTIONS).dataset
+    some = rgfast.probe(
+        stack, x, route="samples", positions=[1, 7], measures=["effective_rank", "cka"], **OPTIONS
+    ).dataset
+    assert list(some.position.values) == [1, 7]
+    assert "effective_rank_uncentred" not in some
+    assert "kernel_drift" not in some
+    np.testing.assert_allclose(some.effective_rank, whole.effective_rank.sel(position=[1, 7]), rtol=1e-12)
+    np.testing.assert_allclose(some.cka, whole.cka.sel(position=[1, 7]), atol=1e-7)
+
+
+def test_when_it_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(samples, "LIMIT", 400)
+    monkeypatch.setattr(samples, "_LEAST_FLOPS", 1e8)
+    stack, x = stack_of(64, 3), normal(400, 20, 64)
+
+    def route(model=stack, batches=x, **options):
+        return rgfast.probe(model, batches, **{**OPTIONS, **options}).dataset.attrs["route"]
+
+    assert route() == route(pairs="all") == "samples"
+    assert route(batches=x[:20]) == "moments"  # little to do
+    assert route(batches=[*x.split(100), x[:1]]) == "moments"
+    assert route(route="moments") == "moments"
+    assert route(views=["position", "pooled"]) == "moments"
+    assert route(groups=2) == "moments"
+    assert route(pairs=[(0, 3)]) == "moments"
+    assert route(checkpoint=tmp_path / "run.checkpoint") == "moments"
+    assert route(layers=["blocks.0", "blocks.1"]) == "moments"
+    mixer = rgfast.ResidualStack(64, 3, mixing="mixer", length=20)
+    assert route(mixer) == "moments"
+    assert route(stack_of(64, 3).double(), x.double()) == "moments"
+    seen = []
+    handle = stack.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert route() == "moments"
+    assert seen == [(256, 20, 64), (144, 20, 64)]
+    handle.remove()
+    hooked = stack.blocks[1].register_forward_hook(lambda module, args, output: output * 2)
+    np.testing.assert_allclose(
+        rgfast.probe(stack, x, route="samples", **OPTIONS).dataset.effective_rank,
+        rgfast.probe(stack, x, route="moments", **OPTIONS).dataset.effective_rank,
+        rtol=1e-9,
+    )
+    hooked.remove()
+
+
+def test_a_stream_longer_than_the_limit_loses_nothing(monkeypatch):
+    monkeypatch.setattr(samples, "LIMIT", 300)
+    monkeypatch.setattr(samples, "_LEAST_FLOPS", 1e6)
+    stack, x = stack_of(64, 2), normal(500, 8, 64)
+    batches = iter(x.split(100))
+    result = rgfast.probe(stack, batches, **OPTIONS)
+    assert result.dataset.attrs["route"] == "moments"
+    assert int(result.dataset.n[0, 0]) == 500
+
+
+def test_refusals_name_the_reason(tmp_path):
+    stack, x = stack_of(16, 2), normal(50, 3, 16)
+    mixer = rgfast.ResidualStack(16, 2, mixing="mixer", length=3)
+
+    def refused(match, model=stack, batches=x, **options):
+        with pytest.raises(ValueError, match=match):
+            rgfast.probe(model, batches, **{"route": "samples", **OPTIONS, **options})
+
+    refused("route must be one of", route="fast")
+    refused("cannot be taken, since positions go separate ways", mixer)
+    refused("cannot be taken, since it knows views", groups=2)
+    refused("cannot be taken, since it knows views", views=None)
+    refused("cannot be taken, since it follows the whole stream", layers=["blocks.0", "blocks.1"])
+    refused("fewer than 4 sequences", batches=x[:3])
+    refused("fewer than 4 sequences", batches=[])
+    refused("the width of the stack", batches=normal(9, 3, 4))
+    refused("one fp32 tensor", batches=x.double())
+    refused("checkpoint: the route 'samples'", checkpoint=tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+    one, two = both(stack, x)
+    for a, b in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="probed by samples"):
+            a.merge(b)
+
+
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_nan_is_named_with_layer_and_position(pairs):
+    stack, x = stack_of(16, 3), normal(60, 11, 16)
+    with torch.no_grad():
+        stack.blocks[1].mlp.b2[3] = torch.nan
+    bad = x.clone()
+    with pytest.raises(ValueError, match=r"60 NaN or infinite values in layer 2 at position 0 \(blocks.1"):
+        rgfast.probe(stack, bad, route="samples", pairs=pairs, **OPTIONS)
+    stack, bad = stack_of(16, 3), x.clone()
+    bad[5, 7, 2] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"1 NaN or infinite values in layer 0 at position 7 \(blocks.0:input"
+    ):
+        rgfast.probe(stack, bad, route="samples", pairs=pairs, **OPTIONS)
+    rgfast.probe(stack, x, route="samples", **OPTIONS)  # nothing is left behind
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    stack, x = stack_of(48, 4), normal(300, 9, 48)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(rgfast.probe(stack, x, route="samples", pairs="all", **OPTIONS).dataset)
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name in other.data_vars:
+            np.testing.assert_array_equal(other[name], found[0][name])
+
+
+def test_a_saved_result_is_whole(tmp_path):
+    stack, x = stack_of(16, 2), normal(50, 3, 16)
+    result = rgfast.probe(stack, x, route="samples", **OPTIONS)
+    result.save(tmp_path / "run.nc")
+    again = rgfast.ProbeResult.load(tmp_path / "run.nc")
+    assert again.dataset.equals(result.dataset)
+    assert "by samples" in repr(again)
+    assert len(again.to_dataframe()) == len(result.to_dataframe())
