@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +16,11 @@ from rgfast.probing.batches import batch_rows, iterate
 from rgfast.probing.layers import LayerSpec
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.targets import TargetSpec
-from rgfast.probing.watch import MaskSpec, Probe
+from rgfast.probing.watch import MaskSpec, Probe, Route
 from rgfast.streaming import Pairs
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["probe"]
-
-Route = Literal["auto", "moments", "samples"]
 
 
 def probe(
@@ -90,13 +88,14 @@ def probe(
             values that moments lose, at up to 1.5 times the state and a few times the products of such a
             layer. By default for widths to 512, where ``memory`` allows; ``effective_rank_bound`` says what
             is known either way.
-        route: ``"moments"`` sums up second moments as the batches come; ``"samples"`` takes all rows of a
-            position through all layers at once and keeps nothing but its measures, in a fraction of the time.
-            It is for a :class:`ResidualStack` with ``mixing="none"`` in fp32 on the CPU,
-            ``views=["position"]``, ``pairs`` adjacent or all, and at most 4,096 sequences, without mask,
-            targets, groups, refine or checkpoint; its CKA and drift come from fp32 products (as those of
-            :func:`rgfast.cka_matrix`: within 1e-6, close neighbours from fp64 ones), and its result cannot be
-            merged. ``"auto"`` takes it where it can and the work is more than a moment's;
+        route: ``"moments"`` sums up second moments as the batches come. ``"samples"`` takes all rows of a
+            position at once, in a fraction of the time. It holds the rows of all layers until the end, but
+            for a :class:`ResidualStack` with ``mixing="none"``, which takes a few positions at a time through
+            all layers and has nothing held. It is for fp32 on the CPU, ``views=["position"]``, ``pairs``
+            adjacent or all, and at most 4,096 sequences, without mask, padding, targets, groups, refine or
+            checkpoint. CKA and drift then come from fp32 products (as those of :func:`rgfast.cka_matrix`:
+            within 1e-6, close neighbours from fp64 ones), and the result cannot be merged. ``"auto"`` takes
+            it where it can, the rows fit ``memory`` and the work is more than a moment's;
             ``result.dataset.attrs["route"]`` says which it was.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
@@ -131,15 +130,15 @@ def probe(
         memory=memory,
         views=views,
         refine=refine,
+        route="moments" if path is not None else route,
     )
     quiet = None if progress is None else not progress
     pieces = iterate(batches, batch_size)
-    if route != "moments" and path is None:
-        with tqdm(unit="position", desc="probe", disable=quiet) as bar:
-            result, taken = watched.by_samples(pieces, bar.update, asked=route == "samples")
-        if result is not None:
-            return result
-        pieces = chain(taken, pieces)
+    with tqdm(unit="position", desc="probe", disable=quiet, leave=False) as bar:
+        result, taken = watched.by_samples(pieces, bar.update)
+    if result is not None:
+        return result
+    pieces = chain(taken, pieces)
     with watched:
         model.eval()
         stream = enumerate(pieces, start=1)

@@ -21,7 +21,7 @@ from rgfast.probing.plan import Plan
 from rgfast.probing.rows import measure_rows
 from rgfast.stack import ResidualStack
 
-__all__ = ["LIMIT", "SampleState", "gather", "measured_by_samples"]
+__all__ = ["LIMIT", "SampleState", "at_once", "gather", "measured_by_samples", "worthwhile"]
 
 # More sequences than these are summed up as they come.
 LIMIT = 4096
@@ -42,38 +42,45 @@ class SampleState:
     masked: bool = False
 
 
+def worthwhile(plan: Plan, sequences: int) -> bool:
+    """Whether the products that moments of so many sequences take are felt, and all measures are defined."""
+    layers = len(plan.names)
+    pairs = 2 * layers if plan.pairs == "adjacent" else layers * (layers + 1) / 2
+    flops = 2.0 * sequences * len(plan.positions) * plan.widths[0] ** 2 * pairs
+    return sequences >= 4 and flops >= _LEAST_FLOPS
+
+
+def at_once(plan: Plan, sequences: int, memory: int) -> int:
+    """How many positions of all layers are alive at a time."""
+    bytes_each = len(plan.names) * sequences * plan.widths[0] * 4
+    return max(1, min(min(_TILE_BYTES, memory // 4) // bytes_each, -(-len(plan.positions) // _LEAST_TILES)))
+
+
 def gather(
-    model: Any, taps: Sequence[Tap], batches: Iterator[Any], adjacent: bool
-) -> tuple[Tensor | None, list[Any], str]:
-    """All batches as one ``[n, T, D]``, or None; those taken from ``batches``; and why not, if so."""
+    model: ResidualStack, taps: Sequence[Tap], batches: Iterator[Any]
+) -> tuple[Tensor | None, list[Any]]:
+    """All batches as one ``[n, T, D]``, or None where they are not few and alike; and what was taken."""
     taken: list[Any] = []
     parts: list[Tensor] = []
-    if not isinstance(model, ResidualStack) or model.mixing != "none":
-        return None, taken, "positions go separate ways in a ResidualStack with mixing='none' only"
     stream = ["blocks.0:input", *(f"blocks.{k}" for k in range(model.depth))]
     if [tap.name for tap in taps] != stream or model._forward_hooks or model._forward_pre_hooks:
-        return None, taken, "it follows the whole stream of a stack without other hooks"
+        return None, taken
     if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
-        return None, taken, "it is for fp32 on the CPU"
+        return None, taken
     n = 0
     for batch in batches:
         taken.append(batch)
         items = batch_items(batch)
         x = items[0] if len(items) == 1 else None
         if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu or x.dtype != torch.float32:
-            return None, taken, "every batch must be one fp32 tensor [B, T, D] on the CPU"
+            return None, taken
         if x.shape[2] != model.width or (parts and x.shape[1:] != parts[0].shape[1:]):
-            return None, taken, "batches must have one length and the width of the stack"
+            return None, taken
         parts += [x] if len(x) else []
         n += len(x)
         if n > LIMIT:
-            return None, taken, f"there are more than {LIMIT} sequences"
-    if n < 4:
-        return None, taken, "there are fewer than 4 sequences"
-    pairs = 2 * model.depth if adjacent else (model.depth + 1) * (model.depth + 2) / 2
-    if 2.0 * n * parts[0].shape[1] * model.width**2 * pairs < _LEAST_FLOPS:
-        return _end_to_end(parts), taken, "so small that moments cost nothing"
-    return _end_to_end(parts), taken, ""
+            return None, taken
+    return (_end_to_end(parts) if parts else None), taken
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
@@ -102,9 +109,6 @@ def measured_by_samples(
     Raises ValueError where a layer is not finite, naming it and the position.
     """
     parts: list[Measured] = []
-    bytes_each = (stack.depth + 1) * len(x) * x.shape[2] * x.element_size()
-    followed = len(plan.positions)
-    at_once = max(1, min(min(_TILE_BYTES, memory // 4) // bytes_each, -(-followed // _LEAST_TILES)))
 
     def take(first: int, states: Tensor) -> None:
         found = measure_rows(states, adjacent=plan.pairs == "adjacent", uncentred=uncentred)
@@ -113,9 +117,9 @@ def measured_by_samples(
         parts.append(found)
         advance(states.shape[1])
 
-    handle = stack.watch(take, at_once)
+    handle = stack.watch(take, at_once(plan, len(x), memory))
     try:
-        every = followed == x.shape[1]
+        every = len(plan.positions) == x.shape[1]
         stack((x if every else x[:, list(plan.positions)]).transpose(0, 1))
     finally:
         handle.remove()

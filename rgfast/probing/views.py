@@ -53,9 +53,7 @@ class ViewState:
         the ``flattened`` view meets sequences of another length.
         """
         batch = layers[0].shape[0]
-        aligned = len({x.shape[1] for x in layers}) == 1
-        for index, x in enumerate(layers):
-            self._check_finite(index, x, keep if aligned or x.shape[1] == layers[0].shape[1] else None)
+        self.check(layers, keep, self.sequences)
         length = layers[0].shape[1]
         if self._held and length > self.plan.length:
             self._note_longer()
@@ -73,6 +71,12 @@ class ViewState:
                     None if masked is None else masked[part],
                 )
         self.sequences += batch
+
+    def check(self, layers: Sequence[Tensor], keep: Tensor | None, seen: int) -> None:
+        """Raise ValueError where a layer of the batch after ``seen`` sequences is not finite."""
+        aligned = len({x.shape[1] for x in layers}) == 1
+        for index, x in enumerate(layers):
+            self._check_finite(index, x, keep if aligned or x.shape[1] == layers[0].shape[1] else None, seen)
 
     def _note_longer(self) -> None:
         rest = "count in the pooled view only" if "pooled" in self.plan.views else "are left out"
@@ -160,15 +164,15 @@ class ViewState:
             return found
         return torch.cat([found, found.new_zeros(found.shape[0], lacking, *found.shape[2:])], 1)
 
-    def _check_finite(self, index: int, x: Tensor, keep: Tensor | None) -> None:
+    def _check_finite(self, index: int, x: Tensor, keep: Tensor | None, seen: int) -> None:
         try:
             check_finite(x.transpose(0, 1), None if keep is None else keep.T, index)
         except NonFiniteError as error:
             where = f" at position {error.position[0]}" if x.shape[1] > 1 else ""
-            last = self.sequences + x.shape[0] - 1
+            last = seen + x.shape[0] - 1
             raise ValueError(
                 f"activations must be finite, got {error.count} NaN or infinite values in layer "
-                f"{index}{where} ({self.plan.names[index]}, sequences {self.sequences} to {last})"
+                f"{index}{where} ({self.plan.names[index]}, sequences {seen} to {last})"
             ) from error
 
     def moments(self, view: str) -> MomentAccumulator:

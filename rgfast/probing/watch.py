@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,25 +18,28 @@ from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.activations import as_rows, find_tensor
 from rgfast.probing.assemble import assemble
 from rgfast.probing.batches import Caller, batch_rows
+from rgfast.probing.held import HeldRows
 from rgfast.probing.layers import LayerSpec, Tap, resolve
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
 from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.samples import gather, measured_by_samples
+from rgfast.probing.samples import gather, measured_by_samples, worthwhile
 from rgfast.probing.targets import TargetSpec, make_targets
 from rgfast.probing.views import ViewState
 from rgfast.stack import ResidualStack
 from rgfast.streaming import Pairs, as_pairs, pair_keys
-from rgfast.validation import check_positive_int
+from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["MaskSpec", "Probe"]
+__all__ = ["MaskSpec", "Probe", "Route"]
 
 _FOLDS = 5
 
 # Sequences of our own stack that are taken through all its layers, and summed, at once: as many rows per
 # position as an accumulator sums in one product.
 _TILE = 128
+
+Route = Literal["auto", "moments", "samples"]
 
 _BY_SAMPLES = "by samples: CKA and drift to 1e-6, nothing kept to merge (route='moments' keeps it)"
 
@@ -111,7 +114,9 @@ class Probe:
         memory: str | int = "4GiB",
         views: Sequence[str] | None = None,
         refine: bool | None = None,
+        route: Route = "auto",
     ) -> None:
+        check_choice(route, "route", ("auto", "moments", "samples"))
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_positive_int(groups, "groups")
@@ -146,8 +151,24 @@ class Probe:
         self._copied, self._first = set(range(len(self._taps))), True
         self._handles: list[Any] = []
         self._batch: _Batch | None = None
+        self._route: Route = route
+        self._no_samples = self._why_no_samples()
+        if route == "samples" and self._no_samples:
+            raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
+        self._uncentred = any(name.endswith("uncentred") for name in self.measures)
+        self._held: HeldRows | None = None
+        self._tiled = False
         self._state: ViewState | None = None
         self._provenance: dict[str, Any] = {}
+
+    def _why_no_samples(self) -> str:
+        if self._route == "moments":
+            return "moments were asked for"
+        if self._mask is not None or self._targets or self._groups > 1 or self._refine is not None:
+            return "it knows no mask, targets, groups or refine"
+        if self._views != ["position"] or self._pairs not in ("adjacent", "all"):
+            return "it gives views=['position'] of adjacent or all pairs"
+        return ""
 
     @property
     def plan(self) -> Plan | None:
@@ -161,6 +182,7 @@ class Probe:
         self._grad = torch.is_grad_enabled()
         modules = dict(self.model.named_modules(remove_duplicate=False))
         stack = _stack_of(modules, self._taps)
+        self._tiled = stack is not None
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             if stack is not None:
@@ -217,42 +239,28 @@ class Probe:
         return self._caller(batch, entries, reserved)
 
     def by_samples(
-        self, batches: Iterator[Any], advance: Callable[[int], object], *, asked: bool
+        self, batches: Iterator[Any], advance: Callable[[int], object]
     ) -> tuple[ProbeResult | None, list[Any]]:
-        """The measures of all ``batches`` by the sample route, or None and the batches taken to find out.
+        """The measures of all ``batches`` of a stack without mixing, or None and the batches taken so far.
 
-        Raises ValueError, with the reason, where the route was ``asked`` for and cannot be taken.
+        Such a stack takes a few positions at a time through all its layers: nothing else is ever stored.
         """
-        near, x = self._pairs == "adjacent", None
-        taken: list[Any] = []
-        options = self._mask is None and not self._targets and self._groups == 1 and self._refine is None
-        if not options or self._views != ["position"] or not (near or self._pairs == "all"):
-            why = "it knows views=['position'], adjacent or all pairs, and no mask, targets, groups or refine"
-        else:
-            x, taken, why = gather(self.model, self._taps, batches, near)
-        if x is None or (why and not asked):
-            if asked:
-                raise ValueError(f"route: 'samples' cannot be taken, since {why}")
+        stack, taken = self.model, list[Any]()
+        if self._no_samples or not isinstance(stack, ResidualStack) or stack.mixing != "none":
             return None, taken
-        stack, names = self.model, [tap.name for tap in self._taps]
-        assert isinstance(stack, ResidualStack)
-        options_of_plan: Any = {"positions": self._positions, "views": self._views, "pairs": self._pairs}
-        plan = make_plan(
-            names,
-            [stack.width] * len(names),
-            x.shape[1],
-            **options_of_plan,
-            groups=1,
-            memory=sys.maxsize,
-            masked=False,
-            refine=False,
-        )
+        x, taken = gather(stack, self._taps, batches)
+        if x is None or len(x) < 4:
+            return None, taken
+        names, options = [tap.name for tap in self._taps], self._options_of_plan(False)
+        options |= {"memory": sys.maxsize, "refine": False}
+        plan = make_plan(names, [stack.width] * len(names), x.shape[1], **options)
+        if self._route == "auto" and not worthwhile(plan, len(x)):
+            return None, taken
         plan = replace(plan, notes=(_BY_SAMPLES,))
         self._announce(plan, f"{plan.what}, {_BY_SAMPLES}")
-        uncentred = any(name.endswith("uncentred") for name in self.measures)
         with torch.no_grad():
             state = measured_by_samples(
-                stack, x, plan, uncentred=uncentred, memory=self._memory, advance=advance
+                stack, x, plan, uncentred=self._uncentred, memory=self._memory, advance=advance
             )
         return ProbeResult(assemble(state, self.measures, self._provenance)), taken
 
@@ -261,6 +269,11 @@ class Probe:
 
         Raises ValueError for fewer than 2 sequences.
         """
+        held = self._held if self._held is not None and self._held.sequences >= 4 else None
+        if held is not None and (self._route == "samples" or held.worthwhile()):
+            state = held.measured(uncentred=self._uncentred)
+            return ProbeResult(assemble(state, self.measures, self._provenance))
+        self._release("there are fewer than 4 sequences")
         seen = 0 if self._state is None else self._state.sequences
         if self._state is None or seen < 2:
             raise ValueError(f"batches must hold at least 2 sequences in all, got n = {seen}")
@@ -276,6 +289,7 @@ class Probe:
 
         Raises RuntimeError before the first forward.
         """
+        self._release("a snapshot is of moments")
         if self._state is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")
         header = {
@@ -377,8 +391,29 @@ class Probe:
     def _add(self, rows: list[Tensor], batch: _Batch) -> None:
         if self._state is None:
             self._state = self._start(rows, batch.masked is not None, batch.targets)
+            if not self._no_samples and batch.masked is None:
+                plan = replace(self._state.plan, notes=(_BY_SAMPLES,))
+                self._held = HeldRows(plan, self._memory, copied=self._tiled)
+        if self._held is not None:
+            why = "positions are left out" if batch.keep is not None else self._held.refusal(rows)
+            if not why:
+                self._state.check(rows, None, self._held.sequences)
+                self._held.add(rows)
+                return
+            self._release(why)
         with torch.no_grad():
             self._state.update(rows, batch.keep, batch.masked, batch.targets)
+
+    def _release(self, why: str) -> None:
+        """Sum up what was held back, since it will not be measured at once: ``why``."""
+        held, self._held = self._held, None
+        if held is not None:
+            if self._route == "samples":
+                raise ValueError(f"route: 'samples' cannot be taken, since {why}")
+            assert self._state is not None
+            with torch.no_grad():
+                for rows in held.batches:
+                    self._state.update(rows, None, None)
 
     def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._batch is not None:
@@ -417,18 +452,23 @@ class Probe:
             [tap.name for tap in self._taps],
             [x.shape[2] for x in rows],
             rows[0].shape[1],
-            positions=self._positions,
-            views=self._views,
-            pairs=self._pairs,
-            groups=self._groups,
-            memory=self._memory,
-            masked=masked,
+            **self._options_of_plan(masked),
             aligned=len({x.shape[1] for x in rows}) == 1,
             targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
-            refine=self._refine,
         )
         self._announce(plan, str(plan))
         return ViewState(plan, masked=masked)
+
+    def _options_of_plan(self, masked: bool) -> dict[str, Any]:
+        return {
+            "positions": self._positions,
+            "views": self._views,
+            "pairs": self._pairs,
+            "groups": self._groups,
+            "memory": self._memory,
+            "masked": masked,
+            "refine": self._refine,
+        }
 
     def _announce(self, plan: Plan, text: str) -> None:
         if self._say:

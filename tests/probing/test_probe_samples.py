@@ -130,14 +130,15 @@ def test_when_it_is_taken(monkeypatch, tmp_path):
     assert route(groups=2) == "moments"
     assert route(pairs=[(0, 3)]) == "moments"
     assert route(checkpoint=tmp_path / "run.checkpoint") == "moments"
-    assert route(layers=["blocks.0", "blocks.1"]) == "moments"
-    mixer = rgfast.ResidualStack(64, 3, mixing="mixer", length=20)
-    assert route(mixer) == "moments"
+    assert route(memory="1MB") == "samples"  # nothing is held
+    assert route(layers=["blocks.0", "blocks.1"]) == "samples"
+    assert route(layers=["blocks.0", "blocks.1"], memory="3MB") == "moments"
+    assert route(rgfast.ResidualStack(64, 3, mixing="mixer", length=20)) == "samples"
     assert route(stack_of(64, 3).double(), x.double()) == "moments"
     seen = []
     handle = stack.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert route() == "moments"
-    assert seen == [(256, 20, 64), (144, 20, 64)]
+    assert route() == "samples"
+    assert seen == [(256, 20, 64), (144, 20, 64)]  # batches, not positions
     handle.remove()
     hooked = stack.blocks[1].register_forward_hook(lambda module, args, output: output * 2)
     np.testing.assert_allclose(
@@ -167,14 +168,16 @@ def test_refusals_name_the_reason(tmp_path):
             rgfast.probe(model, batches, **{"route": "samples", **OPTIONS, **options})
 
     refused("route must be one of", route="fast")
-    refused("cannot be taken, since positions go separate ways", mixer)
-    refused("cannot be taken, since it knows views", groups=2)
-    refused("cannot be taken, since it knows views", views=None)
-    refused("cannot be taken, since it follows the whole stream", layers=["blocks.0", "blocks.1"])
+    refused("cannot be taken, since it knows no mask", groups=2)
+    refused("cannot be taken, since it gives views", views=None)
+    refused("cannot be taken, since it gives views", pairs=[(0, 1)])
     refused("fewer than 4 sequences", batches=x[:3])
-    refused("fewer than 4 sequences", batches=[])
-    refused("the width of the stack", batches=normal(9, 3, 4))
-    refused("one fp32 tensor", batches=x.double())
+    refused("fewer than 4 sequences", mixer, x[:3])
+    refused("at least 2 sequences", batches=[])
+    refused("x must end in width 16", batches=normal(9, 3, 4))
+    refused("it is for fp32 on the CPU", stack_of(16, 2).double(), x.double())
+    refused("do not fit memory=", mixer, memory="20kB", positions=[1])
+    refused("every batch the same positions", stack, [x, x[:, :2]])
     refused("checkpoint: the route 'samples'", checkpoint=tmp_path / "c")
     assert not list(tmp_path.iterdir())
     one, two = both(stack, x)
@@ -186,6 +189,11 @@ def test_refusals_name_the_reason(tmp_path):
 @pytest.mark.parametrize("pairs", ["all", "adjacent"])
 def test_nan_is_named_with_layer_and_position(pairs):
     stack, x = stack_of(16, 3), normal(60, 11, 16)
+    mixer = rgfast.ResidualStack(16, 3, mixing="mixer", length=11)
+    late = x.clone()
+    late[40, 7, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"1 NaN .* in layer 0 at position 7 .*sequences 30 to 59"):
+        rgfast.probe(mixer, late.split(30), route="samples", pairs=pairs, **OPTIONS)
     with torch.no_grad():
         stack.blocks[1].mlp.b2[3] = torch.nan
     bad = x.clone()
@@ -212,6 +220,93 @@ def test_the_same_bits_on_any_number_of_threads():
     for other in found[1:]:
         for name in other.data_vars:
             np.testing.assert_array_equal(other[name], found[0][name])
+
+
+class Foreign(torch.nn.Module):
+    """A stack of residual blocks that knows nothing of us; ``inplace`` adds to the stream where it lies."""
+
+    def __init__(self, width, depth, inplace=False):
+        super().__init__()
+        torch.manual_seed(3)
+        self.blocks = torch.nn.ModuleList(Block(width, inplace) for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width, inplace):
+        super().__init__()
+        self.mlp = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, width))
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x.add_(self.mlp(x)) if self.inplace else x + self.mlp(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_rows_of_any_model_are_held(pairs, inplace):
+    model, x = Foreign(24, 3, inplace), normal(300, 5, 24)
+    layers = ["blocks.0:input", "blocks.0", "blocks.1", "blocks.2"]
+    found = [
+        rgfast.probe(
+            model, [part.clone() for part in x.split(70)], route=route, layers=layers, pairs=pairs, **OPTIONS
+        ).dataset
+        for route in ("samples", "moments")
+    ]
+    for name in ("effective_rank", "stable_rank", "singular_values", "cka", "kernel_drift", "kernel_change"):
+        np.testing.assert_allclose(found[0][name], found[1][name], atol=1e-6, err_msg=name)
+
+
+class Reusing(Foreign):
+    """Writes every forward's output over the last one's."""
+
+    def __init__(self, width, depth):
+        super().__init__(width, depth)
+        self.kept = torch.nn.Identity()
+        self.place = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.place = y.clone() if self.place is None else self.place.copy_(y)
+        return self.kept(self.place)
+
+
+def test_outputs_that_the_model_writes_over_are_copied():
+    model, x = Reusing(24, 2), normal(300, 5, 24)
+    options = {"layers": ["blocks.0", "blocks.1", "kept"], **OPTIONS}
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            model.place = None
+            found = [rgfast.probe(model, x.split(60), route=r, **options) for r in ("samples", "moments")]
+        a, b = (result.dataset.effective_rank for result in found)
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def test_what_was_held_is_summed_up_where_it_grows_too_long(monkeypatch):
+    monkeypatch.setattr(samples, "LIMIT", 250)
+    model = rgfast.ResidualStack(24, 3, mixing="mixer", length=5, w2_scale=0.5)
+    x = normal(300, 5, 24)
+    found = [rgfast.probe(model, x.split(70), route=r, **OPTIONS) for r in ("auto", "moments")]
+    assert found[0].dataset.equals(found[1].dataset)
+    assert found[0].merge(found[1]).dataset.attrs["sequences"] == 600
+
+
+def test_a_loop_of_ones_own_may_ask_in_between():
+    model = rgfast.ResidualStack(24, 3, mixing="mixer", length=5, w2_scale=0.5)
+    x = normal(300, 5, 24)
+    with rgfast.Probe(model, route="samples", **OPTIONS) as p, torch.no_grad():
+        model(x[:100])
+        first = p.result()
+        model(x[100:])
+        second = p.result()
+    want = rgfast.probe(model, x, route="moments", **OPTIONS).dataset
+    assert [r.dataset.attrs["sequences"] for r in (first, second)] == [100, 300]
+    np.testing.assert_allclose(second.dataset.effective_rank, want.effective_rank, rtol=1e-9)
+    np.testing.assert_allclose(second.dataset.kernel_drift, want.kernel_drift, atol=1e-6)
 
 
 def test_a_saved_result_is_whole(tmp_path):
