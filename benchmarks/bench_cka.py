@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,131 +32,32 @@ from torch import Tensor
 
 import rgfast
 from rgfast import native
-from rgfast.ops.cka import reference
+from rgfast.bench import cka as bench
+from rgfast.bench.timing import WrongResult, hold
 
 os.environ.setdefault("RGFAST_STRICT", "1")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Layers ``[L, T, n, d]``; all pairs, or neighbours only."""
-
-    layers: int
-    positions: int
-    samples: int
-    width: int
-    adjacent: bool
-    targets: dict[tuple[str, str], float]
-
-    def data(self) -> Tensor:
-        """A residual stream: every layer adds to the one before, on top of an offset."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.positions, self.samples, self.width)
-        out = torch.empty(self.layers, *shape)
-        out[0] = torch.randn(shape, generator=generator) + 3.0
-        for layer in range(1, self.layers):
-            torch.randn(shape, generator=generator, out=out[layer])
-            out[layer].mul_(0.5).add_(out[layer - 1])
-        return out
-
-
-CASES = {
-    "deep": Case(
-        24,
-        1,
-        256,
-        512,
-        False,
-        {
-            ("single", "gram+einsum"): 2.5,
-            ("double", "gram+einsum"): 1.7,
-            ("single", "pytorch-cka"): 4.0,
-            ("double", "pytorch-cka"): 2.0,
-            ("single", "pair loop"): 60.0,
-            ("double", "pair loop"): 60.0,
-        },
-    ),
-    "positions": Case(
-        7,
-        64,
-        1024,
-        64,
-        False,
-        {("auto", "gram+einsum"): 10.0, ("auto", "pytorch-cka"): 14.0, ("auto", "pair loop"): 4.0},
-    ),
-    "adjacent": Case(
-        49,
-        16,
-        1024,
-        256,
-        True,
-        {("auto", "gram+einsum"): 4.0, ("auto", "pytorch-cka"): 6.0, ("auto", "pair loop"): 1.4},
-    ),
+TARGETS: dict[str, dict[tuple[str, str], float]] = {
+    "deep": {
+        ("single", "gram+einsum"): 2.5,
+        ("double", "gram+einsum"): 1.7,
+        ("single", "pytorch-cka"): 4.0,
+        ("double", "pytorch-cka"): 2.0,
+        ("single", "pair loop"): 60.0,
+        ("double", "pair loop"): 60.0,
+    },
+    "positions": {
+        ("auto", "gram+einsum"): 10.0,
+        ("auto", "pytorch-cka"): 14.0,
+        ("auto", "pair loop"): 4.0,
+    },
+    "adjacent": {
+        ("auto", "gram+einsum"): 4.0,
+        ("auto", "pytorch-cka"): 6.0,
+        ("auto", "pair loop"): 1.4,
+    },
 }
-
-
-def gram_einsum(layers: Tensor, adjacent: bool) -> Tensor:
-    """All Grams of a position, centred, then vec(K)·vec(K)ᵀ: what one writes first."""
-    out = []
-    for x in layers.unbind(1):
-        k = x @ x.mT
-        k = k - k.mean(-1, keepdim=True) - k.mean(-2, keepdim=True) + k.mean((-2, -1), keepdim=True)
-        if adjacent:
-            norm = torch.einsum("aij,aij->a", k, k).sqrt()
-            out.append(torch.einsum("aij,aij->a", k[1:], k[:-1]) / (norm[1:] * norm[:-1]))
-        else:
-            cross = torch.einsum("aij,bij->ab", k, k)
-            norm = cross.diagonal().sqrt()
-            out.append(cross / (norm[:, None] * norm))
-    return torch.stack(out)
-
-
-def pair_loop(layers: Tensor, adjacent: bool) -> Tensor:
-    """Every pair on its own, as ‖xᵀy‖²/(‖xᵀx‖‖yᵀy‖)."""
-    count = len(layers)
-    pairs = [(i, i + 1) for i in range(count - 1)]
-    if not adjacent:
-        pairs = [(i, j) for i in range(count) for j in range(count)]
-    out = []
-    for x in layers.unbind(1):
-        x = x - x.mean(-2, keepdim=True)
-        row = []
-        for i, j in pairs:
-            cross = (x[i].mT @ x[j]).square().sum()
-            row.append(cross / ((x[i].mT @ x[i]).norm() * (x[j].mT @ x[j]).norm()))
-        out.append(torch.stack(row))
-    return torch.stack(out)
-
-
-def peer() -> Callable[[Tensor, bool], Tensor] | None:
-    try:
-        from cka.cka import cka_from_features
-    except ImportError:
-        return None
-    return lambda layers, adjacent: torch.stack([cka_from_features(x, x) for x in layers.unbind(1)])
-
-
-def ours(precision: str | None) -> Callable[[Tensor, bool], Tensor]:
-    def call(layers: Tensor, adjacent: bool) -> Tensor:
-        if adjacent:
-            return 1.0 - rgfast.kernel_drift(layers, precision=precision, impl="native")
-        return rgfast.cka_matrix(layers, debiased=False, precision=precision, impl="native")
-
-    return call
-
-
-def check(case: Case, layers: Tensor, call: Callable[[Tensor, bool], Tensor], bound: float) -> None:
-    """Raise unless the first position is right to ``bound``."""
-    part = layers[:, :1]
-    got = call(part, case.adjacent)[0]
-    xs = [x[0] for x in part]
-    if case.adjacent:
-        expected = 1.0 - reference.drift(xs, debiased=False)
-    else:
-        expected = reference.matrix(xs, None, debiased=False)
-    error = float((got - expected).abs().max())
-    if not error <= bound:
-        raise SystemExit(f"values are off by {error:.2e}, more than {bound:.0e}: nothing is timed")
 
 
 def peak_megabytes() -> float:
@@ -212,24 +113,24 @@ def stream(samples: int) -> None:
 
 
 def run(
-    name: str, case: Case, rounds: int, clock: Callable[[], float]
+    name: str, case: bench.Case, rounds: int, clock: Callable[[], float]
 ) -> list[tuple[str, str, float, float, float, float]]:
     """(ours, peer, ratio of medians, least and largest ratio of a round, target or NaN)."""
     layers = case.data()
     calls: dict[str, Callable[[Tensor, bool], Tensor]] = {
-        "auto": ours(None),
-        "single": ours("single"),
-        "double": ours("double"),
-        "gram+einsum": gram_einsum,
-        "pair loop": pair_loop,
+        "auto": bench.ours(None, "native"),
+        "single": bench.ours("single", "native"),
+        "double": bench.ours("double", "native"),
+        "gram+einsum": bench.gram_einsum,
+        "pair loop": bench.pair_loop,
     }
-    found = peer()
+    found = bench.peer()
     if found is None:
         print(f"{name}: pytorch-cka is not installed, skipped")
     else:
         calls["pytorch-cka"] = found
     for kind, bound in (("auto", 1e-6), ("single", 1e-6), ("double", 1e-10)):
-        check(case, layers, calls[kind], bound)
+        hold(bench.check(layers[:, :1], calls[kind], case.adjacent, bound))
     seconds: dict[str, list[float]] = {kind: [] for kind in calls}
     order = list(calls)
     for turn in range(rounds + 1):
@@ -237,21 +138,21 @@ def run(
             begin = clock()
             calls[kind](layers, case.adjacent)
             seconds[kind].append(clock() - begin)
-    rows = []
+    rows: list[tuple[str, str, float, float, float, float]] = []
     for kind in ("single", "double", "auto"):
         for other in ("gram+einsum", "pytorch-cka", "pair loop"):
             if other in calls:
                 mine, theirs = seconds[kind][1:], seconds[other][1:]
                 each = [b / a for a, b in zip(mine, theirs, strict=True)]
                 ratio = statistics.median(theirs) / statistics.median(mine)
-                target = case.targets.get((kind, other), float("nan"))
+                target = TARGETS[name].get((kind, other), float("nan"))
                 rows.append((kind, other, ratio, min(each), max(each), target))
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--case", nargs="+", choices=[*CASES, "stream"], default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=[*bench.CASES, "stream"], default=list(bench.CASES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--positions", type=int, default=None)
@@ -269,11 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         if name == "stream":
             stream(options.samples)
             continue
-        case = CASES[name]
+        case = bench.CASES[name]
         if options.positions is not None:
             case = replace(case, positions=min(case.positions, options.positions))
-        pairs = "neighbours" if case.adjacent else "all pairs"
-        print(f"\n{name}: L={case.layers} T={case.positions} n={case.samples} d={case.width}, {pairs}\n")
+        print(f"\n{name}: {case}\n")
         print("| products | over | ratio | rounds | aim |")
         print("|---|---|---|---|---|")
         for kind, other, ratio, least, most, target in run(name, case, options.rounds, clock):
@@ -283,4 +183,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except WrongResult as error:
+        sys.exit(str(error))

@@ -19,18 +19,15 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import rgfast
 from rgfast import native
+from rgfast.bench import residual_mlp as block
+from rgfast.bench.timing import WrongResult, hold, turns
 
-UNIT = 2.0**-24
 PINNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 # share of the bare products, forward over eager, over torch.compile, forward + backward over eager
 TARGETS = {
@@ -43,58 +40,6 @@ TARGETS = {
     4096: (1.05, 1.05, 1.0, 1.0),
 }
 
-Leaves = tuple[Tensor, ...]
-
-
-def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    normed = F.layer_norm(x, (x.shape[-1],), weight, bias)
-    return x + F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)
-
-
-def ours(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return rgfast.residual_mlp(x, w1, b1, w2, b2, norm_weight=weight, norm_bias=bias)
-
-
-def leaves(rows: int, d: int) -> Leaves:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    h = 4 * d
-    return (
-        draw(rows, d),
-        draw(h, d) / d**0.5,
-        0.1 * draw(h),
-        draw(d, h) / h**0.5,
-        0.1 * draw(d),
-        1 + 0.1 * draw(d),
-        0.1 * draw(d),
-    )
-
-
-def gate(tensors: Leaves) -> None:
-    """End the run unless the result is within 2x eager's own error + 4u."""
-    some = (tensors[0][:256], *tensors[1:])
-    truth = eager(*(t.double() for t in some))
-    error = (ours(*some).double() - truth).norm().item()
-    limit = 2 * (eager(*some).double() - truth).norm().item() + 4 * UNIT * truth.norm().item()
-    if not error <= limit:
-        sys.exit(f"wrong result: error {error:.3g}, allowed {limit:.3g}; nothing was timed")
-
-
-def turns(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    for run in candidates.values():
-        run()
-    spent: dict[str, list[float]] = {name: [] for name in candidates}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(spent.values()))) < 5:
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(time.perf_counter() - start)
-    return spent
-
 
 def ratio(spent: dict[str, list[float]], over: str, under: str) -> tuple[float, float, float]:
     """Median over median, with the quartiles of the turn-by-turn ratios."""
@@ -103,44 +48,28 @@ def ratio(spent: dict[str, list[float]], over: str, under: str) -> tuple[float, 
     return statistics.median(spent[over]) / statistics.median(spent[under]), low, high
 
 
-def measure(d: int, rows: int, seconds: float, compiled: bool) -> dict[str, tuple[float, float, float]]:
-    tensors = leaves(rows, d)
-    gate(tensors)
-    x, w1, _, w2, *_ = tensors
-    h, y = torch.empty(rows, 4 * d), torch.empty(rows, d)
-
-    def bare() -> None:
-        torch.mm(x, w1.t(), out=h)
-        torch.mm(h, w2.t(), out=y)
-
+def measure(d: int, rows: int, seconds: float, with_compile: bool) -> dict[str, tuple[float, float, float]]:
+    tensors = block.leaves(rows, d)
+    hold(block.check(tensors))
     candidates: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours(*tensors),
-        "eager": lambda: eager(*tensors),
-        "bare": bare,
+        "ours": lambda: block.ours(*tensors),
+        "eager": lambda: block.eager(*tensors),
+        "bare": block.bare(tensors),
     }
-    if compiled:
-        graph = torch.compile(eager)
+    if with_compile:
         try:
-            with torch.no_grad():
-                graph(*tensors)
-        except Exception as error:  # a missing compiler has as many types as there are backends
-            print(f"torch.compile skipped at D={d}: {type(error).__name__}", file=sys.stderr)
-            compiled = False
+            graph = block.compiled(tensors)
+        except RuntimeError as error:
+            print(f"torch.compile skipped at D={d}: {error}", file=sys.stderr)
         else:
             candidates["compile"] = lambda: graph(*tensors)
     with torch.no_grad():
-        spent = turns(candidates, seconds)
+        spent = turns(candidates, seconds, least=5)
     found = {"share of bare": ratio(spent, "ours", "bare"), "over eager": ratio(spent, "eager", "ours")}
-    if compiled:
+    if "compile" in spent:
         found["over compile"] = ratio(spent, "compile", "ours")
-
-    trained = tuple(t.clone().requires_grad_() for t in tensors)
-
-    def step(block: Callable[..., Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(block(*trained), trained, x)
-
-    spent = turns({"ours": step(ours), "eager": step(eager)}, seconds)
-    found["forward+backward over eager"] = ratio(spent, "eager", "ours")
+    steps = {"ours": block.step(block.ours, tensors), "eager": block.step(block.eager, tensors)}
+    found["forward+backward over eager"] = ratio(turns(steps, seconds, least=5), "eager", "ours")
     return found
 
 
@@ -208,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WrongResult as error:
+        sys.exit(str(error))

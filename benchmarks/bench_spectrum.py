@@ -14,9 +14,7 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +23,12 @@ from torch import Tensor
 
 import rgfast
 from rgfast import native
+from rgfast.bench.spectrum import batch_of, check_eigenvalues, check_ranks, svd_rank, symmetric
+from rgfast.bench.timing import WrongResult, hold, threads, turns
 
 TARGET_FP64 = {8: 8, 16: 8, 17: 8, 32: 8, 33: 8, 48: 8, 64: 8, 128: 6, 256: 4, 512: 2, 1024: 2}
 TARGET_FP32 = {8: 14, 16: 14, 17: 14, 32: 14, 33: 10, 48: 10, 64: 10, 128: 8, 256: 6, 512: 2, 1024: 2}
 TARGET_RANK = {8: 20, 16: 20, 17: 20, 32: 20, 33: 20, 48: 20, 64: 15, 128: 11, 256: 6.5, 512: 4.5, 1024: 3.5}
-
-
-@contextmanager
-def threads(count: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds of each candidate, taken in turns for about `seconds` (at least three rounds)."""
-    for run in candidates.values():
-        run()
-    spent: dict[str, list[float]] = {name: [] for name in candidates}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(spent.values()))) < 3:
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in spent.items()}
 
 
 def against_torch(
@@ -70,51 +46,24 @@ def against_torch(
     candidates: dict[str, Callable[[], object]] = {"ours": with_threads(all_threads, ours)}
     for count in sorted({1, all_threads}):
         candidates[f"torch {count}"] = with_threads(count, theirs)
-    took = interleaved(candidates, seconds)
+    took = {name: statistics.median(spent) for name, spent in turns(candidates, seconds).items()}
     return took.pop("ours"), min(took.values())
-
-
-def batch_of(d: int) -> int:
-    return 64 if d < 512 else 8
-
-
-def symmetric(batch: int, d: int, dtype: torch.dtype) -> Tensor:
-    a = torch.randn(batch, d, d, dtype=torch.float64)
-    return (a + a.mT).to(dtype)
-
-
-def check_eigenvalues(a: Tensor, values: Tensor) -> None:
-    want = torch.linalg.eigvalsh(a.double())
-    # The comparison value errs too when it is of the same precision.
-    allowed = max(50, a.shape[-1] / 2) * torch.finfo(a.dtype).eps / 2 * (2 if a.dtype == torch.float64 else 1)
-    worst = float(((values.double() - want).abs().amax(-1) / want.abs().amax(-1)).max())
-    if not worst <= allowed:
-        sys.exit(f"eigvalsh at d={a.shape[-1]}: error {worst:.2e} of the norm, allowed {allowed:.2e}")
 
 
 def bench_eigvalsh(
     d: int, dtype: torch.dtype, batch: int, seconds: float, all_threads: int
 ) -> tuple[float, float]:
     a = symmetric(batch, d, dtype)
-    check_eigenvalues(a, rgfast.eigvalsh(a))
+    hold(check_eigenvalues(a))
     ours, theirs = against_torch(
         lambda: rgfast.eigvalsh(a), lambda: torch.linalg.eigvalsh(a), seconds, all_threads
     )
     return ours / batch, theirs / batch
 
 
-def svd_rank(x: Tensor) -> Tensor:
-    sigma = torch.linalg.svdvals(x - x.mean(-2, keepdim=True))
-    p = sigma / sigma.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1).exp()
-
-
 def bench_rank(d: int, batch: int, seconds: float, all_threads: int) -> tuple[float, float]:
     x = torch.randn(batch, 4 * d, d)
-    want = svd_rank(x[:4].double())
-    worst = float(((rgfast.effective_rank(x[:4]) - want).abs() / want).max())
-    if not worst <= 1e-6:
-        sys.exit(f"effective_rank at d={d}: relative error {worst:.2e}, allowed 1e-6")
+    hold(check_ranks(x[:4]))
     ours, theirs = against_torch(lambda: rgfast.effective_rank(x), lambda: svd_rank(x), seconds, all_threads)
     return ours / batch, theirs / batch
 
@@ -256,4 +205,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WrongResult as error:
+        sys.exit(str(error))

@@ -16,6 +16,7 @@ __all__ = ["build_parser", "main"]
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
+    from rgfast.commands.bench import add_bench
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
     from rgfast.commands.probe import add_probe
@@ -37,6 +38,7 @@ def build_parser() -> Parser:
     add_reproduce(commands)
     add_studies(commands)
     add_report(commands)
+    add_bench(commands)
     add_info(commands)
     add_completion(commands)
     return parser

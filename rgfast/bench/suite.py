@@ -1,0 +1,151 @@
+"""All benchmarks in one go: the gate, then the contests, one table and one JSON document."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import rgfast
+from rgfast.bench import cka, probe, residual_mlp, spectrum
+from rgfast.bench.timing import Checked, Row, WrongResult, run_contest
+from rgfast.dispatch import FallbackWarning
+from rgfast.environment import facts
+
+__all__ = ["BENCHMARKS", "Report", "check_all", "devices", "run"]
+
+BENCHMARKS: dict[str, ModuleType] = {
+    "spectrum": spectrum,
+    "cka": cka,
+    "residual_mlp": residual_mlp,
+    "probe": probe,
+}
+_HEAD = ("benchmark", "case", "device", "impl", "against", "times faster", "spread", "ours, ms", "theirs, ms")
+
+
+@dataclass
+class Report:
+    """What was checked, timed and skipped, and on which machine."""
+
+    command: str
+    quick: bool
+    machine: dict[str, Any] = field(default_factory=facts)
+    gate: list[Checked] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def green(self) -> bool:
+        """Whether every value was right."""
+        return all(check.good for check in self.gate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            "format": "rgfast.bench/1",
+            "command": self.command,
+            "quick": self.quick,
+            "machine": self.machine,
+            "green": self.green,
+            "gate": [{**asdict(check), "good": check.good} for check in self.gate],
+            "rows": [asdict(row) for row in self.rows],
+            "skipped": self.skipped,
+        }
+
+    def head(self) -> str:
+        """A sentence on the machine and on how to read the table."""
+        found = self.machine
+        native = found["native"]["active"] or f"none ({found['native']['absent']})"
+        gpus = f", {', '.join(found['gpus'])}" if found["gpus"] else ""
+        return (
+            f"`{self.command}`: {found['cpu']}{gpus}, compiled kernels {native}, {found['threads']} threads, "
+            f"torch {found['versions']['torch']}, rgfast {found['versions']['rgfast']}. Medians of calls in "
+            "turns in one process, each value checked against fp64 first; below 1 the other is faster."
+        )
+
+    def markdown(self) -> str:
+        """The table, with its head and what was skipped."""
+        lines = [self.head(), "", table_line(_HEAD), table_line(["---"] * len(_HEAD))]
+        lines += [row_line(row) for row in self.rows]
+        lines += [""] * bool(self.skipped) + [
+            f"- skipped: {name} {why}" for name, why in self.skipped.items()
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def devices() -> list[str]:
+    """Where the cases run: the CPU, and a GPU where torch finds one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def check_all(report: Report, only: Sequence[str], tell: Callable[[str], object]) -> None:
+    """Fill the report's gate; every check is told."""
+    for name in only:
+        for device in devices():
+            with _quiet(device):
+                for check in BENCHMARKS[name].gate(device):
+                    report.gate.append(check)
+                    tell(f"{'ok ' if check.good else 'RED'} {name} on {device}: {check}")
+
+
+def run(
+    report: Report, only: Sequence[str], *, seconds: float, tell: Callable[[str], object]
+) -> Iterator[Row]:
+    """Time everything, a row at a time; rows and what was skipped go into the report as well.
+
+    A value that turns out wrong on a case's own data goes into the gate as red, and ends it.
+    """
+    for name in only:
+        for device in devices():
+            with _quiet(device):
+                for contest in BENCHMARKS[name].contests(device, report.quick):
+                    for rival, why in contest.skipped.items():
+                        if rival not in report.skipped:
+                            tell(f"skipped: {rival} {why}")
+                        report.skipped[rival] = why
+                    with rgfast.record() as log:
+                        contest.ours()
+                    impl = ", ".join(sorted({entry.impl for entry in log})) or "torch"
+                    try:
+                        rows = run_contest(name, contest, seconds, impl=impl, device=device)
+                    except WrongResult as error:
+                        report.gate.append(error.check)
+                        return
+                    report.rows += rows
+                    yield from rows
+
+
+def row_line(row: Row) -> str:
+    """A row of the table."""
+    return table_line(
+        (
+            row.benchmark,
+            row.case,
+            row.device,
+            row.impl,
+            row.against,
+            f"{row.times_faster:.2f}",
+            f"{row.low:.2f} to {row.high:.2f}",
+            f"{1e3 * row.seconds:.3g}",
+            f"{1e3 * row.rival_seconds:.3g}",
+        )
+    )
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """Cells as a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+@contextlib.contextmanager
+def _quiet(device: str) -> Iterator[None]:
+    """On a GPU the reference is what is timed, and the table says so: no warning that it was taken."""
+    with warnings.catch_warnings():
+        if device != "cpu":
+            warnings.simplefilter("ignore", FallbackWarning)
+        yield

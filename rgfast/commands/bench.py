@@ -1,0 +1,110 @@
+"""``rgfast bench``: what is how fast on this machine, after a check that it is right."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rgfast.commands.errors import DONE, FAILED
+from rgfast.commands.parser import add_json, print_json
+
+__all__ = ["add_bench"]
+
+_NAMES = ("spectrum", "cka", "residual_mlp", "probe")
+
+
+def add_bench(commands: Any) -> None:
+    """Add the subcommand to ``commands`` (what ``add_subparsers`` returned)."""
+    bench = commands.add_parser(
+        "bench",
+        help="check every op against the truth, then time it on this machine",
+        description="First a correctness gate: every op on small inputs against fp64 truth. Where\n"
+        "a value is wrong nothing is timed, and the exit code is 1. Then each case in\n"
+        "turns with its rivals in one process: plain PyTorch, and pytorch-cka and\n"
+        "torch.compile where they are there (else skipped by name). On a GPU, where\n"
+        "there is one, the same cases run once more.\n\n"
+        "Prints one Markdown table, the cases where we lose included, and leaves it in\n"
+        "DIR as bench.md, and as bench.json with versions, instruction set and threads.\n\n"
+        "benchmarks:\n"
+        "  spectrum      eigvalsh in both precisions, effective_rank\n"
+        "  cka           CKA of all pairs and of neighbours\n"
+        "  residual_mlp  the residual block, forward and backward\n"
+        "  probe         a whole probe against a forward that measures nothing",
+        epilog="examples:\n"
+        "  rgfast bench --quick\n"
+        "  rgfast bench --only cka probe --threads 1 --out runs/bench-one\n"
+        "  RGFAST_ISA=avx2 rgfast bench --json > bench.json",
+    )
+    bench.add_argument("--quick", action="store_true", help="few and small cases: under two minutes")
+    bench.add_argument(
+        "--only", nargs="+", choices=_NAMES, metavar="NAME", help=f"{', '.join(_NAMES)} (default: all)"
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's own number)")
+    bench.add_argument(
+        "--seconds", type=float, metavar="S", help="time for each case (default: 1.5, with --quick 0.5)"
+    )
+    bench.add_argument(
+        "--out", metavar="DIR", default="runs/bench", help="output folder (default: runs/bench)"
+    )
+    add_json(bench, "the JSON document")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    from rgfast.bench import suite
+    from rgfast.bench.timing import threads
+    from rgfast.files import as_json, write_text
+    from rgfast.validation import check_positive_int
+
+    if args.threads is not None:
+        check_positive_int(args.threads, "threads")
+    seconds = (0.5 if args.quick else 1.5) if args.seconds is None else args.seconds
+    if not 0 < seconds < 3600:
+        raise ValueError(f"seconds must lie between 0 and 3600, got {seconds:g}")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, and {out} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    only = tuple(name for name in _NAMES if args.only is None or name in args.only)
+
+    with threads(args.threads or torch.get_num_threads()):
+        report = suite.Report(shlex.join(["rgfast", "bench", *_said(args)]), args.quick)
+        suite.check_all(report, only, _aside)
+        if report.green:
+            if not args.json:
+                print("\n".join(report.markdown().splitlines()[:4]), flush=True)
+            try:
+                for row in suite.run(report, only, seconds=seconds, tell=_aside):
+                    if not args.json:
+                        print(suite.row_line(row), flush=True)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("nothing was written") from None
+    write_text(out / "bench.json", as_json(report.to_dict()))
+    if report.green:
+        write_text(out / "bench.md", report.markdown())
+    if args.json:
+        print_json(report.to_dict())
+    if not report.green:
+        red = "; ".join(str(check) for check in report.gate if not check.good)
+        _aside(f"rgfast: the correctness gate is red, so nothing more is timed: {red}")
+        return FAILED
+    _aside(f"\nwritten to {out}: bench.md bench.json")
+    return DONE
+
+
+def _said(args: argparse.Namespace) -> list[str]:
+    """The options that decide what is measured, as they were given."""
+    words = ["--quick"] if args.quick else []
+    words += ["--only", *args.only] if args.only else []
+    words += ["--threads", str(args.threads)] if args.threads else []
+    return words + (["--seconds", f"{args.seconds:g}"] if args.seconds else [])
+
+
+def _aside(line: str) -> None:
+    """What is no part of the result goes to stderr."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,199 @@
+import json
+import math
+
+import pytest
+import torch
+
+import rgfast
+from rgfast import cli
+from rgfast.bench import suite
+from rgfast.bench.timing import Checked, Contest, WrongResult, ratio, run_contest, turns
+from rgfast.commands import errors
+from rgfast.environment import versions
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checks():
+    """The whole gate, and which ops ran in it."""
+    with rgfast.record() as log:
+        found = {name: list(module.gate("cpu")) for name, module in suite.BENCHMARKS.items()}
+    return found, {entry.op for entry in log}
+
+
+def test_the_gate_is_green_and_holds_every_op(checks):
+    found, ran = checks
+    assert all(check.good for each in found.values() for check in each), found
+    assert ran == set(rgfast.dispatch.registered())
+
+
+# What to break, and the first benchmark whose gate must see it.
+BREAKS = {
+    "eigvalsh": "spectrum",
+    "effective_rank": "spectrum",
+    "singular_values": "spectrum",
+    "participation_ratio": "spectrum",
+    "stable_rank": "spectrum",
+    "rank_measures_from_moment": "spectrum",
+    "cka_matrix": "cka",
+    "kernel_drift": "cka",
+    "cka": "cka",
+    "residual_mlp": "residual_mlp",
+    "residual_stack": "residual_mlp",
+}
+
+
+def slightly_wrong(function):
+    def call(*args, **kwargs):
+        found = function(*args, **kwargs)
+        if not isinstance(found, torch.Tensor):
+            return type("Off", (), {"effective_rank": found.effective_rank * (1 + 1e-5)})
+        return found * (1 + 1e-5)
+
+    return call
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_gate_sees_an_error_of_a_hundred_thousandth(name, monkeypatch):
+    monkeypatch.setattr(rgfast, name, slightly_wrong(getattr(rgfast, name)))
+    assert not all(check.good for check in suite.BENCHMARKS[BREAKS[name]].gate("cpu"))
+
+
+def test_the_gate_sees_a_wrong_probe(monkeypatch):
+    from rgfast.bench import probe
+
+    def off(model, x):
+        found = original(model, x)
+        found.dataset["effective_rank"] *= 1.001
+        found.dataset["cka_biased"] *= 0.999
+        return found
+
+    original = probe.probed
+    monkeypatch.setattr(probe, "probed", off)
+    assert not any(check.good for check in probe.gate("cpu"))
+
+
+def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rgfast, "residual_stack", slightly_wrong(rgfast.residual_stack))
+    monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("something was timed"))
+    words = ["bench", "--quick", "--only", "residual_mlp", "--out", str(tmp_path)]
+    assert cli.main(words) == errors.FAILED
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "RED residual_mlp on cpu: residual_stack" in told.err
+    assert "the correctness gate is red" in told.err.splitlines()[-1]
+    document = json.loads((tmp_path / "bench.json").read_text(), parse_constant=pytest.fail)
+    assert document["green"] is False
+    assert document["rows"] == []
+    assert not (tmp_path / "bench.md").exists()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two cases of a millisecond in place of the benchmarks', behind the true gate of one."""
+
+    def contests(device, quick):
+        assert device == "cpu"
+        x = torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(0))
+        yield Contest(
+            "small",
+            lambda: rgfast.effective_rank(x),
+            {"one": (lambda: x.sum(), lambda: x.mean()), "two": (lambda: x.sum(),)},
+            (lambda: Checked("small", 0.0, 1.0),),
+            {"missing": "is not installed"},
+        )
+        yield Contest("again", lambda: rgfast.effective_rank(x, impl="reference"), {"one": (lambda: x,)})
+
+    monkeypatch.setattr(suite.BENCHMARKS["spectrum"], "contests", contests)
+
+
+def test_the_table_and_the_document(small, tmp_path, capsys, monkeypatch):
+    words = ["bench", "--quick", "--only", "spectrum", "--seconds", "0.01", "--threads", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "a" / "b")]) == errors.DONE
+    told = capsys.readouterr()
+    table = (tmp_path / "a" / "b" / "bench.md").read_text()
+    lines = told.out.splitlines()
+    assert lines == table.splitlines()[: len(lines)]
+    assert "`rgfast bench --quick --only spectrum --threads 1 --seconds 0.01`" in lines[0]
+    assert [line.split(" | ")[1:5] for line in lines[4:]] == [
+        ["small", "cpu", rows, name] for rows, name in (("native", "one"), ("native", "two"))
+    ] + [["again", "cpu", "reference", "one"]]
+    assert table.endswith("- skipped: missing is not installed\n")
+    assert "skipped: missing is not installed" in told.err
+    document = json.loads((tmp_path / "a" / "b" / "bench.json").read_text(), parse_constant=pytest.fail)
+    assert document["green"] is True
+    assert document["machine"]["threads"] == 1
+    assert document["machine"]["native"]["active"] == rgfast.native.active_isa()
+    assert document["machine"]["versions"] == versions()
+    for row in document["rows"]:
+        assert 0 < row["low"] <= row["high"]
+        assert math.isclose(row["times_faster"], row["rival_seconds"] / row["seconds"])
+
+
+def test_json_is_all_that_is_printed(small, tmp_path, capsys):
+    words = ["bench", "--only", "spectrum", "--seconds", "0.01", "--json", "--out", str(tmp_path)]
+    assert cli.main(words) == errors.DONE
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed == json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_a_value_that_is_wrong_on_the_case_itself_ends_it(tmp_path, capsys, monkeypatch):
+    def contests(device, quick):
+        yield Contest("bad", lambda: 1, {"one": (lambda: 1,)}, (lambda: Checked("the case", math.nan, 1.0),))
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(suite.BENCHMARKS["cka"], "contests", contests)
+    words = ["bench", "--only", "cka", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert cli.main(words) == errors.FAILED
+    assert "the case: error nan is more than 1e+00" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--seconds", "-1"], "seconds must lie between 0 and 3600, got -1"),
+        (["--seconds", "nan"], "seconds must lie between 0 and 3600, got nan"),
+    ],
+)
+def test_wrong_options(words, message, tmp_path, capsys):
+    assert cli.main(["bench", *words, "--out", str(tmp_path / "out")]) == errors.WRONG
+    assert capsys.readouterr().err == f"rgfast: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folder_and_name(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "--out", str(tmp_path / "file")]) == errors.WRONG
+    assert "out must be a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--only", "spectra"])
+    assert "(did you mean spectrum?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", suite.BENCHMARKS)
+def test_the_first_contest_of_every_benchmark_runs(name, monkeypatch):
+    """One turn of the real first case (of the probe a smaller one), its checks included."""
+    monkeypatch.setattr("rgfast.bench.probe.SHAPES", ((2, 3, 8), (1, 1, 1)))
+    contest = next(iter(suite.BENCHMARKS[name].contests("cpu", True)))
+    rows = run_contest(name, contest, 0.0, impl="any")
+    assert {row.against for row in rows} == set(contest.rivals)
+
+
+def test_turns_are_balanced_and_ratios_are_theirs_over_ours():
+    order = []
+    spent = turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=4)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
+    assert {name: len(each) for name, each in spent.items()} == {"a": 4, "b": 4}
+    assert ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == (4.0, 2.0, 4.0)
+    with pytest.raises(WrongResult, match="nothing is timed"):
+        run_contest(
+            "x", Contest("x", int, {"y": (int,)}, (lambda: Checked("x", 2.0, 1.0),)), 0.0, impl="native"
+        )
