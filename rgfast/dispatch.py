@@ -33,7 +33,7 @@ __all__ = [
     "registered",
 ]
 
-ImplName = Literal["auto", "reference", "native", "triton", "cuda"]
+ImplName = Literal["auto", "reference", "native", "library", "triton", "cuda"]
 
 
 class ImplUnavailable(RuntimeError):
@@ -157,7 +157,7 @@ class Explanation:
     __repr__ = __str__
 
 
-_KNOWN = ("auto", "reference", "native", "triton", "cuda")
+_KNOWN = ("auto", "reference", "native", "library", "triton", "cuda")
 _OPS: dict[str, tuple[Op, Callable[..., tuple[torch.device, tuple[Any, ...], dict[str, Any]]]]] = {}
 _WARNED: set[tuple[str, str]] = set()
 _RECORDING: ContextVar[list[Record] | None] = ContextVar("rgfast_record", default=None)

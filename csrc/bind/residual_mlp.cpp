@@ -2,10 +2,13 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include <string>
 #include <vector>
 
 #include "bind/register.hpp"
+#include "kernels/residual_mlp_library.hpp"
 
 namespace py = pybind11;
 
@@ -77,6 +80,16 @@ std::vector<Block> blocks(std::int64_t rows, std::int64_t width, const std::vect
   return found;
 }
 
+// What residual_mlp_use_library was given, once it has been found to work. Written under the GIL.
+std::optional<residual_mlp::Library> library;
+
+residual_mlp::Library checked_library(const Block& found) {
+  if (!library)
+    throw std::invalid_argument("by_library must be false until residual_mlp_use_library was called");
+  if (found.mixed > 0) throw std::invalid_argument("by_library must be false where mixed is not 0");
+  return *library;
+}
+
 residual_mlp::Stack stack_of(const std::vector<Block>& found, std::int64_t rows_in_all) {
   return {found.data(), static_cast<std::int64_t>(found.size()), rows_in_all};
 }
@@ -85,15 +98,35 @@ residual_mlp::Stack stack_of(const std::vector<Block>& found, std::int64_t rows_
 
 void register_residual_mlp(py::module_& m) {
   m.def(
+      "residual_mlp_use_library",
+      [](std::uintptr_t sgemm, std::uintptr_t set_threads) {
+        if (sgemm == 0 || set_threads == 0)
+          throw std::invalid_argument("sgemm and set_threads must not be null");
+        const residual_mlp::Library given{reinterpret_cast<residual_mlp::Sgemm>(sgemm),
+                                          reinterpret_cast<int (*)(int)>(set_threads)};
+        if (!residual_mlp::works(given)) return false;
+        library = given;
+        return true;
+      },
+      py::arg("sgemm"), py::arg("set_threads"),
+      "Whether the Fortran sgemm and the C function that sets and returns a thread's number of threads, at "
+      "these\naddresses, do what they should; only then are they used where by_library is true.");
+  m.def(
       "residual_mlp_forward",
       [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
          std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t y, int threads) {
+         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t y, int threads, bool by_library) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
                                   norm, activation, scale, eps, mixed, sums);
         if (y == 0 && rows > 0) throw std::invalid_argument("y must not be null");
         checked_threads(threads);
+        if (by_library) {
+          const residual_mlp::Library blas = checked_library(found);
+          const py::gil_scoped_release release;
+          residual_mlp::library_forward(blas, found, output(y), threads);
+          return;
+        }
         const py::gil_scoped_release release;
         residual_mlp::forward(found, output(y), threads);
       },
@@ -105,16 +138,22 @@ void register_residual_mlp(py::module_& m) {
          std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
          float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t dy, std::uintptr_t dx,
          std::uintptr_t dw1, std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2,
-         std::uintptr_t d_norm_weight, std::uintptr_t d_norm_bias, int threads) {
+         std::uintptr_t d_norm_weight, std::uintptr_t d_norm_bias, int threads, bool by_library) {
         const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
                                   norm, activation, scale, eps, mixed, sums);
         if (dy == 0 && rows > 0) throw std::invalid_argument("dy must not be null");
         checked_threads(threads);
+        const residual_mlp::Gradients wanted{output(dx),         output(dw1), output(db1),
+                                             output(dw2),        output(db2), output(d_norm_weight),
+                                             output(d_norm_bias)};
+        if (by_library) {
+          const residual_mlp::Library blas = checked_library(found);
+          const py::gil_scoped_release release;
+          residual_mlp::library_backward(blas, found, input(dy), wanted, threads);
+          return;
+        }
         const py::gil_scoped_release release;
-        residual_mlp::backward(found, input(dy),
-                               {output(dx), output(dw1), output(db1), output(dw2), output(db2),
-                                output(d_norm_weight), output(d_norm_bias)},
-                               threads);
+        residual_mlp::backward(found, input(dy), wanted, threads);
       },
       "The gradients of the residual block, each unless its address is 0.");
   m.def(

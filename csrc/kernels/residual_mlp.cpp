@@ -5,8 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 
+#include "kernels/residual_mlp_library.hpp"
+#include "kernels/residual_mlp_workspace.hpp"
 #include "rgfast/parallel.hpp"
 
 // GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for an uninitialised variable.
@@ -20,51 +21,6 @@
 
 namespace rgfast::residual_mlp {
 namespace {
-
-// Calls come by the thousand with the same sizes, and fresh pages cost more than the arithmetic of a small
-// block: each calling thread keeps its last workspace, unless it is large.
-constexpr std::size_t kKept = std::size_t{64} << 20;
-constexpr std::size_t kAlignment = 64;
-
-struct Free {
-  void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
-};
-
-class Workspace {
- public:
-  explicit Workspace(std::int64_t floats) {
-    const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
-    if (bytes > kKept) {
-      own_.reset(allocate(bytes));
-      memory_ = own_.get();
-      return;
-    }
-    thread_local std::unique_ptr<float, Free> kept;
-    thread_local std::size_t held = 0;
-    if (held < bytes) {
-      kept.reset();
-      held = 0;
-      kept.reset(allocate(bytes));
-      held = bytes;
-    }
-    memory_ = kept.get();
-  }
-  float* get() const { return memory_; }
-
- private:
-  static float* allocate(std::size_t bytes) {
-    return static_cast<float*>(::operator new(bytes, std::align_val_t{kAlignment}));
-  }
-  std::unique_ptr<float, Free> own_;
-  float* memory_ = nullptr;
-};
-
-// Whether the products of so many elements of x take long enough for threads that may first have to be woken.
-bool lengthy(std::int64_t elements, std::int64_t hidden) {
-  return elements * hidden >= std::int64_t{1} << 25;
-}
-
-std::int64_t aligned(std::int64_t floats) { return (floats + 15) / 16 * 16; }
 
 struct Kernels {
   std::int64_t (*shared_floats)(const Block&, bool);
@@ -313,6 +269,12 @@ void stack_forward(const Stack& stack, const float* packed, float* outputs, std:
       x_stride = block.width;
     }
   });
+}
+
+Bodies library_bodies() {
+  using Get = Bodies (*)();
+  static const IsaTable<Get> table = RGFAST_ISA_TABLE(library_bodies);
+  return table.active()();
 }
 
 void activate(Activation activation, const float* input, float* values, float* slopes, std::int64_t count) {

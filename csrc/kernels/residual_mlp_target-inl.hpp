@@ -6,3 +6,4 @@
 #include "kernels/residual_mlp-inl.hpp"
 #include "kernels/residual_mlp_backward-inl.hpp"
 #include "kernels/residual_mlp_few-inl.hpp"
+#include "kernels/residual_mlp_library-inl.hpp"

@@ -1,4 +1,6 @@
-"""The compiled residual block on the CPU: its operators, its gradient, and where it pays.
+"""The compiled residual block on the CPU: its operators, its gradient, and where which products pay.
+
+The products are ours, or (``by_library``) those of the BLAS that PyTorch brings, a fixed tile at a time.
 
 Two operators, ``rgfast::residual_mlp`` and ``rgfast::residual_mlp_backward``, are registered with
 ``torch.library`` whether the compiled module is there or not; a graph that is being traced gets these. Where
@@ -15,8 +17,17 @@ import torch
 from torch import Tensor
 
 from rgfast import native
+from rgfast.ops.residual_mlp import library
 
-__all__ = ["Arguments", "active_isa", "broken", "residual_mlp_native", "supports"]
+__all__ = [
+    "Arguments",
+    "active_isa",
+    "broken",
+    "faster_by_library",
+    "residual_mlp_native",
+    "supports",
+    "supports_by_library",
+]
 
 # The codes of csrc/kernels/residual_mlp.hpp.
 NORM_CODES = {None: 0, "layer": 1, "rms": 2}
@@ -26,8 +37,8 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 # there is no larger output for a rounding error to be small against.
 LEAST_WIDTH = 8
 
-# Where the library was faster (README.md). Forward alone: above this width but for few rows. With gradients:
-# above this one, and from a lesser one on below so many rows.
+# Where the library's products were faster (README.md). Forward alone: above this width but for few rows. With
+# gradients: above this one, and from a lesser one on below so many rows.
 WIDEST = 2048
 FEW_ROWS = 48
 WIDEST_RECORDED = 511
@@ -75,6 +86,7 @@ TENSORS = 7
 
 # Settled on import: a traced graph reads a constant, where it could not follow the attempt to load.
 _BROKEN = native.unavailable_reason()
+_NO_LIBRARY = library.unavailable_reason()
 
 
 def broken() -> str | None:
@@ -87,20 +99,28 @@ def active_isa() -> str | None:
     return native.active_isa()
 
 
-def supports(arguments: Arguments, named: bool) -> str | None:
-    """None, or why not. What it could run but the library runs faster it refuses unless asked by name."""
-    x, w1 = arguments.x, arguments.w1
+def _cannot(arguments: Arguments) -> str | None:
+    """What no compiled block does."""
+    x = arguments.x
     if x.device.type != "cpu":
         return f"it runs on the cpu, not on {x.device.type}"
     if x.dtype == torch.float64:
         return "it computes in fp32, and x is float64"
-    width, hidden = w1.shape[1], w1.shape[0]
-    if named:
-        return None
+    return None
+
+
+def _too_narrow(arguments: Arguments) -> str | None:
+    width, hidden = arguments.w1.shape[1], arguments.w1.shape[0]
     if min(width, hidden) < LEAST_WIDTH:
         return f"D={width}, H={hidden} is too narrow for its vectors"
-    rows = arguments.rows
-    if arguments.recorded():
+    return None
+
+
+def faster_by_library(width: int, rows: int, recorded: bool) -> str | None:
+    """Where the library's products are there and faster, in words; None elsewhere."""
+    if _NO_LIBRARY is not None:
+        return None
+    if recorded:
         if width > WIDEST_RECORDED:
             return f"with gradients the library's products are faster at D={width}"
         if width >= WIDE_RECORDED and rows < LEAST_RECORDED_ROWS:
@@ -110,8 +130,29 @@ def supports(arguments: Arguments, named: bool) -> str | None:
     return None
 
 
+def supports(arguments: Arguments, named: bool) -> str | None:
+    """None, or why not. What it could run but the library runs faster it refuses unless asked by name."""
+    reason = _cannot(arguments)
+    if reason is not None or named:
+        return reason
+    reason = _too_narrow(arguments)
+    if reason is not None or arguments.mixes:
+        return reason
+    return faster_by_library(arguments.w1.shape[1], arguments.rows, arguments.recorded())
+
+
+def supports_by_library(arguments: Arguments, named: bool) -> str | None:
+    """The same of the block with the library's products, which ``supports`` leaves it to where these pay."""
+    reason = _cannot(arguments) or _NO_LIBRARY
+    if reason is not None:
+        return reason
+    if arguments.mixes:
+        return "it does not mix positions"
+    return None if named else _too_narrow(arguments)
+
+
 def residual_mlp_native(
-    differentiable: Callable[..., Tensor], arguments: Arguments, named: bool = False
+    differentiable: Callable[..., Tensor], by_library: bool, arguments: Arguments, named: bool = False
 ) -> Tensor:
     """The block in fp32; narrower types are widened here, so that autograd narrows their gradients.
 
@@ -127,11 +168,11 @@ def residual_mlp_native(
             break
     y: Tensor
     if torch.compiler.is_compiling() or (type(x) is not Tensor and type(x) is not torch.nn.Parameter):
-        y = torch.ops.rgfast.residual_mlp(*arguments)
+        y = torch.ops.rgfast.residual_mlp(*arguments, by_library)
     elif arguments.recorded():
-        y, _ = _Block.apply(*arguments, differentiable)  # type: ignore[no-untyped-call]
+        y, _ = _Block.apply(*arguments, by_library, differentiable)  # type: ignore[no-untyped-call]
     else:
-        y = _run_forward(arguments)
+        y = _run_forward(arguments, by_library)
     return y if y.dtype == dtype else y.to(dtype)
 
 
@@ -140,31 +181,31 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        arguments = Arguments(*args[:-1])
+        arguments, by_library = Arguments(*args[:-2]), args[-2]
         width, hidden = arguments.w1.size(1), arguments.w1.size(0)
-        kept = arguments.rows if width >= KEPT_FROM and arguments.rows > FEW_ROWS else 0
-        sums = arguments.x.new_empty(kept, hidden)
-        return _run_forward(arguments, sums), sums
+        keeps = by_library or (width >= KEPT_FROM and arguments.rows > FEW_ROWS)
+        sums = arguments.x.new_empty(arguments.rows if keeps else 0, hidden)
+        return _run_forward(arguments, by_library, sums), sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:TENSORS], output[1])
-        ctx.options = inputs[TENSORS:-1]
-        ctx.differentiable = inputs[-1]
+        ctx.options = inputs[TENSORS:-2]
+        ctx.by_library, ctx.differentiable = inputs[-2:]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 13
+            return (None,) * 14
         wanted = ctx.needs_input_grad[:TENSORS]
         *saved, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, saved, dy, wanted)
         else:
-            gradients = _run_backward(dy, Arguments(*saved, *ctx.options), wanted, sums)
-        return (*gradients, None, None, None, None, None, None)
+            gradients = _run_backward(dy, Arguments(*saved, *ctx.options), ctx.by_library, wanted, sums)
+        return (*gradients, *(None,) * 7)
 
 
 def _differentiable_gradients(
@@ -223,17 +264,21 @@ def _call(arguments: Arguments) -> _Call:
     return _Call(leading, held)
 
 
-def _run_forward(arguments: Arguments, sums: Tensor | None = None) -> Tensor:
+def _run_forward(arguments: Arguments, by_library: bool, sums: Tensor | None = None) -> Tensor:
     """The output; the sums that the activation gets into ``sums`` unless that is empty."""
     y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
     call = _call(arguments)
     kept = 0 if sums is None or not sums.numel() else sums.data_ptr()
-    native.load().residual_mlp_forward(*call.leading, kept, y.data_ptr(), torch.get_num_threads())
+    native.load().residual_mlp_forward(*call.leading, kept, y.data_ptr(), torch.get_num_threads(), by_library)
     return y
 
 
 def _run_backward(
-    dy: Tensor, arguments: Arguments, wanted: tuple[bool, ...], sums: Tensor | None = None
+    dy: Tensor,
+    arguments: Arguments,
+    by_library: bool,
+    wanted: tuple[bool, ...],
+    sums: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     gradients = tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
@@ -247,24 +292,33 @@ def _run_backward(
         dy.data_ptr(),
         *[0 if g is None else g.data_ptr() for g in gradients],
         torch.get_num_threads(),
+        by_library,
     )
     return gradients
 
 
 _TENSORS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight, Tensor? norm_bias"
 _OPTIONS = "str? norm, str activation, float residual_scale, float eps, str across"
+_BY_LIBRARY = "bool by_library=False"
 
-torch.library.define("rgfast::residual_mlp", f"({_TENSORS}, {_OPTIONS}) -> Tensor")
+torch.library.define("rgfast::residual_mlp", f"({_TENSORS}, {_OPTIONS}, {_BY_LIBRARY}) -> Tensor")
 torch.library.define(
     "rgfast::residual_mlp_backward",
-    f"(Tensor dy, {_TENSORS}, {_OPTIONS}, bool[] wanted) -> "
+    f"(Tensor dy, {_TENSORS}, {_OPTIONS}, bool[] wanted, {_BY_LIBRARY}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
+def _arguments(given: tuple[Any, ...]) -> tuple[Arguments, tuple[Any, ...]]:
+    """What an operator was called with, and the rest; the dispatcher leaves out a trailing default."""
+    count = len(Arguments._fields)
+    return Arguments(*given[:count]), given[count:]
+
+
 @torch.library.impl("rgfast::residual_mlp", "CPU")
 def _op_forward(*args: Any) -> Tensor:
-    return _run_forward(Arguments(*args))
+    arguments, by_library = _arguments(args)
+    return _run_forward(arguments, by_library == (True,))
 
 
 @torch.library.register_fake("rgfast::residual_mlp")  # type: ignore[untyped-decorator]
@@ -274,29 +328,33 @@ def _fake_forward(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("rgfast::residual_mlp_backward", "CPU")
 def _op_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    found = _run_backward(dy, Arguments(*args[:-1]), args[-1])
+    arguments, (wanted, *by_library) = _arguments(args)
+    found = _run_backward(dy, arguments, by_library == [True], wanted)
     return tuple(dy.new_empty(0) if g is None else g for g in found)
 
 
 @torch.library.register_fake("rgfast::residual_mlp_backward")  # type: ignore[untyped-decorator]
 def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, wanted = args[:TENSORS], args[-1]
+    arguments, (wanted, *_) = _arguments(args)
     return tuple(
         dy.new_empty(t.shape if want and t is not None else (0,))
-        for t, want in zip(inputs, wanted, strict=True)
+        for t, want in zip(arguments.tensors, wanted, strict=True)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:TENSORS])
-    ctx.options = inputs[TENSORS:]
+    arguments, by_library = _arguments(inputs)
+    ctx.options, ctx.by_library = arguments[TENSORS:], by_library == (True,)
 
 
 def _op_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:TENSORS]
-    gradients = torch.ops.rgfast.residual_mlp_backward(dy, *ctx.saved_tensors, *ctx.options, list(wanted))
+    gradients = torch.ops.rgfast.residual_mlp_backward(
+        dy, *ctx.saved_tensors, *ctx.options, list(wanted), ctx.by_library
+    )
     kept = tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
-    return (*kept, None, None, None, None, None)
+    return (*kept, *(None,) * (len(ctx.needs_input_grad) - TENSORS))
 
 
 torch.library.register_autograd("rgfast::residual_mlp", _op_gradients, setup_context=_save)

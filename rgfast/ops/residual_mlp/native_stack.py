@@ -10,13 +10,12 @@ from torch import Tensor
 from rgfast import native
 from rgfast.ops.residual_mlp.native import (
     ACTIVATION_CODES,
-    FEW_ROWS,
     LEAST_WIDTH,
     NORM_CODES,
     TENSORS,
-    WIDEST,
     Arguments,
     as_rows,
+    faster_by_library,
 )
 
 __all__ = ["residual_stack_native", "supports"]
@@ -46,9 +45,7 @@ def supports(layers: Sequence[Arguments], named: bool) -> str | None:
         return None
     if min(width, *hidden) < LEAST_WIDTH:
         return f"D={width}, H={min(hidden)} is too narrow for its vectors"
-    if width > WIDEST and x.numel() // width > FEW_ROWS:
-        return f"the library's products are faster at D={width}"
-    return None
+    return faster_by_library(width, x.numel() // width, False)
 
 
 def residual_stack_native(

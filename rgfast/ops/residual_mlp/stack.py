@@ -15,7 +15,7 @@ from rgfast.ops.residual_mlp import native, native_stack
 from rgfast.ops.residual_mlp.api import OP as BLOCK
 from rgfast.ops.residual_mlp.api import Activation, Norm, validated
 from rgfast.ops.residual_mlp.native import Arguments
-from rgfast.ops.residual_mlp.reference import residual_mlp_reference
+from rgfast.ops.residual_mlp.pinned import residual_mlp_pinned
 from rgfast.validation import check_positive_int
 
 __all__ = ["OP", "Consumer", "PerLayer", "default_tile", "residual_stack"]
@@ -72,7 +72,7 @@ def residual_stack(
 
     Precision, dtypes and devices are those of :func:`rgfast.residual_mlp` applied L times; the stream is
     rounded to ``x``'s dtype after every block. For fp32 without gradients the bits are those of the blocks
-    too, with a consumer and without, as far as these run compiled.
+    too, with a consumer and without, as far as these run on our own products (``impl="native"``).
 
     Raises:
         TypeError: an argument is of the wrong kind (see :func:`rgfast.residual_mlp`), ``consumer`` cannot be
@@ -169,7 +169,7 @@ def _one_by_one(layers: Sequence[Arguments], named: bool, consumer: Consumer | N
 
     def block(arguments: Arguments) -> Tensor:
         if named:
-            return residual_mlp_reference(*arguments)
+            return residual_mlp_pinned(arguments, named)
         y: Tensor = BLOCK("auto", arguments.x.device, arguments, False)
         return y
 

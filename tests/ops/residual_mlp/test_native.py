@@ -12,6 +12,7 @@ from scipy.special import expit, ndtr
 
 import rgfast
 from rgfast import native
+from rgfast.ops.residual_mlp import library
 from rgfast.ops.residual_mlp import native as native_block
 from rgfast.ops.residual_mlp.native import LEAST_WIDTH
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
@@ -346,7 +347,7 @@ def told(rows, d, *, recorded=False, h=8):
     return dict(rgfast.explain("residual_mlp", *args).candidates)["native"]
 
 
-@needs_native
+@pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 def test_where_the_library_is_faster_it_is_taken():
     assert told(2, 3, h=9) == "D=3, H=9 is too narrow for its vectors"
     assert told(49, 2049) == "the library's products are faster for 49 rows at D=2049"
