@@ -205,6 +205,7 @@ def probe_spaced(
         views=tuple(FROM_LAYER),
         measures=("effective_rank", "kernel_drift"),
         progress=False,
+        distributed=False,
     )
     numbers: dict[str, Any] = {"tokens_shown": len(where)}
     for view, first in FROM_LAYER.items():

@@ -191,6 +191,7 @@ def numbers_with_jackknife(config: ReproduceConfig) -> dict[str, Any]:
                 views=tuple(FROM_LAYER),
                 measures=("effective_rank", "kernel_drift"),
                 progress=False,
+                distributed=False,
             )
             for view, first in FROM_LAYER.items():
                 rank = found.order_parameter(view).values[first:]

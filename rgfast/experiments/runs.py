@@ -150,7 +150,7 @@ def probe_run(
     chain = config.chain(label, xi)
     tokens, mask = probe_data(config, chain, run.seed)
     batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
-    result = probe(model, batch, mask="mask", views=views_of(config), progress=False)
+    result = probe(model, batch, mask="mask", views=views_of(config), progress=False, distributed=False)
     fraction = captured(model, chain, tokens, mask)
     labelled = _labelled(config, run, result, fraction, log, label, xi)
     if pairs and run.stage == "trained":

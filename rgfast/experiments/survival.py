@@ -76,6 +76,7 @@ def mode_survival(
         measures=("participation_ratio",),
         pairs=(),
         progress=False,
+        distributed=False,
         batch_size=batch,
     )
     found = [[result.target_r2(str(mode), view).values for mode in range(len(spaces))] for view in PROCESSES]

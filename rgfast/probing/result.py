@@ -42,10 +42,15 @@ class ProbeResult:
     """
 
     def __init__(
-        self, dataset: xr.Dataset, moments: Mapping[str, np.ndarray[Any, Any]] | None = None
+        self,
+        dataset: xr.Dataset,
+        moments: Mapping[str, np.ndarray[Any, Any]] | None = None,
+        *,
+        writes: bool = True,
     ) -> None:
         self.dataset = dataset
         self._moments = moments
+        self._writes = writes
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -127,7 +132,8 @@ class ProbeResult:
         return as_long_form(self, spectra)
 
     def merge(self, other: ProbeResult) -> ProbeResult:
-        """The result of both samples together, exactly as if one probe had seen them all (to rounding).
+        """The result of both samples together, exactly as if one probe had seen them all (to rounding), those
+        of ``other`` after its own: groups go on where these end.
 
         Raises TypeError for anything but a result, ValueError where the two did not probe the same layers,
         positions, views and pairs in the same number of groups, or where one carries no moments (it was saved
@@ -154,11 +160,14 @@ class ProbeResult:
         added.load_state_dict(other._moments)
         state.merge(added)
         measures = [name for name in self.measures if name in other.measures]
-        return ProbeResult(assemble(state, measures, self.provenance), state.state_dict())
+        dataset = assemble(state, measures, self.provenance)
+        return ProbeResult(dataset, state.state_dict(), writes=self._writes and other._writes)
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its
-        result cannot be merged."""
+        result cannot be merged. What a probe of several ranks returned is written by rank 0 alone."""
+        if not self._writes:
+            return
         held = self._moments if moments else None
 
         def write(temporary: Path) -> None:
@@ -240,10 +249,14 @@ class ProbeResult:
         return plots.plot_spectra(self, view, ax)
 
     def report(self, path: str | Path) -> None:
-        """Write one self-contained HTML page to ``path``, atomically: flow in words, figures, provenance."""
+        """Write one self-contained HTML page to ``path``, atomically: flow in words, figures, provenance.
+
+        What a probe of several ranks returned is written by rank 0 alone.
+        """
         from rgfast.probing.page import as_page
 
-        write_text(path, as_page(self))
+        if self._writes:
+            write_text(path, as_page(self))
 
     def _repr_html_(self) -> str:
         return as_html(self)

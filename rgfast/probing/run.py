@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.batches import batch_rows, iterate
+from rgfast.probing.distributed import Distributed, rank_path
 from rgfast.probing.layers import LayerSpec
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.targets import TargetSpec
@@ -42,6 +43,8 @@ def probe(
     batch_size: int = 256,
     refine: bool | None = None,
     route: Route = "auto",
+    distributed: Distributed = "auto",
+    timeout: float = 60.0,
 ) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
@@ -97,13 +100,19 @@ def probe(
             within 1e-6, close neighbours from fp64 ones), and the result cannot be merged. ``"auto"`` takes
             it where it can, the rows fit ``memory`` and the work is more than a moment's;
             ``result.dataset.attrs["route"]`` says which it was.
+        distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
+            ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
+            one rank; False never; True or a process group always. Every rank returns the result of all
+            sequences, rank 0's first, and rank 0 alone writes its report and files. See docs/distributed.md.
+        timeout: seconds without a sign of life after which another rank counts as dead.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
 
     Raises ValueError for options out of range, layers that are not found, a budget that nothing fits (naming
     the change to make), NaN or infinity (naming layer, position and count), fewer than 2 sequences; whatever
-    the model raises is passed on.
+    the model raises is passed on. With several ranks, :class:`rgfast.probing.RankError` (a RuntimeError)
+    where another one died or failed.
 
     >>> import torch, rgfast
     >>> stack = rgfast.ResidualStack(width=4, depth=2, mixing="none")
@@ -131,8 +140,11 @@ def probe(
         views=views,
         refine=refine,
         route="moments" if path is not None else route,
+        distributed=distributed,
+        timeout=timeout,
     )
-    quiet = None if progress is None else not progress
+    rank, ranks = (0, 1) if watched._ranks is None else (watched._ranks.rank, watched._ranks.size)
+    quiet = True if rank else None if progress is None else not progress
     pieces = iterate(batches, batch_size)
     with tqdm(unit="position", desc="probe", disable=quiet, leave=False) as bar:
         result, taken = watched.by_samples(pieces, bar.update)
@@ -140,10 +152,11 @@ def probe(
         return result
     pieces = chain(taken, pieces)
     with watched:
-        model.eval()
+        watched.model.eval()
         stream = enumerate(pieces, start=1)
         done = 0
         if path is not None:
+            path = rank_path(path, rank, ranks)
             done = _resume(watched, path, stream)
         bar = tqdm(unit="sequence", desc="probe", disable=quiet)
         last: Any = None
@@ -155,7 +168,7 @@ def probe(
                     _save(watched, path, done, last)
         if path is not None and last is not None and done % checkpoint_every:
             _save(watched, path, done, last)
-        return watched.result()
+    return watched.result()
 
 
 def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,15 +28,7 @@ class ViewState:
     def __init__(self, plan: Plan, *, masked: bool) -> None:
         self.plan, self.masked = plan, masked
         self.sequences = 0
-        self._groups = [
-            {
-                held.kind: MomentAccumulator(
-                    pairs=held.pairs, pending_bytes=plan.pending_bytes, factors=held.factors
-                )
-                for held in plan.accumulators
-            }
-            for _ in range(plan.groups)
-        ]
+        self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._held = [kind for kind in (*SPLIT, *WHOLE) if kind in self._groups[0]]
 
     def update(
@@ -203,11 +195,39 @@ class ViewState:
         return total
 
     def merge(self, other: ViewState) -> None:
-        """Add all that ``other`` has seen, group by group. Its plan must ask for the same."""
-        for mine, theirs in zip(self._groups, other._groups, strict=True):
+        """Add all that ``other`` has seen, its sequences numbered on from the own. Its plan must ask for the
+        same."""
+        for group, theirs in enumerate(other._groups):
+            mine = self._groups[(group + self.sequences) % self.plan.groups]
             for kind, accumulator in mine.items():
                 accumulator.merge(theirs[kind])
         self.sequences += other.sequences
+
+    def parts(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        """All moments as :meth:`state_dict` names them, one accumulator at a time."""
+        for state in self._groups:
+            for accumulator in state.values():
+                yield accumulator.state_dict()
+
+    def merge_parts(
+        self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
+    ) -> None:
+        """:meth:`merge` with a state of the same plan that comes as :meth:`parts`."""
+        for group in range(self.plan.groups):
+            mine = self._groups[(group + self.sequences) % self.plan.groups]
+            for kind, other in _accumulators(self.plan).items():
+                other.load_state_dict(next(parts), device)
+                mine[kind].merge(other)
+        self.sequences += sequences
+
+    def load_parts(
+        self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
+    ) -> None:
+        """:meth:`load_state_dict` of a state of the same plan that comes as :meth:`parts`."""
+        for state in self._groups:
+            for accumulator in state.values():
+                accumulator.load_state_dict(next(parts), device)
+        self.sequences = sequences
 
     @property
     def nbytes(self) -> int:
@@ -232,6 +252,14 @@ class ViewState:
                 prefix = f"{group}.{kind}."
                 own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
                 accumulator.load_state_dict(own, device)
+
+
+def _accumulators(plan: Plan) -> dict[str, MomentAccumulator]:
+    """What one group holds, empty."""
+    return {
+        held.kind: MomentAccumulator(pairs=held.pairs, pending_bytes=plan.pending_bytes, factors=held.factors)
+        for held in plan.accumulators
+    }
 
 
 def _joined(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import numpy as np
 import torch
@@ -18,11 +20,20 @@ from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.activations import as_rows, find_tensor
 from rgfast.probing.assemble import assemble
 from rgfast.probing.batches import Caller, batch_rows
+from rgfast.probing.distributed import (
+    Distributed,
+    FirstBatch,
+    agree,
+    all_reduce,
+    open_ranks,
+    unwrapped,
+)
 from rgfast.probing.held import HeldRows
 from rgfast.probing.layers import LayerSpec, Tap, resolve
 from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
 from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
+from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.samples import gather, measured_by_samples, worthwhile
 from rgfast.probing.targets import TargetSpec, make_targets
@@ -32,6 +43,8 @@ from rgfast.streaming import Pairs, as_pairs, pair_keys
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["MaskSpec", "Probe", "Route"]
+
+_P = ParamSpec("_P")
 
 _FOLDS = 5
 
@@ -78,6 +91,22 @@ def _stack_of(modules: Mapping[str, nn.Module], taps: Sequence[Tap]) -> Residual
     return None
 
 
+def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
+    """``init``, after which the other ranks know of an error in it."""
+
+    @functools.wraps(init)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            init(*args, **kwargs)
+        except BaseException as error:
+            ranks: Ranks | None = getattr(args[0], "_ranks", None)
+            if ranks is not None:
+                ranks.fail(error)
+            raise
+
+    return wrapped
+
+
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
@@ -99,6 +128,7 @@ class Probe:
     array([[30]])
     """
 
+    @_telling_ranks
     def __init__(
         self,
         model: nn.Module,
@@ -115,10 +145,16 @@ class Probe:
         views: Sequence[str] | None = None,
         refine: bool | None = None,
         route: Route = "auto",
+        distributed: Distributed = "auto",
+        timeout: float = 60.0,
     ) -> None:
         check_choice(route, "route", ("auto", "moments", "samples"))
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._ranks = open_ranks(distributed, timeout)
+        if self._ranks is not None:
+            weakref.finalize(self, self._ranks.leave)
+        model = unwrapped(model)
         check_positive_int(groups, "groups")
         if mask is not None and not isinstance(mask, str) and not callable(mask):
             raise TypeError(
@@ -140,7 +176,7 @@ class Probe:
         pair_keys(pairs, len(self._taps))
         if views is not None:
             check_views(views)
-        self._say = progress is not False
+        self._say = progress is not False and (self._ranks is None or self._ranks.rank == 0)
         if self._say and layers == "auto":
             print(f"probe: {chosen}")
         self._caller = Caller(model)
@@ -159,11 +195,15 @@ class Probe:
         self._held: HeldRows | None = None
         self._tiled = False
         self._state: ViewState | None = None
+        self._first_batch: FirstBatch | None = None
+        self._summed: tuple[ViewState | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}
 
     def _why_no_samples(self) -> str:
         if self._route == "moments":
             return "moments were asked for"
+        if self._ranks is not None:
+            return "several processes probe together"
         if self._mask is not None or self._targets or self._groups > 1 or self._refine is not None:
             return "it knows no mask, targets, groups or refine"
         if self._views != ["position"] or self._pairs not in ("adjacent", "all"):
@@ -178,6 +218,8 @@ class Probe:
     def __enter__(self) -> Probe:
         if self._handles:
             raise RuntimeError("this Probe is watching already; its with block cannot be nested in itself")
+        if self._summed is not None:
+            raise RuntimeError("this Probe has summed what all ranks saw; take a new one to see more")
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._grad = torch.is_grad_enabled()
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -211,6 +253,8 @@ class Probe:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if self._ranks is not None and value is not None:
+            self._ranks.fail(value)
 
     def _restore(self) -> None:
         for handle in self._handles:
@@ -271,18 +315,53 @@ class Probe:
         """
         held = self._held if self._held is not None and self._held.sequences >= 4 else None
         if held is not None and (self._route == "samples" or held.worthwhile()):
-            state = held.measured(uncentred=self._uncentred)
-            return ProbeResult(assemble(state, self.measures, self._provenance))
+            found = held.measured(uncentred=self._uncentred)
+            return ProbeResult(assemble(found, self.measures, self._provenance))
         self._release("there are fewer than 4 sequences")
-        seen = 0 if self._state is None else self._state.sequences
-        if self._state is None or seen < 2:
+        state, provenance = self._state, self._provenance
+        if self._ranks is not None:
+            state, provenance = self._of_all_ranks(self._ranks)
+        seen = 0 if state is None else state.sequences
+        if state is None or seen < 2:
             raise ValueError(f"batches must hold at least 2 sequences in all, got n = {seen}")
         if seen < 2 * self._groups:
             raise ValueError(
                 f"groups must hold at least 2 sequences each, got {self._groups} groups of {seen} sequences"
             )
-        dataset = assemble(self._state, self.measures, self._provenance)
-        return ProbeResult(dataset, self._state.state_dict())
+        dataset = assemble(state, self.measures, provenance)
+        first = self._ranks is None or self._ranks.rank == 0
+        return ProbeResult(dataset, state.state_dict(), writes=first)
+
+    def _of_all_ranks(self, ranks: Ranks) -> tuple[ViewState | None, dict[str, Any]]:
+        """The moments and provenance of all ranks. Outside the with block it is the last exchange."""
+        if self._summed is not None:
+            return self._summed
+        try:
+            if self._state is None and (first := self._agreed(None)) is not None:
+                self._state = self._empty(first)
+            found = all_reduce(ranks, self._state, self._provenance, self._device())
+            if not self._handles:
+                self._summed = (None, {}) if found is None else found
+                ranks.close()
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+        return (None, {}) if found is None else found
+
+    def _device(self) -> torch.device:
+        first = next(iter(self.model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _agreed(self, first: FirstBatch | None) -> FirstBatch | None:
+        """The first batch that all ranks start from; this one's where it is by itself."""
+        if self._ranks is not None:
+            asked = {**self._asked_for(), "weights": checkpoints.model_digest(self.model)}
+            del asked["ranks"]
+            first = agree(self._ranks, asked, first)
+        self._first_batch = first
+        for target, (_, width, labels) in zip(self._targets, first.targets if first else (), strict=False):
+            target.classes = width if labels else None
+        return first
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """All that a checkpoint holds: what is measured and on which model, and the moments.
@@ -295,6 +374,7 @@ class Probe:
         header = {
             "plan": self._state.plan.to_json(),
             "masked": self._state.masked,
+            "first": None if self._first_batch is None else asdict(self._first_batch),
             "asked": self._asked_for(),
             "model": checkpoints.model_digest(self.model),
             "provenance": self._provenance,
@@ -314,10 +394,11 @@ class Probe:
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
         self._state = ViewState(plan, masked=header["masked"])
-        first = next(iter(self.model.parameters()), None)
-        self._state.load_state_dict(arrays, "cpu" if first is None else first.device)
+        self._state.load_state_dict(arrays, self._device())
         for target, (_, width) in zip(self._targets, plan.targets, strict=True):
             target.classes = width
+        if self._ranks is not None:
+            self._agreed(FirstBatch.from_json(header["first"]))
         self._provenance = dict(header["provenance"])
 
     def _asked_for(self) -> dict[str, Any]:
@@ -333,6 +414,7 @@ class Probe:
             "views": self._views,
             "memory": self._memory,
             "refine": self._refine,
+            "ranks": None if self._ranks is None else [self._ranks.rank, self._ranks.size],
         }
         found: dict[str, Any] = json.loads(json.dumps(asked))
         return found
@@ -389,6 +471,8 @@ class Probe:
         return _Batch(keep, masked, targets)
 
     def _add(self, rows: list[Tensor], batch: _Batch) -> None:
+        if self._ranks is not None:
+            self._ranks.check()
         if self._state is None:
             self._state = self._start(rows, batch.masked is not None, batch.targets)
             if not self._no_samples and batch.masked is None:
@@ -401,8 +485,14 @@ class Probe:
                 self._held.add(rows)
                 return
             self._release(why)
+        # Of labels there may be more on other ranks than in this one's first batch.
+        widths = [width for _, width in self._state.plan.targets]
+        targets = [
+            x if x.shape[2] >= width else torch.nn.functional.pad(x, (0, width - x.shape[2]))
+            for x, width in zip(batch.targets, widths, strict=True)
+        ]
         with torch.no_grad():
-            self._state.update(rows, batch.keep, batch.masked, batch.targets)
+            self._state.update(rows, batch.keep, batch.masked, targets)
 
     def _release(self, why: str) -> None:
         """Sum up what was held back, since it will not be measured at once: ``why``."""
@@ -448,16 +538,32 @@ class Probe:
         if len(sizes) != 1:
             found = {tap.name: x.shape[0] for tap, x in zip(self._taps, rows, strict=True)}
             raise ValueError(f"layers must have the same number of rows, got {found}")
+        first = self._agreed(
+            FirstBatch(
+                widths=tuple(x.shape[2] for x in rows),
+                length=rows[0].shape[1],
+                aligned=len({x.shape[1] for x in rows}) == 1,
+                masked=masked,
+                targets=tuple(
+                    (t.name, x.shape[2], t.classes is not None)
+                    for t, x in zip(self._targets, targets, strict=True)
+                ),
+            )
+        )
+        assert first is not None
+        return self._empty(first)
+
+    def _empty(self, first: FirstBatch) -> ViewState:
         plan = make_plan(
             [tap.name for tap in self._taps],
-            [x.shape[2] for x in rows],
-            rows[0].shape[1],
-            **self._options_of_plan(masked),
-            aligned=len({x.shape[1] for x in rows}) == 1,
-            targets=[(t.name, x.shape[2]) for t, x in zip(self._targets, targets, strict=True)],
+            first.widths,
+            first.length,
+            **self._options_of_plan(first.masked),
+            aligned=first.aligned,
+            targets=[(name, width) for name, width, _ in first.targets],
         )
         self._announce(plan, str(plan))
-        return ViewState(plan, masked=masked)
+        return ViewState(plan, masked=first.masked)
 
     def _options_of_plan(self, masked: bool) -> dict[str, Any]:
         return {
@@ -474,7 +580,10 @@ class Probe:
         if self._say:
             print(f"probe: {text}")
             sys.stdout.flush()
-        self._provenance = provenance(self.model, layers=list(plan.names), measures=list(self.measures))
+        ranks = {} if self._ranks is None else {"ranks": self._ranks.size}
+        self._provenance = provenance(
+            self.model, layers=list(plan.names), measures=list(self.measures), **ranks
+        )
 
     def _row_masks(self, entries: Mapping[str, Any], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Which rows count (None: all) and which were hidden (None: no mask), ``[B, T]`` bool."""

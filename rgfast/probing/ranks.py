@@ -1,0 +1,211 @@
+"""The processes ("ranks") of one probe: who is alive, what each says, and arrays from one to another."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["RankError", "Ranks"]
+
+_PIECE = 64 << 20
+_RUNNING, _DONE, _FAILED = 0, 1, 2
+
+
+class RankError(RuntimeError):
+    """Another rank of a distributed probe died, hangs or raised; the message says which, and what it said."""
+
+
+class Ranks:
+    """All ranks of one probe, seen from one of them.
+
+    A thread gives a sign of life about once a second and looks for those of the others. A rank that has given
+    none for ``timeout`` seconds counts as dead; :meth:`check`, and everything that waits, then raises
+    :class:`RankError`. It starts with the object and ends with :meth:`close`, :meth:`fail` or :meth:`leave`.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self._store, self._clone = store, store.clone()
+        self._interval = min(1.0, timeout / 10)
+        self._trouble: str | None = None
+        self._end = threading.Event()
+        self._lines: Any = None
+        self._rounds = 0
+        self._thread = threading.Thread(target=self._watch, name="rgfast-ranks", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise :class:`RankError` where another rank has died or failed."""
+        if self._trouble is not None:
+            raise RankError(self._trouble)
+
+    def round(self) -> str:
+        """A new name, the same on every rank, for what is exchanged next."""
+        self._rounds += 1
+        return str(self._rounds)
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """What every rank gave under ``name``, as JSON gives it back, in the order of ranks."""
+        with self._talking():
+            self._store.set(f"{name}/{self.rank}", json.dumps(value))
+            for rank in range(self.size):
+                self._wait_for(f"{name}/{rank}")
+            return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
+    def send(self, name: str, to: int, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Hand ``arrays`` to another rank, which calls :meth:`receive` with the same name."""
+        spec = [[key, value.dtype.str, list(value.shape)] for key, value in arrays.items()]
+        with self._talking():
+            self._store.set(f"{name}/offer", json.dumps(spec))
+            self._wait_for(f"{name}/accept")
+            for value in arrays.values():
+                for piece in _pieces(np.ascontiguousarray(value)):
+                    self._line().send([piece], to, 0).wait()
+
+    def receive(self, name: str, source: int) -> dict[str, np.ndarray[Any, Any]]:
+        """What another rank hands to this one under ``name``."""
+        out = {}
+        with self._talking():
+            self._wait_for(f"{name}/offer")
+            spec = json.loads(self._store.get(f"{name}/offer"))
+            self._store.set(f"{name}/accept", "")
+            for key, kind, shape in spec:
+                out[key] = np.empty(shape, dtype=np.dtype(kind))
+                for piece in _pieces(out[key]):
+                    self._line().recv([piece], source, 0).wait()
+        return out
+
+    def connect(self) -> None:
+        """Open the connections that :meth:`send` uses, once; all ranks at the same time."""
+        with self._talking():
+            self._line()
+
+    def close(self) -> None:
+        """Say that this rank has all it needs, wait until all say so (or fail), and stop."""
+        self._say(_DONE)
+        while self._trouble is None and not self._all_done():
+            time.sleep(0.01)
+        self._stop()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank raised ``error``, and stop."""
+        if self._end.is_set():
+            return
+        said = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+        text = said if isinstance(error, RankError) else f"rank {self.rank} of {self.size} failed: {said}"
+        self._say(_FAILED, text)
+        if self.rank == 0:
+            time.sleep(3 * self._interval)  # time to read it: with this process the store may go
+        self._stop()
+
+    def leave(self) -> None:
+        """Stop; where nothing was said before, tell the others that no result will be read here."""
+        if not self._end.is_set():
+            self.fail(RankError(f"rank {self.rank} of {self.size} left the probe before its end"))
+
+    def _say(self, state: int, text: str = "") -> None:
+        try:
+            self._store.set(f"said/{self.rank}", text)
+            self._store.add(f"state/{self.rank}", state)
+        except RuntimeError:
+            pass  # the store went with its process: there is nobody left to tell
+
+    def _stop(self) -> None:
+        self._end.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(self.timeout)
+        self._lines = None
+
+    def _all_done(self) -> bool:
+        try:
+            return all(self._store.add(f"state/{rank}", 0) != _RUNNING for rank in range(self.size))
+        except RuntimeError:
+            return True
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        last = dict.fromkeys(others, (0, looked))
+        while not self._end.is_set():
+            before, looked = looked, time.monotonic()
+            if looked - before > self.timeout / 2:  # this process was held up, and perhaps its machine
+                last = {rank: (count, looked) for rank, (count, _) in last.items()}
+            try:
+                self._clone.add(f"beat/{self.rank}", 1)
+                for rank in others:
+                    count, now = self._clone.add(f"beat/{rank}", 0), time.monotonic()
+                    if count != last[rank][0]:
+                        last[rank] = (count, now)
+                    state = self._clone.add(f"state/{rank}", 0)
+                    if state == _FAILED:
+                        self._trouble = self._clone.get(f"said/{rank}").decode()
+                        return
+                    if state == _RUNNING and now - last[rank][1] > self.timeout:
+                        self._trouble = self._missing(rank, begun=last[rank][0] > 0)
+                        return
+            except RuntimeError as error:
+                self._trouble = _lost(error)
+                return
+            self._end.wait(self._interval)
+
+    def _missing(self, rank: int, *, begun: bool) -> str:
+        who = f"rank {rank} of {self.size}"
+        if not begun:
+            return (
+                f"{who} has not begun this probe within timeout={self.timeout:g} s: every rank must call it "
+                "(distributed=False probes on one rank alone)"
+            )
+        return (
+            f"{who} has given no sign of life for timeout={self.timeout:g} s: it has died or hangs; "
+            "checkpoints, where asked for, are good, and the same call on all ranks goes on from them"
+        )
+
+    def _wait_for(self, key: str) -> None:
+        pause = 0.001
+        while not self._store.check([key]):
+            self.check()
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+
+    def _line(self) -> Any:
+        if self._lines is None:
+            from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
+
+            limit = datetime.timedelta(seconds=self.timeout)
+            self._lines = ProcessGroupGloo(PrefixStore("lines", self._store), self.rank, self.size, limit)
+        return self._lines
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Turn what torch.distributed raises for a lost peer into one message."""
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:
+            self._end.wait(2 * self._interval)  # if a rank has said what happened, that is what is wanted
+            self.check()
+            raise RankError(_lost(error)) from error
+
+
+def _lost(error: BaseException) -> str:
+    return (
+        f"the connection between the ranks broke, so one of them has ended ({str(error).splitlines()[0]}); "
+        "checkpoints, where asked for, are good, and the same call on all ranks goes on from them"
+    )
+
+
+def _pieces(value: np.ndarray[Any, Any]) -> Iterator[Tensor]:
+    """The bytes of a contiguous array, as tensors that share its memory."""
+    if value.size:
+        whole = torch.from_numpy(value.reshape(-1).view(np.uint8))
+        yield from torch.split(whole, _PIECE)
