@@ -19,7 +19,6 @@ from rgfast.probing.measures import (
     RANKS,
     Measured,
     baselines,
-    joined,
     measure,
 )
 from rgfast.probing.plan import POSITIONAL
@@ -101,9 +100,13 @@ def assemble(
             data[name][1][v][..., at] = _values(found, name)
             if name in BASELINES:
                 data[f"{name}_baseline"][1][v][:, at] = expected[name]
-        if plan.groups > 1 and isinstance(state, ViewState):
+        if plan.groups > 1 and isinstance(state, SampleState):
+            for name, error in _jackknife(state.left_out, measures).items():
+                data[f"{name}_se"][1][v][..., at] = error
+        elif plan.groups > 1 and isinstance(state, ViewState):
             folds, rest = state.folds(view)
-            for name, error in _jackknife(rest, layers, measures).items():
+            left_out = [measure(_layers_of(moments, layers), spectra=False, refine=False) for moments in rest]
+            for name, error in _jackknife(left_out, measures).items():
                 data[f"{name}_se"][1][v][..., at] = error
             if plan.targets and view != "flattened":
                 value, error = linear_r2(folds, rest, layers, len(plan.targets))
@@ -144,7 +147,7 @@ def assemble(
 
 def _measured(state: ViewState | SampleState, view: str) -> Measured:
     if isinstance(state, SampleState):
-        return joined(state.parts)
+        return state.measured
     layers = len(state.plan.names)
     return measure(_layers_of(state.moments(view), layers), spectra=view != "flattened")
 
@@ -158,12 +161,9 @@ def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
     return moments if len(moments.widths) == layers else moments.only(range(layers))
 
 
-def _jackknife(
-    rest: Sequence[MomentAccumulator], layers: int, measures: Sequence[str]
-) -> dict[str, NDArray[np.float64]]:
+def _jackknife(left_out: Sequence[Measured], measures: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Standard errors by leaving out one group of sequences at a time: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
-    groups = len(rest)
-    left_out = [measure(_layers_of(moments, layers), spectra=False, refine=False) for moments in rest]
+    groups = len(left_out)
     out = {}
     for name in measures:
         values = np.stack([_values(found, name) for found in left_out])

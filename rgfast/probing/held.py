@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from rgfast.probing import samples
-from rgfast.probing.measures import Measured
 from rgfast.probing.plan import Plan
-from rgfast.probing.rows import measure_rows
-from rgfast.probing.samples import SampleState, at_once, worthwhile
+from rgfast.probing.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
 
 __all__ = ["HeldRows"]
 
@@ -58,20 +56,24 @@ class HeldRows:
         self.sequences += len(rows[0])
         self._bytes += sum(x.nbytes for x in rows)
 
+    def enough(self) -> bool:
+        """Whether all measures are defined."""
+        return enough(self.sequences, self.plan.groups)
+
     def worthwhile(self) -> bool:
         """Whether accumulating their moments would be felt."""
         return worthwhile(self.plan, self.sequences)
 
     def measured(self, *, uncentred: bool) -> SampleState:
         """The measures of all that is held, a few positions at a time."""
-        plan, parts = self.plan, list[Measured]()
+        plan, parts = self.plan, list[Part]()
         step = at_once(plan, self.sequences, self._memory)
         for start in range(0, len(plan.positions), step):
             where = list(plan.positions[start : start + step])
             states = torch.empty(len(plan.names), len(where), self.sequences, plan.widths[0])
             for layer, to in enumerate(states):
                 torch.cat([batch[layer][:, where].transpose(0, 1) for batch in self.batches], 1, out=to)
-            found = measure_rows(states, adjacent=plan.pairs == "adjacent", uncentred=uncentred)
+            found = measured_part(states, plan, uncentred)
             assert found is not None  # every batch was looked at when it came
             parts.append(found)
         return SampleState(plan, self.sequences, tuple(parts))

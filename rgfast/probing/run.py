@@ -95,7 +95,7 @@ def probe(
             position at once, in a fraction of the time. It holds the rows of all layers until the end, but
             for a :class:`ResidualStack` with ``mixing="none"``, which takes a few positions at a time through
             all layers and has nothing held. It is for fp32 on the CPU, ``views=["position"]``, ``pairs``
-            adjacent or all, and at most 4,096 sequences, without mask, padding, targets, groups, refine or
+            adjacent or all, and at most 4,096 sequences, without mask, padding, targets, refine or
             checkpoint. CKA and drift then come from fp32 products (as those of :func:`rgfast.cka_matrix`:
             within 1e-6, close neighbours from fp64 ones), and the result cannot be merged. ``"auto"`` takes
             it where it can, the rows fit ``memory`` and the work is more than a moment's;

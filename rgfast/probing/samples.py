@@ -16,12 +16,22 @@ from torch import Tensor
 
 from rgfast.probing.batches import batch_items
 from rgfast.probing.layers import Tap
-from rgfast.probing.measures import Measured
+from rgfast.probing.measures import Measured, joined
 from rgfast.probing.plan import Plan
 from rgfast.probing.rows import measure_rows
 from rgfast.stack import ResidualStack
 
-__all__ = ["LIMIT", "SampleState", "at_once", "gather", "measured_by_samples", "worthwhile"]
+__all__ = [
+    "LIMIT",
+    "Part",
+    "SampleState",
+    "at_once",
+    "enough",
+    "gather",
+    "measured_by_samples",
+    "measured_part",
+    "worthwhile",
+]
 
 # More sequences than these are summed up as they come.
 LIMIT = 4096
@@ -32,22 +42,42 @@ _TILE_BYTES, _LEAST_TILES = 112 << 20, 4
 _LEAST_FLOPS = 1e9
 
 
+# The measures of some positions: of all sequences, and of all but those of each group.
+Part = tuple[Measured, ...]
+
+
 @dataclass(frozen=True)
 class SampleState:
     """What was measured of ``sequences`` sequences, a few positions a part. It cannot be added to."""
 
     plan: Plan
     sequences: int
-    parts: tuple[Measured, ...]
+    parts: tuple[Part, ...]
     masked: bool = False
+
+    @property
+    def measured(self) -> Measured:
+        """All positions, all groups."""
+        return joined([part[0] for part in self.parts])
+
+    @property
+    def left_out(self) -> list[Measured]:
+        """All positions without the sequences of group g, for every g; nothing for a single group."""
+        return [joined(some) for some in zip(*(part[1:] for part in self.parts), strict=True)]
 
 
 def worthwhile(plan: Plan, sequences: int) -> bool:
-    """Whether the products that moments of so many sequences take are felt, and all measures are defined."""
+    """Whether the products that moments of so many sequences take would be felt."""
     layers = len(plan.names)
     pairs = 2 * layers if plan.pairs == "adjacent" else layers * (layers + 1) / 2
     flops = 2.0 * sequences * len(plan.positions) * plan.widths[0] ** 2 * pairs
-    return sequences >= 4 and flops >= _LEAST_FLOPS
+    return flops >= _LEAST_FLOPS
+
+
+def enough(sequences: int, groups: int) -> bool:
+    """Whether all measures are defined, without any group too."""
+    most = -(-sequences // groups) if groups > 1 else 0
+    return sequences - most >= 4 and sequences >= 2 * groups
 
 
 def at_once(plan: Plan, sequences: int, memory: int) -> int:
@@ -108,10 +138,10 @@ def measured_by_samples(
 
     Raises ValueError where a layer is not finite, naming it and the position.
     """
-    parts: list[Measured] = []
+    parts: list[Part] = []
 
     def take(first: int, states: Tensor) -> None:
-        found = measure_rows(states, adjacent=plan.pairs == "adjacent", uncentred=uncentred)
+        found = measured_part(states, plan, uncentred)
         if found is None:
             raise ValueError(_not_finite(states, plan, plan.positions[first:]))
         parts.append(found)
@@ -124,6 +154,21 @@ def measured_by_samples(
     finally:
         handle.remove()
     return SampleState(plan, len(x), tuple(parts))
+
+
+def measured_part(states: Tensor, plan: Plan, uncentred: bool) -> Part | None:
+    """The measures of ``states[L, P, n, d]``, and without each group; None where NaN or infinity is met."""
+    adjacent = plan.pairs == "adjacent"
+    found = measure_rows(states, adjacent=adjacent, uncentred=uncentred)
+    if found is None:
+        return None
+    part = [found]
+    group = torch.arange(states.shape[2]) % plan.groups
+    for g in range(plan.groups) if plan.groups > 1 else ():
+        rest = measure_rows(states[:, :, group != g], adjacent=adjacent, uncentred=uncentred)
+        assert rest is not None
+        part.append(rest)
+    return tuple(part)
 
 
 def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:

@@ -35,7 +35,7 @@ from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, p
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.samples import gather, measured_by_samples, worthwhile
+from rgfast.probing.samples import enough, gather, measured_by_samples, worthwhile
 from rgfast.probing.targets import TargetSpec, make_targets
 from rgfast.probing.views import ViewState
 from rgfast.stack import ResidualStack
@@ -204,8 +204,8 @@ class Probe:
             return "moments were asked for"
         if self._ranks is not None:
             return "several processes probe together"
-        if self._mask is not None or self._targets or self._groups > 1 or self._refine is not None:
-            return "it knows no mask, targets, groups or refine"
+        if self._mask is not None or self._targets or self._refine is not None:
+            return "it knows no mask, targets or refine"
         if self._views != ["position"] or self._pairs not in ("adjacent", "all"):
             return "it gives views=['position'] of adjacent or all pairs"
         return ""
@@ -293,7 +293,7 @@ class Probe:
         if self._no_samples or not isinstance(stack, ResidualStack) or stack.mixing != "none":
             return None, taken
         x, taken = gather(stack, self._taps, batches)
-        if x is None or len(x) < 4:
+        if x is None or not enough(len(x), self._groups):
             return None, taken
         names, options = [tap.name for tap in self._taps], self._options_of_plan(False)
         options |= {"memory": sys.maxsize, "refine": False}
@@ -313,11 +313,11 @@ class Probe:
 
         Raises ValueError for fewer than 2 sequences.
         """
-        held = self._held if self._held is not None and self._held.sequences >= 4 else None
+        held = self._held if self._held is not None and self._held.enough() else None
         if held is not None and (self._route == "samples" or held.worthwhile()):
             found = held.measured(uncentred=self._uncentred)
             return ProbeResult(assemble(found, self.measures, self._provenance))
-        self._release("there are fewer than 4 sequences")
+        self._release("there are too few sequences for every measure")
         state, provenance = self._state, self._provenance
         if self._ranks is not None:
             state, provenance = self._of_all_ranks(self._ranks)

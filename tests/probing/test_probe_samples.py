@@ -91,6 +91,21 @@ def test_brute_force_on_what_hooks_store(noise):
                 assert abs(float(result.dataset.cka[0, i, j, t]) - want) < 1e-6
 
 
+@pytest.mark.parametrize("mixing", ["none", "mixer"])
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_error_bars_are_those_of_the_moments(pairs, mixing):
+    x = normal(202, 5, 24)
+    stack = rgfast.ResidualStack(24, 3, mixing=mixing, length=5, w2_scale=0.7)
+    here, there = both(stack, x, pairs=pairs, groups=4)
+    assert [result.dataset.attrs["route"] for result in (here, there)] == ["samples", "moments"]
+    errors = [name for name in there.dataset.data_vars if str(name).endswith("_se")]
+    assert len(errors) == 12
+    for name in errors:
+        a, b = here.dataset[name], there.dataset[name]
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6, err_msg=str(name))
+        assert name == "numerical_rank_se" or np.nanmax(b.values) > 1e-6
+
+
 def test_batches_are_what_they_are_joined_from_or_not():
     stack, x = stack_of(32, 3), normal(501, 4, 32)
     want = rgfast.probe(stack, x, route="samples", **OPTIONS).dataset
@@ -127,7 +142,8 @@ def test_when_it_is_taken(monkeypatch, tmp_path):
     assert route(batches=[*x.split(100), x[:1]]) == "moments"
     assert route(route="moments") == "moments"
     assert route(views=["position", "pooled"]) == "moments"
-    assert route(groups=2) == "moments"
+    assert route(groups=2) == "samples"
+    assert route(targets={"first": normal(400, 1)}) == "moments"
     assert route(pairs=[(0, 3)]) == "moments"
     assert route(checkpoint=tmp_path / "run.checkpoint") == "moments"
     assert route(memory="1MB") == "samples"  # nothing is held
@@ -168,11 +184,12 @@ def test_refusals_name_the_reason(tmp_path):
             rgfast.probe(model, batches, **{"route": "samples", **OPTIONS, **options})
 
     refused("route must be one of", route="fast")
-    refused("cannot be taken, since it knows no mask", groups=2)
+    refused("cannot be taken, since it knows no mask", refine=True)
     refused("cannot be taken, since it gives views", views=None)
     refused("cannot be taken, since it gives views", pairs=[(0, 1)])
-    refused("fewer than 4 sequences", batches=x[:3])
-    refused("fewer than 4 sequences", mixer, x[:3])
+    refused("too few sequences", batches=x[:3])
+    refused("too few sequences", mixer, x[:3])
+    refused("too few sequences", batches=x[:15], groups=8)
     refused("at least 2 sequences", batches=[])
     refused("x must end in width 16", batches=normal(9, 3, 4))
     refused("it is for fp32 on the CPU", stack_of(16, 2).double(), x.double())
