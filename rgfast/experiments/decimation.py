@@ -271,8 +271,8 @@ def _slopes(table: pd.DataFrame) -> dict[str, dict[str, Interval]]:
 
 
 def _write(done: Decimation) -> None:
-    from rgfast.report.figures import save_figure
-    from rgfast.report.studies import plot_decimation
+    from rgfast.report import write_report
+    from rgfast.report.figures import plot_decimation, save_figure
 
     for table, name in ((done.table, "table.csv"), (done.curves, "curves.csv")):
         text = table.to_csv(index=False, lineterminator="\n")
@@ -282,7 +282,8 @@ def _write(done: Decimation) -> None:
     write_text(
         done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    save_figure(plot_decimation(done.table, done.design.base.xi[0]), done.out / "decimation.png")
+    save_figure(plot_decimation(done), done.out / "decimation.png")
+    write_report(done)
 
 
 def decimation_text(done: Decimation) -> str:

@@ -318,8 +318,8 @@ def summary(done: Multiverse) -> dict[str, Any]:
 
 
 def _write(done: Multiverse) -> None:
-    from rgfast.report.figures import save_figure
-    from rgfast.report.studies import plot_multiverse
+    from rgfast.report import write_report
+    from rgfast.report.figures import plot_multiverse, save_figure
 
     _write_csv(done.table, done.out / "table.csv")
     _write_csv(done.views, done.out / "views.csv")
@@ -327,7 +327,8 @@ def _write(done: Multiverse) -> None:
     write_text(
         done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    save_figure(plot_multiverse(done.table, done.universe.options, EFFECTS), done.out / "multiverse.png")
+    save_figure(plot_multiverse(done), done.out / "multiverse.png")
+    write_report(done)
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

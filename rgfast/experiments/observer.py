@@ -241,8 +241,8 @@ def _slope(ridge: NDArray[np.float64]) -> float:
 
 
 def _write(done: Observer) -> None:
-    from rgfast.report.figures import save_figure
-    from rgfast.report.studies import plot_observer
+    from rgfast.report import write_report
+    from rgfast.report.figures import plot_observer, save_figure
 
     for table, name in ((done.curves, "table.csv"), (done.ridges, "ridges.csv"), (done.slopes, "slopes.csv")):
         write_text(done.out / name, table.to_csv(index=False, lineterminator="\n"))
@@ -254,7 +254,8 @@ def _write(done: Observer) -> None:
     write_text(
         done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    save_figure(plot_observer(done.curves, done.ridges), done.out / "observer.png")
+    save_figure(plot_observer(done), done.out / "observer.png")
+    write_report(done)
 
 
 def observer_text(done: Observer) -> str:

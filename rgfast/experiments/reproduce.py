@@ -257,13 +257,7 @@ def _write(
     folder: Path, config: ReproduceConfig, dataset: xr.Dataset, verdicts: dict[str, tuple[Verdict, ...]]
 ) -> None:
     # matplotlib is slow to import and only needed here.
-    from rgfast.report.figures import (
-        plot_drift_by_transition,
-        plot_order_parameter,
-        plot_survival,
-        save_figure,
-    )
-    from rgfast.report.write import write_report
+    from rgfast.report import figures, write_report
 
     write_atomically(folder / "result.nc", lambda path: dataset.to_netcdf(path, engine="h5netcdf"))
 
@@ -274,11 +268,6 @@ def _write(
             writer.writerows(summary_rows(dataset))
 
     write_atomically(folder / "summary.csv", write_summary)
-    for chain in config.chains:
-        suffix = "" if len(config.chains) == 1 else "-" + "".join(c if c.isalnum() else "_" for c in chain)
-        save_figure(plot_order_parameter(dataset, chain), folder / f"order_parameter{suffix}.png")
-        save_figure(plot_drift_by_transition(dataset, chain), folder / f"drift{suffix}.png")
-        save_figure(plot_survival(dataset, chain), folder / f"survival{suffix}.png")
     document = {
         "format": "rgfast.verdict/1",
         "setup": SETUP if _is_default(config) else "in the set-up that config.json records",
@@ -286,7 +275,23 @@ def _write(
         "config": json.loads(config.to_json()),
     }
     write_text(folder / "verdict.json", as_json(document))
-    write_report(Reproduction(config, dataset, verdicts, folder))
+    done = Reproduction(config, dataset, verdicts, folder)
+    for name, (draw, needed) in {
+        "order_parameter": (figures.plot_order_parameter, "effective_rank"),
+        "heat_map": (figures.plot_heat_map, "effective_rank_by_position"),
+        "drift": (figures.plot_drift, "kernel_drift"),
+        "survival": (figures.plot_survival, "survival"),
+        "training": (figures.plot_training, "training_loss"),
+        "cka": (figures.plot_cka, "cka"),
+        "spectra": (figures.plot_spectra, "relative_spectrum"),
+    }.items():
+        if needed not in dataset:  # runs that an older version finished
+            continue
+        for chain in config.chains:
+            own = "".join(c if c.isalnum() else "_" for c in chain)
+            suffix = f"-{own}" if len(config.chains) > 1 else ""
+            figures.save_figure(draw(done, chain=chain), folder / f"{name}{suffix}.png")
+    write_report(done)
 
 
 def _is_default(config: ReproduceConfig) -> bool:

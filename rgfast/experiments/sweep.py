@@ -197,8 +197,8 @@ def _row(point: Point, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(done: Sweep) -> None:
-    from rgfast.report.figures import save_figure
-    from rgfast.report.studies import plot_relevance, plot_xi
+    from rgfast.report import write_report
+    from rgfast.report.figures import plot_posterior_rank, plot_relevance, plot_xi, save_figure
 
     write_atomically(
         done.out / "table.csv", lambda path: done.table.to_csv(path, index=False, lineterminator="\n")
@@ -207,8 +207,10 @@ def _write(done: Sweep) -> None:
         document = {"format": "rgfast.relevance/1", **plain(done.test.to_dict())}
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(done.out / "verdict.json", text)
-        save_figure(plot_relevance(done.table, done.test), done.out / "relevance.png")
-    save_figure(plot_xi(done.table), done.out / "xi.png")
+        save_figure(plot_relevance(done), done.out / "relevance.png")
+    save_figure(plot_xi(done), done.out / "xi.png")
+    save_figure(plot_posterior_rank(done), done.out / "posterior_rank.png")
+    write_report(done)
 
 
 def sweep_text(done: Sweep) -> str:

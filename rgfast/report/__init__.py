@@ -1,4 +1,4 @@
-"""Figures and pages of saved results."""
+"""Pages (:func:`write_report`) and figures (:mod:`rgfast.report.figures`) of saved results."""
 
 from rgfast.report.write import write_report
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.flow import DriftShape, curve, drift_shape
+from rgfast.flow import DriftShape, curve, descent, drift_shape
 from rgfast.flow.verdicts import FIRST_LAYER
 from rgfast.report.palette import MODE_COLOURS, POSTERIOR, VIEW_COLOURS
 
@@ -25,6 +26,7 @@ __all__ = [
     "observer_cells",
     "observer_grid",
     "rank_by_position",
+    "ratio_table",
     "sorted_xi",
 ]
 
@@ -148,3 +150,28 @@ def observer_grid(
     # Radii are not evenly spaced on the axis: place the mean between its neighbours.
     place = np.interp(radius, grid.index.to_numpy(float), np.arange(len(grid)))
     return grid, relative, np.where(np.isfinite(radius), place, np.nan)
+
+
+def ratio_table(result: xr.Dataset, width: int) -> pd.DataFrame:
+    """A row a trained run of a reproduction, with the columns that a sweep's table has for the same."""
+    rows = []
+    for chain in (str(name) for name in result.chain.values):
+        for xi in sorted_xi(result):
+            for seed in (int(s) for s in result.seed.values):
+                run = result.sel(chain=chain, xi=xi, seed=seed, stage="trained")
+                row: dict[str, Any] = {"chain": chain, "xi": xi, "width": width, "seed": seed}
+                row["captured"] = float(run.captured)
+                for view in ("visible", "masked"):
+                    ranks = curve(
+                        result, "effective_rank", chain=chain, xi=xi, seed=seed, stage="trained", view=view
+                    )
+                    ends = descent(ranks) if ranks.size > 1 else None
+                    row[f"{view}_R"] = ends.ratio if ends else np.nan
+                    row[f"{view}_last"] = float(ranks[-1])
+                if "log_posterior_rank" in run:
+                    row["log_posterior_rank"] = float(run.log_posterior_rank)
+                if "effective_rank_baseline" in result:
+                    row["masked_isotropic"] = float(result.effective_rank_baseline.sel(view="masked"))
+                rows.append(row)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table

@@ -241,7 +241,7 @@ def training(result: xr.Dataset, chain: str) -> list[Panel]:
                     dots(told, np.tile(x, len(values)), values.ravel(), colours[xi], texts, faint=True)
                 )
             if measure == name and "bayes_loss" in part:
-                bayes = mean_of(part.bayes_loss.values)
+                bayes = part.bayes_loss.mean(skipna=True)
                 rules.append(
                     {"name": f"Bayes, ξ = {xi:g}", "y": float(bayes), "dash": "6 4", "colour": colours[xi]}
                 )

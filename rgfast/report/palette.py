@@ -73,7 +73,7 @@ _XI = (
 )
 _APART = 0.25  # RGB distance below which two colours are too alike for one figure
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

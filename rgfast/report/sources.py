@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,20 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A reproduction: its dataset, and its verdicts by chain as ``verdict.json`` has them."""
+    """A reproduction: its dataset and, where they were saved with it, its verdicts by chain."""
 
     dataset: xr.Dataset
-    verdicts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    saved: dict[str, list[dict[str, Any]]] | None = None
     setup: str = ""
     folder: Path | None = None
+
+    @property
+    def verdicts(self) -> dict[str, list[dict[str, Any]]]:
+        """By chain, as ``verdict.json`` has them; judged anew where none were saved."""
+        if self.saved is not None:
+            return self.saved
+        chains = [str(chain) for chain in self.dataset.chain.values]
+        return {chain: [v.to_dict() for v in judge(self.dataset, chain)] for chain in chains}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,10 +110,9 @@ def _from_path(path: Path) -> Source:
 def _from_dataset(dataset: xr.Dataset, name: str) -> Source:
     if dataset.attrs.get("format") == "rgfast.probe":
         return ProbeResult(dataset)
-    if not {"effective_rank", "kernel_drift", "captured"} <= set(dataset) or "stage" not in dataset.dims:
+    if not {"effective_rank", "kernel_drift"} <= set(dataset) or "stage" not in dataset.dims:
         raise ValueError(f"{name} must hold a probe's result or a reproduction, and holds neither")
-    chains = [str(chain) for chain in dataset.chain.values]
-    return Experiment(dataset, {chain: [v.to_dict() for v in judge(dataset, chain)] for chain in chains})
+    return Experiment(dataset)
 
 
 def _from_folder(folder: Path) -> Source:
@@ -113,10 +120,8 @@ def _from_folder(folder: Path) -> Source:
         found = _from_path(folder / "result.nc")
         if not isinstance(found, Experiment):
             return found
-        verdicts = found.verdicts
-        if (folder / "verdict.json").is_file():
-            verdicts = _json(folder / "verdict.json").get("verdicts", verdicts)
-        return Experiment(found.dataset, verdicts, _setup(folder), folder)
+        written = _json(folder / "verdict.json") if (folder / "verdict.json").is_file() else {}
+        return Experiment(found.dataset, written.get("verdicts"), str(written.get("setup", "")), folder)
     if (folder / "design.json").is_file():
         design = _json(folder / "design.json")
         kind = str(design.pop("format", "")).removeprefix("rgfast.").partition("/")[0]
@@ -134,8 +139,7 @@ def _study(folder: Path, kind: str, design: dict[str, Any]) -> Study:
         path = folder / f"{name}.csv"
         if not path.is_file():
             raise ValueError(f"source must be a finished study, and {folder} has no {path.name} yet")
-        # The default parser is off by a rounding; what was written is read.
-        tables[name] = pd.read_csv(path, float_precision="round_trip")
+        tables[name] = pd.read_csv(path)
     summary = next(
         (folder / name for name in ("summary.json", "verdict.json") if (folder / name).is_file()), None
     )

@@ -1,9 +1,8 @@
-"""Figures of the studies, from their tables. Colour is ξ wherever there is one."""
+"""Figures of the studies. Colour is ξ, the chain or the view: see :mod:`rgfast.report.palette`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -12,284 +11,358 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rgfast.flow.relevance import CAPTURED, RelevanceTest
-from rgfast.report.figures import COLOURS, CONTROL, STYLE
+from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
+from rgfast.report.canvas import Canvas, canvas, draw_heat, figure_of, styled
+from rgfast.report.extract import (
+    SPACING_ARMS,
+    SPACING_PANELS,
+    observer_cells,
+    observer_grid,
+    ratio_table,
+)
+from rgfast.report.palette import (
+    BASELINE,
+    CONTROL,
+    DASHES,
+    LIGHT,
+    MARKED,
+    SHAPES,
+    kind_colours,
+    xi_colours,
+)
+from rgfast.report.sources import Experiment, Study, load
 
-__all__ = ["plot_decimation", "plot_multiverse", "plot_observer", "plot_relevance", "plot_xi"]
+__all__ = [
+    "plot_decimation",
+    "plot_multiverse",
+    "plot_observer",
+    "plot_posterior_rank",
+    "plot_relevance",
+    "plot_xi",
+]
 
-LIGHT = "#BBBBBB"
 OBSERVED = {"control_iid": "i.i.d. control"}
-ISOTROPIC = (0, (1, 2))
-DASHES = ("-", "--", ":")
-SHAPES = ("o", "s", "^", "D", "v", "P")
+RATIOS = {"visible_R": "R: last over first layer, visible", "masked_R": "R: last over first layer, masked"}
+POSTERIOR = "effective rank of the centred log-posterior"
 
 
-def plot_relevance(table: pd.DataFrame, test: RelevanceTest) -> Figure:
-    """Final rank against that of the log-posterior, and each predictor's error on cells left out.
-
-    Left: a point a trained run, marker the width, the line is y = x, dotted what isotropic data of the same
-    size would give. Right: root mean square error of ln
-    rank by predictor, bars from its bootstrap difference to y = x.
-    """
-    trained = table[table.captured >= CAPTURED]
-    xis = sorted(table.xi.unique())
-    widths = sorted(table.width.unique())
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.6))
-        left, right = figure.subplots(1, 2)
-        for k, xi in enumerate(xis):
-            for shape, width in zip(SHAPES, widths, strict=False):
-                part = trained[(trained.xi == xi) & (trained.width == width)]
-                left.plot(
-                    part.log_posterior_rank,
-                    part.masked_last,
-                    shape,
-                    color=COLOURS[k % len(COLOURS)],
-                    markersize=6,
-                    alpha=0.7,
-                    label=f"ξ = {xi:g}, width {width}",
-                )
-        both = trained[["log_posterior_rank", "masked_last"]].to_numpy(float)
-        if both.size:
-            ends = [0.9 * both.min(), 1.1 * both.max()]
-            left.plot(ends, ends, color="black", linewidth=1, label="y = x")
-        for width in widths:
-            baseline = float(table[table.width == width].masked_isotropic.mean())
-            left.axhline(baseline, color="black", linewidth=1, linestyle=ISOTROPIC)
-            left.annotate(
-                f"isotropic, width {width}, same n",
-                (1, baseline),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=8,
-            )
-        left.set_xlabel("effective rank of the centred log-posterior")
-        left.set_ylabel("effective rank of the last layer, masked rows")
-        left.legend(fontsize=8)
-        names = list(dict.fromkeys(p.name for p in test.predictors))
-        for shape, width in zip(SHAPES, widths, strict=False):
-            found = {p.name: p for p in test.predictors if p.width == width}
-            at = [names.index(name) for name in found]
-            claim = found["y = x"].error if found else 0.0
-            spread = [
-                [max(0.0, p.error - claim - p.excess_low) for p in found.values()],
-                [max(0.0, p.excess_high - (p.error - claim)) for p in found.values()],
-            ]
-            right.errorbar(
-                [p.error for p in found.values()],
-                [k + 0.12 * (width == widths[-1]) for k in at],
-                xerr=spread,
-                fmt=shape,
-                color=CONTROL if width == widths[0] else "black",
-                label=f"width {width}",
-            )
-        right.set_yticks(range(len(names)), names)
-        right.invert_yaxis()
-        right.set_xlim(left=0)
-        right.set_xlabel("error in ln rank on the cell left out")
-        right.legend(fontsize=8)
-        figure.suptitle(f"Does the final rank follow the Bayes posterior? {test.status}")
-    return figure
+def _study(source: Any, kind: str) -> Study:
+    """``source`` as a study of this ``kind``."""
+    found = load(source)
+    if not isinstance(found, Study) or found.kind != kind:
+        told = f"a {found.kind}" if isinstance(found, Study) else "another result"
+        raise TypeError(f"source must be a {kind}, what it returned or its folder, got {told}")
+    return found
 
 
-def plot_xi(table: pd.DataFrame) -> Figure:
-    """R against ξ by chain, visible and masked rows, a row of panels a width.
+def _runs(source: Any) -> pd.DataFrame:
+    """A row a run, of a sweep or of a reproduction."""
+    found = load(source)
+    if isinstance(found, Experiment):
+        return ratio_table(found.dataset, int(found.config.get("width", 0)))
+    return _study(found, "sweep").tables["table"]
+
+
+@styled
+def plot_xi(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of R against ξ by chain: visible and masked rows, a row of panels a width.
 
     Points are runs (open: undertrained), lines means over the trained.
+
+    Args:
+        source: what :func:`rgfast.sweep` or :func:`rgfast.reproduce` returned, or its folder.
+        ax: axes to draw on, two a width, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    chains, widths = list(dict.fromkeys(table.chain)), sorted(table.width.unique())
-    xis = sorted(table.xi.unique())
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 0.6 + 3.8 * len(widths)))
-        grid = figure.subplots(len(widths), 2, sharey="row", squeeze=False)
-        for panels, width in zip(grid, widths, strict=True):
-            for axes, view in zip(panels, ("visible", "masked"), strict=True):
-                _draw_xi(axes, table[table.width == width], chains, f"{view}_R")
-                axes.set_xscale("log")
-                axes.set_xticks(xis, [f"{xi:g}" for xi in xis])
-                axes.set_xticks([], minor=True)
-                axes.set_title(f"{view} rows" + (f", width {width}" if len(widths) > 1 else ""))
-                axes.set_xlabel("correlation length ξ (steps)")
-            panels[0].set_ylabel("R: last over first layer")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", fontsize=9)
-    return figure
+    table = _runs(source)
+    return _by_chain(table, "xi", "correlation length ξ (steps)", list(RATIOS), ax)
 
 
-def _draw_xi(axes: Axes, table: pd.DataFrame, chains: Sequence[str], name: str) -> None:
-    for k, chain in enumerate(chains):
-        part, colour = table[table.chain == chain], COLOURS[k % len(COLOURS)]
-        dash = DASHES[k // len(COLOURS) % len(DASHES)]
-        good = part.captured >= CAPTURED
-        axes.plot(part.xi[good], part[name][good], "o", color=colour, markersize=4, alpha=0.6)
-        axes.plot(part.xi[~good], part[name][~good], "o", color=colour, markersize=4, fillstyle="none")
-        mean = part[good].groupby("xi")[name].mean()
-        axes.plot(mean.index, np.asarray(mean), dash, color=colour, linewidth=1.8, label=chain)
-    axes.axhline(1.0, color="black", linewidth=0.6)
+@styled
+def plot_posterior_rank(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of R, and of the rank it ends at, against the rank of the exact Bayes posterior.
+
+    By chain, a row of three panels a width: R of visible rows, R of masked rows, the effective rank of the
+    last layer (masked rows; the line is y = x, dotted what isotropic data with as many rows would give).
+    Points are runs, open where undertrained. For ``source`` and ``ax`` (three axes a width), and what is
+    raised, see :func:`plot_xi`.
+    """
+    table = _runs(source)
+    return _by_chain(table, "log_posterior_rank", POSTERIOR, [*RATIOS, "masked_last"], ax)
 
 
-def plot_multiverse(
-    table: pd.DataFrame, options: Sequence[tuple[str, tuple[Any, ...]]], effects: dict[str, tuple[str, float]]
-) -> Figure:
-    """A specification curve for every effect: trained set-ups sorted by it, intervals, the default a star.
+def _by_chain(table: pd.DataFrame, against: str, label: str, responses: list[str], ax: Canvas) -> Figure:
+    widths, chains = sorted(table.width.unique()), list(dict.fromkeys(table.chain))
+    cells = [(width, response) for width in widths for response in responses]
+    axes = canvas(ax, len(cells), columns=len(responses), size=(11 / len(responses) + 0.6, 3.9))
+    colours, xis = kind_colours(chains), sorted(float(xi) for xi in table.xi.unique())
+    for panel, (width, response) in zip(axes, cells, strict=True):
+        own = table[table.width == width]
+        for k, chain in enumerate(chains):
+            dash = DASHES[k // 9 % len(DASHES)]
+            _draw_chain(panel, own[own.chain == chain], against, response, colours[chain], chain, dash)
+        if response == "masked_last":
+            _draw_limits(panel, own)
+        else:
+            panel.axhline(1.0, color="black", linewidth=0.6)
+        if against == "xi":
+            panel.set_xscale("log")
+            panel.set_xticks(xis, [f"{xi:g}" for xi in xis])
+            panel.set_xticks([], minor=True)
+        words = RATIOS.get(response, "effective rank, last layer, masked")
+        panel.set(ylabel=words, title=f"width {width}, {own.seed.nunique()} seeds", xlabel=label)
+    handles, names = axes[0].get_legend_handles_labels()
+    if ax is None:
+        figure_of(axes).legend(handles, names, loc="outside right center", fontsize=10)
+    else:
+        axes[0].legend(fontsize=9)
+    return figure_of(axes)
+
+
+def _draw_chain(
+    axes: Axes, part: pd.DataFrame, against: str, response: str, colour: str, label: str, dash: str
+) -> None:
+    good = part.captured >= CAPTURED
+    size = 4 if against == "xi" else 6
+    style: dict[str, Any] = {"color": colour, "markersize": size, "alpha": 0.7}
+    points = "o" if against == "xi" else SHAPES[0]
+    name = None if against == "xi" else label
+    axes.plot(part[against][good], part[response][good], points, label=name, **style)
+    axes.plot(part[against][~good], part[response][~good], points, fillstyle="none", **style)
+    if against == "xi":
+        mean = part[good].groupby("xi")[response].mean()
+        axes.plot(mean.index, np.asarray(mean), dash, color=colour, linewidth=1.8, label=label)
+
+
+def _draw_limits(axes: Axes, table: pd.DataFrame) -> None:
+    both = table[["log_posterior_rank", "masked_last"]].to_numpy(float)
+    ends = [0.9 * float(both.min()), 1.1 * float(both.max())]
+    axes.plot(ends, ends, color="black", linewidth=1, label="y = x")
+    if "masked_isotropic" in table:
+        expected = float(table.masked_isotropic.mean())
+        axes.axhline(expected, color="black", linewidth=1, linestyle=BASELINE, label="isotropic, same n")
+    axes.legend(handles=[one for one in axes.lines if one.get_linestyle() != "None"], fontsize=9)
+
+
+@styled
+def plot_relevance(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of the relevance test: final rank against the log-posterior's, and what predicts it.
+
+    Left: a point a trained run, colour ξ, marker the width; the line is y = x, dotted what isotropic data
+    with as many rows would give. Right: root mean square error of ln rank by predictor, on cells left out,
+    bars from its bootstrap difference to y = x.
+
+    Args:
+        source: what ``rgfast.sweep("relevance")`` returned, or its folder.
+        ax: two axes to draw on, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes and a table that
+    lacks a column of the test.
+    """
+    table = _study(source, "sweep").tables["table"]
+    test = getattr(source, "test", None) or relevance_test(table)
+    left, right = canvas(ax, 2, columns=2, size=(5.6, 4.4))
+    trained = table[table.captured >= CAPTURED]
+    widths, colours = sorted(table.width.unique()), xi_colours(table.xi.unique())
+    for xi, colour in colours.items():
+        for shape, width in zip(SHAPES, widths, strict=False):
+            part = trained[(trained.xi == xi) & (trained.width == width)]
+            style: dict[str, Any] = {"color": colour, "markersize": 6, "alpha": 0.7}
+            label = f"ξ = {xi:g}, width {width}"
+            left.plot(part.log_posterior_rank, part.masked_last, shape, label=label, **style)
+    both = trained[["log_posterior_rank", "masked_last"]].to_numpy(float)
+    if both.size:
+        ends = [0.9 * both.min(), 1.1 * both.max()]
+        left.plot(ends, ends, color="black", linewidth=1, label="y = x")
+    for width in widths if "masked_isotropic" in table else ():
+        level = float(table[table.width == width].masked_isotropic.mean())
+        left.axhline(level, color="black", linewidth=1, linestyle=BASELINE)
+        where: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "ha": "right",
+            "va": "bottom",
+            "fontsize": 9,
+        }
+        left.annotate(f"isotropic, width {width}, same n", (1, level), **where)
+    left.set(xlabel=POSTERIOR, ylabel="effective rank of the last layer, masked")
+    left.legend(fontsize=9)
+    _draw_predictors(right, test, widths)
+    if ax is None:
+        figure_of([left]).suptitle(f"Does the final rank follow the Bayes posterior? {test.status}")
+    return figure_of([left])
+
+
+def _draw_predictors(axes: Axes, test: RelevanceTest, widths: list[Any]) -> None:
+    names = list(dict.fromkeys(p.name for p in test.predictors))
+    for shape, width in zip(SHAPES, widths, strict=False):
+        found = {p.name: p for p in test.predictors if p.width == width}
+        claim = found["y = x"].error if found else 0.0
+        spread = [
+            [max(0.0, p.error - claim - p.excess_low) for p in found.values()],
+            [max(0.0, p.excess_high - (p.error - claim)) for p in found.values()],
+        ]
+        axes.errorbar(
+            [p.error for p in found.values()],
+            [names.index(name) + 0.12 * (width == widths[-1]) for name in found],
+            xerr=spread,
+            fmt=shape,
+            color=CONTROL if width == widths[0] else "black",
+            label=f"width {width}",
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("error in ln rank on the cell left out")
+    axes.legend(fontsize=9)
+
+
+@styled
+def plot_multiverse(source: Any, *, ax: Canvas = None) -> Figure:
+    """The specification curves of a multiverse: trained set-ups sorted by each effect, with intervals.
 
     Beneath each curve a dot says which value of an option the set-up has: filled is not the default value.
-    The dotted line is the bar that the effect is held against.
+    The dotted line is the bar that the effect is held against, the star the default set-up.
+
+    Args:
+        source: what :func:`rgfast.multiverse` returned, or its folder.
+        ax: two axes an effect (curve, options) to draw on, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    trained = table[table.trained]
-    rows = math.ceil(len(effects) / 3)
-    with mpl.rc_context({**STYLE, "figure.constrained_layout.use": False}):
-        figure = Figure(figsize=(15, 4.6 * rows))
-        grid = figure.add_gridspec(
-            rows, 3, hspace=0.25, wspace=0.32, left=0.08, right=0.98, top=0.95, bottom=0.06
-        )
-        for cell, (name, (words, bar)) in enumerate(effects.items()):
-            inner = grid[cell // 3, cell % 3].subgridspec(2, 1, height_ratios=(2.2, 1), hspace=0.06)
-            curve, dots = figure.add_subplot(inner[0]), figure.add_subplot(inner[1])
-            ordered = trained.sort_values(name, ignore_index=True)
-            at, value = np.arange(len(ordered)), ordered[name].to_numpy(float)
-            below = (value - ordered[f"{name}_low"].to_numpy(float)).clip(min=0)
-            above = (ordered[f"{name}_high"].to_numpy(float) - value).clip(min=0)
-            spread = np.nan_to_num(np.stack([below, above]))
-            curve.errorbar(at, value, yerr=spread, fmt="o", color=COLOURS[1], ecolor="#B0C4D8", markersize=3)
-            default = ordered["default"].to_numpy(bool)
-            curve.plot(
-                at[default], value[default], "*", color=COLOURS[0], markersize=15, label="default set-up"
-            )
-            curve.axhline(0.0, color="black", linewidth=0.8)
-            if bar:
-                curve.axhline(bar, color="black", linewidth=0.8, linestyle=":")
-            curve.set_title(words, fontsize=10)
-            curve.set_xticks([])
-            if default.any():
-                curve.legend(loc="upper left", fontsize=8)
-            for k, (option, (first, *_)) in enumerate(options):
-                other = (ordered[option] != first).to_numpy(bool)
-                dots.plot(at[other], np.full(other.sum(), k), "o", color="black", markersize=2.5)
-                dots.plot(at[~other], np.full((~other).sum(), k), "o", color="#DDDDDD", markersize=2.5)
-            labels = [f"{option} {'/'.join(f'{v}' for v in others)}" for option, (_, *others) in options]
-            dots.set_yticks(range(len(options)), labels, fontsize=7)
-            dots.set_ylim(len(options) - 0.5, -0.5)
-            dots.set_xticks([])
-            dots.grid(False)
-            dots.set_xlabel(f"{len(ordered)} of {len(table)} set-ups (trained), sorted", fontsize=8)
-    return figure
+    study = _study(source, "multiverse")
+    table, options = study.tables["table"], study.design["options"]
+    effects = {name: part for name, part in study.summary.items() if isinstance(part, dict)}
+    axes = _pairs(len(effects)) if ax is None else canvas(ax, 2 * len(effects), columns=2, size=(1, 1))
+    for k, (name, part) in enumerate(effects.items()):
+        curve, dots = axes[2 * k : 2 * k + 2]
+        ordered = table[table.trained].sort_values(name, ignore_index=True)
+        _draw_curve(curve, ordered, name, part)
+        at = np.arange(len(ordered))
+        for row, (option, (first, *_)) in enumerate(options):
+            other = (ordered[option] != first).to_numpy(bool)
+            dots.plot(at[other], np.full(other.sum(), row), "o", color="black", markersize=3)
+            dots.plot(at[~other], np.full((~other).sum(), row), "o", color="#DDDDDD", markersize=3)
+        labels = [f"{option} {'/'.join(f'{v}' for v in others)}" for option, (_, *others) in options]
+        dots.set_yticks(range(len(options)), labels, fontsize=9)
+        dots.set_ylim(len(options) - 0.5, -0.5)
+        dots.set_xticks([])
+        dots.grid(False)
+        dots.set_xlabel(f"{len(ordered)} of {len(table)} set-ups (trained), sorted", fontsize=10)
+    return figure_of(axes)
 
 
-def plot_decimation(table: pd.DataFrame, xi: float) -> Figure:
-    """What one network does when only every k-th token is shown, against k.
+def _pairs(effects: int) -> list[Axes]:
+    """Two axes an effect, the larger above the smaller, two effects a row."""
+    rows = math.ceil(effects / 2)
+    with mpl.rc_context({"figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(12, 4.6 * rows))
+    edges = {"left": 0.12, "right": 0.98, "top": 1 - 0.4 / (4.6 * rows), "bottom": 0.5 / (4.6 * rows)}
+    grid = figure.add_gridspec(rows, 2, hspace=0.28, wspace=0.38, **edges)
+    axes: list[Axes] = []
+    for cell in range(effects):
+        inner = grid[cell // 2, cell % 2].subgridspec(2, 1, height_ratios=(2, 1), hspace=0.06)
+        axes += [figure.add_subplot(inner[0]), figure.add_subplot(inner[1])]
+    return axes
+
+
+def _draw_curve(axes: Axes, ordered: pd.DataFrame, name: str, part: dict[str, Any]) -> None:
+    at, value = np.arange(len(ordered)), ordered[name].to_numpy(float)
+    below = (value - ordered[f"{name}_low"].to_numpy(float)).clip(min=0)
+    above = (ordered[f"{name}_high"].to_numpy(float) - value).clip(min=0)
+    spread = np.nan_to_num(np.stack([below, above]))
+    axes.errorbar(at, value, yerr=spread, fmt="o", color=CONTROL, ecolor=LIGHT, markersize=4)
+    default = ordered["default"].to_numpy(bool)
+    axes.plot(at[default], value[default], "*", color=MARKED, markersize=16, label="default set-up")
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    if part["bar"]:
+        axes.axhline(part["bar"], color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(part["what"], fontsize=11)
+    axes.set_ylabel("effect")
+    axes.set_xticks([])
+    if default.any():
+        axes.legend(loc="upper left", fontsize=10)
+
+
+@styled
+def plot_decimation(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of what one network does when only every k-th token is shown, against k.
 
     Solid: the grid (the task is the chain at ξ/k). Dashed: as many tokens side by side (the task stays at ξ).
     Grey: the stack trained on i.i.d. tokens, on the grid. Points are seeds, lines means.
+
+    Args:
+        source: what :func:`rgfast.decimate` returned, or its folder.
+        ax: four axes to draw on, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    panels = (
-        ("R: last over first layer", (("R_visible", "visible", 0), ("R_masked", "masked", 1))),
-        (
-            "R² of the own token, last layer",
-            (("slow_visible", "slow mode", 0), ("fast_visible", "fast mode", 1)),
-        ),
-        ("total kernel drift", (("total_drift_visible", "visible", 0), ("total_drift_masked", "masked", 1))),
-        (
-            "effective rank, masked rows",
-            (("final_rank_masked", "last layer", 0), ("log_posterior_rank", "log-posterior", 2)),
-        ),
-    )
-    arms = (("trained", "grid", "-"), ("trained", "block", "--"), ("control_iid", "grid", ":"))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 7.6))
-        for axes, (title, drawn) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-            for stage, arm, dash in arms:
-                part = table[(table.stage == stage) & (table.arm == arm)]
-                for name, words, colour in drawn:
-                    if stage != "trained" and name == "log_posterior_rank":
-                        continue
-                    paint = COLOURS[colour] if stage == "trained" else (CONTROL, LIGHT)[colour]
-                    what = arm if stage == "trained" else "i.i.d. control"
-                    mean = part.groupby("spacing")[name].mean()
-                    axes.plot(
-                        mean.index,
-                        np.asarray(mean),
-                        dash,
-                        color=paint,
-                        linewidth=1.8,
-                        label=f"{words}, {what}",
-                    )
-                    axes.plot(part.spacing, part[name], ".", color=paint, markersize=4, alpha=0.6)
-            if title == "effective rank, masked rows":
-                baseline = table.groupby("spacing").masked_isotropic.mean()
-                axes.plot(
-                    baseline.index,
-                    np.asarray(baseline),
-                    color="black",
-                    linewidth=1,
-                    linestyle=ISOTROPIC,
-                    label="isotropic, same n",
-                )
-                axes.set_ylim(bottom=0)
-            axes.set_ylabel(title)
-            axes.set_xlabel(f"k: every k-th token shown (ξ = {xi:g}/k on the grid)")
-            axes.legend(fontsize=7)
-        figure.suptitle(f"One network trained at ξ = {xi:g}, probed at every ξ/k")
-    return figure
+    study = _study(source, "decimation")
+    table, xi = study.tables["table"], float(study.design["base"]["xi"][0])
+    axes = canvas(ax, len(SPACING_PANELS), columns=2, size=(5.6, 4))
+    for panel, (title, drawn) in zip(axes, SPACING_PANELS, strict=True):
+        for stage, arm, dash in SPACING_ARMS:
+            part = table[(table.stage == stage) & (table.arm == arm)]
+            for name, words, colour in drawn:
+                if stage != "trained" and name == "log_posterior_rank":
+                    continue
+                grey = CONTROL if colour == drawn[0][2] else LIGHT
+                paint = colour if stage == "trained" else grey
+                label = f"{words}, {arm if stage == 'trained' else 'i.i.d. control'}"
+                mean = part.groupby("spacing")[name].mean()
+                panel.plot(mean.index, np.asarray(mean), dash, color=paint, linewidth=1.8, label=label)
+                panel.plot(part.spacing, part[name], ".", color=paint, markersize=4, alpha=0.6)
+        if title == SPACING_PANELS[-1][0] and "masked_isotropic" in table:
+            expected = table.groupby("spacing").masked_isotropic.mean()
+            style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": BASELINE}
+            panel.plot(expected.index, np.asarray(expected), label="isotropic, same n", **style)
+            panel.set_ylim(bottom=0)
+        seeds = table.seed.nunique()
+        panel.set(ylabel=title, xlabel=f"k: every k-th token shown (ξ = {xi:g}/k on the grid), {seeds} seeds")
+        panel.legend(fontsize=9)
+    if ax is None:
+        figure_of(axes).suptitle(f"One network trained at ξ = {xi:g}, probed at every ξ/k")
+    return figure_of(axes)
 
 
-def plot_observer(curves: pd.DataFrame, ridges: pd.DataFrame) -> Figure:
-    """CKA between layer l and the observer who sees radius w, by stage and ξ; the ridge on top.
+@styled
+def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of CKA between layer l and the observer who sees radius w, by stage and ξ, and its ridge.
 
     Colour: CKA over that layer's largest, which stands above its column (means over seeds). White circles:
     the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA. A stage whose masked
     rows hold nothing anywhere has no panel.
+
+    Args:
+        source: what :func:`rgfast.observe` returned, or its folder.
+        ax: axes to draw on, one a stage and ξ, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    whole = list(dict.fromkeys(zip(curves.stage, curves.xi, strict=True)))
-    defined = curves.dropna(subset="cka")
-    cells = [cell for cell in whole if cell in set(zip(defined.stage, defined.xi, strict=True))] or whole
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(3.6 * len(cells) + 1, 4.4))
-        panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
-        for axes, (stage, xi) in zip(panels, cells, strict=True):
-            part = curves[(curves.stage == stage) & (curves.xi == xi)]
-            grid = part.pivot_table(index="radius", columns="layer", values="cka", dropna=False)
-            largest = grid.max()
-            image = axes.imshow(
-                grid.to_numpy(float) / np.where(largest > 0, largest, np.nan),
-                origin="lower",
-                aspect="auto",
-                vmin=0.5,
-                vmax=1,
-                cmap="viridis",
-            )
-            for column, value in enumerate(largest):
-                if math.isfinite(value):
-                    axes.text(
-                        column,
-                        1.01,
-                        f"{value:.2f}",
-                        transform=axes.get_xaxis_transform(),
-                        ha="center",
-                        fontsize=8,
-                    )
-            axes.set_xticks(range(grid.shape[1]), [str(v) for v in grid.columns])
-            axes.set_yticks(range(grid.shape[0]), [str(v) for v in grid.index])
-            ridge = ridges[(ridges.stage == stage) & (ridges.xi == xi)].groupby("layer").radius.mean()
-            # Radii are not evenly spaced on the axis: place the mean between its neighbours.
-            height = np.interp(ridge.to_numpy(float), grid.index.to_numpy(float), np.arange(grid.shape[0]))
-            at = [list(grid.columns).index(layer) for layer in ridge.index]
-            good = np.isfinite(ridge.to_numpy(float))
-            axes.plot(
-                np.array(at)[good],
-                height[good],
-                "o-",
-                color="white",
-                markeredgecolor="black",
-                markersize=6,
-                linewidth=1.6,
-            )
-            axes.set_xlabel("layer")
-            axes.set_title(f"{OBSERVED.get(stage, stage)}, ξ = {xi:g}", fontsize=10, pad=14)
-        figure.axes[0].set_ylabel("radius w of the observer")
-        figure.suptitle(
-            "Layers against ideal observers (masked rows; above the columns: the layer's largest CKA)"
-        )
-        figure.colorbar(image, ax=figure.axes, label="debiased CKA over the layer's largest", shrink=0.85)
+    study = _study(source, "observer")
+    curves, ridges = study.tables["table"], study.tables["ridges"]
+    cells = observer_cells(curves)
+    axes = canvas(ax, len(cells), columns=4, size=(3.6, 4.2), sharey=True)
+    for panel, (stage, xi) in zip(axes, cells, strict=True):
+        grid, relative, place = observer_grid(curves, ridges, stage, xi)
+        picture = draw_heat(panel, relative, x=list(grid.columns), y=list(grid.index), limits=(0.5, 1.0))
+        for column, value in enumerate(grid.max()):
+            if math.isfinite(value):
+                where: dict[str, Any] = {"transform": panel.get_xaxis_transform(), "ha": "center"}
+                panel.text(column, 1.01, f"{value:.2f}", fontsize=8.5, **where)
+        good = np.isfinite(place)
+        style: dict[str, Any] = {
+            "color": "white",
+            "markeredgecolor": "black",
+            "markersize": 6,
+            "linewidth": 1.6,
+        }
+        panel.plot(np.flatnonzero(good), place[good], "o-", **style)
+        panel.set_xlabel("layer")
+        panel.set_title(f"{OBSERVED.get(stage, stage)}, ξ = {xi:g}", fontsize=10.5, pad=16)
+    axes[0].set_ylabel(f"radius w of the observer ({curves.seed.nunique()} seeds)")
+    figure = figure_of(axes)
+    if ax is None:
+        figure.suptitle("Layers against ideal observers (masked rows; above: the layer's largest CKA)")
+    figure.colorbar(picture, ax=axes, label="debiased CKA over the layer's largest", shrink=0.85)
     return figure

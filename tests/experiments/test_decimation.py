@@ -75,7 +75,7 @@ def test_a_run_leaves_its_files_and_goes_on(tmp_path):
     done = decimate(TINY, out=tmp_path / "run", jobs=1, progress=False)
     assert len(done.table) == 2 * 2 * 2
     assert {p.name for p in done.out.iterdir()} == {
-        "points", "table.csv", "curves.csv", "summary.json", "design.json", "decimation.png"
+        "points", "table.csv", "curves.csv", "summary.json", "design.json", "decimation.png", "report.html"
     }  # fmt: skip
     json.loads((done.out / "summary.json").read_text(), parse_constant=pytest.fail)
     ranks = done.curves.query("measure == 'rank_visible' and stage == 'trained' and arm == 'grid'")

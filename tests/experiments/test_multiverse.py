@@ -37,7 +37,7 @@ def test_every_set_up_is_a_row_and_the_default_is_the_first(done):
         (0.0, 1e-3), (0.0, 1e-2), (0.5, 1e-3), (0.5, 1e-2)
     ]  # fmt: skip
     assert {p.name for p in done.out.iterdir()} == {
-        "points", "table.csv", "views.csv", "summary.json", "design.json", "multiverse.png"
+        "points", "table.csv", "views.csv", "summary.json", "design.json", "multiverse.png", "report.html"
     }  # fmt: skip
     assert len(done.views) == 4 * 4 * 6
     json.loads((done.out / "summary.json").read_text(), parse_constant=pytest.fail)

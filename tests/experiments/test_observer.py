@@ -77,7 +77,8 @@ def test_ridges_and_slopes_of_known_values():
 def test_a_run_leaves_its_files(tmp_path):
     done = observe(TINY, out=tmp_path / "run", jobs=1, progress=False)
     assert {p.name for p in done.out.iterdir()} == {
-        "points", "table.csv", "ridges.csv", "slopes.csv", "summary.json", "design.json", "observer.png"
+        "points", "table.csv", "ridges.csv", "slopes.csv", "summary.json", "design.json", "observer.png",
+        "report.html",
     }  # fmt: skip
     assert len(done.curves) == 3 * 3 * 3
     json.loads((done.out / "summary.json").read_text(), parse_constant=pytest.fail)

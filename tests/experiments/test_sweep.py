@@ -39,7 +39,8 @@ def test_every_point_is_a_row_and_a_file(done):
     assert len(done.table) == len(list((done.out / "points").iterdir())) == 8
     assert set(done.table.width) == {4, 8}
     assert {p.name for p in done.out.iterdir()} == {
-        "points", "table.csv", "verdict.json", "design.json", "relevance.png", "xi.png"
+        "points", "table.csv", "verdict.json", "design.json", "relevance.png", "xi.png",
+        "posterior_rank.png", "report.html",
     }  # fmt: skip
     saved = pd.read_csv(done.out / "table.csv")
     np.testing.assert_allclose(saved.masked_last, done.table.masked_last, rtol=1e-12)
