@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import rgfast
@@ -25,7 +26,11 @@ COMMANDS = cli.build_parser().commands()
         (["--chain", "two-scale:K=3"], "divi"),
         (["--config", "missing.json"], "config must be a file, and missing.json is none"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--seeds", "9223372036854775808"], "seeds must be below 2^63"),
         (["--chain", "missing.npy"], "missing.npy"),
+        (["--chain", "two-scale:r=x"], "r must be a number"),
+        (["--chain", "lazy", "other.npy"], "chains must be labels or one .npy file"),
+        (["--config", os.devnull], "config must be a file"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, capsys, monkeypatch):
@@ -156,3 +161,51 @@ def test_a_terminal_without_greek_is_served():
     )
     assert done.returncode == errors.WRONG
     assert done.stderr.startswith(b"rgfast: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b'{"format": "rgfast.reproduce/1", "seeds": "x"}', "seeds must be a list"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(text, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(text)
+    words = ["reproduce", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == errors.WRONG
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def matrices():
+    row = np.full((3, 3), 1 / 3)
+    return {
+        "object": np.array([{}], dtype=object),
+        "three": np.ones((3, 3)),
+        "nan": np.full((3, 3), np.nan),
+        "vector": np.ones(3),
+        "complex": row * 1j,
+    }
+
+
+@pytest.mark.parametrize("name", matrices())
+def test_a_wrong_matrix_is_one_sentence(name, tmp_path, capsys):
+    np.save(tmp_path / f"{name}.npy", matrices()[name], allow_pickle=True)
+    words = ["reproduce", "--chain", str(tmp_path / f"{name}.npy"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == errors.WRONG
+    told = capsys.readouterr().err
+    assert f"{name}.npy" in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is of Linux")
+@pytest.mark.parametrize("command", ["reproduce", "sweep", "observe", "bench"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(command, capsys):
+    assert cli.main([command, "--out", "/proc/rgfast"]) == errors.WRONG
+    assert capsys.readouterr().err == "rgfast: /proc/rgfast: No such file or directory\n"

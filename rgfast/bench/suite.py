@@ -25,7 +25,17 @@ BENCHMARKS: dict[str, ModuleType] = {
     "residual_mlp": residual_mlp,
     "probe": probe,
 }
-_HEAD = ("benchmark", "case", "device", "impl", "against", "times faster", "spread", "ours, ms", "theirs, ms")
+_HEAD = (
+    "benchmark",
+    "case",
+    "device",
+    "impl",
+    "against",
+    "times faster",
+    "quartiles",
+    "ours, ms",
+    "theirs, ms",
+)
 
 
 @dataclass

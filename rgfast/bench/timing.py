@@ -1,4 +1,4 @@
-"""How is timed: contenders in turns in one process, medians, the spread of the turn-by-turn ratios."""
+"""How is timed: contenders in turns in one process, medians, quartiles of the turn-by-turn ratios."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Row:
-    """A rival's median time over ours, with the least and largest ratio of a turn; times in seconds."""
+    """A rival's median time over ours, with the quartiles of the ratio by turn; times in seconds."""
 
     benchmark: str
     case: str
@@ -114,9 +114,10 @@ def turns(
 
 
 def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
-    """Median over median, with the least and largest ratio of a turn."""
+    """Median over median, with the quartiles of the ratio by turn."""
     each = [a / b for a, b in zip(over, under, strict=True)]
-    return statistics.median(over) / statistics.median(under), min(each), max(each)
+    low, _, high = statistics.quantiles(each, n=4, method="inclusive")
+    return statistics.median(over) / statistics.median(under), low, high
 
 
 def run_contest(

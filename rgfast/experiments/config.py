@@ -65,6 +65,8 @@ class ReproduceConfig:
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise ValueError(f"seeds must be whole numbers >= 0, got {seed!r}")
+            if seed >= 2**63:
+                raise ValueError(f"seeds must be below 2^63, as result files hold them, got {seed}")
         check_choice(self.mixing, "mixing", MODEL_MIXINGS)
         check_choice(self.norm, "norm", NORMS)
         check_choice(self.activation, "activation", ACTIVATIONS)
@@ -167,7 +169,11 @@ class ReproduceConfig:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"config must be a file, and {path} is none")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_json(text, str(path))
 
 
 def as_floats(values: Sequence[Any], name: str) -> tuple[float, ...]:

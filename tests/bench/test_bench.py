@@ -192,7 +192,7 @@ def test_turns_are_balanced_and_ratios_are_theirs_over_ours():
     spent = turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=4)
     assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
     assert {name: len(each) for name, each in spent.items()} == {"a": 4, "b": 4}
-    assert ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == (4.0, 2.0, 4.0)
+    assert ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == (4.0, 2.5, 3.5)
     with pytest.raises(WrongResult, match="nothing is timed"):
         run_contest(
             "x", Contest("x", int, {"y": (int,)}, (lambda: Checked("x", 2.0, 1.0),)), 0.0, impl="native"
