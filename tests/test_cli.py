@@ -101,8 +101,10 @@ def test_the_help_of_a_command_explains_it(name, capsys):
         assert action.help
         if action.nargs != 0 and action.option_strings and action not in instead:
             assert "(default" in action.help, action.dest
-    examples = re.findall(r"^  (rgfast .*?)(?: >+ .*)?$", command.epilog, re.M)
-    assert examples
+    examples = re.findall(
+        r"^  (?:[A-Z_]+=\w+ |torchrun .* -m )?(rgfast .*?)(?: +[>(].*)?$", command.epilog, re.M
+    )
+    assert len(examples) == len(command.epilog.splitlines()) - 1
     for example in examples:
         _, *words = shlex.split(example)
         assert parse(cli.build_parser(), words).command == name

@@ -34,9 +34,11 @@ class Inputs:
     fixed: Tensor | None = None
     mask_token: int | None = None
 
-    @property
-    def count(self) -> int:
-        return len(self.batch[self.main])
+    def share(self, rank: int, ranks: int) -> Inputs:
+        """The sequences of one rank: the first ones rank 0's, and so on."""
+        count = len(self.batch[self.main])
+        part = slice(count * rank // ranks, count * (rank + 1) // ranks)
+        return replace(self, batch={name: value[part] for name, value in self.batch.items()})
 
 
 def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int | None) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -37,12 +38,14 @@ def add_probe(commands: Any) -> None:
         "downloaded, nothing is unpickled, no code of the folder is run.\n\n"
         "Leaves in DIR: result.nc, summary.csv, figures, report.html and config.json;\n"
         "DIR is complete or not there. With --checkpoint, a run that was stopped goes\n"
-        "on where it was when the same command is given again.",
+        "on where it was when the same command is given again. Under torchrun each\n"
+        "rank takes its share of the sequences, and rank 0 writes.",
         epilog="examples:\n"
         "  rgfast probe models/bert --text corpus.txt --length 64 --out runs/bert\n"
         "  rgfast probe models/bert --text corpus.txt --mask 0.15 --groups 8\n"
         "  rgfast probe models/gpt2 --inputs tokens.npy --pairs all --layers 0 6 12\n"
-        "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json",
+        "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json\n"
+        "  torchrun --nproc-per-node 4 -m rgfast probe models/bert --text corpus.txt",
     )
     probe.add_argument("model", metavar="MODEL", help="the folder of the model")
     source = probe.add_mutually_exclusive_group(required=True)
@@ -148,19 +151,32 @@ def _probe(args: argparse.Namespace) -> None:
         inputs = read_arrays(args.inputs, model, limit=args.limit)
     inputs = hide(inputs, model, args.mask, args.seed)
     config = _config(args, options, model, inputs)
+    rank, ranks = _rank()
     if held is not None:
         if any(held.get(name) != config[name] for name in ("model", "inputs", "options")):
             raise ValueError(
                 f"out must be a new folder, and {out} holds another result (its config.json tells which)"
             )
-        _tell(args, ProbeResult.load(out / "result.nc"), out, "was there already: nothing was computed")
+        if rank == 0:
+            _tell(args, ProbeResult.load(out / "result.nc"), out, "was there already: nothing was computed")
         return
     module = _placed(model.module.stack if _is_stream(model, inputs) else model.module, args.device)
     try_one(inputs, module)
-    check_new_folder(out)
-    result = _run(args, module, inputs, options)
-    _write(out, result, config, moments=args.moments)
-    _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
+    if rank == 0:
+        check_new_folder(out)
+    result = _run(args, module, inputs.share(rank, ranks), options)
+    if rank == 0:
+        _write(out, result, config, moments=args.moments)
+        _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
+
+
+def _rank() -> tuple[int, int]:
+    """This process's number and how many torchrun started; (0, 1) without it."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,6 +204,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "groups": args.groups,
         "memory": args.memory,
         "refine": args.refine,
+        # Only moments can be merged later.
+        "route": "moments" if args.moments else "auto",
     }
 
 
@@ -285,7 +303,9 @@ def _run(args: argparse.Namespace, module: Any, inputs: Inputs, options: dict[st
     except KeyboardInterrupt:
         if args.checkpoint is None:
             told = "nothing was kept (with --checkpoint FILE the same command goes on)"
-        elif Path(args.checkpoint).exists():
+        elif any(
+            Path(args.checkpoint).parent.glob(f"{Path(args.checkpoint).name}*")
+        ):  # each rank has its own
             told = f"the same command goes on from {args.checkpoint}"
         else:
             told = f"{args.checkpoint} was not written yet (--checkpoint-every says how often)"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -338,6 +339,48 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_next_run_has_the_same_bits(own_fold
     both = [rgfast.ProbeResult.load(tmp_path / name / "result.nc").dataset for name in ("out", "straight")]
     for name in both[0].data_vars:
         xr.testing.assert_identical(both[0][name], both[1][name])
+
+
+def test_under_torchrun_every_rank_takes_its_share(done, own_folder, own_tokens, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "rgfast",
+        "probe",
+        own_folder,
+        "--inputs",
+        own_tokens,
+        "--pairs",
+        "all",
+        "--groups",
+        "2",
+    ]
+    command += ["--checkpoint", tmp_path / "state", "--out", tmp_path / "out", "--json"]
+    ended = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["sequences"] == 200
+    found, alone = (
+        rgfast.ProbeResult.load(folder / "result.nc").dataset for folder in (tmp_path / "out", done)
+    )
+    for name in ("effective_rank", "kernel_drift", "cka", "n"):
+        np.testing.assert_allclose(
+            found[name], alone[name], rtol=1e-6, atol=1e-6
+        )  # fp32 batches of other sizes
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["out", "state.rank0of2", "state.rank1of2"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_moments_are_kept_where_asked_for(own_folder, own_tokens, tmp_path):
+    words = [own_folder, "--inputs", own_tokens, "--limit", 60, "--mask", "none"]
+    assert run(*words, "--moments", "--out", tmp_path / "with") == errors.DONE
+    assert run(*words, "--out", tmp_path / "without") == errors.DONE
+    kept, bare = (rgfast.ProbeResult.load(tmp_path / name / "result.nc") for name in ("with", "without"))
+    assert kept.merge(kept).dataset.attrs["sequences"] == 120
+    with pytest.raises(ValueError, match="cannot be merged"):
+        bare.merge(bare)
 
 
 @pytest.mark.usefixtures("no_pictures")

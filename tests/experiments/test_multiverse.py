@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rgfast import cli
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.multiverse import EFFECTS, Multiverse, Universe, multiverse, summary
 from rgfast.training import TrainingConfig
@@ -127,3 +128,10 @@ def test_options_are_checked_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="seeds must be whole numbers"):
         multiverse(TINY, seeds=[-1], out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_command_prints_the_summary_as_json(done, capsys, monkeypatch):
+    monkeypatch.setattr("rgfast.experiments.multiverse.QUICK", TINY)
+    assert cli.main(["multiverse", "--quick", "--jobs", "1", "--out", str(done.out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document == {**json.loads((done.out / "summary.json").read_text()), "out": str(done.out)}

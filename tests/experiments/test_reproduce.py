@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 import rgfast
+from rgfast import cli
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import plan
 from rgfast.training import TrainingConfig
@@ -129,6 +130,13 @@ def test_a_finished_run_is_kept_and_a_missing_one_made(tiny):
     assert kept.stat().st_mtime_ns == stamp
     assert lost.exists()
     assert (tiny.out / "summary.csv").read_bytes() == before
+
+
+def test_the_command_prints_the_verdicts_as_json(tiny, capsys):
+    words = ["reproduce", "--config", str(tiny.out / "config.json"), "--out", str(tiny.out), "--jobs", "1"]
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document == {**json.loads((tiny.out / "verdict.json").read_text()), "out": str(tiny.out)}
 
 
 def test_another_configurations_folder_is_refused_and_left_alone(tiny):

@@ -185,3 +185,8 @@ def test_a_command_prints_the_table_of_finished_points(done, tmp_path, capsys, m
     assert "0 of 8 points trained" in told.out
     assert "UNDECIDED" in told.out
     assert told.err == ""
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert len(document["points"]) == 8
+    assert document["test"]["status"] == "undecided"
+    assert document["out"] == str(tmp_path / "run")
