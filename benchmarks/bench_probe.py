@@ -1,4 +1,4 @@
-"""A whole probe against the bare forward: `bench_probe.py [--cases NAME ...] [--seconds S] [--threads N]`.
+"""A whole probe against the bare forward: `bench_probe.py [--cases NAME ...] [--seconds S] [--shares]`.
 
 n = 1,024 sequences, all measures at every position, fp32 models. The denominator is a bare PyTorch eager
 forward of the same weights that measures nothing. Every case runs in a fresh process, once under the default
@@ -18,9 +18,11 @@ the forward, of the probe, and of hooks that store every layer's output.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
 import platform
+import pstats
 import resource
 import statistics
 import subprocess
@@ -189,6 +191,36 @@ def memory(case: str, shape: tuple[int, int, int], what: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+# What a probe spends its time in, by the function whose own time counts.
+PARTS = {
+    "forward": ("residual_stack_forward", "residual_stack_pack", "residual_mlp_forward"),
+    "CKA of all pairs": ("cka_products",),
+    "second moments": ("moments",),
+    "eigenvalues": ("eigvalsh", "eigvalsh_plain"),
+    "copies": ("copy_", "cat", "clone"),
+}
+
+
+def shares(case: str, shape: tuple[int, int, int]) -> dict[str, float]:
+    """The parts of one probe in per cent of its time, by a profile (all of these are long calls)."""
+    model, x, _, options = build(case, *shape)
+    rgfast.probe(model, x, **options)
+    profile = cProfile.Profile()
+    profile.enable()
+    rgfast.probe(model, x, **options)
+    profile.disable()
+    spent, total = dict.fromkeys(PARTS, 0.0), 0.0
+    for (_, _, function), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        total += own
+        name = function.rpartition(".")[2].rstrip(">").partition("'")[0] or function
+        for part, names in PARTS.items():
+            if any(f".{n}>" in function or f"'{n}'" in function for n in names) or name in names:
+                spent[part] += own
+    return {part: 100 * value / total for part, value in spent.items()} | {
+        "rest": 100 * (1 - sum(spent.values()) / total)
+    }
+
+
 def worker(arguments: list[str], threads: int, pinned: bool) -> Any:
     done = subprocess.run(
         [sys.executable, __file__, "--threads", str(threads), "--worker", *arguments],
@@ -213,14 +245,27 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="per case and allocator")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shares", action="store_true", help="where the time goes, instead")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
         task, case, number, *rest = options.worker
         shape = SHAPES[int(number)]
-        found = timed(case, shape, float(rest[0])) if task == "time" else memory(case, shape, rest[0])
+        found: Any
+        if task == "time":
+            found = timed(case, shape, float(rest[0]))
+        else:
+            found = memory(case, shape, rest[0]) if task == "memory" else shares(case, shape)
         print(json.dumps(found))
+        return
+    if options.shares:
+        print("| case | L, T, d | where the time of a probe goes |\n|---|---|---|")
+        for case in options.cases:
+            for number in options.shapes:
+                parts = worker(["shares", case, str(number)], options.threads, False)
+                text = ", ".join(f"{part} {value:.0f}%" for part, value in parts.items())
+                print(f"| {case} | {', '.join(str(k) for k in SHAPES[number])} | {text} |", flush=True)
         return
     print(
         f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, ISA "
