@@ -30,16 +30,18 @@ def gate(device: str) -> Iterator[Checked]:
 
 
 def contests(device: str, quick: bool) -> Iterator[Contest]:
-    """Forward, ranks at every position, drift and CKA of all pairs; n = 1,024 (256 with ``quick``)."""
+    """Forward, ranks at every position, drift and CKA of all pairs; n = 1,024."""
     for depth, length, width in SHAPES[: 2 if quick else None]:
-        n = 256 if quick else 1024
-        model, x = stack(depth, length, width, device), _data(n, length, width, device)
+        model, x = stack(depth, length, width, device), _data(1024, length, width, device)
         rivals: dict[str, tuple[Call, ...]] = {
             "bare eager forward, nothing measured": (partial(_last, model, x),)
         }
         if not quick or (depth, length, width) == SHAPES[0]:
             rivals["stored activations, torch SVD, loop over pairs"] = (partial(stored, model, x),)
-        yield Contest(f"L={depth} T={length} d={width} n={n}", partial(probed, model, x), rivals)
+        name = f"L={depth} T={length} d={width} n={len(x)}"
+        # Positions do not see each other: two stand for all.
+        checks = (partial(_worst, model, x[:, :2].contiguous()),)
+        yield Contest(name, partial(probed, model, x), rivals, checks)
 
 
 def stack(depth: int, length: int, width: int, device: str, *, collapsed: bool = False) -> Any:
@@ -91,6 +93,12 @@ def check(model: Any, x: Tensor, name: str) -> Iterator[Checked]:
     kept = found.isel(position=found.position.values >= 0).sel(view="position")
     matrix = torch.from_numpy(kept.cka_biased.transpose("position", "layer", "other_layer").values).flatten(1)
     yield Checked(f"probe, CKA, {name}", float((matrix - pairs).abs().max()), 1e-4)
+
+
+def _worst(model: Any, x: Tensor) -> Checked:
+    """A check that is not good, or else the first."""
+    found = list(check(model, x, "two positions"))
+    return next((each for each in found if not each.good), found[0])
 
 
 def _last(model: Any, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from rgfast.bench.timing import Call, Checked, Contest, threads
 
 __all__ = ["batch_of", "check_eigenvalues", "check_ranks", "contests", "gate", "on_threads", "svd_rank"]
 
-_QUICK, _FULL = (16, 64, 256), (8, 16, 32, 64, 128, 256, 512)
+_QUICK, _FULL = (16, 64, 128), (8, 16, 32, 64, 128, 256, 512)
 
 
 def gate(device: str) -> Iterator[Checked]:
