@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "PAIRWISE",
     "RANKS",
     "Measured",
+    "asked_measures",
     "baselines",
     "change_of",
     "doubtful",
@@ -260,3 +261,15 @@ LABELS: dict[str, str] = {
     "cka": "CKA, debiased",
     "cka_biased": "CKA, biased",
 }
+
+
+def asked_measures(asked: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the measures asked for, in their own order. Raises ValueError for unknown ones."""
+    if isinstance(asked, str):
+        asked = tuple(LABELS) if asked == "all" else [asked]
+    if not isinstance(asked, Collection) or not asked:
+        raise ValueError(f"measures must be 'all' or a sequence of at least one measure, got {asked!r}")
+    for name in asked:
+        if name not in LABELS:
+            raise ValueError(f"measures must be 'all' or among {', '.join(LABELS)}, got {name!r}")
+    return tuple(name for name in LABELS if name in asked)

@@ -7,8 +7,8 @@ import inspect
 import json
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Literal, ParamSpec
 
@@ -20,6 +20,8 @@ from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.activations import as_rows, find_tensor
 from rgfast.probing.assemble import assemble
 from rgfast.probing.batches import Caller, batch_rows
+from rgfast.probing.capture import Captures, stack_of
+from rgfast.probing.companions import Companions, MaskSpec, row_masks
 from rgfast.probing.distributed import (
     Distributed,
     FirstBatch,
@@ -29,8 +31,8 @@ from rgfast.probing.distributed import (
     unwrapped,
 )
 from rgfast.probing.held import HeldRows
-from rgfast.probing.layers import LayerSpec, Tap, resolve
-from rgfast.probing.measures import DRIFTS, LABELS, PAIRWISE
+from rgfast.probing.layers import LayerSpec, resolve
+from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
 from rgfast.probing.plan import Plan, check_positions, check_views, make_plan, parse_memory
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
@@ -56,40 +58,6 @@ Route = Literal["auto", "moments", "samples"]
 
 _BY_SAMPLES = "by samples: CKA and drift to 1e-6, nothing kept to merge (route='moments' keeps it)"
 
-MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """An activation, the tensor it came as, and how often that had been written to."""
-
-    value: Tensor
-    original: Tensor
-    version: int
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What goes with the activations of a batch: ``[B, T]`` masks and ``[B, T, m]`` targets."""
-
-    keep: Tensor | None
-    masked: Tensor | None
-    targets: list[Tensor]
-
-    def part(self, rows: slice) -> _Batch:
-        keep, masked = (None if m is None else m[rows] for m in (self.keep, self.masked))
-        return _Batch(keep, masked, [target[rows] for target in self.targets])
-
-
-def _stack_of(modules: Mapping[str, nn.Module], taps: Sequence[Tap]) -> ResidualStack | None:
-    """The stack of which ``taps`` are the input and all outputs: it hands them over a tile at a time."""
-    for name, module in modules.items():
-        if isinstance(module, ResidualStack) and not name.startswith("_orig_mod"):
-            blocks = [f"{name}.blocks.{k}".lstrip(".") for k in range(len(module.blocks))]
-            if [tap.name for tap in taps] == [f"{blocks[0]}:input", *blocks]:
-                return module
-    return None
-
 
 def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
     """``init``, after which the other ranks know of an error in it."""
@@ -105,10 +73,6 @@ def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
             raise
 
     return wrapped
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 class Probe:
@@ -163,7 +127,7 @@ class Probe:
         if refine is not None and not isinstance(refine, bool):
             raise TypeError(f"refine must be True, False or None, got {refine!r}")
         self.model, self._refine = model, refine
-        self.measures = _measures(measures)
+        self.measures = asked_measures(measures)
         pairs = as_pairs(pairs)
         self._pairs: Pairs = pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
         self._targets = make_targets(targets)
@@ -181,12 +145,11 @@ class Probe:
             print(f"probe: {chosen}")
         self._caller = Caller(model)
         self._signature = inspect.signature(model.forward)
-        self._captured: dict[int, _Captured] = {}
+        self._captures = Captures(self._taps)
         self._entries: dict[str, Any] = {}
         self._noted: dict[str, Any] = {}
-        self._copied, self._first = set(range(len(self._taps))), True
         self._handles: list[Any] = []
-        self._batch: _Batch | None = None
+        self._batch: Companions | None = None
         self._route: Route = route
         self._no_samples = self._why_no_samples()
         if route == "samples" and self._no_samples:
@@ -223,7 +186,7 @@ class Probe:
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._grad = torch.is_grad_enabled()
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        stack = _stack_of(modules, self._taps)
+        stack = stack_of(modules, self._taps)
         self._tiled = stack is not None
         try:
             self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -231,13 +194,7 @@ class Probe:
                 self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
                 self._handles.append(stack.watch(self._take_tile, _TILE * self._groups))
             for index, tap in enumerate(self._taps if stack is None else ()):
-                module = modules[tap.module]
-                if tap.side == "output":
-                    self._handles.append(module.register_forward_hook(self._on_output(index)))
-                else:
-                    self._handles.append(
-                        module.register_forward_pre_hook(self._on_input(index), with_kwargs=True)
-                    )
+                self._handles.append(self._captures.hook(index, modules[tap.module]))
             self._handles.append(
                 self.model.register_forward_hook(self._finish if stack is None else self._finish_stack)
             )
@@ -260,7 +217,7 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._captured.clear()
+        self._captures.clear()
         self._batch = None
         for module, training in self._modes:
             module.training = training
@@ -420,7 +377,7 @@ class Probe:
         return found
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._captured.clear()
+        self._captures.clear()
         self._batch = None
         try:
             bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
@@ -429,48 +386,20 @@ class Probe:
         self._entries = {**bound, **bound.pop("kwargs", {}), **self._noted}
         self._noted = {}
 
-    def _on_output(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._capture(index, output)
-
-        return hook
-
-    def _on_input(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._capture(index, [*args, *kwargs.values()])
-
-        return hook
-
-    def _capture(self, index: int, value: Any) -> None:
-        tap = self._taps[index]
-        if index in self._captured:
-            raise ValueError(
-                f"layers: {tap.module!r} ran twice in one forward (shared weights?), so its output is "
-                "ambiguous; name modules that run once"
-            )
-        x = find_tensor(value, tap.name).detach()
-        self._captured[index] = _Captured(x.clone() if index in self._copied else x, x, _version(x))
-
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         entries, self._entries = self._entries, {}
-        missing = [tap.name for k, tap in enumerate(self._taps) if k not in self._captured]
-        if missing:
-            raise ValueError(f"layers: {', '.join(missing)} did not run in this forward")
-        kept = [self._captured[k] for k in range(len(self._taps))]
-        self._captured = {}
-        self._check_unchanged(kept)
-        rows = [as_rows(x.value, tap.name) for x, tap in zip(kept, self._taps, strict=True)]
+        rows = self._captures.take()
         if rows[0].shape[0]:
             self._add(rows, self._whole_batch(rows[0], entries))
 
-    def _whole_batch(self, rows: Tensor, entries: Mapping[str, Any]) -> _Batch:
+    def _whole_batch(self, rows: Tensor, entries: Mapping[str, Any]) -> Companions:
         """What goes with a batch of which ``rows`` ``[B, T, D]`` is one layer."""
-        keep, masked = self._row_masks(entries, rows)
+        keep, masked = row_masks(self._mask, entries, rows)
         seen = 0 if self._state is None else self._state.sequences
         targets = [target.rows(entries, seen, *rows.shape[:2]).to(rows.device) for target in self._targets]
-        return _Batch(keep, masked, targets)
+        return Companions(keep, masked, targets)
 
-    def _add(self, rows: list[Tensor], batch: _Batch) -> None:
+    def _add(self, rows: list[Tensor], batch: Companions) -> None:
         if self._ranks is not None:
             self._ranks.check()
         if self._state is None:
@@ -521,17 +450,6 @@ class Probe:
         if self._batch is None:
             raise ValueError(f"layers: {self._taps[0].module} did not run in this forward")
         self._batch, self._entries = None, {}
-
-    def _check_unchanged(self, kept: list[_Captured]) -> None:
-        """Copies are made in the first forward, later of those layers only that the model then wrote to."""
-        written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
-        if self._first:
-            self._copied, self._first = written, False
-        elif written - self._copied:
-            names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
-            raise RuntimeError(
-                f"the model wrote to the output of {names}, which it left alone in its first forward"
-            )
 
     def _start(self, rows: list[Tensor], masked: bool, targets: list[Tensor]) -> ViewState:
         sizes = {x.shape[0] for x in rows}
@@ -584,48 +502,3 @@ class Probe:
         self._provenance = provenance(
             self.model, layers=list(plan.names), measures=list(self.measures), **ranks
         )
-
-    def _row_masks(self, entries: Mapping[str, Any], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Which rows count (None: all) and which were hidden (None: no mask), ``[B, T]`` bool."""
-        shape = tuple(rows.shape[:2])
-        device = rows.device
-        keep = entries.get("attention_mask")
-        if isinstance(keep, Tensor):
-            if tuple(keep.shape) == shape:
-                keep = keep.to(device) != 0
-            elif shape[1] == 1:  # a layer without positions: what a sequence was reduced to
-                keep = None
-            else:
-                raise ValueError(
-                    f"attention_mask must be {list(shape)}, as the layers are, got shape {list(keep.shape)}"
-                )
-        if not isinstance(keep, Tensor) or bool(keep.all()):
-            keep = None
-        if self._mask is None:
-            return keep, None
-        if isinstance(self._mask, str):
-            if self._mask not in entries:
-                raise ValueError(
-                    f"mask: there is no entry {self._mask!r} in the batch ({', '.join(entries)})"
-                )
-            masked = entries[self._mask]
-        else:
-            masked = self._mask(entries)
-        masked = torch.as_tensor(masked, device=device)
-        if masked.dtype != torch.bool or tuple(masked.shape) != shape:
-            raise ValueError(
-                f"mask must be bool {list(shape)}, got {str(masked.dtype).removeprefix('torch.')} "
-                f"{list(masked.shape)}"
-            )
-        return keep, masked
-
-
-def _measures(asked: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(asked, str):
-        asked = tuple(LABELS) if asked == "all" else [asked]
-    if not isinstance(asked, Collection) or not asked:
-        raise ValueError(f"measures must be 'all' or a sequence of at least one measure, got {asked!r}")
-    for name in asked:
-        if name not in LABELS:
-            raise ValueError(f"measures must be 'all' or among {', '.join(LABELS)}, got {name!r}")
-    return tuple(name for name in LABELS if name in asked)
