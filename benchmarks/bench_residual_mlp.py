@@ -6,8 +6,9 @@ H = 4 D, LayerNorm, exact GELU, fp32, rows * D about 2^21 unless given. Every wi
 once under the default allocator and once with glibc's held to its heap (MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_, which spares eager PyTorch its page faults); the candidates take turns, and figures
 are ratios of medians, the quartiles of the turn-by-turn ratio in brackets. "bare" is the two products alone,
-by torch.mm(out=). Results are checked against fp64 first, and a wrong one ends the run. Where torch.compile
-fails it is left out, and the reason told. The table is Markdown; all of it takes about five minutes.
+by torch.mm(out=); "route" is which implementation took the forward pass, and which the one with gradients.
+Results are checked against fp64 first, and a wrong one ends the run. Where torch.compile fails it is left
+out, and the reason told. The table is Markdown; all of it takes about five minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import rgfast
 from rgfast import native
 from rgfast.bench import residual_mlp as block
 from rgfast.bench.timing import WrongResult, hold, turns
@@ -73,6 +75,12 @@ def measure(d: int, rows: int, seconds: float, with_compile: bool) -> dict[str, 
     return found
 
 
+def route(d: int, rows: int, recorded: bool) -> str:
+    """The implementation that ``auto`` takes."""
+    w1, w2 = torch.empty(4 * d, d, requires_grad=recorded), torch.empty(d, 4 * d)
+    return str(rgfast.explain("residual_mlp", torch.empty(rows, d), w1, None, w2, None).chosen)
+
+
 def in_fresh_process(d: int, args: argparse.Namespace, pinned: bool) -> dict[str, tuple[float, float, float]]:
     command = [sys.executable, __file__, "--one", str(d), "--seconds", str(args.seconds)]
     command += ["--threads", str(args.threads), "--rows", str(args.rows or 0)]
@@ -115,12 +123,15 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, "
         f"isa {native.active_isa()}, fp32, H = 4 D, LayerNorm, exact GELU"
     )
-    print("\n| D | rows | share of bare | over eager | pinned | over compile | fwd+bwd over eager | pinned |")
-    print("|---" * 8 + "|")
-    everything = {}
+    heads = "share of bare | over eager | pinned | over compile | fwd+bwd over eager | pinned"
+    print(f"\n| D | rows | route | {heads} |")
+    print("|---" * 9 + "|")
+    everything: dict[int, dict[str, object]] = {}
     for d in args.widths:
         default, pinned = (in_fresh_process(d, args, flag) for flag in (False, True))
-        everything[d] = {"default": default, "pinned": pinned}
+        rows = args.rows or max(1, (1 << 21) // d)
+        routes = " / ".join(route(d, rows, recorded) for recorded in (False, True))
+        everything[d] = {"route": routes, "default": default, "pinned": pinned}
         target: tuple[float | None, ...] = TARGETS.get(d, (None,) * 4)
         cells = [
             told(default["share of bare"], target[0], False),
@@ -130,8 +141,7 @@ def main() -> None:
             told(default["forward+backward over eager"], target[3], True),
             told(pinned["forward+backward over eager"], None, True),
         ]
-        rows = args.rows or max(1, (1 << 21) // d)
-        print(f"| {d} | {rows} | {' | '.join(cells)} |", flush=True)
+        print(f"| {d} | {rows} | {routes} | {' | '.join(cells)} |", flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(everything, indent=1))
 

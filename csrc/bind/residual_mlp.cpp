@@ -99,16 +99,23 @@ residual_mlp::Stack stack_of(const std::vector<Block>& found, std::int64_t rows_
 void register_residual_mlp(py::module_& m) {
   m.def(
       "residual_mlp_use_library",
-      [](std::uintptr_t sgemm, std::uintptr_t set_threads) {
+      [](std::uintptr_t sgemm, std::uintptr_t set_threads, std::uintptr_t pack_size, std::uintptr_t pack,
+         std::uintptr_t compute) {
         if (sgemm == 0 || set_threads == 0)
           throw std::invalid_argument("sgemm and set_threads must not be null");
-        const residual_mlp::Library given{reinterpret_cast<residual_mlp::Sgemm>(sgemm),
-                                          reinterpret_cast<int (*)(int)>(set_threads)};
+        residual_mlp::Library given{reinterpret_cast<residual_mlp::Sgemm>(sgemm),
+                                    reinterpret_cast<int (*)(int)>(set_threads)};
+        if (pack_size != 0 && pack != 0 && compute != 0) {
+          given.pack_size = reinterpret_cast<residual_mlp::PackSize>(pack_size);
+          given.pack = reinterpret_cast<residual_mlp::Pack>(pack);
+          given.compute = reinterpret_cast<residual_mlp::Compute>(compute);
+        }
         if (!residual_mlp::works(given)) return false;
         library = given;
         return true;
       },
-      py::arg("sgemm"), py::arg("set_threads"),
+      py::arg("sgemm"), py::arg("set_threads"), py::arg("pack_size") = 0, py::arg("pack") = 0,
+      py::arg("compute") = 0,
       "Whether the Fortran sgemm and the C function that sets and returns a thread's number of threads, at "
       "these\naddresses, do what they should; only then are they used where by_library is true.");
   m.def(

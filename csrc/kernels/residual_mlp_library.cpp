@@ -1,10 +1,8 @@
 #include "kernels/residual_mlp_library.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "kernels/residual_mlp_workspace.hpp"
@@ -24,7 +22,18 @@ struct Out {
   std::int64_t stride;
 };
 
-// Products of one thread, which the library is told on construction and until destruction.
+// One side of a product over k terms: [size][k], or [k][size] where turned.
+struct Factor {
+  In matrix;
+  bool turned;
+
+  Factor from(std::int64_t index) const {
+    return {{matrix.at + (turned ? index : index * matrix.stride), matrix.stride}, turned};
+  }
+};
+
+// Products c[m][n] (+)= left right of one thread, which the library is told on construction and until
+// destruction. The library's columns are our rows, so that what it calls A and B are our right and left.
 class Products {
  public:
   explicit Products(const Library& library) : library_(library), before_(library.set_threads(1)) {}
@@ -32,78 +41,159 @@ class Products {
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
-  // c[m][n] = a b^T over k terms, a[m][k] and b[n][k].
-  void rows_by_rows(std::int64_t m, std::int64_t n, std::int64_t k, In a, In b, Out c) const {
-    run('T', 'N', m, n, k, a, b, c, false);
+  void multiply(std::int64_t m, std::int64_t n, std::int64_t k, const Factor& left, const Factor& right,
+                Out c, bool add) const {
+    const float one = 1.0f;
+    const float kept = add ? 1.0f : 0.0f;
+    library_.sgemm(right.turned ? "N" : "T", left.turned ? "T" : "N", &n, &m, &k, &one, right.matrix.at,
+                   &right.matrix.stride, left.matrix.at, &left.matrix.stride, &kept, c.at, &c.stride);
   }
-  // c[m][n] = a b over k terms, a[m][k] and b[k][n].
-  void rows_by_columns(std::int64_t m, std::int64_t n, std::int64_t k, In a, In b, Out c) const {
-    run('N', 'N', m, n, k, a, b, c, false);
+
+  std::int64_t packed_floats(bool left, std::int64_t m, std::int64_t n, std::int64_t k) const {
+    const std::size_t bytes = library_.pack_size(left ? "B" : "A", &n, &m, &k);
+    return aligned(static_cast<std::int64_t>((bytes + sizeof(float) - 1) / sizeof(float)));
   }
-  // c[m][n] (+)= a^T b over k terms, a[k][m] and b[k][n].
-  void columns_by_columns(std::int64_t m, std::int64_t n, std::int64_t k, In a, In b, Out c, bool add) const {
-    run('N', 'T', m, n, k, a, b, c, add);
+  void pack(bool left, std::int64_t m, std::int64_t n, std::int64_t k, const Factor& factor,
+            float* to) const {
+    const float one = 1.0f;
+    const char* turn = factor.turned == left ? "T" : "N";
+    library_.pack(left ? "B" : "A", turn, &n, &m, &k, &one, factor.matrix.at, &factor.matrix.stride, to);
+  }
+  void multiply_packed(std::int64_t m, std::int64_t n, std::int64_t k, const float* left, const float* right,
+                       Out c, bool add) const {
+    const float kept = add ? 1.0f : 0.0f;
+    library_.compute("P", "P", &n, &m, &k, right, &k, left, &k, &kept, c.at, &c.stride);
   }
 
  private:
-  // The library's columns are our rows: it forms the transpose of c from b and a in turn.
-  void run(char of_b, char of_a, std::int64_t m, std::int64_t n, std::int64_t k, In a, In b, Out c,
-           bool add) const {
-    const float one = 1.0f;
-    const float kept = add ? 1.0f : 0.0f;
-    library_.sgemm(&of_b, &of_a, &n, &m, &k, &one, b.at, &b.stride, a.at, &a.stride, &kept, c.at, &c.stride);
-  }
-
   const Library& library_;
   int before_;
 };
 
-// `total` in pieces as even as whole vectors allow, none above `most`.
+// `total` in pieces of one size, a multiple of `grain` unless there is but one, and a lesser rest.
 struct Pieces {
   std::int64_t total;
   std::int64_t size;
   std::int64_t count;
 
-  Pieces(std::int64_t total_, std::int64_t most) : total(total_) {
-    const std::int64_t wanted = std::max<std::int64_t>(1, (total + most - 1) / most);
-    size = std::max<std::int64_t>(16, aligned((total + wanted - 1) / wanted));
+  Pieces(std::int64_t total_, std::int64_t most, std::int64_t grain) : total(total_) {
+    const std::int64_t wanted = (total + most - 1) / most;
+    size = wanted <= 1 ? std::max<std::int64_t>(total, 1) : std::max(grain, total / wanted / grain * grain);
     count = (total + size - 1) / size;
   }
   std::int64_t begin(std::int64_t index) const { return index * size; }
   std::int64_t length(std::int64_t index) const { return std::min(size, total - index * size); }
 };
 
-// A product is repacked by the library for every tile, which costs a tile of a rows and b columns 42 (1/a +
-// 1/b) of its time: tiles are large, but no fewer than can keep several threads at work.
-constexpr std::int64_t kTileRows = 512;
-constexpr std::int64_t kTileColumns = 1024;
-constexpr std::int64_t kLeastTiles = 8;
-constexpr std::int64_t kLeastColumns = 64;
+// Below this many rows packing costs more than it saves.
+constexpr std::int64_t kLeastPacked = 192;
 
-struct Tiles {
-  Pieces rows;
-  Pieces columns;
+// A product whose tiles are `shared` by `taken` pieces, of its rows and columns or the other way round: a
+// task takes one of the latter and goes through all of the former. Factors are packed once for all tiles,
+// those of shared pieces beforehand, so that tiles can be small; a tile of a lesser size than the first is
+// done from the factors as they lie, since what was packed for one size is good for no other. Where packing
+// does not pay there is one shared piece.
+class Product {
+ public:
+  Product(const Library& library, bool shares_rows, const Pieces& shared, const Pieces& taken, std::int64_t k)
+      : library_(library), shares_rows_(shares_rows), shared_(shared), taken_(taken), k_(k) {
+    packs_ = library.pack != nullptr && std::min(k, shares_rows ? shared.total : k) >= kLeastPacked;
+    if (!packs_) {
+      shared_ = Pieces(shared.total, std::max<std::int64_t>(shared.total, 1), 1);
+      return;
+    }
+    const Products products(library);
+    shared_floats_ = products.packed_floats(shares_rows_, rows(0, 0), columns(0, 0), k);
+    taken_floats_ = products.packed_floats(!shares_rows_, rows(0, 0), columns(0, 0), k);
+  }
 
-  Tiles(std::int64_t m, std::int64_t n) : rows(m, kTileRows), columns(n, columns_of(m, n)) {}
-  std::int64_t count() const { return rows.count * columns.count; }
+  const Pieces& shared() const { return shared_; }
+  const Pieces& taken() const { return taken_; }
+  std::int64_t shared_floats() const { return packs_ ? shared_.count * shared_floats_ : 0; }
+  std::int64_t taken_floats() const { return packs_ ? taken_floats_ : 0; }
+
+  void share(const Factor& factor, float* packed, int threads) const {
+    if (!packs_) return;
+    parallel_for(shared_.count, threads, [&](std::int64_t piece, int) {
+      if (shared_.length(piece) == shared_.length(0))
+        Products(library_).pack(shares_rows_, rows(0, 0), columns(0, 0), k_,
+                                factor.from(shared_.begin(piece)), packed + piece * shared_floats_);
+    });
+  }
+
+  // The tiles of the taken piece `piece`, whose factor is `taken`; `c` is at the first of its elements, and
+  // then(shared piece) is called after each tile.
+  template <class Then>
+  void run(const Products& products, std::int64_t piece, const Factor& shared, const Factor& taken,
+           const float* packed, float* scratch, Out c, bool add, const Then& then) const {
+    const bool regular = packs_ && taken_.length(piece) == taken_.length(0);
+    if (regular) products.pack(!shares_rows_, rows(0, 0), columns(0, 0), k_, taken, scratch);
+    for (std::int64_t other = 0; other < shared_.count; ++other) {
+      const std::int64_t first = shared_.begin(other);
+      const Out tile{c.at + (shares_rows_ ? first * c.stride : first), c.stride};
+      const std::int64_t m = rows(other, piece);
+      const std::int64_t n = columns(other, piece);
+      const Factor part = shared.from(first);
+      if (regular && shared_.length(other) == shared_.length(0)) {
+        const float* const ready = packed + other * shared_floats_;
+        products.multiply_packed(m, n, k_, shares_rows_ ? ready : scratch, shares_rows_ ? scratch : ready,
+                                 tile, add);
+      } else {
+        products.multiply(m, n, k_, shares_rows_ ? part : taken, shares_rows_ ? taken : part, tile, add);
+      }
+      then(other);
+    }
+  }
+  void run(const Products& products, std::int64_t piece, const Factor& shared, const Factor& taken,
+           const float* packed, float* scratch, Out c, bool add) const {
+    run(products, piece, shared, taken, packed, scratch, c, add, [](std::int64_t) {});
+  }
 
  private:
-  static std::int64_t columns_of(std::int64_t m, std::int64_t n) {
-    const std::int64_t below = Pieces(m, kTileRows).count;
-    const std::int64_t across = std::max<std::int64_t>(1, kLeastTiles / below);
-    return std::clamp(n / across, kLeastColumns, kTileColumns);
+  std::int64_t rows(std::int64_t shared, std::int64_t taken) const {
+    return shares_rows_ ? shared_.length(shared) : taken_.length(taken);
   }
+  std::int64_t columns(std::int64_t shared, std::int64_t taken) const {
+    return shares_rows_ ? taken_.length(taken) : shared_.length(shared);
+  }
+
+  const Library& library_;
+  bool shares_rows_;
+  Pieces shared_;
+  Pieces taken_;
+  std::int64_t k_;
+  bool packs_ = false;
+  std::int64_t shared_floats_ = 0;
+  std::int64_t taken_floats_ = 0;
 };
+
+// Without packing beforehand the library packs for every tile, which costs a tile of a rows and b columns 42
+// (1/a + 1/b) of its time, so that tiles are as large as leaves work for several threads.
+Pieces shared_pieces(std::int64_t total) {
+  return {total, std::clamp<std::int64_t>(total / 4, 256, 1024), 1};
+}
+
+// `rows` are those of a chunk. The library is twice as slow on few rows by 128 columns as on few by 256.
+Pieces taken_pieces(const Library& library, std::int64_t total, std::int64_t rows) {
+  const std::int64_t least = rows < kLeastPacked ? 256 : 128;
+  const std::int64_t most = library.pack != nullptr ? 512 : 1024;
+  return {total, std::clamp(total / 8, least, most), 16};
+}
 
 // Rows that go through all products before the next: the weights are packed again for every chunk, and the
 // hidden layer is there for one chunk at a time.
-constexpr std::int64_t kChunkHidden = std::int64_t{1} << 23;
-constexpr std::int64_t kLeastChunk = 512;
+constexpr std::int64_t kChunkHidden = std::int64_t{1} << 22;
+constexpr std::int64_t kLeastChunk = 1024;
 // Rows of a task that sums over rows, or that goes over rows without a product.
 constexpr std::int64_t kRowsOfTask = 64;
+// Of the workspace that a thread keeps from call to call most is room that packing asks for and never
+// touches.
+constexpr std::size_t kKept = std::size_t{1} << 30;
 
-Pieces chunks_of(const Block& block) {
-  return Pieces(block.rows, std::max(kLeastChunk, kChunkHidden / block.hidden));
+std::int64_t chunk_rows(const Block& block) {
+  const std::int64_t most = std::max(kLeastChunk, kChunkHidden / block.hidden);
+  const std::int64_t chunks = std::max<std::int64_t>(1, (block.rows + most - 1) / most);
+  return std::max<std::int64_t>(1, (block.rows + chunks - 1) / chunks);
 }
 
 // Rows that no cache set is shared by if their width is a power of two.
@@ -137,7 +227,7 @@ In normed_rows(const Bodies& bodies, const Block& block, std::int64_t row0, std:
     return {block.x + row0 * block.x_stride, block.x_stride};
   }
   const std::int64_t stride = apart(block.width);
-  const Pieces tasks(rows, kRowsOfTask);
+  const Pieces tasks(rows, kRowsOfTask, kRowsOfTask);
   parallel_for(tasks.count, threads, [&](std::int64_t task, int) {
     const std::int64_t r = tasks.begin(task);
     bodies.normalise(block, row0 + r, tasks.length(task), out + r * stride, stride,
@@ -161,41 +251,62 @@ void narrow(const double* from, std::int64_t count, float* to) {
 void library_forward(const Library& library, const Block& block, float* y, int threads) {
   if (block.rows == 0) return;
   const Bodies bodies = library_bodies();
-  const Pieces chunks = chunks_of(block);
+  const std::int64_t most = chunk_rows(block);
   const bool long_loops = lengthy(block.rows * block.width, block.hidden);
   const std::int64_t h_stride = apart(block.hidden);
+  const auto up_of = [&](std::int64_t rows) {
+    return Product(library, true, shared_pieces(rows), taken_pieces(library, block.hidden, most),
+                   block.width);
+  };
+  const auto down_of = [&](std::int64_t rows) {
+    return Product(library, true, shared_pieces(rows), taken_pieces(library, block.width, most),
+                   block.hidden);
+  };
   Layout layout;
-  const std::int64_t z_at = layout.floats(chunks.size * apart(block.width));
-  const std::int64_t h_at = layout.floats(chunks.size * h_stride);
-  const Workspace workspace(layout.total());
+  const std::int64_t z_at = layout.floats(most * apart(block.width));
+  const std::int64_t h_at = layout.floats(most * h_stride);
+  std::int64_t shared_floats = 0;
+  std::int64_t taken_floats = 0;
+  for (const std::int64_t rows : {most, block.rows % most})
+    for (const Product& product : {up_of(rows), down_of(rows)}) {
+      shared_floats = std::max(shared_floats, product.shared_floats());
+      taken_floats = std::max(taken_floats, product.taken_floats());
+    }
+  const std::int64_t shared_at = layout.floats(shared_floats);
+  const std::int64_t taken_at = layout.floats(threads * taken_floats);
+  const Workspace workspace(layout.total(), kKept);
   float* const h = workspace.get() + h_at;
-  for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const std::int64_t row0 = chunks.begin(chunk);
-    const std::int64_t rows = chunks.length(chunk);
-    const In z = normed_rows(bodies, block, row0, rows, workspace.get() + z_at, nullptr, nullptr, threads);
-    const Tiles up(rows, block.hidden);
-    parallel_for(up.count(), threads, long_loops, [&](std::int64_t tile, int) {
-      const std::int64_t r = up.rows.begin(tile / up.columns.count);
-      const std::int64_t j = up.columns.begin(tile % up.columns.count);
-      const std::int64_t m = up.rows.length(tile / up.columns.count);
-      const std::int64_t n = up.columns.length(tile % up.columns.count);
-      float* const activated = h + r * h_stride + j;
-      Out u{activated, h_stride};
-      if (block.sums != nullptr) u = {block.sums + (row0 + r) * block.hidden + j, block.hidden};
-      Products(library).rows_by_rows(m, n, block.width, {z.at + r * z.stride, z.stride},
-                                     {block.w1 + j * block.width, block.width}, u);
-      bodies.activate(block, u.at, u.stride, m, j, n, activated, h_stride);
+  float* const packed = workspace.get() + shared_at;
+  float* const scratch = workspace.get() + taken_at;
+  for (std::int64_t row0 = 0; row0 < block.rows; row0 += most) {
+    const std::int64_t rows = std::min(most, block.rows - row0);
+    const In normed =
+        normed_rows(bodies, block, row0, rows, workspace.get() + z_at, nullptr, nullptr, threads);
+    const Factor z{normed, false};
+    const Product up = up_of(rows);
+    up.share(z, packed, threads);
+    parallel_for(up.taken().count, threads, long_loops, [&](std::int64_t piece, int slot) {
+      const std::int64_t j = up.taken().begin(piece);
+      Out u{h + j, h_stride};
+      if (block.sums != nullptr) u = {block.sums + row0 * block.hidden + j, block.hidden};
+      up.run(Products(library), piece, z, Factor{{block.w1, block.width}, false}.from(j), packed,
+             scratch + slot * taken_floats, u, false, [&](std::int64_t other) {
+               const std::int64_t r = up.shared().begin(other);
+               bodies.activate(block, u.at + r * u.stride, u.stride, up.shared().length(other), j,
+                               up.taken().length(piece), h + r * h_stride + j, h_stride);
+             });
     });
-    const Tiles down(rows, block.width);
-    parallel_for(down.count(), threads, long_loops, [&](std::int64_t tile, int) {
-      const std::int64_t r = down.rows.begin(tile / down.columns.count);
-      const std::int64_t k = down.columns.begin(tile % down.columns.count);
-      const std::int64_t m = down.rows.length(tile / down.columns.count);
-      const std::int64_t n = down.columns.length(tile % down.columns.count);
-      Products(library).rows_by_rows(m, n, block.hidden, {h + r * h_stride, h_stride},
-                                     {block.w2 + k * block.hidden, block.hidden},
-                                     {y + (row0 + r) * block.width + k, block.width});
-      bodies.finish(block, row0 + r, m, k, n, y);
+    const Factor hidden{{h, h_stride}, false};
+    const Product down = down_of(rows);
+    down.share(hidden, packed, threads);
+    parallel_for(down.taken().count, threads, long_loops, [&](std::int64_t piece, int slot) {
+      const std::int64_t k = down.taken().begin(piece);
+      down.run(Products(library), piece, hidden, Factor{{block.w2, block.hidden}, false}.from(k), packed,
+               scratch + slot * taken_floats, {y + row0 * block.width + k, block.width}, false,
+               [&](std::int64_t other) {
+                 bodies.finish(block, row0 + down.shared().begin(other), down.shared().length(other), k,
+                               down.taken().length(piece), y);
+               });
     });
   }
 }
@@ -206,31 +317,57 @@ void library_backward(const Library& library, const Block& block, const float* d
   const std::int64_t width = block.width;
   const std::int64_t hidden = block.hidden;
   const std::int64_t padded = aligned(width);
-  const Pieces chunks = chunks_of(block);
+  const std::int64_t most = chunk_rows(block);
   const bool long_loops = lengthy(block.rows * width, hidden);
   const bool of_rows =
       gradients.x != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
   const bool of_hidden = of_rows || gradients.w1 != nullptr || gradients.b1 != nullptr;
   const bool scaled = block.scale != 1.0f;
-  const Pieces units(hidden, std::clamp(hidden / kLeastTiles, kLeastColumns, kTileRows));
+  const Pieces units = taken_pieces(library, hidden, most);
   const int slots = static_cast<int>(std::min<std::int64_t>(threads, units.count));
   const std::int64_t z_stride = apart(width);
   const std::int64_t du_stride = apart(hidden);
   const std::int64_t h_stride = apart(units.size);
-  const std::int64_t row_tasks = Pieces(chunks.size, kRowsOfTask).count;
+  const std::int64_t row_tasks = Pieces(most, kRowsOfTask, kRowsOfTask).count + 1;
+
+  // What a piece of hidden units takes part in, and the gradient of norm(x) from all of them.
+  struct All {
+    Product hidden;  // sums of the first product, and the gradient of h
+    Product w2;      // dy^T h
+    Product w1;      // du^T norm(x)
+    Product back;    // du w1
+  };
+  const auto products_of = [&](std::int64_t rows) {
+    return All{{library, true, shared_pieces(rows), units, width},
+               {library, true, shared_pieces(width), units, rows},
+               {library, false, shared_pieces(width), units, rows},
+               {library, true, shared_pieces(rows), taken_pieces(library, width, most), hidden}};
+  };
 
   Layout layout;
-  const std::int64_t totals_at = layout.doubles(aligned(hidden) + units.size + 3 * padded);
+  const std::int64_t totals_at = layout.doubles(aligned(hidden) + 3 * padded);
   const std::int64_t parts_at = layout.doubles(2 * row_tasks * padded);
   const std::int64_t scratch_at = layout.floats(2 * padded * threads);
-  const std::int64_t shifts_at = layout.floats(2 * chunks.size);
-  const std::int64_t z_at = layout.floats(chunks.size * z_stride);
-  const std::int64_t dys_at = layout.floats(scaled ? chunks.size * z_stride : 0);
-  const std::int64_t dz_at = layout.floats(of_rows ? chunks.size * z_stride : 0);
-  const std::int64_t du_at = layout.floats(chunks.size * du_stride);
-  const std::int64_t h_at = layout.floats(slots * chunks.size * h_stride);
+  const std::int64_t shifts_at = layout.floats(2 * most);
+  const std::int64_t z_at = layout.floats(most * z_stride);
+  const std::int64_t dys_at = layout.floats(scaled ? most * z_stride : 0);
+  const std::int64_t dz_at = layout.floats(of_rows ? most * z_stride : 0);
+  const std::int64_t du_at = layout.floats(most * du_stride);
+  const std::int64_t h_at = layout.floats(slots * most * h_stride);
   const std::int64_t dx_at = layout.floats(of_rows && gradients.x == nullptr ? block.rows * width : 0);
-  const Workspace workspace(layout.total());
+  std::int64_t shared_floats = 0;
+  std::int64_t taken_floats = 0;
+  for (const std::int64_t rows : {most, block.rows % most}) {
+    const All all = products_of(rows);
+    shared_floats =
+        std::max({shared_floats, all.back.shared_floats(),
+                  2 * all.hidden.shared_floats() + all.w2.shared_floats() + all.w1.shared_floats()});
+    taken_floats = std::max({taken_floats, all.hidden.taken_floats(), all.w2.taken_floats(),
+                             all.w1.taken_floats(), all.back.taken_floats()});
+  }
+  const std::int64_t shared_at = layout.floats(shared_floats);
+  const std::int64_t taken_at = layout.floats(threads * taken_floats);
+  const Workspace workspace(layout.total(), kKept);
   float* const memory = workspace.get();
   double* const b2_sums = as_doubles(memory + totals_at);
   double* const weight_sums = b2_sums + padded;
@@ -238,21 +375,21 @@ void library_backward(const Library& library, const Block& block, const float* d
   double* const b1_sums = bias_sums + padded;
   double* const parts = as_doubles(memory + parts_at);
   float* const shifts = memory + shifts_at;
-  float* const factors = shifts + chunks.size;
+  float* const factors = shifts + most;
   float* const dz = memory + dz_at;
   float* const du = memory + du_at;
   float* const dx = gradients.x != nullptr ? gradients.x : memory + dx_at;
-  std::fill_n(b2_sums, 3 * padded + aligned(hidden) + units.size, 0.0);
+  std::fill_n(b2_sums, 3 * padded + aligned(hidden), 0.0);
   if (block.rows == 0) {
     if (gradients.w1 != nullptr) std::fill_n(gradients.w1, hidden * width, 0.0f);
     if (gradients.w2 != nullptr) std::fill_n(gradients.w2, hidden * width, 0.0f);
   }
 
-  for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const std::int64_t row0 = chunks.begin(chunk);
-    const std::int64_t rows = chunks.length(chunk);
-    const bool add = chunk > 0;
-    const Pieces tasks(rows, kRowsOfTask);
+  for (std::int64_t row0 = 0; row0 < block.rows; row0 += most) {
+    const std::int64_t rows = std::min(most, block.rows - row0);
+    const bool add = row0 > 0;
+    const Pieces tasks(rows, kRowsOfTask, kRowsOfTask);
+    const All all = products_of(rows);
     const In z = normed_rows(bodies, block, row0, rows, memory + z_at, shifts, factors, threads);
     In dys{dy + row0 * width, width};
     if (scaled || gradients.b2 != nullptr) {
@@ -266,39 +403,53 @@ void library_backward(const Library& library, const Block& block, const float* d
       if (scaled) dys = {memory + dys_at, z_stride};
     }
 
+    float* const packed = memory + shared_at;
+    float* const packed_dy = packed + all.hidden.shared_floats();
+    float* const packed_w2 = packed_dy + all.hidden.shared_floats();
+    float* const packed_w1 = packed_w2 + all.w2.shared_floats();
+    if (block.sums == nullptr) all.hidden.share({z, false}, packed, threads);
+    if (of_hidden) all.hidden.share({dys, false}, packed_dy, threads);
+    if (gradients.w2 != nullptr) all.w2.share({dys, true}, packed_w2, threads);
+    if (gradients.w1 != nullptr) all.w1.share({z, true}, packed_w1, threads);
     parallel_for(units.count, slots, long_loops, [&](std::int64_t piece, int slot) {
       const std::int64_t j = units.begin(piece);
       const std::int64_t n = units.length(piece);
-      float* const h = memory + h_at + slot * chunks.size * h_stride;
+      float* const h = memory + h_at + slot * most * h_stride;
+      float* const scratch = memory + taken_at + slot * taken_floats;
       const Products products(library);
       In u{h, h_stride};
       if (block.sums != nullptr) {
         u = {block.sums + row0 * hidden + j, hidden};
       } else {
-        products.rows_by_rows(rows, n, width, z, {block.w1 + j * width, width}, {h, h_stride});
+        all.hidden.run(products, piece, {z, false}, Factor{{block.w1, width}, false}.from(j), packed, scratch,
+                       {h, h_stride}, false);
       }
       if (of_hidden) {
-        products.rows_by_columns(rows, n, width, dys, {block.w2 + j, hidden}, {du + j, du_stride});
-        bodies.activate_backward(block, u.at, u.stride, rows, j, n, h, h_stride, du + j, du_stride,
-                                 b1_sums + j);
+        all.hidden.run(products, piece, {dys, false}, Factor{{block.w2, hidden}, true}.from(j), packed_dy,
+                       scratch, {du + j, du_stride}, false, [&](std::int64_t other) {
+                         const std::int64_t r = all.hidden.shared().begin(other);
+                         bodies.activate_backward(block, u.at + r * u.stride, u.stride,
+                                                  all.hidden.shared().length(other), j, n, h + r * h_stride,
+                                                  h_stride, du + r * du_stride + j, du_stride, b1_sums + j);
+                       });
       } else {
         bodies.activate(block, u.at, u.stride, rows, j, n, h, h_stride);
       }
       if (gradients.w2 != nullptr)
-        products.columns_by_columns(width, n, rows, dys, {h, h_stride}, {gradients.w2 + j, hidden}, add);
+        all.w2.run(products, piece, {dys, true}, {{h, h_stride}, true}, packed_w2, scratch,
+                   {gradients.w2 + j, hidden}, add);
       if (gradients.w1 != nullptr)
-        products.columns_by_columns(n, width, rows, {du + j, du_stride}, z, {gradients.w1 + j * width, width},
-                                    add);
+        all.w1.run(products, piece, {z, true}, {{du + j, du_stride}, true}, packed_w1, scratch,
+                   {gradients.w1 + j * width, width}, add);
     });
     if (!of_rows) continue;
 
-    const Tiles back(rows, width);
-    parallel_for(back.count(), threads, long_loops, [&](std::int64_t tile, int) {
-      const std::int64_t r = back.rows.begin(tile / back.columns.count);
-      const std::int64_t k = back.columns.begin(tile % back.columns.count);
-      Products(library).rows_by_columns(
-          back.rows.length(tile / back.columns.count), back.columns.length(tile % back.columns.count), hidden,
-          {du + r * du_stride, du_stride}, {block.w1 + k, width}, {dz + r * z_stride + k, z_stride});
+    const Factor gradient{{du, du_stride}, false};
+    all.back.share(gradient, packed, threads);
+    parallel_for(all.back.taken().count, threads, long_loops, [&](std::int64_t piece, int slot) {
+      const std::int64_t k = all.back.taken().begin(piece);
+      all.back.run(Products(library), piece, gradient, Factor{{block.w1, width}, true}.from(k), packed,
+                   memory + taken_at + slot * taken_floats, {dz + k, z_stride}, false);
     });
     std::fill_n(parts, 2 * tasks.count * padded, 0.0);
     parallel_for(tasks.count, threads, [&](std::int64_t task, int slot) {
@@ -334,8 +485,16 @@ bool works(const Library& library) {
   const int before = library.set_threads(3);
   {
     const Products products(library);
-    products.rows_by_rows(m, n, k, {a, k}, {b, k}, {got, n + 1});
-    products.columns_by_columns(m, n, k, {a, m}, {b, n}, {got, n + 1}, true);
+    products.multiply(m, n, k, {{a, k}, false}, {{b, k}, false}, {got, n + 1}, false);
+    if (library.pack == nullptr) {
+      products.multiply(m, n, k, {{a, m}, true}, {{b, n}, true}, {got, n + 1}, true);
+    } else {
+      std::vector<float> left(static_cast<std::size_t>(products.packed_floats(true, m, n, k)));
+      std::vector<float> right(static_cast<std::size_t>(products.packed_floats(false, m, n, k)));
+      products.pack(true, m, n, k, {{a, m}, true}, left.data());
+      products.pack(false, m, n, k, {{b, n}, true}, right.data());
+      products.multiply_packed(m, n, k, left.data(), right.data(), {got, n + 1}, true);
+    }
   }
   if (library.set_threads(before) != 3) return false;
   for (std::int64_t i = 0; i < m; ++i) {

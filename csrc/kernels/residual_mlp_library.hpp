@@ -4,6 +4,7 @@
 // the order of a sum depends on how many threads there are.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/residual_mlp.hpp"
@@ -17,11 +18,27 @@ using Sgemm = void (*)(const char* trans_a, const char* trans_b, const std::int6
                        const float* b, const std::int64_t* ldb, const float* beta, float* c,
                        const std::int64_t* ldc);
 
+// MKL's way of packing a factor once for several products, which have to have the sizes named then.
+// identifier: A or B, as the factor is called in sgemm; compute takes P for a packed one's transposition.
+using PackSize = std::size_t (*)(const char* identifier, const std::int64_t* m, const std::int64_t* n,
+                                 const std::int64_t* k);
+using Pack = void (*)(const char* identifier, const char* trans, const std::int64_t* m, const std::int64_t* n,
+                      const std::int64_t* k, const float* alpha, const float* source, const std::int64_t* ld,
+                      float* packed);
+using Compute = void (*)(const char* trans_a, const char* trans_b, const std::int64_t* m,
+                         const std::int64_t* n, const std::int64_t* k, const float* a,
+                         const std::int64_t* lda, const float* b, const std::int64_t* ldb, const float* beta,
+                         float* c, const std::int64_t* ldc);
+
 struct Library {
   Sgemm sgemm;
   // How many threads the library may use for calls from this thread, 0 for its own choice; returns what was
   // set before.
   int (*set_threads)(int);
+  // All three, bytes from the first, or none.
+  PackSize pack_size = nullptr;
+  Pack pack = nullptr;
+  Compute compute = nullptr;
 };
 
 // Whether small products come out right, and the number of threads is set and given back.

@@ -9,12 +9,12 @@
 namespace rgfast::residual_mlp {
 
 // Calls come by the thousand with the same sizes, and fresh pages cost more than the arithmetic of a small
-// block: each calling thread keeps its last workspace, unless it is large.
+// block: each calling thread keeps its last workspace, unless it is larger than `most_kept` bytes.
 class Workspace {
  public:
-  explicit Workspace(std::int64_t floats) {
+  explicit Workspace(std::int64_t floats, std::size_t most_kept = std::size_t{64} << 20) {
     const std::size_t bytes = static_cast<std::size_t>(floats) * sizeof(float);
-    if (bytes > kKept) {
+    if (bytes > most_kept) {
       own_.reset(allocate(bytes));
       memory_ = own_.get();
       return;
@@ -32,7 +32,6 @@ class Workspace {
   float* get() const { return memory_; }
 
  private:
-  static constexpr std::size_t kKept = std::size_t{64} << 20;
   static constexpr std::align_val_t kAlignment{64};
 
   struct Free {

@@ -38,11 +38,11 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 LEAST_WIDTH = 8
 
 # Where the library's products were faster (README.md). Forward alone: above this width but for few rows. With
-# gradients: above this one, and from a lesser one on below so many rows.
-WIDEST = 2048
+# gradients: above this one, and from a lesser one on below so many rows, but for few.
+WIDEST = 2047
 FEW_ROWS = 48
 WIDEST_RECORDED = 511
-WIDE_RECORDED, LEAST_RECORDED_ROWS = 256, 1024
+WIDE_RECORDED, FEWEST_RECORDED_ROWS, LEAST_RECORDED_ROWS = 256, 17, 1024
 
 # From this width on the backward pass reads the first product's sums instead of forming them again.
 KEPT_FROM = 96
@@ -123,7 +123,7 @@ def faster_by_library(width: int, rows: int, recorded: bool) -> str | None:
     if recorded:
         if width > WIDEST_RECORDED:
             return f"with gradients the library's products are faster at D={width}"
-        if width >= WIDE_RECORDED and rows < LEAST_RECORDED_ROWS:
+        if width >= WIDE_RECORDED and FEWEST_RECORDED_ROWS <= rows < LEAST_RECORDED_ROWS:
             return f"with gradients the library's products are faster for {rows} rows at D={width}"
     elif width > WIDEST and rows > FEW_ROWS:
         return f"the library's products are faster for {rows} rows at D={width}"

@@ -238,6 +238,8 @@ AWKWARD = [
     (1000, 384, 384),
     (700, 129, 8),
     (1, 2048, 2048),
+    (901, 500, 701),
+    (2100, 200, 4100),
 ]
 
 
@@ -411,6 +413,8 @@ class Without:
     def __getattr__(self, name):
         if name == "sgemm_" and how == "symbols":
             raise AttributeError(name)
+        if name == "sgemm_pack_" and how == "packing":
+            raise AttributeError(name)
         if name == "MKL_Set_Num_Threads_Local" and how == "threads":
             name = "MKL_Get_Max_Threads"
         return getattr(self.library, name)
@@ -422,15 +426,17 @@ from rgfast.ops.residual_mlp import library
 print(library.unavailable_reason())
 generator = torch.Generator().manual_seed(0)
 w1, w2 = (torch.randn(*s, generator=generator).requires_grad_() for s in ((600, 512), (512, 600)))
-x = torch.randn(70, 512, generator=generator)
+x = torch.randn(300, 512, generator=generator)
 found = []
 with rgfast.record() as log:
     for threads in (1, 2, 3, 4, 8):
         torch.set_num_threads(threads)
         y = rgfast.residual_mlp(x, w1, None, w2, None)
         found.append([y, *torch.autograd.grad(y.sum(), (w1, w2))])
-assert {r.impl for r in log} == {"native"}, log
+assert {r.impl for r in log} == {"library" if how == "packing" else "native"}, log
 assert all(torch.equal(a, b) for other in found for a, b in zip(other, found[0]))
+if how == "packing":
+    sys.exit()
 try:
     rgfast.residual_mlp(x, w1, None, w2, None, impl="library")
 except rgfast.ImplUnavailable as error:
@@ -447,6 +453,7 @@ else:
         ("symbols", "this PyTorch does not export sgemm_"),
         ("threads", "the library's product gave a wrong result"),
         ("mkl", "this PyTorch has no MKL"),
+        ("packing", "None"),
     ],
 )
 def test_without_the_library_our_own_products_take_its_place(how, reason):

@@ -350,15 +350,16 @@ def told(rows, d, *, recorded=False, h=8):
 @pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 def test_where_the_library_is_faster_it_is_taken():
     assert told(2, 3, h=9) == "D=3, H=9 is too narrow for its vectors"
-    assert told(49, 2049) == "the library's products are faster for 49 rows at D=2049"
+    assert told(49, 2048) == "the library's products are faster for 49 rows at D=2048"
     assert told(9999, 512, recorded=True) == "with gradients the library's products are faster at D=512"
-    for rows, d in ((1023, 511), (1023, 256)):
+    for rows, d in ((1023, 511), (17, 256)):
         assert told(rows, d, recorded=True) == (
             f"with gradients the library's products are faster for {rows} rows at D={d}"
         )
     for rows, d, recorded in (
         (48, 4096, False),
-        (49, 2048, False),
+        (49, 2047, False),
+        (16, 511, True),
         (1024, 511, True),
         (1, 255, True),
     ):
