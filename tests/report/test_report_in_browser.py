@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,16 @@ import torch
 import rgfast
 from rgfast.report import write_report
 
-_spec = importlib.util.spec_from_file_location("report_browser", Path(__file__).with_name("browser.py"))
-browser_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(browser_module)
 
+def beside(name):
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"report_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+browser_module = beside("browser")
 CHROMIUM = browser_module.find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 DESK, PHONE = 1280, 390
@@ -30,10 +37,16 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(finished, probed, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
+    folder, studies = tmp_path_factory.mktemp("pages"), beside("test_studies_figures")
+    write = partial(studies.write_study, folder)
+    tables, summary, design = studies.universe()
     return {
         "reproduction": finished.out / "report.html",
         "probe": write_report(probed, folder / "probe.html"),
+        "multiverse": write_report(write("multiverse", tables, summary, **design)),
+        "sweep": write_report(write("sweep", {"table": studies.cells()})),
+        "decimation": write_report(write("decimation", {"table": studies.spaced()}, {}, base={"xi": [7.0]})),
+        "observer": write_report(studies.ridge_study(write)),
     }
 
 
@@ -52,7 +65,7 @@ def told(browser):
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
-@pytest.mark.parametrize("name", ["reproduction", "probe"])
+@pytest.mark.parametrize("name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer"])
 def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages, name, width):
     browser.open(pages[name], width)
     drawn = browser.run(
@@ -61,7 +74,8 @@ def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages
     )
     assert browser.errors == []
     assert browser.requests == [pages[name].as_uri()]
-    assert len(drawn) == int(browser.run("document.documentElement.dataset.figures")) >= 6
+    few = {"multiverse": 1, "sweep": 2, "decimation": 1, "observer": 1}
+    assert len(drawn) == int(browser.run("document.documentElement.dataset.figures")) >= few.get(name, 6)
     assert all(panels and min(panels) > 0 for panels in drawn)
     # Nothing but a table's own box scrolls sideways.
     assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")

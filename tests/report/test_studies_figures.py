@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import matplotlib as mpl
 import numpy as np
@@ -26,24 +27,23 @@ def lines(axes, colour):
     return [line for line in axes.lines if mpl.colors.same_color(line.get_color(), colour)]
 
 
+def write_study(root, kind, tables, summary=None, **design):
+    """The folder of a study with these tables, as its command leaves it."""
+    folder = root / kind
+    (folder / "points").mkdir(parents=True)
+    recorded = {"format": f"rgfast.{kind}/1", "name": kind, **design}
+    (folder / "design.json").write_text(json.dumps(recorded))
+    for name, rows in tables.items():
+        pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+    if summary is not None:
+        name = "verdict.json" if kind == "sweep" else "summary.json"
+        (folder / name).write_text(json.dumps(summary))
+    return folder
+
+
 @pytest.fixture
 def study(tmp_path):
-    """Write a study's folder from its tables."""
-
-    def write(kind, tables, summary=None, **design):
-        folder = tmp_path / kind
-        (folder / "points").mkdir(parents=True)
-        (folder / "design.json").write_text(
-            json.dumps({"format": f"rgfast.{kind}/1", "name": kind, **design})
-        )
-        for name, rows in tables.items():
-            pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
-        if summary is not None:
-            name = "verdict.json" if kind == "sweep" else "summary.json"
-            (folder / name).write_text(json.dumps(summary))
-        return folder
-
-    return write
+    return partial(write_study, tmp_path)
 
 
 def page_of(folder):
