@@ -62,7 +62,7 @@ def describe() -> str:
         compiled, available = ", ".join(module["compiled"]), ", ".join(module["available"])
         lines.append(f"{'native':<10} active {module['active']}, compiled {compiled}, available {available}")
     else:
-        lines.append(f"{'native':<10} absent: {module['absent']}")
+        lines.append(f"{'native':<10} absent, so every op runs its reference in PyTorch: {module['absent']}")
     lines.append(f"{'machine':<10} {found['machine']}, {found['cpu']}")
     lines.append(f"{'threads':<10} {found['threads']} of {found['cores']} cores")
     lines.append(f"{'gpus':<10} {', '.join(found['gpus']) or 'none'}")
