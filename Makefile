@@ -8,12 +8,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test bench clean
+.PHONY: reproduce test lint native-test fuzz bench clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
 
-test: $(VENV)/.dev lint native-test
+test: $(VENV)/.dev lint native-test fuzz
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -26,6 +26,11 @@ native-test: $(VENV)/.dev
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRGFAST_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The Python module under the sanitizers, which are GCC's; docs/reliability.md has the run at full size.
+fuzz: native-test
+	$(BIN)/cmake --build build/sanitize --target _native
+	$(BIN)/python tests/reliability/fuzz.py --cases 300 --seed 1 --sanitized build/sanitize
 
 bench: $(VENV)/.dev
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

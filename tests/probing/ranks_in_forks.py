@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -273,7 +274,9 @@ def lengths(folder):
 
 def main():
     torch.set_num_threads(1)
-    tqdm.monitor_interval = 0
+    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
     out = {}
     for case in (agreement, wrapped, own_loop, death, telling, lengths):
         if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:

@@ -13,11 +13,13 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import rgfast
 from rgfast.probing import checkpoint
@@ -153,6 +155,9 @@ def main(folder, seed):
     rng = random.Random(seed)
     path, out = folder / "probe.checkpoint", folder / "digest"
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
     whole = digest(run(build(), None))  # here, so that every child finds all imports done
     start = time.monotonic()
     assert not killed(in_child(path, out))

@@ -20,6 +20,7 @@ def test_killed_again_and_again_gives_the_same_bits(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script), str(tmp_path), "7"],
         capture_output=True, text=True, timeout=500, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     whole, resumed, at_spots, at_random, left = done.stdout.split()

@@ -1,0 +1,148 @@
+"""Kills a probe and a sweep at random moments, again and again; each time what they leave is gone on from.
+
+    python tests/reliability/kills.py --kills 1000
+
+A server imports everything once and forks the victims, so that a kill costs what was computed and no imports.
+Every run that comes to its end must have the bits of one that nothing happened to; the exit status says so.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+if any(os.environ.get(name) != value for name, value in SINGLE.items()):
+    # A process may be forked safely while it has one thread; the libraries read this when they are loaded.
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SINGLE})
+
+import matplotlib  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "probing"))
+
+import resume_under_kill  # noqa: E402
+
+from rgfast.experiments.config import ReproduceConfig  # noqa: E402
+from rgfast.experiments.sweep import Design, sweep  # noqa: E402
+from rgfast.training import TrainingConfig  # noqa: E402
+
+BASE = ReproduceConfig(
+    states=8,
+    length=4,
+    depth=2,
+    width=4,
+    hidden=8,
+    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
+    probe_sequences=320,
+)
+GRID = Design("tiny", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), BASE)
+
+
+def probe_once(folder):
+    """The digest of a whole probe: a batch and a checkpoint are a few milliseconds."""
+    return resume_under_kill.digest(
+        resume_under_kill.run(resume_under_kill.build(), folder / "probe.checkpoint")
+    )
+
+
+def sweep_once(folder):
+    """The digest of all that a sweep of 4 points writes but its figure."""
+    sweep(GRID, out=folder / "sweep", jobs=1, progress=False)
+    total = hashlib.sha256()
+    for path in sorted((folder / "sweep").rglob("*")):
+        if path.is_file() and path.suffix != ".png" and not path.name.startswith("."):
+            total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def forked(work, folder, out):
+    """The process that runs ``work(folder)`` and writes what it gives to ``out``."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            out.write_text(work(folder))
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended(pid):
+    """Whether a child came to its end by itself; anything else but SIGKILL is an error."""
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if status:
+        sys.exit(f"kills: a run failed with status {status}")
+    return True
+
+
+def kill_again_and_again(work, kills, rng):
+    """The digest of a run left alone, those of all others that ended, and how many files were left over."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        out, folder = top / "digest", top / "run"
+        folder.mkdir()
+        work(folder)  # here, so that every child finds all imports done
+        shutil.rmtree(folder)
+        folder.mkdir()
+        start = time.monotonic()
+        assert ended(forked(work, folder, out))
+        alone, whole, killed, left = time.monotonic() - start, out.read_text(), 0, 0
+        shutil.rmtree(folder)
+        folder.mkdir()
+        while True:
+            pid = forked(work, folder, out)
+            if killed < kills:
+                time.sleep(rng.uniform(0.0, 0.3) * alone)
+                os.kill(pid, signal.SIGKILL)
+            if not ended(pid):
+                killed += 1
+                continue
+            found.append(out.read_text())
+            left += sum(path.name.startswith(".") for path in folder.rglob("*"))
+            shutil.rmtree(folder)
+            folder.mkdir()
+            if killed >= kills:
+                return whole, found, left
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--what", choices=("probe", "sweep", "both"), default="both")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
+    matplotlib.use("agg")
+    rng, wrong = random.Random(options.seed), 0
+    for name, work in (("probe", probe_once), ("sweep", sweep_once)):
+        if options.what in (name, "both"):
+            start = time.monotonic()
+            whole, found, left = kill_again_and_again(work, options.kills, rng)
+            differ = sum(digest != whole for digest in found)
+            wrong += differ
+            print(
+                f"{name}: {options.kills} kills, {len(found)} runs came to their end, {differ} with other "
+                f"bits; {left} temporary files left; {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
