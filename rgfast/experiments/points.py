@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from tqdm import tqdm
 
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig
-from rgfast.experiments.runs import DRIFTS, RANKS, Run, run_dataset
+from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
 from rgfast.files import plain, write_text
 from rgfast.validation import check_positive_int
 
-__all__ = ["Point", "numbers_of_run", "open_study", "plain", "run_points"]
+__all__ = ["Point", "numbers_of_run", "open_study", "parallel", "plain", "run_points"]
 
 FORMAT = "rgfast.point/1"
 
@@ -77,10 +76,10 @@ def run_points(
 ) -> list[dict[str, Any]]:
     """The numbers of every point of an opened study, in order; what its folder holds is not computed again.
 
-    Each process has one thread, so numbers do not depend on ``jobs``. A file that is not this point's is an
-    error, whatever else it holds.
+    Points go to the joblib backend that is active (local processes unless ``joblib.parallel_config`` names
+    another, whose workers must see ``folder``); ``jobs`` defaults to as many as it has. Each runs on one
+    thread, so numbers depend on neither. A file that is not this point's is an error, whatever else it holds.
     """
-    jobs = (os.cpu_count() or 1) if jobs is None else jobs
     files = folder / "points"
     missing = [point for point in points if not (files / f"{point.name}.json").exists()]
     bar = tqdm(
@@ -90,11 +89,19 @@ def run_points(
         unit="point",
         disable=None if progress is None else not progress,
     )
-    with bar, joblib.parallel_config(backend="loky", n_jobs=min(jobs, max(1, len(missing)))):
+    with bar, one_thread():
         tasks = (joblib.delayed(_compute)(point, work, files) for point in missing)
-        for _ in joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks):
+        for _ in parallel(jobs, len(missing))(tasks):
             bar.update()
     return [read_point(files / f"{point.name}.json", point) for point in points]
+
+
+def parallel(jobs: int | None, tasks: int) -> joblib.Parallel:
+    """Runs so many tasks on the active joblib backend, ``jobs`` at once, and yields what is ready."""
+    if jobs is None:
+        _, asked = joblib.parallel.get_active_backend()
+        jobs = joblib.effective_n_jobs(asked if asked not in (None, 1) else -1)
+    return joblib.Parallel(n_jobs=min(jobs, max(1, tasks)), return_as="generator_unordered", batch_size=1)
 
 
 def _compute(point: Point, work: Work, files: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from tqdm import tqdm
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, plan, views_of
+from rgfast.experiments.points import parallel
+from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thread, plan, views_of
 from rgfast.files import as_json, write_atomically, write_text
 from rgfast.flow import Verdict, judge
 from rgfast.report.definitions import missed
@@ -85,8 +85,8 @@ def reproduce(
     Source: arXiv 2606.10324; the set-up and the verdicts are defined in the documentation.
     """
     chosen = _configuration(preset, seeds, xi, chains, config)
-    jobs = (os.cpu_count() or 1) if jobs is None else jobs
-    check_positive_int(jobs, "jobs")
+    if jobs is not None:
+        check_positive_int(jobs, "jobs")
     name = preset or ("config" if config is not None else "quick")
     folder = Path(out) if out is not None else Path("runs") / f"reproduce-{name}"
     _claim(folder, chosen)
@@ -150,7 +150,7 @@ def _claim(folder: Path, config: ReproduceConfig) -> None:
 
 
 def _execute_all(
-    config: ReproduceConfig, runs: list[Run], folder: Path, jobs: int, progress: bool | None
+    config: ReproduceConfig, runs: list[Run], folder: Path, jobs: int | None, progress: bool | None
 ) -> None:
     files = folder / "runs"
     files.mkdir(exist_ok=True)
@@ -162,9 +162,9 @@ def _execute_all(
         unit="run",
         disable=None if progress is None else not progress,
     )
-    with bar, joblib.parallel_config(backend="loky", n_jobs=min(jobs, max(1, len(missing)))):
+    with bar, one_thread():
         tasks = (joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing)
-        for name in joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks):
+        for name in parallel(jobs, len(missing))(tasks):
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,15 +72,28 @@ def views_of(config: ReproduceConfig) -> tuple[str, ...]:
     return tuple(view for view in VIEWS if view != "flattened" or not wide)
 
 
+_LOCK, _inside, _before = threading.Lock(), 0, 1
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread inside, so that results do not depend on how many runs go at once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Run torch on one thread inside, so that results do not depend on how many runs go at once.
+
+    Runs may be threads of one process: the last one that leaves restores the number.
+    """
+    global _inside, _before
+    with _LOCK:
+        if _inside == 0:
+            _before = torch.get_num_threads()
+        _inside += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _LOCK:
+            _inside -= 1
+            if _inside == 0:
+                torch.set_num_threads(_before)
 
 
 def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:

@@ -38,14 +38,14 @@ def test_random_cases_through_every_op():
 
 
 def test_the_fuzzer_fails_where_a_number_is_wrong(tmp_path):
-    """Against a package whose participation ratio is off by 1e-6."""
+    """Against a package whose CKA is off by 1e-4."""
     program = f"""
 import sys
 sys.argv = ["fuzz.py", "--cases", "60", "--seed", "5"]
 sys.path.insert(0, {str(HERE)!r})
 import rgfast
-right = rgfast.participation_ratio
-rgfast.participation_ratio = lambda *args, **kwargs: right(*args, **kwargs) * (1 + 1e-6)
+right = rgfast.cka_matrix
+rgfast.cka_matrix = lambda *args, **kwargs: right(*args, **kwargs) + 1e-4
 import fuzz
 fuzz.main()
 """
@@ -53,7 +53,7 @@ fuzz.main()
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAILED spectrum: --seed 5" in done.stdout
+    assert "FAILED cka_matrix: --seed 5" in done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
