@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test fuzz bench clean
+.PHONY: reproduce test lint native-test fuzz bench docs clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
@@ -35,6 +35,9 @@ fuzz: native-test
 bench: $(VENV)/.dev
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
@@ -45,7 +48,7 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[dev,examples]'
+	$(PIP) --editable '.[dev,examples,docs]'
 	touch $@ $(VENV)/.installed
 
 clean:
