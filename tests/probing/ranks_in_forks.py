@@ -25,7 +25,8 @@ import rgfast
 
 SIZES = {1: [200], 2: [77, 123], 4: [70, 0, 101, 29]}
 BATCH = 17
-TIMEOUT = 3.0
+TIMEOUT = 60.0
+SHORT = 3.0  # where a rank is to be missed
 
 
 def build():
@@ -199,7 +200,9 @@ def death(folder):
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield batch
 
-        result = rgfast.probe(build(), stream(), checkpoint=path, checkpoint_every=1, **options(rank, size))
+        limit = TIMEOUT if dies is None else SHORT
+        asked = options(rank, size) | {"timeout": limit}
+        result = rgfast.probe(build(), stream(), checkpoint=path, checkpoint_every=1, **asked)
         return values(result)[1]
 
     killed = forked(2, lambda r, s: work(r, s, 3), folder)
@@ -222,9 +225,9 @@ def telling(folder):
 
     def absent(rank, size):
         if rank == 1:
-            time.sleep(TIMEOUT + 3)
+            time.sleep(SHORT + 3)
             return None
-        return rgfast.probe(build(), batches(rank, size), **options(rank, size))
+        return rgfast.probe(build(), batches(rank, size), **options(rank, size) | {"timeout": SHORT})
 
     def other(rank, size):
         layers = "auto" if rank == 0 else ["stack.blocks.0", "stack.blocks.1"]
