@@ -236,8 +236,9 @@ def minibatch_cka(
     """Minibatch CKA ``[..., L, L']`` (fp64) of Nguyen et al. 2021: mean HSIC_1 over batches, then the ratio.
 
     The samples are cut, in order, into ceil(n/batch_size) batches (fewer where these would hold less than 4)
-    whose sizes differ by at most one, so that there is no ragged rest. Not the CKA of the whole data (:func:`cka_matrix` gives that, exactly, at any n);
-    it is here to compare with work that used it. ``layers`` and ``other`` as in :func:`cka_matrix`.
+    whose sizes differ by at most one, so that there is no ragged rest. Not the CKA of the whole data
+    (:func:`cka_matrix` gives that, exactly, at any n); it is here to compare with work that used it.
+    ``layers`` and ``other`` as in :func:`cka_matrix`.
 
     Raises what :func:`cka` does, and ValueError for a ``batch_size`` below 4.
 
