@@ -13,7 +13,7 @@ from distributed import Client
 import rgfast
 
 if __name__ == "__main__":
-    with Client(n_workers=2, threads_per_worker=1) as client:
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
         print(client)
         with joblib.parallel_config(backend="dask"):
             print(rgfast.sweep("xi", quick=True, out="runs/sweep-dask"))

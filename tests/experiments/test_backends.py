@@ -1,18 +1,22 @@
 """Studies run on the joblib backend that the user names, with the same numbers on each."""
 
 import os
+import runpy
 import threading
+from pathlib import Path
 
 import joblib
 import pytest
 import torch
 
+import rgfast
 from rgfast.experiments import points
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import one_thread
 from rgfast.experiments.sweep import Design, sweep
 from rgfast.training import TrainingConfig
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = ReproduceConfig(
     states=8,
     length=4,
@@ -25,7 +29,7 @@ BASE = ReproduceConfig(
 GRID = Design("backends", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), BASE)
 
 
-def written(folder):
+def written(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in (folder / "points").iterdir()}
 
 
@@ -70,6 +74,20 @@ def test_a_dask_cluster(alone, tmp_path):
     with distributed.Client(**cluster), joblib.parallel_config(backend="dask"):
         found = sweep(GRID, out=tmp_path / "run", progress=False)
     assert written(found.out) == alone
+
+
+def test_the_dask_example(alone, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("distributed", reason="needs pip install 'rgfast[dask]'")
+    monkeypatch.chdir(tmp_path)
+
+    def small(design, *, quick, out):
+        assert (design, quick) == ("xi", True)
+        return sweep(GRID, out=out, progress=False)
+
+    monkeypatch.setattr(rgfast, "sweep", small)
+    runpy.run_path(str(EXAMPLES / "sweep_dask.py"), run_name="__main__")
+    assert "processes=2" in capsys.readouterr().out
+    assert written(tmp_path / "runs" / "sweep-dask") == alone
 
 
 def test_one_thread_while_any_run_is_inside():
