@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-if any(os.environ.get(name) != value for name, value in SINGLE.items()):
+if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in SINGLE.items()):
     # A process may be forked safely while it has one thread; the libraries read this when they are loaded.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SINGLE})
 
