@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import numpy as np
 __all__ = [
     "as_json",
     "check_new_folder",
+    "clear_leftovers",
     "plain",
     "write_atomically",
     "write_folder_atomically",
     "write_text",
 ]
+
+_HOUR = 3600.0
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -31,7 +35,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
         missing = not path.parent.exists()
         reason = f"there is no folder {path.parent} to write it to" if missing else error.strerror
@@ -52,6 +56,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, OSError) and error.filename == name:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files of writers that were killed in ``folder``; not yet in their first hour.
+
+    A younger one may be that of another process, which is about to rename it.
+    """
+    for path in Path(folder).glob(".*.tmp-*"):
+        try:
+            if time.time() - path.stat().st_mtime > _HOUR:
+                path.unlink()
+        except OSError:
+            pass  # gone by now, or not ours to remove
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,11 +1,12 @@
 import json
 import os
 import stat
+import time
 
 import numpy as np
 import pytest
 
-from rgfast.files import as_json, write_atomically, write_text
+from rgfast.files import as_json, clear_leftovers, write_atomically, write_text
 
 
 def test_writes_text(tmp_path):
@@ -36,6 +37,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(tmp_path / "a.txt", fail)
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_leftovers_are_temporary_files_of_an_hour_ago_and_nothing_else(tmp_path):
+    names = []
+    write_atomically(tmp_path / "a.json", lambda path: (names.append(path.name), path.write_text("{}")))
+    (temporary,) = names
+    old = time.time() - 3700
+    for name in (temporary, "a.tmp-1", ".hidden", "b.json"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / f"{temporary}x").touch()
+    clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a.json", "b.json", "a.tmp-1", ".hidden", f"{temporary}x"]
+    )
+    clear_leftovers(tmp_path / "absent")
 
 
 def test_an_error_of_the_system_names_the_file_that_was_to_be_written(tmp_path):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
-from rgfast.files import plain, write_text
+from rgfast.files import clear_leftovers, plain, write_text
 from rgfast.validation import check_positive_int
 
 __all__ = ["Point", "numbers_of_run", "open_study", "parallel", "plain", "run_points"]
@@ -165,6 +165,8 @@ def open_study(
             if not (files / path.name).exists():
                 new[files / path.name] = path.read_text(encoding="utf-8")
     files.mkdir(parents=True, exist_ok=True)
+    for place in (folder, files):
+        clear_leftovers(place)
     if not recorded.exists():
         write_text(recorded, text)
     for target, content in new.items():

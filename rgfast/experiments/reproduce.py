@@ -20,7 +20,7 @@ from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import parallel
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thread, plan, views_of
-from rgfast.files import as_json, write_atomically, write_text
+from rgfast.files import as_json, clear_leftovers, write_atomically, write_text
 from rgfast.flow import Verdict, judge
 from rgfast.report.definitions import missed
 from rgfast.validation import check_positive_int
@@ -154,6 +154,8 @@ def _execute_all(
 ) -> None:
     files = folder / "runs"
     files.mkdir(exist_ok=True)
+    for place in (folder, files):
+        clear_leftovers(place)
     missing = [run for run in runs if not (files / f"{run.name}.nc").exists()]
     bar = tqdm(
         total=len(runs),

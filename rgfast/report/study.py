@@ -30,7 +30,8 @@ def study_page(study: Study) -> Page:
 
 
 def _points(study: Study) -> int:
-    return sum(1 for _ in (study.folder / "points").glob("*.json"))
+    found = (study.folder / "points").glob("*.json")
+    return sum(1 for path in found if not path.name.startswith("."))  # those are half-written
 
 
 def _interval(part: Mapping[str, Any]) -> str:

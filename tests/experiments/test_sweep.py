@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,26 @@ def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
     assert len(done.table) == 4
     for name, stamp in stood.items():
         assert (points / name).stat().st_mtime_ns == stamp
+
+
+def test_what_killed_sweeps_left_half_written_counts_nowhere_and_goes_in_time(done, tmp_path):
+    run = tmp_path / done.out.name
+    shutil.copytree(done.out, run)
+    left = [
+        run / "points" / f".{GRID.points()[0].name}.json.tmp-abcdefgh.json",
+        run / ".xi.png.tmp-abcdefgh.png",
+    ]
+    for path in left:
+        path.write_text("{")
+    sweep(GRID, out=run, jobs=1, progress=False)
+    assert (run / "report.html").read_bytes() == (done.out / "report.html").read_bytes()
+    # A young one may be about to be renamed by another process.
+    assert all(path.exists() for path in left)
+    for path in left:
+        os.utime(path, (time.time() - 3700,) * 2)
+    sweep(GRID, out=run, jobs=1, progress=False)
+    assert not any(path.name.startswith(".") for path in run.rglob("*"))
+    assert len(list((run / "points").iterdir())) == 8
 
 
 def test_the_designs_are_those_of_the_documentation():

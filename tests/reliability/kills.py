@@ -8,6 +8,7 @@ Every run that comes to its end must have the bits of one that nothing happened 
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -48,29 +49,28 @@ GRID = Design("tiny", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), BASE)
 
 
 def probe_once(folder):
-    """The digest of a whole probe: a batch and a checkpoint are a few milliseconds."""
-    return resume_under_kill.digest(
-        resume_under_kill.run(resume_under_kill.build(), folder / "probe.checkpoint")
-    )
+    """The digest of a whole probe, by name: a batch and a checkpoint are a few milliseconds."""
+    result = resume_under_kill.run(resume_under_kill.build(), folder / "probe.checkpoint")
+    return {"result": resume_under_kill.digest(result)}
 
 
 def sweep_once(folder):
-    """The digest of all that a sweep of 4 points writes but its figure."""
+    """The digest of every file that a sweep of 4 points leaves, by its path."""
     sweep(GRID, out=folder / "sweep", jobs=1, progress=False)
-    total = hashlib.sha256()
-    for path in sorted((folder / "sweep").rglob("*")):
-        if path.is_file() and path.suffix != ".png" and not path.name.startswith("."):
-            total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / "sweep").rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def forked(work, folder, out):
-    """The process that runs ``work(folder)`` and writes what it gives to ``out``."""
+    """The process that runs ``work(folder)`` and writes the digests that it gives to ``out``."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            out.write_text(work(folder))
+            out.write_text(json.dumps(work(folder)))
             status = 0
         finally:
             os._exit(status)
@@ -87,9 +87,17 @@ def ended(pid):
     return True
 
 
-def kill_again_and_again(work, kills, rng):
-    """The digest of a run left alone, those of all others that ended, and how many files were left over."""
-    found = []
+def differing(whole, found):
+    """The names whose digests are not the same in both."""
+    return sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))
+
+
+def kill_again_and_again(work, kills, rng, keep):
+    """How many runs ended, what differed in those where anything did, and how many files were left over.
+
+    The folder of a run that differs is moved into ``keep``, beside that of the run left alone.
+    """
+    ends, wrong = 0, []
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         out, folder = top / "digest", top / "run"
@@ -99,8 +107,8 @@ def kill_again_and_again(work, kills, rng):
         folder.mkdir()
         start = time.monotonic()
         assert ended(forked(work, folder, out))
-        alone, whole, killed, left = time.monotonic() - start, out.read_text(), 0, 0
-        shutil.rmtree(folder)
+        alone, whole, killed, left = time.monotonic() - start, json.loads(out.read_text()), 0, 0
+        folder.rename(top / "alone")
         folder.mkdir()
         while True:
             pid = forked(work, folder, out)
@@ -110,12 +118,17 @@ def kill_again_and_again(work, kills, rng):
             if not ended(pid):
                 killed += 1
                 continue
-            found.append(out.read_text())
+            ends += 1
             left += sum(path.name.startswith(".") for path in folder.rglob("*"))
+            if names := differing(whole, json.loads(out.read_text())):
+                wrong.append(names)
+                if keep is not None:
+                    shutil.copytree(top / "alone", keep / "alone", dirs_exist_ok=True)
+                    shutil.copytree(folder, keep / f"{killed}", dirs_exist_ok=True)
             shutil.rmtree(folder)
             folder.mkdir()
             if killed >= kills:
-                return whole, found, left
+                return ends, wrong, left
 
 
 def main():
@@ -123,25 +136,27 @@ def main():
     parser.add_argument("--kills", type=int, default=20, help="of each kind of run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--what", choices=("probe", "sweep", "both"), default="both")
+    parser.add_argument("--keep", type=Path, help="a folder for what runs with other bits leave")
     options = parser.parse_args()
     torch.set_num_threads(1)
     # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
     matplotlib.use("agg")
-    rng, wrong = random.Random(options.seed), 0
+    rng, wrong = random.Random(options.seed), False
     for name, work in (("probe", probe_once), ("sweep", sweep_once)):
         if options.what in (name, "both"):
             start = time.monotonic()
-            whole, found, left = kill_again_and_again(work, options.kills, rng)
-            differ = sum(digest != whole for digest in found)
-            wrong += differ
+            ends, differ, left = kill_again_and_again(work, options.kills, rng, options.keep)
+            wrong |= bool(differ)
             print(
-                f"{name}: {options.kills} kills, {len(found)} runs came to their end, {differ} with other "
+                f"{name}: {options.kills} kills, {ends} runs came to their end, {len(differ)} with other "
                 f"bits; {left} temporary files left; {time.monotonic() - start:.0f} s",
+                *(f"  differ: {', '.join(names)}" for names in differ),
+                sep="\n",
                 flush=True,
             )
-    sys.exit(bool(wrong))
+    sys.exit(wrong)
 
 
 if __name__ == "__main__":
