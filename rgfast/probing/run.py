@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.batches import batch_rows, iterate
+from rgfast.probing.companions import MaskSpec
 from rgfast.probing.distributed import Distributed, rank_path
 from rgfast.probing.layers import LayerSpec
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.tally import Route
 from rgfast.probing.targets import TargetSpec
-from rgfast.probing.watch import MaskSpec, Probe, Route
+from rgfast.probing.watch import Probe
 from rgfast.streaming import Pairs
 from rgfast.validation import check_choice, check_positive_int
 
