@@ -1,14 +1,7 @@
 """Second and cross moments of many layers at once, streamed: one Gram serves spectra, CKA and drift.
 
-For every layer and every leading index ("position") the rows are extended by two columns before anything is
-summed: ``z = [x - shift, |x - shift|^2, 1]``. One product ``z_i^T z_j`` per pair of layers then holds all
-the running sums there are: the (cross) moment, column sums, the squared norms a_i with their sums and
-products that the exact one-pass debiased HSIC needs, and the count. Moving the shift is a congruence
-``T^T M T``, which is how accumulators with different shifts merge exactly (Chan, Golub and LeVeque 1979, in
-matrix form) and how moments are centred at the end.
-
 Rows are summed in blocks that begin at fixed sample indices, so the bits of a result depend neither on how
-the samples were cut into batches nor on the number of threads.
+the samples were cut into batches nor on the number of threads. What the sums are is told in :mod:`.sums`.
 """
 
 from __future__ import annotations
@@ -21,28 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.streaming.algebra import (
-    centred_cross,
-    centred_norm_product,
-    centred_trace,
-    common_exponent,
-    joint_mean,
-    recentred,
-    rescaled,
-    scale_exponent,
-)
 from rgfast.streaming.block import OpenBlock
-from rgfast.streaming.factors import TriangularFactors
 from rgfast.streaming.finite import check_finite
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.sizes import BLOCK_ROWS, Pairs, as_pairs, block_rows, first_block, pair_keys
+from rgfast.streaming.sums import Sums
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["MomentAccumulator"]
 
 _PENDING_BYTES = 256 << 20
-_WORK_BYTES = 64 << 20
-_NONE = -(1 << 40)
 
 
 class MomentAccumulator:
@@ -76,13 +57,8 @@ class MomentAccumulator:
 
     def _clear(self) -> None:
         self._lead: tuple[int, ...] | None = None
-        self._widths: tuple[int, ...] = ()
+        self._sums = Sums.empty((), [], 0, torch.device("cpu"))
         self._block = OpenBlock((), 0, BLOCK_ROWS, torch.device("cpu"))
-        self._factors: TriangularFactors | None = None
-        self._shift: list[Tensor] = []  # [P, d_l] each
-        self._begun = torch.zeros(0, dtype=torch.bool)  # [P]: the shift is set
-        self._exponent: list[int | None] = []
-        self._moment: dict[tuple[int, int], Tensor] = {}  # [P, d_i + 2, d_j + 2]
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -92,12 +68,12 @@ class MomentAccumulator:
     @property
     def widths(self) -> tuple[int, ...]:
         """d_l of every layer, () before the first update."""
-        return self._widths
+        return self._sums.widths
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The (i, j), i < j, whose cross moments are kept."""
-        return tuple(key for key in pair_keys(self._asked, len(self._widths)) if key[0] != key[1])
+        return tuple(key for key in pair_keys(self._asked, len(self.widths)) if key[0] != key[1])
 
     @property
     def pairs_asked(self) -> Pairs:
@@ -117,9 +93,7 @@ class MomentAccumulator:
     @property
     def nbytes(self) -> int:
         """Bytes held now, rows of the open block included."""
-        factors = 0 if self._factors is None else self._factors.nbytes
-        held = sum(t.numel() * t.element_size() for t in (*self._shift, *self._moment.values()))
-        return held + self._block.nbytes + factors
+        return self._sums.nbytes + self._block.nbytes
 
     def update(
         self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None = None, *, finite: bool = False
@@ -139,7 +113,7 @@ class MomentAccumulator:
             piece = [x[:, at : at + take] for x in flat]
             kept = None if keep is None else keep[:, at : at + take]
             if take == self._block.size:
-                self._sum(piece, kept)
+                self._sums.add(piece, kept)
             else:
                 self._block.hold(piece, kept)
                 if self._block.filled == self._block.size:
@@ -154,7 +128,7 @@ class MomentAccumulator:
         the batches in between); :meth:`state_dict` does not.
         """
         if self._block.filled:
-            self._sum(*self._block.take())
+            self._sums.add(*self._block.take())
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
         """Itself, with all that ``other`` has seen added; exact for different shifts. ``other`` is unchanged
@@ -162,40 +136,20 @@ class MomentAccumulator:
         if other._lead is None:
             return self
         other.flush()
+        keys = set(other._sums.moment)
         if self._lead is None:
-            if set(other._moment) != set(pair_keys(self._asked, len(other._widths))):
+            if keys != set(pair_keys(self._asked, len(other.widths))):
                 raise ValueError(f"other must keep the pairs {self._asked!r}, got {other._asked!r}")
             self._check_factored(other)
-            return self._take(other, slice(None), other._lead)
-        if (self._lead, self._widths) != (other._lead, other._widths) or set(self._moment) != set(
-            other._moment
-        ):
+            return self._made(other._lead, other._sums.at(slice(None), factors=bool(self._factored)))
+        if (self._lead, self.widths, set(self._sums.moment)) != (other._lead, other.widths, keys):
             raise ValueError(
-                f"other must have leading shape {self.lead}, widths {self._widths} and the same pairs, "
-                f"got {other.lead}, {other._widths}"
+                f"other must have leading shape {self.lead}, widths {self.widths} and the same pairs, "
+                f"got {other.lead}, {other.widths}"
             )
         self._check_factored(other)
         self.flush()
-        mine, theirs = self._count(), other._count()
-        move_a, move_b, rescale = [], [], []
-        for layer in range(len(self._widths)):
-            target = joint_mean(self._mean(layer), mine, other._mean(layer), theirs)
-            self._exponent[layer], down_a, down_b = common_exponent(
-                self._exponent[layer], other._exponent[layer]
-            )
-            unit = math.ldexp(1.0, -(self._exponent[layer] or 0))
-            move_a.append((self._shift[layer] - target) * unit)
-            move_b.append((other._shift[layer] - target) * unit)
-            rescale.append((down_a, down_b))
-            self._shift[layer] = target
-        for (i, j), moment in self._moment.items():
-            a = recentred(rescaled(moment, rescale[i][0], rescale[j][0]), move_a[i], move_a[j])
-            b = rescaled(other._moment[i, j], rescale[i][1], rescale[j][1])
-            self._moment[i, j] = a.add_(recentred(b, move_b[i], move_b[j]))
-        self._begun = self._begun | other._begun
-        if self._factors is not None:
-            assert other._factors is not None
-            self._factors.merge(other._factors, (move_a, move_b), rescale)
+        self._sums.merge(other._sums)
         return self
 
     def pooled(self) -> MomentAccumulator:
@@ -203,87 +157,56 @@ class MomentAccumulator:
         self.flush()
         if self._lead is None:
             return self._like()
-        one = self._like()
-        one._begin((), self._widths, self._begun.device)
-        one._exponent = list(self._exponent)
-        one._begun = self._begun.any().reshape(1)
-        count = self._count()[:, None]
-        moves = []
-        for layer in range(len(self._widths)):
-            mean = self._mean(layer)
-            base = mean[count[:, 0] > 0][:1]  # differences from it vanish exactly for a constant column
-            if not len(base):
-                return one
-            weighed = torch.where(count > 0, (mean - base) * count, 0.0).sum(0) / count.sum()
-            one._shift[layer] = base + weighed
-            unit = math.ldexp(1.0, -(self._exponent[layer] or 0))
-            moves.append((self._shift[layer] - one._shift[layer]) * unit)
-        for (i, j), moment in self._moment.items():
-            one._moment[i, j] = recentred(moment, moves[i], moves[j]).sum(0, keepdim=True)
-        if self._factors is not None and one._factors is not None:
-            self._factors.pooled(moves, one._factors, count[:, 0] > 0)
-        return one
+        return self._like()._made((), self._sums.pooled(self._factored))
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
         self.flush()
-        return self._like()._take(self, slice(index, index + 1), ())
+        part = slice(index, index + 1)
+        return self._like()._made((), self._sums.at(part, factors=bool(self._factored)))
 
     def only(self, layers: Sequence[int]) -> MomentAccumulator:
         """A view of some layers, numbered in the order given. It shares memory: it is only to be read."""
         self.flush()
-        part = MomentAccumulator(pairs=[])
         new = {layer: k for k, layer in enumerate(layers)}
-        part._asked = [(new[i], new[j]) for i, j in self.pairs if i in new and j in new]
-        part._lead, part._widths = self._lead, tuple(self._widths[layer] for layer in layers)
-        part._begun = self._begun
-        part._exponent = [self._exponent[layer] for layer in layers]
-        part._shift = [self._shift[layer] for layer in layers]
-        for (i, j), moment in self._moment.items():
-            if i in new and j in new:
-                a, b = new[i], new[j]
-                part._moment[min(a, b), max(a, b)] = moment if a <= b else moment.transpose(1, 2)
-        part._factored = tuple(sorted(new[layer] for layer in self._factored if layer in new))
-        if self._factors is not None:
-            part._factors = self._factors.only(layers)
-        return part
+        pairs = [(new[i], new[j]) for i, j in self.pairs if i in new and j in new]
+        factored = sorted(new[layer] for layer in self._factored if layer in new)
+        part = MomentAccumulator(pairs=pairs, factors=factored)
+        return part._made(self._lead, self._sums.only(layers))
 
     @property
     def count(self) -> Tensor:
         """Number of rows that counted ``[*]``, int64."""
         self.flush()
-        return self._shaped(self._count()).to(torch.int64)
+        return self._shaped(self._sums.count()).to(torch.int64)
 
     def mean(self, layer: int) -> Tensor:
         """Mean over samples of a layer ``[*, d]``, fp64; NaN where nothing was counted."""
         self.flush()
-        return self._shaped(self._mean(layer))
+        return self._shaped(self._sums.mean(layer))
 
     def exponent(self, layer: int) -> int:
         """Exponent of the power of two that is a layer's unit: 0 but for data so far from 1 that squares of
         them might not be fp64 numbers. What is asked for ``scaled`` comes in this unit."""
-        return self._exponent[layer] or 0
+        return self._sums.exponent(layer)
 
     def scatter(
         self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
     ) -> Tensor:
         """Σ (x−μ)(x−μ)ᵀ over samples of a layer ``[*, d, d]``, fp64; ``centering="none"`` gives Σ x xᵀ."""
-        self.flush()
-        return self._shaped(self._product(layer, layer, centering, scaled))
+        return self._product(layer, layer, centering, scaled)
 
     def accumulated(self, layer: int, *, scaled: bool = False) -> Tensor:
         """Σ|x−shift|² over samples of a layer ``[*]``, fp64: what its rounding errors scale with."""
         self.flush()
-        trace = self._moment[layer, layer][:, -2, -1]
-        return self._shaped(trace if scaled else _times_power(trace, 2 * self.exponent(layer)))
+        return self._shaped(self._sums.accumulated(layer, scaled=scaled))
 
     def cross(self, i: int, j: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
         """Σ (x−μ_x)(y−μ_y)ᵀ of layers i and j ``[*, d_i, d_j]``, fp64; ``centering="none"`` gives Σ x yᵀ.
 
         Raises ValueError for a pair that is not kept.
         """
-        self.flush()
-        return self._shaped(self._product(i, j, centering, False))
+        return self._product(i, j, centering, False)
 
     def factor(
         self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
@@ -294,27 +217,24 @@ class MomentAccumulator:
         None for a layer that ``factors`` does not name.
         """
         self.flush()
-        if self._factors is None or layer not in self._factored:
+        if self._lead is None or layer not in self._factored:
             return None
         check_choice(centering, "centering", ("mean", "none"))
-        whole, exponent = self._factors.factor(layer), self.exponent(layer)
-        found = whole[:, 1:, 1:]
-        if centering == "none":
-            shift = _times_power(self._shift[layer], -exponent)
-            found = torch.addcmul(whole[:, :, 1:], whole[:, :, :1], shift[:, None])
-        return self._shaped(found if scaled else _times_power(found, exponent))
+        return self._shaped(self._sums.factor(layer, centred=centering == "mean", scaled=scaled))
 
     def pair(self, i: int, j: int) -> PairMoments:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
         self.flush()
+        self._check_kept(i, j)
+        sums = self._sums
         return PairMoments(
-            count=self._shaped(self._count()).to(torch.int64),
-            cross=self._shaped(self._cross(i, j)),
-            trace_i=self._shaped(centred_trace(self._kept(i, i))),
-            trace_j=self._shaped(centred_trace(self._kept(j, j))),
-            norm_product=self._shaped(centred_norm_product(self._kept(i, j))),
-            exponent_i=self._exponent[i] or 0,
-            exponent_j=self._exponent[j] or 0,
+            count=self._shaped(sums.count()).to(torch.int64),
+            cross=self._shaped(sums.cross(i, j)),
+            trace_i=self._shaped(sums.trace(i)),
+            trace_j=self._shaped(sums.trace(j)),
+            norm_product=self._shaped(sums.norm_product(i, j)),
+            exponent_i=sums.exponent(i),
+            exponent_j=sums.exponent(j),
         )
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -322,21 +242,14 @@ class MomentAccumulator:
         held, keep = self._block.contents()
         arrays: dict[str, np.ndarray[Any, Any]] = {
             "lead": np.array([-1] if self._lead is None else self._lead, dtype=np.int64),
-            "widths": np.array(self._widths, dtype=np.int64),
-            "pairs": np.array(sorted(self._moment), dtype=np.int64).reshape(-1, 2),
+            "widths": np.array(self.widths, dtype=np.int64),
             "block": np.array([self._block.size, self._block.filled], dtype=np.int64),
-            "begun": self._begun.cpu().numpy().copy(),
-            "exponent": np.array([_NONE if e is None else e for e in self._exponent], dtype=np.int64),
             "keep": keep.cpu().numpy().copy(),
         }
-        for layer, shift in enumerate(self._shift):
-            arrays[f"shift.{layer}"] = shift.cpu().numpy().copy()
+        for layer in range(len(self.widths)):
             rows = held[layer] if self._block.filled else torch.zeros(0)
             arrays[f"rows.{layer}"] = rows.cpu().to(torch.float64).numpy().copy()
-        for (i, j), moment in self._moment.items():
-            arrays[f"moment.{i}.{j}"] = moment.cpu().numpy().copy()
-        if self._factors is not None:
-            arrays.update(self._factors.state_dict())
+        arrays.update(self._sums.state_dict())
         return arrays
 
     def load_state_dict(
@@ -356,28 +269,11 @@ class MomentAccumulator:
             return torch.from_numpy(np.array(arrays[name])).to(device)
 
         self._begin(lead, widths, torch.device(device))
+        self._sums.load_state_dict(arrays)
         size, filled = (int(v) for v in arrays["block"])
-        self._block = OpenBlock(widths, len(self._begun), size, self._begun.device)
-        self._begun = tensor("begun")
-        self._exponent = [None if e == _NONE else int(e) for e in arrays["exponent"]]
-        self._shift = [tensor(f"shift.{layer}") for layer in range(len(widths))]
-        self._moment = {(i, j): tensor(f"moment.{i}.{j}") for i, j in keys}
-        if self._factors is not None:
-            self._factors.load_state_dict(arrays)
+        self._block = OpenBlock(widths, self._sums.positions, size, self._sums.begun.device)
         if filled:
             self._block.hold([tensor(f"rows.{layer}") for layer in range(len(widths))], tensor("keep"))
-
-    def _take(self, other: MomentAccumulator, part: slice, lead: tuple[int, ...]) -> MomentAccumulator:
-        """Itself, made a copy of some flattened positions of ``other``."""
-        self._lead, self._widths = lead, other._widths
-        self._begun = other._begun[part].clone()
-        self._block = self._new_block(len(self._begun), self._begun.device)
-        self._exponent = list(other._exponent)
-        self._shift = [s[part].clone() for s in other._shift]
-        self._moment = {key: m[part].clone() for key, m in other._moment.items()}
-        if self._factored and other._factors is not None:
-            self._factors = other._factors.at(part)
-        return self
 
     def _like(self) -> MomentAccumulator:
         """An empty one with the same options."""
@@ -389,10 +285,17 @@ class MomentAccumulator:
                 f"other must keep factors of the layers {list(self._factored)}, got {list(other._factored)}"
             )
 
-    def _new_block(self, positions: int, device: torch.device) -> OpenBlock:
-        most = first_block(self._widths, self._factored)
-        size = block_rows(positions, self._widths, self._pending_bytes, most)
-        return OpenBlock(self._widths, positions, size, device)
+    def _check_kept(self, i: int, j: int) -> None:
+        if not self._sums.keeps(i, j):
+            raise ValueError(f"the pair {(i, j)} is not kept: this accumulator was made with {self._asked!r}")
+
+    def _made(self, lead: tuple[int, ...] | None, sums: Sums) -> MomentAccumulator:
+        """Itself, empty until now, of these sums."""
+        self._lead, self._sums = lead, sums
+        most = first_block(self.widths, self._factored)
+        size = block_rows(sums.positions, self.widths, self._pending_bytes, most)
+        self._block = OpenBlock(self.widths, sums.positions, size, sums.begun.device)
+        return self
 
     def _checked(
         self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None, finite: bool
@@ -408,9 +311,9 @@ class MomentAccumulator:
                     f"layers[{k}] is {tuple(x.shape)}"
                 )
         widths = tuple(x.shape[-1] for x in seq)
-        if self._lead is not None and (lead, widths) != (self._lead, self._widths):
+        if self._lead is not None and (lead, widths) != (self._lead, self.widths):
             raise ValueError(
-                f"layers must keep leading shape {self._lead} and widths {self._widths} of the first update, "
+                f"layers must keep leading shape {self._lead} and widths {self.widths} of the first update, "
                 f"got {lead} and {widths}"
             )
         if mask is not None:
@@ -432,118 +335,13 @@ class MomentAccumulator:
 
     def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> None:
         keys = pair_keys(self._asked, len(widths))
-        positions = math.prod(lead)
-        self._lead, self._widths = lead, widths
-        self._block = self._new_block(positions, device)
-        self._begun = torch.zeros(positions, dtype=torch.bool, device=device)
-        self._exponent = [None] * len(widths)
-        f64 = torch.float64
-        self._shift = [torch.zeros(positions, d, dtype=f64, device=device) for d in widths]
-        self._moment = {
-            (i, j): torch.zeros(positions, widths[i] + 2, widths[j] + 2, dtype=f64, device=device)
-            for i, j in keys
-        }
-        if self._factored:
-            self._factors = TriangularFactors(self._factored, widths, positions, device)
-
-    def _sum(self, rows: list[Tensor], keep: Tensor | None) -> None:
-        """Add one block ``[P, b, d_l]``: in chunks of positions, so that work space is bounded."""
-        positions, b = rows[0].shape[0], rows[0].shape[1]
-        for layer, x in enumerate(rows):
-            if self._exponent[layer] is None:
-                self._exponent[layer] = scale_exponent(x, keep)
-        per_position = 8 * b * sum(d + 2 for d in self._widths)
-        chunk = max(1, _WORK_BYTES // per_position)
-        for start in range(0, positions, chunk):
-            part = slice(start, min(start + chunk, positions))
-            kept = None if keep is None else keep[part]
-            self._settle_shift([x[part] for x in rows], kept, part)
-            z = [self._extended(layer, x[part], kept, part) for layer, x in enumerate(rows)]
-            for (i, j), moment in self._moment.items():
-                moment[part].baddbmm_(z[i].transpose(1, 2), z[j])
-            for layer in self._factored:
-                assert self._factors is not None
-                self._factors.update(layer, z[layer], part)
-        self._begun |= True if keep is None else keep.any(1)
-        if self._factors is not None:
-            self._factors.advance(b)
-
-    def _settle_shift(self, rows: list[Tensor], keep: Tensor | None, part: slice) -> None:
-        """Shift of positions that see their first rows: the mean of these, exact for constant columns."""
-        new = ~self._begun[part]
-        if keep is not None:
-            new = new & keep.any(1)
-        if not bool(new.any()):
-            return
-        for layer, x in enumerate(rows):
-            fresh = x[new].to(torch.float64)  # [m, b, d]
-            if keep is None:
-                first, number = fresh[:, :1], torch.tensor(float(x.shape[1]))
-                off = fresh - first
-            else:
-                kept = keep[new]
-                first = fresh[torch.arange(len(fresh), device=x.device), kept.to(torch.uint8).argmax(1)][
-                    :, None
-                ]
-                number = kept.sum(1, keepdim=True).to(torch.float64)
-                off = (fresh - first).masked_fill_(~kept[..., None], 0.0)
-            self._shift[layer][part][new] = first[:, 0] + off.sum(1) / number.to(x.device)
-
-    def _extended(self, layer: int, rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:
-        """``[x − shift, |x − shift|², 1]`` of a block in the layer's units, rows not kept zero."""
-        d = self._widths[layer]
-        z = torch.empty(*rows.shape[:2], d + 2, dtype=torch.float64, device=rows.device)
-        body = z[..., :d]
-        body.copy_(rows)
-        body.sub_(self._shift[layer][part][:, None])
-        if keep is None:
-            z[..., d + 1] = 1.0
-        else:
-            body.masked_fill_(~keep[..., None], 0.0)
-            z[..., d + 1] = keep.to(torch.float64)
-        if self._exponent[layer]:
-            body.mul_(math.ldexp(1.0, -int(self._exponent[layer] or 0)))
-        torch.sum(body.square(), -1, out=z[..., d])
-        return z
-
-    def _count(self) -> Tensor:
-        return self._moment[0, 0][:, -1, -1] if self._moment else torch.zeros(0, dtype=torch.float64)
-
-    def _mean(self, layer: int) -> Tensor:
-        """[P, d] in true units."""
-        d = self._widths[layer]
-        unit = math.ldexp(1.0, self._exponent[layer] or 0)
-        return self._shift[layer] + self._moment[layer, layer][:, :d, -1] / self._count()[:, None] * unit
-
-    def _kept(self, i: int, j: int) -> Tensor:
-        if (i, j) in self._moment:
-            return self._moment[i, j]
-        if (j, i) in self._moment:
-            return self._moment[j, i].transpose(1, 2)
-        raise ValueError(f"the pair {(i, j)} is not kept: this accumulator was made with {self._asked!r}")
-
-    def _cross(self, i: int, j: int) -> Tensor:
-        """Σ x_c y_cᵀ ``[P, d_i, d_j]``, in the layers' units."""
-        if (i, j) not in self._moment and (j, i) in self._moment:
-            return self._cross(j, i).transpose(1, 2)
-        return centred_cross(self._kept(i, j))
+        self._made(lead, Sums.empty(widths, keys, math.prod(lead), device, self._factored))
 
     def _product(self, i: int, j: int, centering: str, scaled: bool) -> Tensor:
+        self.flush()
         check_choice(centering, "centering", ("mean", "none"))
-        product = self._cross(i, j)
-        if centering == "none":
-            count = self._count()[:, None, None]
-            mean_i, mean_j = (_times_power(self._mean(k), -self.exponent(k)) for k in (i, j))
-            product = product + mean_i[:, :, None] * mean_j[:, None, :] * count
-        if not scaled:
-            product = _times_power(product, self.exponent(i) + self.exponent(j))
-        return (product + product.transpose(1, 2)) / 2 if i == j else product
+        self._check_kept(i, j)
+        return self._shaped(self._sums.product(i, j, centred=centering == "mean", scaled=scaled))
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape((*self.lead, *x.shape[1:]))
-
-
-def _times_power(x: Tensor, exponent: int) -> Tensor:
-    """x · 2^exponent, infinite or zero where that is no fp64 number."""
-    half = exponent // 2  # 2^exponent itself may be none
-    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) if exponent else x
