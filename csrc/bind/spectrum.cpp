@@ -73,7 +73,7 @@ void check_samples(const View& x) {
 using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
-                                     const Info& info, int threads, int route) {
+                                     std::uintptr_t raw, const Info& info, int threads, int route) {
   const View in = view(x, "x", 3);
   const View out = view(result, "result", solve ? 2 : 3);
   checked_threads(threads);
@@ -88,6 +88,8 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   if (!fits && in.size(0) != 0)
     throw std::invalid_argument("result must be contiguous float64 of shape [b, m] or [b, m, m]");
   const auto& [accumulated, exponent, limit, mean] = info;
+  if (raw != 0 && !(solve && centred && in.size(1) >= in.size(2)))
+    throw std::invalid_argument("raw goes with eigenvalues of centred x of no fewer samples than features");
   if (solve && mean != 0) throw std::invalid_argument("means come with matrices, not with eigenvalues");
   const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
                                   reinterpret_cast<std::int64_t*>(exponent),
@@ -97,7 +99,7 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   spectrum::Status status;
   const py::gil_scoped_release release;
   if (solve)
-    status = spectrum::gram_eigenvalues(in, centred, to, told, threads, way);
+    status = spectrum::gram_eigenvalues(in, centred, to, reinterpret_cast<double*>(raw), told, threads, way);
   else
     spectrum::gram(in, centred, to, told, threads);
   return {status.index, static_cast<int>(status.trouble)};
@@ -120,7 +122,7 @@ std::tuple<std::int64_t, int, double> effective_ranks(const Tensor& x, bool cent
   const spectrum::MomentInfo told{accumulated, exponent, exponent + b};
   const py::gil_scoped_release release;
   const spectrum::Status status =
-      spectrum::gram_eigenvalues(in, centred, values, told, threads, spectrum::Route::choose);
+      spectrum::gram_eigenvalues(in, centred, values, nullptr, told, threads, spectrum::Route::choose);
   spectrum::effective_ranks(values, b, m, std::max(in.size(1), in.size(2)), told,
                             {variance, reinterpret_cast<double*>(rank), bound}, threads);
   const double worst = b == 0 ? 0.0 : *std::max_element(bound, bound + b);
@@ -141,13 +143,11 @@ void register_spectrum(py::module_& m) {
         "What eigvalsh does, for a[batch, d, d] and contiguous values[batch, d] by their addresses.");
   m.def(
       "moments", &moments, py::arg("x"), py::arg("centred"), py::arg("solve"), py::arg("result"),
-      py::arg("info"), py::arg("threads"), py::arg("route") = 0,
+      py::arg("raw"), py::arg("info"), py::arg("threads"), py::arg("route") = 0,
       "fp64 second moments of x[b, n, d] on its smaller side, result[b, m, m], or with `solve` their "
-      "ascending "
-      "eigenvalues, result[b, m]. info: the addresses of what was accumulated (fp64), the exponents and the "
-      "rank limits (int64), b entries each, and of the column means (fp64 [b, d], or 0). Returns what "
-      "eigvalsh "
-      "does.");
+      "ascending eigenvalues, result[b, m]. raw: the address of as many that the moments of x itself have, "
+      "or 0. info: the addresses of what was accumulated (fp64), the exponents and the rank limits (int64), "
+      "b entries each, and of the column means (fp64 [b, d], or 0). Returns what eigvalsh does.");
   m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
         py::arg("rank"), py::arg("scratch"), py::arg("threads"),
         "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "

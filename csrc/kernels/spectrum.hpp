@@ -40,9 +40,11 @@ struct MomentInfo {
 // Full symmetric matrices into matrix[b, m, m], m = min(n, d), contiguous.
 void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, int threads);
 
-// Their ascending eigenvalues into values[b, m], contiguous, without forming them all.
-Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads,
-                        Route route);
+// Their ascending eigenvalues into values[b, m], contiguous, without forming them all; and unless `raw` is
+// null, which goes with `centred` and n >= d, those of the moment of x itself into raw[b, m]: both spectra
+// from one reduction to tridiagonal form.
+Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw, const MomentInfo& info,
+                        int threads, Route route);
 
 // Effective ranks by singular values or by variance, and the bound on the relative error of the former that
 // the README of the op derives (infinite where the data are not finite): b entries each.

@@ -81,11 +81,37 @@ inline void prepare_group(QlGroup<T>& group, Scale<T>& scale, const int* exponen
   group.bottom = broadcast(T(-1));
 }
 
-// Solves, sorts and writes groups that are prepared. `Task` is an EigenTask or a TridiagonalTask.
+// The group of terms square e1 e1' + T for a group of T that the lanes' 2^exponents are yet to multiply.
+template <class T>
+inline void lift_group(const QlGroup<T>& from, QlGroup<T>& to, const int* exponents,
+                       typename Simd<T>::Vec lift) {
+  constexpr int L = Simd<T>::lanes;
+  const long long size = from.n * L;
+  for (long long i = 0; i < size; ++i) {
+    to.d[i] = from.d[i];
+    to.e[i] = from.e[i];
+  }
+  Scale<T> scale;
+  bool extreme = false;
+  for (int lane = 0; lane < L; ++lane) {
+    scale.set(lane, exponents[lane]);
+    extreme = extreme || exponents[lane] != 0;
+  }
+  if (extreme) {
+    scale_all(to.d, from.n, scale.up_a, scale.up_b);
+    scale_all(to.e, from.n, scale.up_a, scale.up_b);
+    scale_all(to.e, from.n, scale.up_a, scale.up_b);
+  }
+  store(to.d, load(to.d) + lift);
+}
+
+// Solves, sorts and writes groups that are prepared. `Task` is an EigenTask or a TridiagonalTask; with `raw`,
+// every second group is lifted.
 template <class T, class Task>
 inline void finish_groups(QlGroup<T>* groups, const Scale<T>* scales, const unsigned* bad, int count,
                           const Task& task) {
   constexpr int L = Simd<T>::lanes;
+  const int ways = task.raw == nullptr ? 1 : 2;
   ql_groups(groups, count);
   for (int g = 0; g < count; ++g) {
     QlGroup<T>& group = groups[g];
@@ -93,16 +119,28 @@ inline void finish_groups(QlGroup<T>* groups, const Scale<T>* scales, const unsi
     sort_lanes(group.d, group.n);
     confirm_lanes(group.d, group.copy, group.copy + group.n * L, group.n, ~failed);
     scale_all(group.d, group.n, scales[g].up_a, scales[g].up_b);
-    for (int lane = 0; lane < L && g * L + lane < task.count; ++lane) {
-      const int index = g * L + lane;
+    T* const values = g % ways == 0 ? task.values : task.raw;
+    for (int lane = 0; lane < L && g / ways * L + lane < task.count; ++lane) {
+      const int index = g / ways * L + lane;
       const bool is_bad = ((bad[g] >> lane) & 1U) != 0;
       const bool is_failed = ((failed >> lane) & 1U) != 0;
-      task.trouble[index] = is_bad ? 1 : is_failed ? 2 : 0;
-      T* const out = task.values + task.values_offsets[index];
+      if (g % ways == 0) task.trouble[index] = 0;
+      if (is_bad || is_failed) task.trouble[index] = is_bad ? 1 : 2;
+      T* const out = values + task.values_offsets[index];
       for (long long i = 0; i < group.n; ++i)
         out[i * task.values_stride] = is_bad || is_failed ? T(__builtin_nan("")) : group.d[i * L + lane];
     }
   }
+}
+
+// Where the group of a number has its rows, of four stretches of n vectors each.
+template <class T>
+inline void place_group(QlGroup<T>& group, T* rows, int number, long long n) {
+  constexpr int L = Simd<T>::lanes;
+  group.d = rows + 4 * number * n * L;
+  group.e = group.d + n * L;
+  group.copy = group.e + n * L;
+  group.n = n;
 }
 
 template <class T>
@@ -114,7 +152,7 @@ template <class T>
 inline std::size_t eigen_lanes_workspace(long long n) {
   constexpr std::size_t L = Simd<T>::lanes;
   const auto size = static_cast<std::size_t>(n);
-  return sizeof(T) * L * (size * (size + 1) / 2 + 4 * size + 4 * kQlGroups * size);
+  return sizeof(T) * L * (size * (size + 1) / 2 + 5 * size + 4 * kQlGroups * size);
 }
 
 template <class T>
@@ -123,7 +161,8 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   const long long n = task.n;
   T* const packed = static_cast<T*>(task.workspace);
   T* const scratch = packed + n * (n + 1) / 2 * L;
-  T* const rows = scratch + 4 * n * L;
+  T* const mean = scratch + 4 * n * L;
+  T* const rows = mean + n * L;
 
   QlGroup<T> groups[kQlGroups];
   Scale<T> scales[kQlGroups];
@@ -131,10 +170,7 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   int count = 0;
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
-    group.d = rows + 4 * count * n * L;
-    group.e = group.d + n * L;
-    group.copy = group.e + n * L;
-    group.n = n;
+    place_group(group, rows, count, n);
     // A group that is not full repeats its first matrix.
     long long offsets[L];
     for (int lane = 0; lane < L; ++lane)
@@ -153,8 +189,24 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
       extreme = extreme || out;
     }
     if (extreme) scale_all(packed, n * (n + 1) / 2, outer.down_a, outer.down_b);
-    tridiagonal_lanes(packed, n, group.d, group.e, scratch);
+    if (task.raw == nullptr) {
+      tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr);
+    } else {
+      for (int lane = 0; lane < L; ++lane) {
+        const int from = ((bad[count] >> lane) & 1U) != 0 ? -1 : first + lane < task.count ? lane : 0;
+        for (long long i = 0; i < n; ++i) mean[i * L + lane] = from < 0 ? T(0) : task.means[from * n + i];
+      }
+      T square[L];
+      tridiagonal_lanes(packed, n, group.d, group.e, scratch, mean, square);
+      QlGroup<T>& lifted = groups[count + 1];
+      place_group(lifted, rows, count + 1, n);
+      lift_group(group, lifted, exponents, load(square) * broadcast(task.terms));
+      const int none[L] = {};
+      prepare_group(lifted, scales[count + 1], none);
+      bad[count + 1] = bad[count];
+    }
     prepare_group(group, scales[count], exponents);
+    if (task.raw != nullptr) ++count;
   }
   finish_groups(groups, scales, bad, count, task);
 }
@@ -203,7 +255,7 @@ inline void eigen_single(const spectrum::SingleTask<T>& task) {
     for (long long j = 0; j < n; ++j)
       for (long long i = j; i < n; ++i) matrix[j * stride + i] = matrix[j * stride + i] * a * b;
   }
-  tridiagonal_single(matrix, stride, n, task.diagonal, task.off_squared, scratch);
+  tridiagonal_single(matrix, stride, n, task.diagonal, task.off_squared, scratch, task.mean, task.square);
 }
 
 template <class T>
@@ -211,8 +263,9 @@ inline std::size_t tridiagonal_workspace(long long n) {
   return sizeof(T) * Simd<T>::lanes * 4 * kQlGroups * static_cast<std::size_t>(n);
 }
 
+// One matrix, or the lifted one.
 template <class T>
-inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
+inline void eigen_alone(const spectrum::TridiagonalTask<T>& task, bool lifted) {
   const long long n = task.n;
   const long long rows = whole_vectors(n, Simd<T>::lanes);
   T* const d = static_cast<T*>(task.workspace);
@@ -220,15 +273,18 @@ inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
   T* const copy = e + rows;
   T top = T(0);
   bool finite = true;
+  Scale<T> outer;
+  outer.set(0, lifted ? task.exponents[0] : 0);
   for (long long i = 0; i < n; ++i) {
-    d[i] = task.diagonal[i];
-    e[i] = task.off_squared[i];
+    d[i] = task.diagonal[i] * outer.up_a[0] * outer.up_b[0];
+    e[i] = task.off_squared[i] * outer.up_a[0] * outer.up_b[0] * outer.up_a[0] * outer.up_b[0];
+    if (lifted && i == 0) d[i] += task.terms * task.squares[0];
     const T size = d[i] < T(0) ? -d[i] : d[i];
     top = size > top ? size : top;
     top = e[i] > top * top ? scalar_sqrt(e[i]) : top;
     finite = finite && size <= Range<T>::largest && e[i] <= Range<T>::largest;
   }
-  T* const out = task.values + task.values_offsets[0];
+  T* const out = (lifted ? task.raw : task.values) + task.values_offsets[0];
   const int exponent = finite && top > T(0) ? Range<T>::exponent(top) - QlLimits<T>::scale : 0;
   Scale<T> inner;
   inner.set(0, exponent);
@@ -245,10 +301,11 @@ inline void eigen_alone(const spectrum::TridiagonalTask<T>& task) {
   }
   const bool converged = finite && ql_alone(d, e, n);
   if (converged) confirm_alone(d, copy, copy + rows, n);
-  inner.set(0, exponent + task.exponents[0]);
+  inner.set(0, exponent + (lifted ? 0 : task.exponents[0]));
   for (long long i = 0; i < n; ++i)
     out[i * task.values_stride] = converged ? d[i] * inner.up_a[0] * inner.up_b[0] : T(__builtin_nan(""));
-  task.trouble[0] = !finite ? 1 : !converged ? 2 : 0;
+  if (!lifted) task.trouble[0] = 0;
+  if (!converged) task.trouble[0] = finite ? 2 : 1;
 }
 
 template <class T>
@@ -256,7 +313,11 @@ inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
   const long long n = task.n;
-  if (task.alone) return eigen_alone(task);
+  if (task.alone) {
+    eigen_alone(task, false);
+    if (task.raw != nullptr) eigen_alone(task, true);
+    return;
+  }
   const V limit = broadcast(Range<T>::largest);
   QlGroup<T> groups[kQlGroups];
   Scale<T> scales[kQlGroups];
@@ -264,14 +325,13 @@ inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
   int count = 0;
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
-    group.d = static_cast<T*>(task.workspace) + 4 * count * n * L;
-    group.e = group.d + n * L;
-    group.copy = group.e + n * L;
-    group.n = n;
+    place_group(group, static_cast<T*>(task.workspace), count, n);
     int exponents[L];
+    T square[L];
     for (int lane = 0; lane < L; ++lane) {
       const int index = first + lane < task.count ? first + lane : first;
       exponents[lane] = task.exponents[index];
+      square[lane] = task.raw == nullptr ? T(0) : task.squares[index];
       for (long long i = 0; i < n; ++i) {
         group.d[i * L + lane] = task.diagonal[index * n + i];
         group.e[i * L + lane] = task.off_squared[index * n + i];
@@ -288,7 +348,16 @@ inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
       store(group.e + i * L, select(good, load(group.e + i * L), V{}));
     }
     bad[count] = ((1U << L) - 1U) & ~bits(good);
+    if (task.raw != nullptr) {
+      QlGroup<T>& lifted = groups[count + 1];
+      place_group(lifted, static_cast<T*>(task.workspace), count + 1, n);
+      lift_group(group, lifted, exponents, select(good, load(square) * broadcast(task.terms), V{}));
+      const int none[L] = {};
+      prepare_group(lifted, scales[count + 1], none);
+      bad[count + 1] = bad[count];
+    }
     prepare_group(group, scales[count], exponents);
+    if (task.raw != nullptr) ++count;
   }
   finish_groups(groups, scales, bad, count, task);
 }

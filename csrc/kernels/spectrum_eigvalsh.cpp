@@ -45,7 +45,7 @@ Status solve(const View& a, const View& values, int threads, Route route) {
       task.workspace = workspace.data();
       kernel.single_run(task);
     };
-    return solve_singly(kernel, batch, n, threads, out, values.stride(-1), reduce,
+    return solve_singly(kernel, batch, n, threads, Results<T>{out, values.stride(-1)}, reduce,
                         [&](std::int64_t index) { return values.batch_offset(index, 1); });
   }
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));

@@ -46,6 +46,7 @@ struct Source {
   const MomentInfo& info;
   std::int64_t first;
   double* buffer;
+  double* means;  // or null
   std::int64_t stride;
   std::int64_t size;
   void* workspace;
@@ -54,6 +55,7 @@ struct Source {
     for (int i = 0; i < count; ++i) {
       GramTask task = task_for(x, centred, first + from + i);
       task.c = buffer + i * size;
+      task.mean = means == nullptr ? nullptr : means + i * task.d;
       task.stride = stride;
       task.workspace = workspace;
       tell(info, first + from + i, kernel.run(task));
@@ -89,8 +91,8 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
   });
 }
 
-Status gram_eigenvalues(const View& x, bool centred, double* values, const MomentInfo& info, int threads,
-                        Route route) {
+Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw, const MomentInfo& info,
+                        int threads, Route route) {
   const GramKernels kernel = grams();
   const EigenKernels<double> solver = active_eigen_kernels<double>();
   const std::int64_t batch = x.batch(2);
@@ -103,31 +105,36 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, const Momen
     const auto reduce = [&](std::int64_t index, SingleTask<double>& task) {
       GramTask gram = task_for(x, centred, index);
       const std::size_t for_solver = aligned(solver.single_workspace(m, task.stride));
-      const Workspace workspace(for_solver + kernel.workspace(gram));
-      task.workspace = workspace.data();
-      gram.c = static_cast<double*>(workspace.data());
+      const std::size_t for_gram = aligned(kernel.workspace(gram));
+      const Workspace workspace(for_solver + for_gram + sizeof(double) * static_cast<std::size_t>(d));
+      auto* const bytes = static_cast<std::byte*>(workspace.data());
+      task.workspace = bytes;
+      gram.c = reinterpret_cast<double*>(bytes);
       gram.stride = task.stride;
-      gram.workspace = static_cast<std::byte*>(workspace.data()) + for_solver;
+      gram.workspace = bytes + for_solver;
+      if (raw != nullptr) task.mean = gram.mean = reinterpret_cast<double*>(bytes + for_solver + for_gram);
       tell(info, index, kernel.run(gram));
       solver.single_run(task);
     };
-    return solve_singly(solver, batch, m, threads, values, 1, reduce,
+    const Results<double> results{values, 1, raw, static_cast<double>(n)};
+    return solve_singly(solver, batch, m, threads, results, reduce,
                         [m](std::int64_t index) { return index * m; });
   }
   const std::int64_t stride = kernel.stride(m);
   const std::int64_t size = stride * stride;
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
-  const std::int64_t each = task_size(solver, batch, threads);
+  const std::int64_t each = task_size(solver, batch, threads, raw != nullptr);
   parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
     const std::int64_t first = index * each;
     const std::int64_t count = std::min(each, batch - first);
     const std::size_t for_solver = aligned(solver.lanes_workspace(m));
     const std::size_t for_gram = aligned(kernel.workspace(task_for(x, centred, 0)));
     const Workspace workspace(for_solver + for_gram +
-                              sizeof(double) * static_cast<std::size_t>(solver.lanes * size));
+                              sizeof(double) * static_cast<std::size_t>(solver.lanes * (size + d)));
     auto* const bytes = static_cast<std::byte*>(workspace.data());
     auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
-    Source source{kernel, x, centred, info, first, buffer, stride, size, bytes + for_solver};
+    double* const means = raw == nullptr ? nullptr : buffer + solver.lanes * size;
+    Source source{kernel, x, centred, info, first, buffer, means, stride, size, bytes + for_solver};
     std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
     for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
     for (std::int64_t i = 0; i < count; ++i)
@@ -135,6 +142,9 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, const Momen
     EigenTask<double> task{};
     task.a = buffer;
     task.values = values;
+    task.raw = raw;
+    task.means = means;
+    task.terms = static_cast<double>(n);
     task.offsets = offsets.data();
     task.values_offsets = offsets.data() + solver.lanes;
     task.count = static_cast<int>(count);

@@ -90,9 +90,10 @@ inline void single_pass(T* a, long long stride, long long n, long long rows, lon
 }
 
 // Destroys a (column-major, lower triangle; columns of `stride` >= whole vectors of rows, which past n may
-// hold anything). `scratch` holds four vectors of as many rows.
+// hold anything). `scratch` holds four vectors of as many rows. `mean` and `square` as in tridiagonal_lanes.
 template <class T>
-inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal, T* off_squared, T* scratch) {
+inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal, T* off_squared, T* scratch,
+                               const T* mean, T* square) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
   const long long rows = whole_vectors(n, L);
@@ -103,9 +104,11 @@ inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal,
   for (long long i = 0; i < 4 * rows; ++i) scratch[i] = T(0);
   for (long long j = 0; j < n; ++j)
     for (long long i = n; i < rows; ++i) a[j * stride + i] = T(0);
+  if (mean != nullptr)
+    for (long long i = 0; i < n; ++i) y[i] = mean[i];
   bool pending = false;
-  for (long long k = 0; k < n; ++k) {
-    T* const column = a + k * stride;
+  for (long long k = mean == nullptr ? 0 : -1; k < n; ++k) {
+    T* const column = k < 0 ? y : a + k * stride;
     if (pending) {
       const V uk = broadcast(u[k]);
       const V wk = broadcast(w[k]);
@@ -116,8 +119,10 @@ inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal,
         store(column + i, v);
       }
     }
-    diagonal[k] = column[k];
-    off_squared[k] = T(0);
+    if (k >= 0) {
+      diagonal[k] = column[k];
+      off_squared[k] = T(0);
+    }
     if (k == n - 1) break;
     const T alpha = column[k + 1];
     // What stands above row k + 2 does not belong to the rest; next is zero there but for its first entry.
@@ -132,7 +137,7 @@ inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal,
     }
     const T rest = sum_lanes(part);
     const T total = alpha * alpha + rest;
-    off_squared[k] = total;
+    *(k < 0 ? square : off_squared + k) = total;
     if (k == n - 2) continue;
     T tau = T(0);
     T inverse = T(0);

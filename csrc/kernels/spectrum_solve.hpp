@@ -35,11 +35,13 @@ inline int useful_threads(int threads, std::int64_t batch, std::int64_t products
 
 inline std::int64_t eigen_products(std::int64_t n) { return n * n * (n + 30); }
 
-// As many matrices to a task as fill `groups` groups, but no more than leave every thread a task.
+// As many matrices to a task as fill `groups` groups, but no more than leave every thread a task. A lifted
+// matrix beside every one takes a group too.
 template <class T>
-std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int threads) {
+std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int threads, bool lifted = false) {
   const std::int64_t groups = (batch + kernel.lanes - 1) / kernel.lanes;
-  return std::clamp<std::int64_t>(groups / threads, 1, kernel.groups) * kernel.lanes;
+  return std::clamp<std::int64_t>(groups / threads, 1, lifted ? kernel.groups / 2 : kernel.groups) *
+         kernel.lanes;
 }
 
 inline Status first_trouble(const std::vector<unsigned char>& trouble) {
@@ -51,15 +53,27 @@ inline Status first_trouble(const std::vector<unsigned char>& trouble) {
 
 inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Calls reduce(index, task) for every matrix, which sets what is the source's in the task, workspace too,
-// and runs it; then solves the tridiagonal matrices together, in lanes. offset(index) is that of a result.
+// Where results go: eigenvalues, and, unless null, those of the matrices with terms mean mean' added.
+template <class T>
+struct Results {
+  T* values;
+  std::int64_t stride;
+  T* raw = nullptr;
+  T terms = T(0);
+};
+
+// Calls reduce(index, task) for every matrix, which sets what is the source's in the task, workspace too (and
+// the mean, for raw results), and runs it; then solves the tridiagonal matrices together, in lanes.
+// offset(index) is that of a result.
 template <class T, class Reduce, class Offset>
-Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t n, int threads, T* values,
-                    std::int64_t values_stride, const Reduce& reduce, const Offset& offset) {
+Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int64_t n, int threads,
+                    const Results<T>& results, const Reduce& reduce, const Offset& offset) {
+  const bool lifted = results.raw != nullptr;
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
   const std::unique_ptr<T[]> diagonal(new T[static_cast<std::size_t>(batch * n)]);
   const std::unique_ptr<T[]> off_squared(new T[static_cast<std::size_t>(batch * n)]);
   std::vector<int> exponents(static_cast<std::size_t>(batch));
+  std::vector<T> squares(static_cast<std::size_t>(lifted ? batch : 0));
   parallel_for(batch, threads, [&](std::int64_t index, int) {
     SingleTask<T> task{};
     task.n = n;
@@ -67,11 +81,12 @@ Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int6
     task.diagonal = diagonal.get() + index * n;
     task.off_squared = off_squared.get() + index * n;
     task.exponent = &exponents[static_cast<std::size_t>(index)];
+    if (lifted) task.square = &squares[static_cast<std::size_t>(index)];
     reduce(index, task);
   });
   // Two matrices are sooner done one after the other than side by side in lanes that are mostly empty.
   const bool alone = batch <= 2;
-  const std::int64_t each = alone ? 1 : task_size(kernel, batch, threads);
+  const std::int64_t each = alone ? 1 : task_size(kernel, batch, threads, lifted);
   parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
     const std::int64_t first = index * each;
     const std::int64_t count = std::min(each, batch - first);
@@ -82,11 +97,14 @@ Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int6
     task.diagonal = diagonal.get() + first * n;
     task.off_squared = off_squared.get() + first * n;
     task.exponents = exponents.data() + first;
-    task.values = values;
+    if (lifted) task.squares = squares.data() + first;
+    task.terms = results.terms;
+    task.values = results.values;
+    task.raw = results.raw;
     task.values_offsets = offsets.data();
     task.count = static_cast<int>(count);
     task.n = n;
-    task.values_stride = values_stride;
+    task.values_stride = results.stride;
     task.trouble = trouble.data() + first;
     task.workspace = workspace.data();
     task.alone = alone;

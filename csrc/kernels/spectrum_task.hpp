@@ -9,11 +9,15 @@ namespace rgfast::spectrum {
 
 // Up to `groups` groups of matrices, each with its own place to write to. They are read from a at their own
 // offsets; or, with `fill`, a group at a time from the same `lanes` offsets, after fill(context, first,
-// count) has put matrices first, first + 1, ... there.
+// count) has put matrices first, first + 1, ... there. With `raw` (and `fill`, which then puts rows of n into
+// `means` too), the eigenvalues of a + terms mean mean' go there, at the same offsets.
 template <class T>
 struct EigenTask {
   const T* a;
   T* values;
+  T* raw;
+  const T* means;
+  T terms;
   const long long* offsets;         // of each matrix, in elements from a
   const long long* values_offsets;  // of each result
   int count;
@@ -39,16 +43,22 @@ struct SingleTask {
   T* diagonal;
   T* off_squared;
   int* exponent;
+  const T* mean;  // n entries that a first reflection takes to the first axis, or null
+  T* square;      // their squared norm out
   void* workspace;
 };
 
-// Eigenvalues of up to `groups` groups of tridiagonal matrices as SingleTask leaves them, one after another.
+// Eigenvalues of up to `groups` groups of tridiagonal matrices as SingleTask leaves them, one after another;
+// with `raw`, of those with terms square in the first corner too, and of half as many.
 template <class T>
 struct TridiagonalTask {
   const T* diagonal;
   const T* off_squared;
   const int* exponents;
+  const T* squares;
+  T terms;
   T* values;
+  T* raw;
   const long long* values_offsets;
   int count;
   long long n;

@@ -93,9 +93,11 @@ inline void update_and_multiply(T* packed, long long n, long long first, const T
 }
 
 // Destroys `packed`; writes the diagonal and the squares of the off-diagonal (its last entry is 0).
-// `scratch` holds 5 n vectors.
+// `scratch` holds 4 n vectors. Where `mean` (n vectors) is given, a reflection that takes it to the first
+// axis goes first: mean mean' is then square e1 e1', square being its squared norm.
 template <class T>
-inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_squared, T* scratch) {
+inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_squared, T* scratch, T* mean,
+                              T* square) {
   using V = typename Simd<T>::Vec;
   using M = typename Simd<T>::Mask;
   constexpr int L = Simd<T>::lanes;
@@ -106,8 +108,8 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
   T* next = w + n * L;
   T* y = next + n * L;
   bool pending = false;
-  for (long long k = 0; k < n; ++k) {
-    T* column = lane_column(packed, n, k);
+  for (long long k = mean == nullptr ? 0 : -1; k < n; ++k) {
+    T* const column = k < 0 ? mean : lane_column(packed, n, k);
     if (pending) {
       const V uk = load(u + k * L);
       const V wk = load(w + k * L);
@@ -118,7 +120,7 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
         store(column + i * L, a);
       }
     }
-    store(diagonal + k * L, load(column + k * L));
+    if (k >= 0) store(diagonal + k * L, load(column + k * L));
     if (k == n - 1) {
       store(off_squared + k * L, zero);
       break;
@@ -137,7 +139,7 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     }
     const V rest = (part[0] + part[1]) + (part[2] + part[3]);
     const V total = fma(alpha, alpha, rest);
-    store(off_squared + k * L, total);
+    store(k < 0 ? square : off_squared + k * L, total);
     if (k == n - 2) continue;
     const V norm = sqrt(total);
     // beta = -sign(alpha) norm, u = x / (alpha - beta) with first entry 1, tau = (beta - alpha) / beta.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,15 +69,27 @@ class HeldRows:
         """The measures of all that is held, a few positions at a time."""
         plan, parts = self.plan, list[Part]()
         step = at_once(plan, self.sequences, self._memory)
+        one = (self.sequences, plan.widths[0])
+        room = torch.empty(
+            len(plan.names) * step * math.prod(one)
+        )  # for all: fresh pages cost as much as a copy
         for start in range(0, len(plan.positions), step):
-            where = list(plan.positions[start : start + step])
-            states = torch.empty(len(plan.names), len(where), self.sequences, plan.widths[0])
+            where = plan.positions[start : start + step]
+            at = _slice_or_list(where)
+            shape = (len(plan.names), len(where), *one)
+            states = room[: math.prod(shape)].view(shape)
             for layer, to in enumerate(states):
-                torch.cat([batch[layer][:, where].transpose(0, 1) for batch in self.batches], 1, out=to)
+                torch.cat([batch[layer][:, at].transpose(0, 1) for batch in self.batches], 1, out=to)
             found = measured_part(states, plan, uncentred)
             assert found is not None  # every batch was looked at when it came
             parts.append(found)
         return SampleState(plan, self.sequences, tuple(parts))
+
+
+def _slice_or_list(where: tuple[int, ...]) -> slice | list[int]:
+    """Positions to index with; without a copy where they are neighbours."""
+    near = slice(where[0], where[-1] + 1)
+    return near if where == tuple(range(near.start, near.stop)) else list(where)
 
 
 def _version(x: Tensor) -> int:

@@ -113,7 +113,7 @@ def kill_again_and_again(work, kills, rng, keep):
         while True:
             pid = forked(work, folder, out)
             if killed < kills:
-                time.sleep(rng.uniform(0.0, 0.3) * alone)
+                time.sleep(rng.uniform(0.0, 0.6) * alone)
                 os.kill(pid, signal.SIGKILL)
             if not ended(pid):
                 killed += 1

@@ -101,17 +101,32 @@ def gram(
 
 
 def gram_spectrum(
-    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64, **_: Any
+    x: Tensor,
+    *,
+    centering: str = "mean",
+    dtype: torch.dtype = torch.float64,
+    raw: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns."""
+    """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns.
+
+    `raw` as in `reference.gram_spectrum`; where the compiled solver runs, from the same tridiagonal form.
+    """
     m = min(x.shape[1:])
     if not _fits(torch.float64, m):
-        matrix, accumulated, exponent, limit = gram(x, centering=centering)
-        finite = torch.isfinite(accumulated)[:, None, None]
+        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64)
+        matrix, accumulated, exponent, limit = gram(x, centering=centering, means=means)
+        bad = ~torch.isfinite(accumulated)
+        matrix[bad] = 0.0
         with one_thread():  # LAPACK's bits depend on the number of threads
-            return torch.linalg.eigvalsh(torch.where(finite, matrix, 0.0)), accumulated, exponent, limit
+            values = torch.linalg.eigvalsh(matrix)
+            if raw is not None and means is not None:
+                means[bad] = 0.0
+                lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=x.shape[1])
+                torch.linalg.eigvalsh(lifted, out=raw)
+        return values, accumulated, exponent, limit
     values = torch.empty((x.shape[0], m), dtype=torch.float64)
-    return values, *_moments(x, centering, values)
+    return values, *_moments(x, centering, values, raw=raw)
 
 
 def effective_ranks(
@@ -147,7 +162,7 @@ def _stuck(index: int) -> Exception:
 
 
 def _moments(
-    x: Tensor, centering: str, result: Tensor, means: Tensor | None = None
+    x: Tensor, centering: str, result: Tensor, means: Tensor | None = None, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
     accumulated = torch.empty(len(x), dtype=torch.float64)
@@ -157,6 +172,7 @@ def _moments(
         centering == "mean",
         result.dim() == 2,
         native.tensor(result),
+        0 if raw is None else raw.data_ptr(),
         (
             accumulated.data_ptr(),
             exponent.data_ptr(),

@@ -94,12 +94,25 @@ def gram(
 
 
 def gram_spectrum(
-    x: Tensor, *, centering: str = "mean", dtype: torch.dtype = torch.float64
+    x: Tensor,
+    *,
+    centering: str = "mean",
+    dtype: torch.dtype = torch.float64,
+    raw: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues `[b, m]`, ascending, of `gram(x)`, and the rest of what `gram` returns."""
-    matrix, accumulated, exponent, limit = gram(x, centering=centering, dtype=dtype)
-    finite = torch.isfinite(accumulated)[:, None, None]
-    return eigvalsh(torch.where(finite, matrix, 0.0)), accumulated, exponent, limit
+    """Eigenvalues `[b, m]`, ascending, of `gram(x)`, and the rest of what `gram` returns.
+
+    `raw` `[b, d]` (fp64), where given, gets those of the moment of the data as they are, which is that of the
+    centred data and n mean mean'; for n >= d and `centering="mean"`.
+    """
+    b, n, d = x.shape
+    means = None if raw is None else torch.empty((b, d), dtype=torch.float64, device=x.device)
+    matrix, accumulated, exponent, limit = gram(x, centering=centering, dtype=dtype, means=means)
+    matrix = torch.where(torch.isfinite(accumulated)[:, None, None], matrix, 0.0)
+    if raw is not None and means is not None:
+        means = torch.where(torch.isfinite(means), means, 0.0).to(dtype)
+        raw.copy_(eigvalsh(matrix.baddbmm(means[:, :, None], means[:, None, :], alpha=n)))
+    return eigvalsh(matrix), accumulated, exponent, limit
 
 
 def eigvalsh(a: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.measures import Array
-from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.ops.spectrum.selection import SPECTRUM
 from rgfast.ops.spectrum.solve import Solved, from_eigenvalues, refine
 
 __all__ = ["refine_spectra", "spectra_of_rows"]
@@ -20,30 +20,20 @@ def spectra_of_rows(x: Tensor, *, uncentred: bool) -> tuple[Solved, Solved | Non
     """
     n, d = x.shape[1:]
     options = {"centering": "mean", "dtype": torch.float64}
-    if not uncentred or n < d:
-        values, trace, exponent, limit = _arrays(
-            SPECTRUM.select("auto", x.device, x, **options).run(x, **options)
-        )
-        if not np.isfinite(trace).all():
-            return None
-        centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
-        if not uncentred:
-            return centred, None
-        options = {"centering": "none", "dtype": torch.float64}
-        values, *rest = _arrays(SPECTRUM.select("auto", x.device, x, **options).run(x, **options))
-        return centred, from_eigenvalues(values, *rest, samples=max(n, d))
-    means = torch.empty(len(x), d, dtype=torch.float64, device=x.device)
-    chosen = GRAM.select("auto", x.device, x, **options)
-    matrix, trace, exponent, limit = _arrays(chosen.run(x, means=means, **options))
+    chosen = SPECTRUM.select("auto", x.device, x, **options)
+    lifted = torch.empty(len(x), d, dtype=torch.float64, device=x.device) if uncentred and n >= d else None
+    values, trace, exponent, limit = _arrays(chosen.run(x, raw=lifted, **options))
     if not np.isfinite(trace).all():
         return None
-    solver = EIGVALSH.select("auto", matrix.device, matrix)
-    centred = from_eigenvalues(solver.run(matrix), trace, exponent, limit, samples=n)
-    # sum x x^T = sum (x - mean)(x - mean)^T + n mean mean^T
-    matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=n)
-    whole = np.maximum(trace, matrix.diagonal(dim1=1, dim2=2).sum(-1).cpu().numpy())
-    raw = from_eigenvalues(solver.run(matrix), whole, exponent, np.minimum(limit + 1, d), samples=n)
-    return centred, raw
+    centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
+    if not uncentred:
+        return centred, None
+    if lifted is None:
+        options["centering"] = "none"
+        values, *rest = _arrays(chosen.run(x, **options))
+        return centred, from_eigenvalues(values, *rest, samples=max(n, d))
+    whole = np.maximum(trace, lifted.sum(-1).cpu().numpy())
+    return centred, from_eigenvalues(lifted, whole, exponent, np.minimum(limit + 1, d), samples=n)
 
 
 def refine_spectra(x: Tensor, solved: Solved, at: Array, *, centering: str) -> None:

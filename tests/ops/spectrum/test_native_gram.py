@@ -137,6 +137,94 @@ def test_matrices_too_large_for_the_solver() -> None:
     assert all(torch.equal(a, b) for a, b in zip(rest, want[1:], strict=True))
 
 
+KINDS = {
+    "offset": lambda x: x + 5,
+    "far off": lambda x: x - 1e4,
+    "centred": lambda x: x - x.mean(1, keepdim=True),
+    "along the first axis": lambda x: x - x.mean(1, keepdim=True) - 7 * torch.eye(x.shape[-1])[0],
+    "one row over and over": lambda x: x[:, :1].expand_as(x),
+    "rank one": lambda x: x[..., :1] * x[:, :1],
+    "zero": torch.zeros_like,
+    "small beside a constant": lambda x: torch.cat([torch.ones_like(x[..., :1]), x[..., 1:] * 1e-120], -1),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 21])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (2, 2), (16, 16), (33, 17), (300, 24), (70, 65)])
+def test_both_spectra_from_one_reduction(
+    isa: str, shape: tuple[int, int], dtype: torch.dtype, batch: int
+) -> None:
+    n, d = shape
+    for kind, made in KINDS.items():
+        x = made(data(batch, n, d, seed=n)).to(dtype)
+        raw = torch.full((batch, d), float("nan"), dtype=torch.float64)
+        values, accumulated, exponent, limit = room.gram_spectrum(x, raw=raw)
+        for found, centering in ((values, "mean"), (raw, "none")):
+            want = truth(x, exponent, centering).astype(np.float64)
+            largest = np.maximum(np.trace(want, axis1=1, axis2=2), accumulated.numpy())[:, None]
+            off = np.abs(found.numpy() - np.linalg.eigvalsh(want))
+            # The solver's, LAPACK's and the sums' roundings.
+            assert (off <= (2 * max(50, d / 2) + 2 * n + 16) * UNIT * largest).all(), (kind, centering)
+        plain = torch.full_like(raw, float("nan"))
+        again = reference.gram_spectrum(x, raw=plain)
+        assert torch.equal(limit, again[3])
+        assert torch.equal(exponent, again[2])
+        tolerance = 2e-14 * float(max(plain.max(), accumulated.max()))
+        torch.testing.assert_close(raw, plain, rtol=0, atol=tolerance)
+
+
+def test_both_spectra_do_not_depend_on_threads_company_or_neighbours(isa: str) -> None:
+    for shape in ((9, 40, 12), (37, 70, 33), (5, 300, 130)):
+        x = data(*shape, dtype=torch.float32)
+        x[1] *= 1e-20
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            raw = torch.empty(len(x), x.shape[2], dtype=torch.float64)
+            return room.gram_spectrum(x, raw=raw)[0], raw
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            want = both(x)
+            for threads in (2, 5):
+                torch.set_num_threads(threads)
+                assert all(torch.equal(a, b) for a, b in zip(both(x), want, strict=True))
+        finally:
+            torch.set_num_threads(before)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+        assert all(torch.equal(a, b[order]) for a, b in zip(both(x[order]), want, strict=True))
+        x[3, 1, 2] = torch.nan
+        others = [i for i in range(len(x)) if i != 3]
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(both(x), want, strict=True))
+        assert torch.isnan(both(x)[1][3]).all()
+
+
+def test_both_spectra_of_matrices_too_large_for_the_solver() -> None:
+    x = data(3, 40, 30)
+    x[1, 2, 3] = torch.inf
+    raw, too = (torch.empty(3, 30, dtype=torch.float64) for _ in range(2))
+    want, *_ = room.gram_spectrum(x, raw=raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_LARGEST", 0)
+        values, *_ = room.gram_spectrum(x, raw=too)
+    for at in (0, 2):
+        torch.testing.assert_close(values[at], want[at], rtol=0, atol=1e-13 * float(want[at].max()))
+        torch.testing.assert_close(too[at], raw[at], rtol=0, atol=1e-13 * float(raw[at].max()))
+
+
+@pytest.mark.parametrize(("centred", "solve", "n"), [(False, True, 5), (True, True, 3), (True, False, 5)])
+def test_raw_goes_with_eigenvalues_of_centred_tall_data(centred: bool, solve: bool, n: int) -> None:
+    x = torch.zeros(2, n, 4)
+    m = min(n, 4)
+    result = torch.zeros(2, m, dtype=torch.float64) if solve else torch.zeros(2, m, m, dtype=torch.float64)
+    info = torch.zeros(8, dtype=torch.int64).data_ptr()
+    with pytest.raises(ValueError, match="raw goes with eigenvalues of centred x"):
+        native.load().moments(
+            native.tensor(x), centred, solve, native.tensor(result), info, (info, info, info, 0), 1
+        )
+
+
 @pytest.mark.parametrize("scale", [1e150, 1e-150, 1e300, 1e-300])
 def test_scale_does_not_matter(isa: str, scale: float) -> None:
     x = data(3, 40, 12)
@@ -228,14 +316,16 @@ def test_auto_takes_the_compiled_path_and_agrees_with_the_reference() -> None:
 def test_the_binding_checks(x: Tensor, result: Tensor, solve: bool, said: str) -> None:
     info = torch.zeros(6, dtype=torch.int64).data_ptr()
     with pytest.raises(ValueError, match=said):
-        native.load().moments(native.tensor(x), True, solve, native.tensor(result), (info, info, info, 0), 1)
+        native.load().moments(
+            native.tensor(x), True, solve, native.tensor(result), 0, (info, info, info, 0), 1
+        )
 
 
 def test_means_come_with_matrices_alone() -> None:
     x, values = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.float64)
     info = torch.zeros(8, dtype=torch.int64).data_ptr()
     with pytest.raises(ValueError, match="means come with matrices"):
-        native.load().moments(native.tensor(x), True, True, native.tensor(values), (info,) * 4, 1)
+        native.load().moments(native.tensor(x), True, True, native.tensor(values), 0, (info,) * 4, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
