@@ -8,25 +8,15 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
+from tiny import tiny_config
 
 import rgfast
 from rgfast.experiments import points
-from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import one_thread
 from rgfast.experiments.sweep import Design, sweep
-from rgfast.training import TrainingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BASE = ReproduceConfig(
-    states=8,
-    length=4,
-    depth=2,
-    width=4,
-    hidden=8,
-    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
-    probe_sequences=320,
-)
-GRID = Design("backends", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), BASE)
+GRID = Design("backends", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), tiny_config())
 
 
 def written(folder: Path) -> dict[str, str]:

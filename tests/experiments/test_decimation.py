@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import TRAINING, tiny_config
 
-from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.decimation import (
     MEASURES,
     RANDOM_MASKS,
@@ -18,19 +18,12 @@ from rgfast.experiments.decimation import (
     spaced_data,
 )
 from rgfast.experiments.runs import build_model
-from rgfast.training import TrainingConfig
 
-BASE = ReproduceConfig(
-    states=8,
+BASE = tiny_config(
     length=9,
-    depth=2,
-    width=4,
-    hidden=8,
     xi=(6.0,),
     seeds=(0,),
-    training=TrainingConfig(
-        steps=4, batch=16, warmup=1, log_every=4, log_sequences=32, mask_rate=0.2, mask_rate_max=0.9
-    ),
+    training=replace(TRAINING, mask_rate=0.2, mask_rate_max=0.9),
     probe_sequences=400,
 )
 TINY = DecimationDesign("decimation-tiny", (1, 3), (0,), BASE)

@@ -5,24 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import tiny_config
 
 from rgfast import cli
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.multiverse import EFFECTS, Multiverse, Universe, multiverse, summary
-from rgfast.training import TrainingConfig
 
 TINY = Universe(
     name="multiverse-tiny",
     options=(("w2_scale", (0.0, 0.5)), ("lr", (1e-3, 1e-2))),
-    base=ReproduceConfig(
-        states=8,
-        length=4,
-        depth=2,
-        width=4,
-        hidden=8,
-        training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
-        probe_sequences=400,
-    ),
+    base=tiny_config(probe_sequences=400),
 )
 
 

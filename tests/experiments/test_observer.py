@@ -5,25 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import TRAINING, tiny_config
 
 import rgfast
-from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.observer import ObserverDesign, _slope, observe, observer_cka, ridge_radii
 from rgfast.experiments.runs import build_model
 from rgfast.masking import balanced_mask
-from rgfast.training import TrainingConfig, seeded_generator
+from rgfast.training import seeded_generator
 
-BASE = ReproduceConfig(
-    states=8,
-    length=8,
-    depth=2,
-    width=4,
-    hidden=8,
-    training=TrainingConfig(
-        steps=4, batch=16, warmup=1, log_every=4, log_sequences=32, mask_rate=0.2, mask_rate_max=0.9
-    ),
-    probe_sequences=320,
-)
+BASE = tiny_config(length=8, training=replace(TRAINING, mask_rate=0.2, mask_rate_max=0.9))
 TINY = ObserverDesign("observer-tiny", (1, 2, 4), (7.0,), (0,), 0.8, BASE)
 
 

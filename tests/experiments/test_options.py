@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
 import rgfast
 from rgfast import MarkovChain
@@ -12,17 +13,7 @@ from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import Run, build_model, execute, views_of
 from rgfast.training import TrainingConfig, seeded_generator, train
 
-TINY = ReproduceConfig(
-    seeds=(0,),
-    states=6,
-    length=4,
-    width=4,
-    depth=2,
-    hidden=8,
-    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
-    probe_sequences=800,
-    chains=("lazy",),
-)
+TINY = tiny_config(seeds=(0,), states=6, probe_sequences=800, chains=("lazy",))
 
 
 def generator(seed=0):

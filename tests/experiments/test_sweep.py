@@ -10,24 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import tiny_config
 
 import rgfast
 from rgfast import MarkovChain, cli
-from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import Run, run_dataset
 from rgfast.experiments.sweep import DESIGNS, QUICK, Design, sweep, transition_rank
-from rgfast.training import TrainingConfig
 
-BASE = ReproduceConfig(
-    states=8,
-    length=4,
-    depth=2,
-    width=4,
-    hidden=8,
-    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
-    probe_sequences=320,
-)
-GRID = Design("relevance-tiny", ("two-scale:K=2", "two-scale"), (1.0, 7.0), (4, 8), (0,), BASE)
+GRID = Design("relevance-tiny", ("two-scale:K=2", "two-scale"), (1.0, 7.0), (4, 8), (0,), tiny_config())
 NARROW = replace(GRID, widths=(4,))
 
 
