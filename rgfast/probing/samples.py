@@ -83,6 +83,7 @@ def enough(sequences: int, groups: int) -> bool:
 def at_once(plan: Plan, sequences: int, memory: int) -> int:
     """How many positions of all layers are alive at a time."""
     bytes_each = len(plan.names) * sequences * plan.widths[0] * 4
+    bytes_each *= 3 if plan.groups > 1 else 1  # and two copies in the order of the groups
     return max(1, min(min(_TILE_BYTES, memory // 4) // bytes_each, -(-len(plan.positions) // _LEAST_TILES)))
 
 
@@ -163,12 +164,25 @@ def measured_part(states: Tensor, plan: Plan, uncentred: bool) -> Part | None:
     if found is None:
         return None
     part = [found]
-    group = torch.arange(states.shape[2]) % plan.groups
-    for g in range(plan.groups) if plan.groups > 1 else ():
-        rest = measure_rows(states[:, :, group != g], adjacent=adjacent, uncentred=uncentred)
-        assert rest is not None
-        part.append(rest)
+    for rest in _without_each(states, plan.groups) if plan.groups > 1 else ():
+        left = measure_rows(rest, adjacent=adjacent, uncentred=uncentred)
+        assert left is not None
+        part.append(left)
     return tuple(part)
+
+
+def _without_each(states: Tensor, groups: int) -> Iterator[Tensor]:
+    """``states[L, P, n, d]`` without the samples g, g + groups, ... for every g, as views of one copy.
+
+    Group after group, and all but the last again: what follows a group, up to its own second copy, is the rest.
+    """
+    n = states.shape[2]
+    order = torch.arange(n, device=states.device)
+    order = order[(order % groups).argsort(stable=True)]
+    ends = [sum(len(range(k, n, groups)) for k in range(g + 1)) for g in range(groups)]
+    twice = states.index_select(2, torch.cat([order, order[: ends[-2]]]))
+    for g, end in enumerate(ends):
+        yield twice[:, :, end : end + n - len(range(g, n, groups))]
 
 
 def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:
