@@ -47,7 +47,8 @@ def add_probe(commands: Any) -> None:
         "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json\n"
         "  torchrun --nproc-per-node 4 -m rgfast probe models/bert --text corpus.txt",
     )
-    probe.add_argument("model", metavar="MODEL", help="the folder of the model")
+    add = probe.add_argument
+    add("model", metavar="MODEL", help="the folder of the model")
     source = probe.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text",
@@ -61,75 +62,57 @@ def add_probe(commands: Any) -> None:
         help=".npy or .npz: token ids [n, T], floats [n, T, D] or [n, D], or arrays named as "
         "the model's forward names them (input_ids, attention_mask, …)",
     )
-    probe.add_argument(
-        "--length", type=int, metavar="T", help="cut texts to T tokens (default: 128, or the model's limit)"
-    )
-    probe.add_argument("--limit", type=int, metavar="N", help="take the first N sequences (default: all)")
-    probe.add_argument(
+    add("--length", type=int, metavar="T", help="cut texts to T tokens (default: 128, or the model's limit)")
+    add("--limit", type=int, metavar="N", help="take the first N sequences (default: all)")
+    add(
         "--mask",
         metavar="WHAT",
         help="which tokens are hidden, for the views visible and masked: a share such as 0.15 to "
         "hide, a bool array of the .npz, or none (default: those that hold the mask token)",
     )
-    probe.add_argument("--seed", type=int, default=0, metavar="N", help="of the hidden share (default: 0)")
-    probe.add_argument(
+    add("--seed", type=int, default=0, metavar="N", help="of the hidden share (default: 0)")
+    add(
         "--layers",
         nargs="+",
         default=["auto"],
         metavar="NAME",
         help="names, indices, globs or re:PATTERN of modules (default: auto, the residual stream)",
     )
-    probe.add_argument(
+    add(
         "--positions",
         nargs="+",
         default=["auto"],
         metavar="T",
         help="indices, all, or auto (default: auto, all that fit the memory, else log-spaced)",
     )
-    probe.add_argument(
+    add(
         "--views",
         nargs="+",
         choices=("visible", "masked", "position", "pooled", "mean_pooled", "flattened"),
         metavar="VIEW",
         help="visible, masked, position, pooled, mean_pooled, flattened (default: all that the inputs allow)",
     )
-    probe.add_argument(
+    add(
         "--pairs",
         nargs="+",
         default=["adjacent"],
         metavar="PAIR",
         help="of which layers CKA is taken: adjacent, all, or pairs such as 0-3 2-5 (default: adjacent)",
     )
-    probe.add_argument(
-        "--groups", type=int, default=1, metavar="N", help="groups for standard errors (default: 1, none)"
-    )
-    probe.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="sequences at once (default: 256)"
-    )
-    probe.add_argument(
-        "--memory", default="4GiB", metavar="SIZE", help="what the state may take (default: 4GiB)"
-    )
-    probe.add_argument(
+    add("--groups", type=int, default=1, metavar="N", help="groups for standard errors (default: 1, none)")
+    add("--batch-size", type=int, default=256, metavar="N", help="sequences at once (default: 256)")
+    add("--memory", default="4GiB", metavar="SIZE", help="what the state may take (default: 4GiB)")
+    add(
         "--refine",
         action=argparse.BooleanOptionalAction,
         help="keep factors for small singular values (default: for widths up to 512)",
     )
-    probe.add_argument(
-        "--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)"
-    )
-    probe.add_argument(
-        "--checkpoint-every", type=int, default=16, metavar="N", help="batches between writes (default: 16)"
-    )
-    probe.add_argument(
-        "--moments", action="store_true", help="keep the moments in result.nc, to merge it with others later"
-    )
-    probe.add_argument(
-        "--allow-pickle", action="store_true", help="take pickled weights, of a folder that you trust"
-    )
-    probe.add_argument(
-        "--device", default="cpu", metavar="NAME", help="where the model runs, e.g. cuda (default: cpu)"
-    )
-    probe.add_argument("--out", metavar="DIR", help="output folder (default: runs/probe-NAME of MODEL)")
+    add("--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)")
+    add("--checkpoint-every", type=int, default=16, metavar="N", help="batches between writes (default: 16)")
+    add("--moments", action="store_true", help="keep the moments in result.nc, to merge it with others later")
+    add("--allow-pickle", action="store_true", help="take pickled weights, of a folder that you trust")
+    add("--device", default="cpu", metavar="NAME", help="where the model runs, e.g. cuda (default: cpu)")
+    add("--out", metavar="DIR", help="output folder (default: runs/probe-NAME of MODEL)")
     add_json(probe, "a summary of the result")
     probe.set_defaults(run=_probe)
 
