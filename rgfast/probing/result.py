@@ -253,10 +253,10 @@ class ProbeResult:
 
         What a probe of several ranks returned is written by rank 0 alone.
         """
-        from rgfast.probing.page import as_page
+        from rgfast.report.probed import probe_page
 
         if self._writes:
-            write_text(path, as_page(self))
+            write_text(path, probe_page(self).render())
 
     def _repr_html_(self) -> str:
         return as_html(self)
