@@ -242,6 +242,17 @@ class ProbeResult:
 
         return plots.plot_cka(self, measure, view, ax)
 
+    def plot_heat_map(
+        self, measure: str = "effective_rank", *, view: str | None = None, ax: Axes | None = None
+    ) -> Axes:
+        """The axes with a rank by layer, or a drift by transition, and position in one view.
+
+        What is undefined or constant is blank. Raises ValueError for an unknown measure or view.
+        """
+        from rgfast.probing import plots
+
+        return plots.plot_heat_map(self, measure, view, ax)
+
     def plot_spectra(self, *, view: str | None = None, ax: Axes | None = None) -> Axes:
         """The axes with each layer's singular values in one view. Raises ValueError for an unknown view."""
         from rgfast.probing import plots

@@ -138,6 +138,15 @@ def test_pictures_show_the_numbers(result):
         ax.get_images()[0].get_array(), result.order_parameter("pooled", "cka").values
     )
     plt.close(ax.figure)
+    ax = result.plot_heat_map(view="masked")
+    cells = np.ma.filled(ax.get_images()[0].get_array(), np.nan)
+    assert np.isnan(cells[0]).all()  # the constant input
+    np.testing.assert_array_equal(cells[1:], result.by_position("effective_rank", "masked").values[1:])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("position", "layer")
+    ax = result.plot_heat_map("kernel_drift")
+    drift = result.by_position("kernel_drift", "visible").values
+    np.testing.assert_array_equal(np.ma.filled(ax.get_images()[0].get_array(), np.nan), drift)
+    assert ax.get_ylabel() == "transition"
     lines = drawn(result.plot_spectra(view="masked"))
     assert len(lines) == 3  # the constant input has none
     assert all(line.get_ydata()[0] == pytest.approx(1.0) for line in lines)
@@ -148,6 +157,8 @@ def test_pictures_show_the_numbers(result):
         lambda: result.plot_rank("kernel_drift"),
         lambda: result.plot_drift("effective_rank"),
         lambda: result.plot_cka("effective_rank"),
+        lambda: result.plot_heat_map("cka"),
+        lambda: result.plot_heat_map(view="somewhere"),
         lambda: result.plot_spectra(view="flattened"),
     ):
         with pytest.raises(ValueError, match="must be"):
