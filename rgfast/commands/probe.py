@@ -340,7 +340,7 @@ def summary(result: ProbeResult) -> dict[str, Any]:
     """A result in short: its layers, and for every view n, effective rank and drift by layer."""
     views = {}
     for view in result.views:
-        own = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
+        own = result._own("n", view).values
         ranks = result.order_parameter(view).values
         views[view] = {
             "n": [int(own.min()), int(own.max())],

@@ -31,8 +31,7 @@ def as_html(result: ProbeResult) -> str:
 
 
 def _row(result: ProbeResult, view: str) -> str:
-    count = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
-    number = f"{count.min()}" if count.min() == count.max() else f"{count.min()}–{count.max()}"
+    number = result._rows(view)
     if result.dataset.sample_limited.sel(view=view).any():
         number += " <i>(sample limited)</i>"
     cells = [html.escape(view), number, "", "", ""]

@@ -127,7 +127,7 @@ def plot_spectra(result: ProbeResult, view: str | None, ax: Axes | None) -> Axes
     view = result._view(view)
     if view == "flattened":
         raise ValueError("view must be one with spectra, and the flattened view keeps none")
-    spectra = result.dataset.singular_values.sel(view=view).isel(position=result._own_positions(view))
+    spectra = result._own("singular_values", view)
     ax = _axes(ax)
     layers = result.dataset.sizes["layer"]
     colours = depth_colours(layers)
@@ -158,8 +158,7 @@ def _views(result: ProbeResult, views: Sequence[str] | None) -> list[str]:
 
 
 def _mean(result: ProbeResult, name: str, view: str) -> xr.DataArray:
-    values = result.dataset[name].sel(view=view).isel(position=result._own_positions(view))
-    mean: xr.DataArray = values.mean("position", skipna=True)
+    mean: xr.DataArray = result._own(name, view).mean("position", skipna=True)
     return mean
 
 
@@ -184,13 +183,8 @@ def _line(result: ProbeResult, ax: Axes, view: str, measure: str, values: xr.Dat
         ax.plot(along, values.values / unit, **style)
 
 
-def _rows(result: ProbeResult, view: str) -> str:
-    count = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
-    return f"{count.min()}" if count.min() == count.max() else f"{count.min()}–{count.max()}"
-
-
 def _titled(result: ProbeResult, view: str) -> str:
-    return f"{view.replace('_', ' ')}  (n = {_rows(result, view)})"
+    return f"{view.replace('_', ' ')}  (n = {result._rows(view)})"
 
 
 def _finish(ax: Axes) -> None:

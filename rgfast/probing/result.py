@@ -106,7 +106,7 @@ class ProbeResult:
             listed = ", ".join(known) or "none (it was probed without targets)"
             raise ValueError(f"target must be one of {listed}, got {target!r}")
         view = self._view(view)
-        values = self.dataset.target_r2.sel(view=view, target=target).isel(position=self._own_positions(view))
+        values = self._own("target_r2", view).sel(target=target)
         mean: xr.DataArray = values.mean("position", skipna=True)
         return mean
 
@@ -302,6 +302,16 @@ class ProbeResult:
         if view not in self.views:
             raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
         return view
+
+    def _own(self, name: str, view: str) -> xr.DataArray:
+        """A variable of one view, at the positions that the view has."""
+        values: xr.DataArray = self.dataset[name].sel(view=view).isel(position=self._own_positions(view))
+        return values
+
+    def _rows(self, view: str, to: str = "–") -> str:
+        """How many rows a view's values are of, in words: the fewest to the most where positions differ."""
+        count = self._own("n", view).values
+        return f"{count.min()}" if count.min() == count.max() else f"{count.min()}{to}{count.max()}"
 
     def _own_positions(self, view: str) -> np.ndarray[Any, Any]:
         """Indices into ``position``: the followed ones, or −1 alone."""

@@ -27,21 +27,18 @@ def plain(name: str) -> str:
 
 
 def count_text(result: ProbeResult, view: str) -> str:
-    count = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
-    return f"{count.min()}" if count.min() == count.max() else f"{count.min()} to {count.max()}"
+    return result._rows(view, " to ")
 
 
 def errors(result: ProbeResult, measure: str, view: str) -> Array | None:
     if f"{measure}_se" not in result.dataset:
         return None
-    values = result.dataset[f"{measure}_se"].sel(view=view).isel(position=result._own_positions(view))
     # Positions of one sequence are dependent: the error of the mean is taken as that of a typical position.
-    return np.asarray(values.mean("position", skipna=True).values)
+    return np.asarray(result._own(f"{measure}_se", view).mean("position", skipna=True).values)
 
 
 def baseline(result: ProbeResult, measure: str, view: str) -> Array:
-    values = result.dataset[f"{measure}_baseline"].sel(view=view).isel(position=result._own_positions(view))
-    return np.asarray(values.mean("position", skipna=True).values)
+    return np.asarray(result._own(f"{measure}_baseline", view).mean("position", skipna=True).values)
 
 
 def _facts(result: ProbeResult, view: str) -> list[str]:
@@ -146,7 +143,7 @@ def _heat_maps(result: ProbeResult, measure: str) -> list[Panel]:
         if not bool(result.dataset.positional.sel(view=view)):
             continue
         values = result.by_position(measure, view)
-        counts = result.dataset.n.sel(view=view).isel(position=result._own_positions(view)).values
+        counts = result._own("n", view).values
         grid = np.asarray(values.transpose("layer", "position").values)
         # A layer that is constant (masked rows at the input) would set the scale.
         grid = np.where(grid > 0, grid, np.nan)
@@ -192,8 +189,7 @@ def _cka_panel(result: ProbeResult, measure: str, view: str) -> Panel:
 
 
 def _spectra_panel(result: ProbeResult, view: str) -> Panel:
-    own = result.dataset.singular_values.sel(view=view).isel(position=result._own_positions(view))
-    sigma = own.transpose("position", "layer", "component").values
+    sigma = result._own("singular_values", view).transpose("position", "layer", "component").values
     top = sigma[..., :1]
     mean = mean_of(sigma / np.where(top > 0, top, np.nan))
     colours, x = depth_colours(mean.shape[0]), np.arange(1, mean.shape[1] + 1)

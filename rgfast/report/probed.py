@@ -122,9 +122,7 @@ def _robustness(result: ProbeResult) -> Markup:
             start = int(positive[0]) if positive.size else 0
             ratio = values[-1] / values[start] if positive.size else math.nan
             expected = "" if measure not in BASELINES else number(baseline(result, measure, view)[-1])
-            limited = bool(
-                result.dataset.sample_limited.sel(view=view).isel(position=result._own_positions(view)).any()
-            )
+            limited = bool(result._own("sample_limited", view).any())
             ends = [_with_error(result, measure, view, k) for k in (start, len(values) - 1)]
             n = f"{count_text(result, view)}{' (sample limited)' if limited else ''}"
             rows.append((LABELS[measure], plain(view), *ends, number(ratio), expected, n))
