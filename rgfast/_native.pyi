@@ -15,7 +15,8 @@ def moments(
     centred: bool,
     solve: bool,
     result: tuple[int, list[int], list[int], int],
-    info: tuple[int, int, int],
+    raw: int,
+    info: tuple[int, int, int, int],
     threads: int,
     route: int = 0,
 ) -> tuple[int, int]: ...
@@ -98,6 +99,7 @@ def cka_workspace(
     pairs: list[tuple[int, int]],
     by_features: bool,
     single: bool,
+    groups: int,
     threads: int,
 ) -> int: ...
 def cka_products(
@@ -105,9 +107,11 @@ def cka_products(
     pairs: list[tuple[int, int]],
     by_features: bool,
     single: bool,
+    groups: int,
     threads: int,
     centered: tuple[int, list[int], list[int], int],
     u_centered: tuple[int, list[int], list[int], int],
     trace: tuple[int, list[int], list[int], int],
+    grand: tuple[int, list[int], list[int], int],
     workspace: tuple[int, list[int], list[int], int],
 ) -> bool: ...

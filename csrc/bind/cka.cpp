@@ -10,7 +10,7 @@ namespace rgfast::bind {
 namespace {
 
 cka::Problem problem(const std::vector<Tensor>& layers, const std::vector<std::pair<int, int>>& pairs,
-                     bool by_features, bool single, int threads) {
+                     bool by_features, bool single, std::int64_t groups, int threads) {
   cka::Problem found{};
   found.by_features = by_features;
   found.single = single;
@@ -31,6 +31,9 @@ cka::Problem problem(const std::vector<Tensor>& layers, const std::vector<std::p
     found.layers.push_back(
         {layer.data, layer.dtype == DType::f64, layer.stride(0), layer.stride(1), layer.size(2)});
   }
+  found.groups = groups;
+  if (groups < 1 || (groups > 1 && (by_features || groups > found.samples)))
+    throw std::invalid_argument("groups must be 1, or up to the number of samples where products are theirs");
   if (layers.empty()) throw std::invalid_argument("layers must hold at least one layer, got none");
   const int count = static_cast<int>(layers.size());
   for (const auto& [l, m] : pairs)
@@ -56,22 +59,25 @@ void register_cka(py::module_& m) {
   m.def(
       "cka_workspace",
       [](const std::vector<Tensor>& layers, const std::vector<std::pair<int, int>>& pairs, bool by_features,
-         bool single,
-         int threads) { return cka::workspace_bytes(problem(layers, pairs, by_features, single, threads)); },
-      py::arg("layers"), py::arg("pairs"), py::arg("by_features"), py::arg("single"), py::arg("threads"),
-      "Bytes that cka_products works in.");
+         bool single, std::int64_t groups, int threads) {
+        return cka::workspace_bytes(problem(layers, pairs, by_features, single, groups, threads));
+      },
+      py::arg("layers"), py::arg("pairs"), py::arg("by_features"), py::arg("single"), py::arg("groups"),
+      py::arg("threads"), "Bytes that cka_products works in.");
   m.def(
       "cka_products",
       [](const std::vector<Tensor>& layers, const std::vector<std::pair<int, int>>& pairs, bool by_features,
-         bool single, int threads, const Tensor& centered, const Tensor& u_centered, const Tensor& trace,
-         const Tensor& workspace) {
-        const cka::Problem asked = problem(layers, pairs, by_features, single, threads);
-        const std::int64_t values = asked.positions * static_cast<std::int64_t>(pairs.size());
-        const std::int64_t states = asked.positions * static_cast<std::int64_t>(layers.size());
-        std::vector<cka::Status> status(static_cast<std::size_t>(states));
-        const cka::Result result{output<double>(centered, "centered", values),
-                                 output<double>(u_centered, "u_centered", values),
-                                 output<double>(trace, "trace", states), status.data()};
+         bool single, std::int64_t groups, int threads, const Tensor& centered, const Tensor& u_centered,
+         const Tensor& trace, const Tensor& grand, const Tensor& workspace) {
+        const cka::Problem asked = problem(layers, pairs, by_features, single, groups, threads);
+        const auto count = static_cast<std::int64_t>(layers.size());
+        const std::int64_t each = asked.positions * asked.variants();
+        const std::int64_t values = each * static_cast<std::int64_t>(pairs.size());
+        const std::int64_t states = each * count;
+        std::vector<cka::Status> status(static_cast<std::size_t>(asked.positions * count));
+        const cka::Result result{
+            output<double>(centered, "centered", values), output<double>(u_centered, "u_centered", values),
+            output<double>(trace, "trace", states), output<double>(grand, "grand", states), status.data()};
         const std::size_t bytes = cka::workspace_bytes(asked);
         auto* const space = output<std::byte>(workspace, "workspace", static_cast<std::int64_t>(bytes / 8));
         if (reinterpret_cast<std::uintptr_t>(space) % 64 != 0)
@@ -83,10 +89,12 @@ void register_cka(py::module_& m) {
         return std::any_of(status.begin(), status.end(),
                            [](cka::Status one) { return one == cka::Status::not_finite; });
       },
-      py::arg("layers"), py::arg("pairs"), py::arg("by_features"), py::arg("single"), py::arg("threads"),
-      py::arg("centered"), py::arg("u_centered"), py::arg("trace"), py::arg("workspace"),
-      "Inner products of centred and U-centred Grams [P, pairs] and traces [P, L]; True where NaN or Inf "
-      "came.");
+      py::arg("layers"), py::arg("pairs"), py::arg("by_features"), py::arg("single"), py::arg("groups"),
+      py::arg("threads"), py::arg("centered"), py::arg("u_centered"), py::arg("trace"), py::arg("grand"),
+      py::arg("workspace"),
+      "Inner products of centred and U-centred Grams [P, V, pairs], traces and sums of Grams [P, V, L]; True "
+      "where NaN or Inf came. V is 1, or with groups of samples i, i + groups, ... 1 + groups: all samples, "
+      "and all but each group.");
 }
 
 }  // namespace rgfast::bind

@@ -32,6 +32,8 @@ struct Plan {
   std::int64_t side = 0;   // of a tile, panels
   std::int64_t item = 0;   // bytes
   std::int64_t widest = 0;
+  std::int64_t group_slots = 0;  // a group begins with a tile of its own
+  std::int64_t slots = 0;
   std::int64_t sample_tiles = 0;
   std::int64_t tasks = 0;           // per position
   std::vector<std::size_t> panels;  // offset of a layer's panels at position 0
@@ -43,10 +45,12 @@ struct Plan {
     for (const Layer& layer : p.layers) widest = std::max(widest, layer.width);
     lanes = kernel.lanes(p.single);
     side = kernel.tile(p.single);
-    sample_tiles = blocks(p.samples);
+    group_slots = p.groups == 1 ? p.samples : rounded((p.samples - 1) / p.groups + 1, side * lanes);
+    slots = p.groups * group_slots;
+    sample_tiles = blocks(slots);
     for (const Layer& layer : p.layers) {
       panels.push_back(position_bytes);
-      const std::int64_t count = p.by_features ? layer.width : p.samples;
+      const std::int64_t count = p.by_features ? layer.width : slots;
       position_bytes += bytes((count + lanes - 1) / lanes * panel(layer) * item);
     }
     const auto layers = static_cast<std::int64_t>(p.layers.size());
@@ -60,9 +64,9 @@ struct Plan {
       results = tasks * pairs;
     }
     norms = static_cast<std::size_t>(p.positions) * position_bytes;
-    row_sums = norms + bytes(p.positions * layers * p.samples * 8);
-    columns_at = row_sums + bytes(p.positions * layers * p.samples * 8);
-    columns_bytes = bytes(3 * widest * 8);
+    row_sums = norms + bytes(p.positions * layers * slots * 8);
+    columns_at = row_sums + bytes(p.positions * layers * p.groups * slots * 8);
+    columns_bytes = bytes((2 + p.groups) * widest * 8);
     tiles = columns_at + columns_bytes * static_cast<std::size_t>(p.threads);
     tile_bytes = bytes((p.by_features ? 1 : layers) * side * side * lanes * lanes * 8);
     sums = tiles + tile_bytes * static_cast<std::size_t>(p.threads);
@@ -89,7 +93,12 @@ struct Plan {
 class Run {
  public:
   Run(const Problem& problem, const Result& result, std::byte* workspace)
-      : p_(problem), result_(result), plan_(problem), base_(workspace) {}
+      : p_(problem), result_(result), plan_(problem), base_(workspace) {
+    for (std::int64_t i = 0; i < plan_.sample_tiles && !p_.by_features; ++i)
+      for (std::int64_t j = i; j < plan_.sample_tiles; ++j) tiles_.emplace_back(i, j);
+    // The small tasks, on the diagonal, come last: they even out what the others leave.
+    std::stable_partition(tiles_.begin(), tiles_.end(), [](const auto& at) { return at.first != at.second; });
+  }
 
   void all() {
     const std::int64_t layers = count(p_.layers);
@@ -115,8 +124,11 @@ class Run {
     return static_cast<std::int64_t>(values.size());
   }
   double* doubles(std::size_t offset) const { return reinterpret_cast<double*>(base_ + offset); }
-  double* vector(std::size_t offset, std::int64_t position, std::int64_t layer) const {
-    return doubles(offset) + (position * count(p_.layers) + layer) * p_.samples;
+  double* norms(std::int64_t position, std::int64_t layer) const {
+    return doubles(plan_.norms) + (position * count(p_.layers) + layer) * plan_.slots;
+  }
+  double* row_sums(std::int64_t position, std::int64_t layer) const {
+    return doubles(plan_.row_sums) + (position * count(p_.layers) + layer) * p_.groups * plan_.slots;
   }
   std::byte* panels(std::int64_t position, std::int64_t layer) const {
     return base_ + static_cast<std::size_t>(position) * plan_.position_bytes +
@@ -133,10 +145,12 @@ class Run {
     job.samples = p_.samples;
     job.width = layer.width;
     job.by_features = p_.by_features;
+    job.groups = p_.groups;
+    job.group_slots = plan_.group_slots;
     job.panel = plan_.panel(layer);
     job.panels = panels(position, index);
-    job.norms = vector(plan_.norms, position, index);
-    job.row_sums = vector(plan_.row_sums, position, index);
+    job.norms = norms(position, index);
+    job.row_sums = row_sums(position, index);
     job.columns = doubles(plan_.columns_at + plan_.columns_bytes * static_cast<std::size_t>(slot));
     job.status = result_.status + position * count(p_.layers) + index;
     plan_.kernel.pack(job, p_.single);
@@ -152,15 +166,10 @@ class Run {
       widths.push_back(layer.width);
       strides.push_back(plan_.panel(layer));
     }
-    std::vector<std::pair<std::int64_t, std::int64_t>> tiles;
-    for (std::int64_t i = 0; i < plan_.sample_tiles; ++i)
-      for (std::int64_t j = i; j < plan_.sample_tiles; ++j) tiles.emplace_back(i, j);
-    // The small tasks, on the diagonal, come last: they even out what the others leave.
-    std::stable_partition(tiles.begin(), tiles.end(), [](const auto& at) { return at.first != at.second; });
     std::vector<const void*> panel(static_cast<std::size_t>(2 * layers * p_.threads));
     parallel_for(p_.positions * plan_.tasks, p_.threads, lengthy(), [&](std::int64_t task, int slot) {
       const std::int64_t position = task / plan_.tasks;
-      const auto [i, j] = tiles[static_cast<std::size_t>(task % plan_.tasks)];
+      const auto [i, j] = tiles_[static_cast<std::size_t>(task % plan_.tasks)];
       const void** const left = panel.data() + 2 * layers * slot;
       const void** const right = left + layers;
       for (int l = 0; l < layers; ++l) {
@@ -174,8 +183,8 @@ class Run {
       job.widths = widths.data();
       job.panels = strides.data();
       job.layers = layers;
-      job.rows = plan_.panels_in(i, p_.samples);
-      job.columns = plan_.panels_in(j, p_.samples);
+      job.rows = plan_.panels_in(i, plan_.slots);
+      job.columns = plan_.panels_in(j, plan_.slots);
       job.diagonal = i == j;
       job.pairs = where.data();
       job.tiles = doubles(plan_.tiles + plan_.tile_bytes * static_cast<std::size_t>(slot));
@@ -211,53 +220,102 @@ class Run {
     });
   }
 
-  double dot(const double* a, const double* b) const {
-    VectorJob job{a, b, p_.samples, 0.0};
-    plan_.kernel.dot(job);
-    return job.sum;
+  // The slots [0, from) and [to, slots) count: all, or all but a group's.
+  struct Kept {
+    std::int64_t group;  // left out, or -1
+    std::int64_t from, to;
+    double samples;
+  };
+
+  Kept kept(std::int64_t variant) const {
+    const std::int64_t all = p_.samples, g = variant - 1;
+    if (variant == 0) return {-1, plan_.slots, plan_.slots, static_cast<double>(all)};
+    const std::int64_t own = (all - g + p_.groups - 1) / p_.groups;
+    return {g, g * plan_.group_slots, (g + 1) * plan_.group_slots, static_cast<double>(all - own)};
   }
 
-  // Adds the tiles up in their order, and takes off what centring takes off.
-  void finish(std::int64_t position) {
-    const std::int64_t layers = count(p_.layers), pairs = count(p_.pairs);
-    const double n = static_cast<double>(p_.samples);
-    std::vector<double> trace, grand;
-    for (std::int64_t l = 0; l < layers; ++l) {
-      double diagonal = 0.0, sum = 0.0;
-      for (std::int64_t i = 0; i < p_.samples; ++i) {
-        diagonal += vector(plan_.norms, position, l)[i];
-        sum += vector(plan_.row_sums, position, l)[i];
-        // From here on: row sums of K without its diagonal.
-        vector(plan_.row_sums, position, l)[i] -= vector(plan_.norms, position, l)[i];
+  double dot(const double* a, const double* b, const Kept& which) const {
+    VectorJob job{a, b, which.from, 0.0};
+    plan_.kernel.dot(job);
+    const double before = job.sum;
+    if (which.to == plan_.slots) return before;
+    job = {a + which.to, b + which.to, plan_.slots - which.to, 0.0};
+    plan_.kernel.dot(job);
+    return before + job.sum;
+  }
+
+  // Every pair's products summed over the tiles of kept samples, in their order; or over its own of features.
+  std::vector<double> tile_sums(std::int64_t position, const Kept& which) const {
+    const std::int64_t pairs = count(p_.pairs), side = plan_.side * plan_.lanes;
+    const double* sums = doubles(plan_.sums) + position * plan_.tasks * (p_.by_features ? 1 : pairs);
+    std::vector<double> total(static_cast<std::size_t>(pairs));
+    if (p_.by_features) {
+      for (std::int64_t pair = 0; pair < pairs; ++pair) {
+        const std::int64_t rows = plan_.feature_tiles(p_.pairs[static_cast<std::size_t>(pair)].first);
+        for (std::int64_t i = 0; i < rows; ++i) total[static_cast<std::size_t>(pair)] += *sums++;
       }
-      trace.push_back(diagonal);
-      grand.push_back(sum);
-      result_.trace[position * layers + l] = diagonal;
+      return total;
     }
-    const double* const sums = doubles(plan_.sums) + position * plan_.tasks * (p_.by_features ? 1 : pairs);
-    std::int64_t next = 0;
+    for (const auto& [i, j] : tiles_) {
+      const bool left_out = which.group >= 0 && (i * side / plan_.group_slots == which.group ||
+                                                 j * side / plan_.group_slots == which.group);
+      for (std::int64_t pair = 0; pair < pairs && !left_out; ++pair)
+        total[static_cast<std::size_t>(pair)] += sums[pair];
+      sums += pairs;
+    }
+    return total;
+  }
+
+  // Adds the tiles up, and takes off what centring takes off, for all samples and without each group.
+  void finish(std::int64_t position) {
+    const std::int64_t layers = count(p_.layers);
+    std::vector<double> trace(static_cast<std::size_t>(layers)), grand(trace);
+    std::vector<double> rows(static_cast<std::size_t>(layers * plan_.slots));
+    for (std::int64_t variant = 0; variant < p_.variants(); ++variant) {
+      const Kept which = kept(variant);
+      const std::int64_t at = position * p_.variants() + variant;
+      for (std::int64_t l = 0; l < layers; ++l) {
+        const double* const norm = norms(position, l);
+        const double* const sums = row_sums(position, l);
+        // Row sums of K without its diagonal.
+        double* const row = rows.data() + l * plan_.slots;
+        double diagonal = 0.0, sum = 0.0;
+        for (std::int64_t i = 0; i < plan_.slots; ++i) {
+          if (i == which.from) i = which.to;
+          if (i == plan_.slots) break;
+          double full = 0.0;
+          for (std::int64_t g = 0; g < p_.groups; ++g)
+            if (g != which.group) full += sums[g * plan_.slots + i];
+          diagonal += norm[i];
+          sum += full;
+          row[i] = full - norm[i];
+        }
+        trace[static_cast<std::size_t>(l)] = result_.trace[at * layers + l] = diagonal;
+        grand[static_cast<std::size_t>(l)] = result_.grand[at * layers + l] = sum;
+      }
+      centre(position, at, which, rows.data(), trace, grand);
+    }
+  }
+
+  void centre(std::int64_t position, std::int64_t at, const Kept& which, const double* rows,
+              const std::vector<double>& trace, const std::vector<double>& grand) const {
+    const std::int64_t pairs = count(p_.pairs);
+    const double n = which.samples;
+    const std::vector<double> sums = tile_sums(position, which);
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
       const auto l = static_cast<std::size_t>(p_.pairs[static_cast<std::size_t>(pair)].first);
       const auto m = static_cast<std::size_t>(p_.pairs[static_cast<std::size_t>(pair)].second);
-      const double* const a = vector(plan_.norms, position, static_cast<std::int64_t>(l));
-      const double* const b = vector(plan_.norms, position, static_cast<std::int64_t>(m));
-      const double* const r = vector(plan_.row_sums, position, static_cast<std::int64_t>(l));
-      const double* const s = vector(plan_.row_sums, position, static_cast<std::int64_t>(m));
-      const double diagonals = dot(a, b), rows = dot(r, s);
-      double off = 0.0;
-      if (p_.by_features) {
-        const std::int64_t rows_of_tiles = plan_.feature_tiles(static_cast<int>(l));
-        for (std::int64_t i = 0; i < rows_of_tiles; ++i) off += sums[next + i];
-        next += rows_of_tiles;
-        off -= diagonals;
-      } else {
-        for (std::int64_t task = 0; task < plan_.tasks; ++task) off += sums[task * pairs + pair];
-      }
-      const double full_rows = rows + dot(r, b) + dot(a, s) + diagonals;
-      result_.centered[position * pairs + pair] =
+      const double* const a = norms(position, static_cast<std::int64_t>(l));
+      const double* const b = norms(position, static_cast<std::int64_t>(m));
+      const double* const r = rows + static_cast<std::int64_t>(l) * plan_.slots;
+      const double* const s = rows + static_cast<std::int64_t>(m) * plan_.slots;
+      const double diagonals = dot(a, b, which), products = dot(r, s, which);
+      const double off = sums[static_cast<std::size_t>(pair)] - (p_.by_features ? diagonals : 0.0);
+      const double full_rows = products + dot(r, b, which) + dot(a, s, which) + diagonals;
+      result_.centered[at * pairs + pair] =
           off + diagonals - 2.0 * full_rows / n + grand[l] * grand[m] / (n * n);
-      result_.u_centered[position * pairs + pair] =
-          off - 2.0 * rows / (n - 2.0) +
+      result_.u_centered[at * pairs + pair] =
+          off - 2.0 * products / (n - 2.0) +
           (grand[l] - trace[l]) * (grand[m] - trace[m]) / ((n - 1.0) * (n - 2.0));
     }
   }
@@ -266,6 +324,7 @@ class Run {
   const Result& result_;
   const Plan plan_;
   std::byte* const base_;
+  std::vector<std::pair<std::int64_t, std::int64_t>> tiles_;  // of samples
 };
 
 }  // namespace

@@ -35,12 +35,18 @@ struct Problem {
   bool by_features;
   bool single;  // products of floats, else of doubles
   int threads;
+  // Sample i is in group i % groups. More than one, which is for samples alone: results are of V = 1 + groups
+  // variants, all samples and all but those of each group, from the same products.
+  std::int64_t groups = 1;
+
+  std::int64_t variants() const { return groups > 1 ? 1 + groups : 1; }
 };
 
 struct Result {
-  double* centered;    // [P, pairs]
-  double* u_centered;  // [P, pairs]; meaningless for fewer than 4 samples
-  double* trace;       // [P, L]: Σ_i K_ii
+  double* centered;    // [P, V, pairs]
+  double* u_centered;  // [P, V, pairs]; meaningless for fewer than 4 samples
+  double* trace;       // [P, V, L]: Σ_i K_ii
+  double* grand;       // [P, V, L]: Σ_ij K_ij, which is what centring has left of the squared sum of rows
   Status* status;      // [P, L]
 };
 

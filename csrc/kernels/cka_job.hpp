@@ -22,11 +22,13 @@ struct PackJob {
   std::int64_t samples;
   std::int64_t width;
   bool by_features;
-  std::int64_t panel;  // elements from panel to panel
-  void* panels;        // by samples [n/lanes][width][lanes], by features [width/lanes][samples][lanes]
-  double* norms;       // [samples]: K_ii
-  double* row_sums;    // [samples]: Σ_j K_ij
-  double* columns;     // scratch [3, width]
+  std::int64_t groups;       // sample i goes to slot i / groups of group i % groups
+  std::int64_t group_slots;  // of a group; those that no sample has hold zeros
+  std::int64_t panel;        // elements from panel to panel
+  void* panels;      // by samples [slots/lanes][width][lanes], by features [width/lanes][samples][lanes]
+  double* norms;     // [slots]: K_ii
+  double* row_sums;  // [groups, slots]: Σ_j K_ij over the samples j of a group
+  double* columns;   // scratch [2 + groups, width]
   Status* status;
 };
 

@@ -158,17 +158,15 @@ static Status means(const PackJob& job, std::int64_t step, double* shift, double
   return largest == 0.0 ? Status::constant : Status::good;
 }
 
-// Panels, norms and the column sums `rest`; returns the sum of the norms.
+// Panels, norms and the column sums `rest` of every group; returns the sum of the norms.
 template <class S, class T>
 static double fill(const PackJob& job, const double* shift, double scale, double* rest, T* same_shift) {
   constexpr int lanes = kLanes<T>;
   const S* const source = static_cast<const S*>(job.source);
   const std::int64_t n = job.samples, d = job.width, stride = job.sample_stride;
   T* const panels = static_cast<T*>(job.panels);
-  for (std::int64_t j = 0; j < d; ++j) {
-    same_shift[j] = static_cast<T>(shift[j]);
-    rest[j] = 0.0;
-  }
+  for (std::int64_t j = 0; j < d; ++j) same_shift[j] = static_cast<T>(shift[j]);
+  for (std::int64_t j = 0; j < job.groups * d; ++j) rest[j] = 0.0;
   double trace = 0.0;
   if (job.by_features) {
     T* const last = panels + d / lanes * job.panel;
@@ -182,23 +180,39 @@ static double fill(const PackJob& job, const double* shift, double scale, double
     }
     return trace;
   }
-  for (std::int64_t from = 0; from < n; from += lanes) {
-    const std::int64_t rows = n - from < lanes ? n - from : lanes;
-    T* const panel = panels + from / lanes * job.panel;
-    const S* const at = source + from * stride;
-    rows == lanes ? turned_rows<true>(at, stride, rows, shift, same_shift, scale, d, panel, rest)
-                  : turned_rows<false>(at, stride, rows, shift, same_shift, scale, d, panel, rest);
-    lane_sums<T>(panel, nullptr, d, rows, job.norms + from);
-    for (std::int64_t r = 0; r < rows; ++r) trace += job.norms[from + r];
+  const std::int64_t step = job.groups * stride;
+  for (std::int64_t g = 0; g < job.groups; ++g) {
+    const std::int64_t count = (n - g + job.groups - 1) / job.groups, first = g * job.group_slots;
+    double* const norms = job.norms + first;
+    double* const own = rest + g * d;
+    std::int64_t from = 0;
+    for (; from < count; from += lanes) {
+      const std::int64_t rows = count - from < lanes ? count - from : lanes;
+      T* const panel = panels + (first + from) / lanes * job.panel;
+      const S* const at = source + g * stride + from * step;
+      rows == lanes ? turned_rows<true>(at, step, rows, shift, same_shift, scale, d, panel, own)
+                    : turned_rows<false>(at, step, rows, shift, same_shift, scale, d, panel, own);
+      lane_sums<T>(panel, nullptr, d, rows, norms + from);
+      for (std::int64_t r = 0; r < rows; ++r) trace += norms[from + r];
+    }
+    for (; from < job.group_slots; from += lanes) {
+      T* const panel = panels + (first + from) / lanes * job.panel;
+      for (std::int64_t i = 0; i < d * lanes; ++i) panel[i] = T{0};
+    }
+    for (std::int64_t i = count; i < job.group_slots; ++i) norms[i] = 0.0;
   }
   return trace;
 }
 
 // What a shift from a few rows must keep to: a mean that is left over may not rival the spread, and the
 // values are of the order of 1. Then the exact corrections by row sums cost no digits.
-static bool fair(double trace, const double* rest, std::int64_t n, std::int64_t d) {
+static bool fair(double trace, const double* rest, std::int64_t groups, std::int64_t n, std::int64_t d) {
   double left = 0.0;
-  for (std::int64_t j = 0; j < d; ++j) left += rest[j] * rest[j];
+  for (std::int64_t j = 0; j < d; ++j) {
+    double sum = rest[j];
+    for (std::int64_t g = 1; g < groups; ++g) sum += rest[g * d + j];
+    left += sum * sum;
+  }
   const double level = trace / (static_cast<double>(n) * static_cast<double>(d));
   return left <= 0.1 * trace * static_cast<double>(n) && level > 1e-6 && level < 1e6;
 }
@@ -206,20 +220,22 @@ static bool fair(double trace, const double* rest, std::int64_t n, std::int64_t 
 template <class S, class T>
 static void pack(const PackJob& job) {
   constexpr int lanes = kLanes<T>;
-  const std::int64_t n = job.samples, d = job.width;
+  const std::int64_t n = job.samples, d = job.width, slots = job.groups * job.group_slots;
   T* const panels = static_cast<T*>(job.panels);
   double* const shift = job.columns;
   double* const rest = shift + d;
-  T* const scratch = reinterpret_cast<T*>(rest + d);
+  T* const scratch = reinterpret_cast<T*>(rest + job.groups * d);
   double scale = 1.0;
   const std::int64_t step = n > 64 ? n / 32 : 1;
   *job.status = means<S, T>(job, step, shift, rest, &scale);
-  bool done = *job.status == Status::good && fair(fill<S>(job, shift, scale, rest, scratch), rest, n, d);
+  bool done =
+      *job.status == Status::good && fair(fill<S>(job, shift, scale, rest, scratch), rest, job.groups, n, d);
   if (!done && step > 1) *job.status = means<S, T>(job, 1, shift, rest, &scale);
   if (*job.status != Status::good) {
-    const std::int64_t whole = ((job.by_features ? d : n) + lanes - 1) / lanes * job.panel;
+    const std::int64_t whole = ((job.by_features ? d : slots) + lanes - 1) / lanes * job.panel;
     for (std::int64_t i = 0; i < whole; ++i) panels[i] = T{0};
-    for (std::int64_t i = 0; i < n; ++i) job.norms[i] = job.row_sums[i] = 0.0;
+    for (std::int64_t i = 0; i < slots; ++i) job.norms[i] = 0.0;
+    for (std::int64_t i = 0; i < job.groups * slots; ++i) job.row_sums[i] = 0.0;
     return;
   }
   if (!done && step > 1) fill<S>(job, shift, scale, rest, scratch);
@@ -242,10 +258,12 @@ static void pack(const PackJob& job) {
     return;
   }
   T* const weights = scratch;
-  for (std::int64_t j = 0; j < d; ++j) weights[j] = static_cast<T>(rest[j]);
-  for (std::int64_t from = 0; from < n; from += lanes)
-    lane_sums<T>(panels + from / lanes * job.panel, weights, d, n - from < lanes ? n - from : lanes,
-                 job.row_sums + from);
+  for (std::int64_t g = 0; g < job.groups; ++g) {
+    for (std::int64_t j = 0; j < d; ++j) weights[j] = static_cast<T>(rest[g * d + j]);
+    for (std::int64_t from = 0; from < slots; from += lanes)
+      lane_sums<T>(panels + from / lanes * job.panel, weights, d, slots - from < lanes ? slots - from : lanes,
+                   job.row_sums + g * slots + from);
+  }
 }
 
 static void pack_any(const PackJob& job, bool single) {

@@ -16,7 +16,7 @@ using rgfast::cka::Result;
 using rgfast::cka::Status;
 
 struct Found {
-  std::vector<double> centered, u_centered, trace;
+  std::vector<double> centered, u_centered, trace, grand;
   std::vector<Status> status;
 };
 
@@ -24,16 +24,19 @@ Found products(const Problem& problem) {
   const auto positions = static_cast<std::size_t>(problem.positions);
   const double poison = std::numeric_limits<double>::quiet_NaN();
   Found out;
-  out.centered.assign(positions * problem.pairs.size(), poison);
-  out.u_centered.assign(positions * problem.pairs.size(), poison);
-  out.trace.assign(positions * problem.layers.size(), poison);
+  const auto variants = static_cast<std::size_t>(problem.variants());
+  out.centered.assign(positions * variants * problem.pairs.size(), poison);
+  out.u_centered.assign(positions * variants * problem.pairs.size(), poison);
+  out.trace.assign(positions * variants * problem.layers.size(), poison);
+  out.grand.assign(positions * variants * problem.layers.size(), poison);
   out.status.assign(positions * problem.layers.size(), Status::good);
   // Just as much as is asked for, so that a sanitizer sees a step outside.
   std::vector<double> space(rgfast::cka::workspace_bytes(problem) / 8 + 8, poison);
   auto* const at = reinterpret_cast<std::byte*>(space.data());
   const std::size_t off = reinterpret_cast<std::uintptr_t>(at) % 64;
   rgfast::cka::run(problem,
-                   Result{out.centered.data(), out.u_centered.data(), out.trace.data(), out.status.data()},
+                   Result{out.centered.data(), out.u_centered.data(), out.trace.data(), out.grand.data(),
+                          out.status.data()},
                    at + (off == 0 ? 0 : 64 - off));
   return out;
 }
@@ -86,6 +89,51 @@ TEST(cka_of_odd_shapes_on_both_routes) {
           const double got = found.centered[2] / std::sqrt(found.centered[0] * found.centered[1]);
           CHECK(std::abs(got - expected) <= (single ? 1e-5 : 1e-10));
         }
+    }
+}
+
+// Of all samples and of all but each group, against products of just those.
+TEST(cka_of_groups) {
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal(3.0F, 1.0F);
+  for (const std::int64_t n : {9, 64, 131, 200})
+    for (const std::int64_t groups : {2, 3, 8}) {
+      constexpr std::int64_t d = 21, positions = 2;
+      std::vector<float> x(static_cast<std::size_t>(positions * n * d)), y = x;
+      for (float& v : x) v = normal(generator);
+      for (float& v : y) v = normal(generator);
+      const std::vector<std::pair<int, int>> pairs{{0, 0}, {1, 1}, {0, 1}};
+      const auto layer = [&](const std::vector<float>& z, std::int64_t samples) {
+        return Layer{z.data(), false, samples * d, d, d};
+      };
+      for (const bool single : {false, true}) {
+        Problem problem{positions, n, {layer(x, n), layer(y, n)}, pairs, false, single, 3};
+        problem.groups = groups;
+        const Found found = products(problem);
+        for (std::int64_t v = 0; v <= groups; ++v) {
+          std::vector<float> few_x, few_y;
+          for (std::int64_t p = 0; p < positions; ++p)
+            for (std::int64_t i = 0; i < n; ++i)
+              for (std::int64_t j = 0; j < d && i % groups != v - 1; ++j) {
+                few_x.push_back(x[static_cast<std::size_t>((p * n + i) * d + j)]);
+                few_y.push_back(y[static_cast<std::size_t>((p * n + i) * d + j)]);
+              }
+          const std::int64_t left = static_cast<std::int64_t>(few_x.size()) / (positions * d);
+          const Found wanted =
+              products({positions, left, {layer(few_x, left), layer(few_y, left)}, pairs, false, single, 1});
+          for (std::size_t p = 0; p < positions; ++p) {
+            const std::size_t at =
+                3 * (p * static_cast<std::size_t>(1 + groups) + static_cast<std::size_t>(v));
+            const auto ratio = [](const std::vector<double>& all, std::size_t from) {
+              return all[from + 2] / std::sqrt(all[from] * all[from + 1]);
+            };
+            const double limit = single ? 1e-5 : 1e-11;
+            CHECK(std::abs(ratio(found.centered, at) - ratio(wanted.centered, 3 * p)) <= limit);
+            CHECK(left < 4 ||
+                  std::abs(ratio(found.u_centered, at) - ratio(wanted.u_centered, 3 * p)) <= limit);
+          }
+        }
+      }
     }
 }
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from rgfast.ops.cka.api import alignment
@@ -21,11 +25,41 @@ __all__ = ["measure_rows"]
 _TOL = 1e-7
 
 
-def measure_rows(states: Tensor, *, adjacent: bool, uncentred: bool) -> Measured | None:
+def measure_rows(
+    states: Tensor, *, adjacent: bool, uncentred: bool, groups: int = 1
+) -> tuple[Measured, ...] | None:
     """The measures of ``states[L, P, n, d]`` for P positions; None where NaN or infinity is met.
 
-    CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN.
+    CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN. With
+    ``groups``, also those without the samples g, g + groups, ... for every g.
     """
+    variants = [states, *(_without_each(states, groups) if groups > 1 else ())]
+    spectra = [_spectral(part, uncentred) for part in variants]
+    found = [part for part in spectra if part is not None]
+    if len(found) < len(spectra):
+        return None
+    aligned = alignment(list(states), adjacent=adjacent, groups=groups)
+    return tuple(_with_pairs(part, pairs) for part, pairs in zip(found, aligned, strict=True))
+
+
+def _without_each(states: Tensor, groups: int) -> Iterator[Tensor]:
+    """``states[L, P, n, d]`` without the samples g, g + groups, ... for every g, as views of one copy.
+
+    Group after group, and all but the last again: what follows a group, up to itself again, is the rest.
+    """
+    n = states.shape[2]
+    order = torch.arange(n, device=states.device)
+    order = order[(order % groups).argsort(stable=True)]
+    sizes = [len(range(g, n, groups)) for g in range(groups)]
+    twice = states.index_select(2, torch.cat([order, order[: n - sizes[-1]]]))
+    end = 0
+    for size in sizes:
+        end += size
+        yield twice[:, :, end : end + n - size]
+
+
+def _spectral(states: Tensor, uncentred: bool) -> Measured | None:
+    """All but drifts and pairs, which are empty."""
     layers, positions, n, d = states.shape
     x = states.reshape(layers * positions, n, d)
     found = spectra_of_rows(x, uncentred=uncentred)
@@ -53,15 +87,17 @@ def measure_rows(states: Tensor, *, adjacent: bool, uncentred: bool) -> Measured
     spectrum = np.full((layers, positions, d), np.nan)
     spectrum[..., : values.shape[1]] = values.reshape(*shape, -1)
     spectrum[..., values.shape[1] :] = 0.0
-    debiased, biased = (
-        np.asarray(matrix.permute(1, 2, 0).cpu().numpy())
-        for matrix in alignment(list(states), adjacent=adjacent)
-    )
+    return Measured(np.full(positions, n), ranks, bounds, again.reshape(shape), spectrum, {}, {})
+
+
+def _with_pairs(found: Measured, aligned: Tensor) -> Measured:
+    """What was found with CKA ``aligned[2, P, L, L]``, debiased and biased, and the drifts it leads to."""
+    debiased, biased = (np.asarray(matrix.permute(1, 2, 0).cpu().numpy()) for matrix in aligned)
     pairs = {"cka": debiased, "cka_biased": biased}
     drifts = known_drifts(pairs)
-    norms = np.square(np.square(values)).sum(-1).reshape(shape)  # ‖K‖² of the centred kernels
+    norms = np.square(np.square(found.spectrum)).sum(-1)  # ‖K‖² of the centred kernels
     drifts["kernel_change"] = change_of(norms, drifts["kernel_drift"])
-    return Measured(np.full(positions, n), ranks, bounds, again.reshape(shape), spectrum, drifts, pairs)
+    return replace(found, drifts=drifts, pairs=pairs)
 
 
 def _uncentred(

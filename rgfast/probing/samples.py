@@ -160,29 +160,7 @@ def measured_by_samples(
 def measured_part(states: Tensor, plan: Plan, uncentred: bool) -> Part | None:
     """The measures of ``states[L, P, n, d]``, and without each group; None where NaN or infinity is met."""
     adjacent = plan.pairs == "adjacent"
-    found = measure_rows(states, adjacent=adjacent, uncentred=uncentred)
-    if found is None:
-        return None
-    part = [found]
-    for rest in _without_each(states, plan.groups) if plan.groups > 1 else ():
-        left = measure_rows(rest, adjacent=adjacent, uncentred=uncentred)
-        assert left is not None
-        part.append(left)
-    return tuple(part)
-
-
-def _without_each(states: Tensor, groups: int) -> Iterator[Tensor]:
-    """``states[L, P, n, d]`` without the samples g, g + groups, ... for every g, as views of one copy.
-
-    Group after group, and all but the last again: what follows a group, up to its own second copy, is the rest.
-    """
-    n = states.shape[2]
-    order = torch.arange(n, device=states.device)
-    order = order[(order % groups).argsort(stable=True)]
-    ends = [sum(len(range(k, n, groups)) for k in range(g + 1)) for g in range(groups)]
-    twice = states.index_select(2, torch.cat([order, order[: ends[-2]]]))
-    for g, end in enumerate(ends):
-        yield twice[:, :, end : end + n - len(range(g, n, groups))]
+    return measure_rows(states, adjacent=adjacent, uncentred=uncentred, groups=plan.groups)
 
 
 def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:

@@ -86,15 +86,19 @@ OP.add(Impl("native", _native, native.supports, native.broken, native.isa))
 OP.add(Impl("reference", _reference, lambda *args, **kwargs: None))
 
 
-def alignment(layers: Sequence[Tensor], *, adjacent: bool, impl: ImplName = "auto") -> Tensor:
-    """Debiased and biased CKA ``[2, P, L, L]`` (fp64) of ``layers[l][P, n, d]`` from one pass over the data.
+def alignment(
+    layers: Sequence[Tensor], *, adjacent: bool, groups: int = 1, impl: ImplName = "auto"
+) -> Tensor:
+    """Debiased and biased CKA ``[V, 2, P, L, L]`` (fp64) of ``layers[l][P, n, d]`` from one pass over data.
 
     The values of :func:`cka_matrix`, NaN beside constant layers and, if ``adjacent``, for all pairs but
-    neighbours; those of close neighbours are as good as 1 − :func:`kernel_drift`. Raises ValueError for NaN
-    or Inf.
+    neighbours; those of close neighbours are as good as 1 − :func:`kernel_drift`. V is 1; with ``groups`` of
+    samples i, i + groups, ... it is 1 + groups: of all samples, then of all but each group. Raises ValueError
+    for NaN or Inf.
     """
     checked = as_layers(layers, "layers")
-    value: Tensor = OP(impl, checked[0].device, "alignment", ("layers",), checked, adjacent=adjacent)
+    options = {"adjacent": adjacent, "groups": groups}
+    value: Tensor = OP(impl, checked[0].device, "alignment", ("layers",), checked, **options)
     return value
 
 

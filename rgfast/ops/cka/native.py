@@ -25,6 +25,8 @@ _NO_VARIANCE = 1e-13
 # U-centring cancels: fp32 products do not do where less than this is left of ‖K‖². In feature space the
 # diagonal that it takes off is a part of what was summed in fp32.
 _CANCELS = {"samples": 0.05, "features": 0.5}
+# Groups of samples begin with a tile of their own, of so many.
+_GROUP_UNIT = 64
 # fp32 products err by 1e-9 to 2e-7 in a CKA: a drift below this is read again with fp64 products.
 _SMALL_DRIFT = 1e-3
 
@@ -116,36 +118,65 @@ def run(
     return matrix[..., 0, 0] if task == "cka" else matrix
 
 
-def run_alignment(layers: Sequence[Tensor], adjacent: bool) -> Tensor | None:
-    """Debiased and biased CKA ``[2, P, L, L]`` of ``layers[l][P, n, d]`` from the same products, or None.
+def run_alignment(layers: Sequence[Tensor], adjacent: bool, groups: int) -> Tensor | None:
+    """Debiased and biased CKA ``[V, 2, P, L, L]`` of ``layers[l][P, n, d]`` from the same products, or None.
 
-    Positions with close neighbours have their neighbours read again with fp64 products.
+    Positions with close neighbours have their neighbours read again with fp64 products. V is 1, or with
+    ``groups`` 1 + groups: of all samples, then without samples g, g + groups, ... for every g.
     """
     flat = [x.detach() for x in layers]
+    if groups == 1:
+        found = _aligned(flat, adjacent, 1)
+        return None if found is None else found[None]
+    shared = _aligned(flat, adjacent, groups) if _worth_sharing(flat, adjacent, groups) else None
+    if shared is not None:
+        return shared
+    group = torch.arange(flat[0].shape[1], device="cpu") % groups
+    parts = [_aligned(flat, adjacent, 1)]
+    parts += [_aligned([x[:, group != g] for x in flat], adjacent, 1) for g in range(groups)]
+    return None if any(part is None for part in parts) else torch.stack([p for p in parts if p is not None])
+
+
+def _worth_sharing(layers: list[Tensor], adjacent: bool, groups: int) -> bool:
+    """Whether products by samples for all variants at once are fewer than those of one after the other."""
+    wanted = _wanted("drift" if adjacent else "matrix", tuple(x.shape[2] for x in layers), None)
+    n = layers[0].shape[1]
+    slots = groups * -(-n // groups // _GROUP_UNIT) * _GROUP_UNIT
+    alone = sum(
+        min(k * k * wanted.cost_of_samples, k * wanted.cost_of_features)
+        for k in (n, *[n - n // groups] * groups)
+    )
+    return n <= 4096 and slots * slots * wanted.cost_of_samples < alone
+
+
+def _aligned(flat: list[Tensor], adjacent: bool, groups: int) -> Tensor | None:
+    """``[2, P, L, L]``, or ``[1 + groups, 2, P, L, L]``; None, too, where shared products lose digits."""
     widths = tuple(x.shape[2] for x in flat)
     near, wanted = _wanted("drift", widths, None), _wanted("drift" if adjacent else "matrix", widths, None)
-    found = _inner_products(flat, wanted, 4096, None, guarded=True)
+    found = _inner_products(flat, wanted, 4096, None, guarded=True, groups=groups)
     if found is None:
         return None
-    out = torch.full((2, len(flat[0]), len(flat), len(flat)), torch.nan, dtype=torch.float64, device="cpu")
+    out = torch.full(
+        (2, *found.trace.shape[:-1], len(flat), len(flat)), torch.nan, dtype=torch.float64, device="cpu"
+    )
 
-    def put(found: tuple[Tensor, Tensor, Tensor], wanted: _Wanted, at: Tensor | slice, layers: Any) -> None:
-        centered, u_centered, trace = found
+    def put(found: _Products, wanted: _Wanted, at: Tensor | slice) -> None:
         left, right = wanted.sides
-        for matrix, inner in zip(out, (u_centered, centered), strict=True):
+        for matrix, inner in zip(out, (found.u_centered, found.centered), strict=True):
             values = matrix[at]
-            values[:, left, right] = values[:, right, left] = _ratio(inner, trace, layers, wanted)
+            values[..., left, right] = values[..., right, left] = _ratio(inner, found, wanted)
             matrix[at] = values
 
-    put(found, wanted, slice(None), flat)
+    put(found, wanted, slice(None))
     if flat[0].dtype != torch.float64:
-        close = (1.0 - out[1].diagonal(1, -2, -1) < _SMALL_DRIFT).any(1).nonzero()[:, 0]
+        drift = 1.0 - out[1].diagonal(1, -2, -1)
+        close = (drift < _SMALL_DRIFT).reshape(len(drift), -1).any(1).nonzero()[:, 0]
         if len(close):
             some = flat if len(close) == len(flat[0]) else [x[close] for x in flat]
-            again = _inner_products(some, near, 4096, "double", guarded=False)
+            again = _inner_products(some, near, 4096, "double", guarded=False, groups=groups)
             if again is not None:
-                put(again, near, close, some)
-    return out
+                put(again, near, close)
+    return out if groups == 1 else out.permute(2, 0, 1, 3, 4)
 
 
 def _read_again(layers: list[Tensor], drift: Tensor, debiased: bool) -> Tensor:
@@ -167,28 +198,34 @@ def _cosines(
     found = _inner_products(layers, wanted, sample_limit, precision, guarded=debiased)
     if found is None:
         return None
-    centered, u_centered, trace = found
-    return _ratio(u_centered if debiased else centered, trace, layers, wanted)
+    return _ratio(found.u_centered if debiased else found.centered, found, wanted)
 
 
-def _ratio(inner: Tensor, trace: Tensor, layers: list[Tensor], wanted: _Wanted) -> Tensor:
-    own = inner[:, : len(layers)]
-    own = torch.where(own > _NO_VARIANCE * trace.square() / layers[0].shape[1], own, torch.nan)
+def _ratio(inner: Tensor, found: _Products, wanted: _Wanted) -> Tensor:
+    own = inner[..., : found.trace.shape[-1]]
+    own = torch.where(own > _NO_VARIANCE * found.trace.square() / found.samples, own, torch.nan)
     left, right = wanted.sides
     # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
-    return inner / (own[:, left] * own[:, right]).sqrt()
+    return inner / (own[..., left] * own[..., right]).sqrt()
 
 
 def _inner_products(
-    layers: list[Tensor], wanted: _Wanted, sample_limit: int, precision: str | None, *, guarded: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Inner products of centred and of U-centred kernels ``[P, pairs]``, and the kernels' traces ``[P, L]``.
+    layers: list[Tensor],
+    wanted: _Wanted,
+    sample_limit: int,
+    precision: str | None,
+    *,
+    guarded: bool,
+    groups: int = 1,
+) -> _Products | None:
+    """Inner products of centred and of U-centred kernels.
 
-    ``guarded`` looks, where fp32 products were this function's choice, for those that U-centring blurs.
+    ``guarded`` looks, where fp32 products were this function's choice, for those that U-centring blurs. None
+    for ``groups``, whose kernels are over samples, where they are blurred or far from centred.
     """
     n = layers[0].shape[1]
     by_samples, by_features = n * n * wanted.cost_of_samples, n * wanted.cost_of_features
-    features = n > sample_limit or by_features < by_samples
+    features = groups == 1 and (n > sample_limit or by_features < by_samples)
     if precision is None:
         trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
         precision = "double" if trivial or any(x.dtype == torch.float64 for x in layers) else "single"
@@ -197,42 +234,74 @@ def _inner_products(
         guarded = False
         # fp64 data may leave the range of fp32, and asks for more anyhow.
         precision = "double" if any(x.dtype == torch.float64 for x in layers) else precision
-    products = _products(layers, wanted.pairs, features, precision == "single")
-    if products is None or not guarded:
-        return products
-    centered, u_centered, trace = products
-    own = u_centered[:, : len(layers)]
-    floor = _CANCELS["features" if features else "samples"] * centered[:, : len(layers)]
-    again = ((own > _NO_VARIANCE * trace.square() / n) & (own < floor)).any(1).nonzero()[:, 0]
+    found = _products(layers, wanted.pairs, features, precision == "single", groups)
+    if found is None or (groups > 1 and not found.centred_enough([x.shape[2] for x in layers])):
+        return None
+    if not guarded:
+        return found
+    own = found.u_centered[..., : len(layers)]
+    floor = _CANCELS["features" if features else "samples"] * found.centered[..., : len(layers)]
+    blurred = (own > _NO_VARIANCE * found.trace.square() / found.samples) & (own < floor)
+    again = blurred.reshape(len(blurred), -1).any(1).nonzero()[:, 0]
     if len(again):
+        if groups > 1:
+            return None
         exact = _products([x[again] for x in layers], wanted.pairs, features, False)
         if exact is None:
             return None
-        for held, better in zip(products, exact, strict=True):
+        for held, better in zip(found.parts(), exact.parts(), strict=True):
             held[again] = better
-    return products
+    return found
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Of P positions: inner products ``[P, pairs]``, traces and sums of kernels ``[P, L]`` of ``samples``.
+
+    With groups all are ``[P, V, ...]``, and ``samples`` is ``[V, 1]``.
+    """
+
+    centered: Tensor
+    u_centered: Tensor
+    trace: Tensor
+    grand: Tensor
+    samples: Tensor | int
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.centered, self.u_centered, self.trace, self.grand
+
+    def centred_enough(self, widths: Sequence[int]) -> bool:
+        """Whether rows without a group are about as well centred and scaled as all are."""
+        level = self.trace / (self.samples * torch.tensor(widths, device="cpu"))
+        fair = (self.grand <= 0.1 * self.trace * self.samples) & (level > 1e-6) & (level < 1e6)
+        return bool((fair | (self.trace == 0)).all())
 
 
 def _products(
-    layers: list[Tensor], pairs: list[tuple[int, int]], features: bool, single: bool
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    layers: list[Tensor], pairs: list[tuple[int, int]], features: bool, single: bool, groups: int = 1
+) -> _Products | None:
     module, threads = native.load(), native.threads()
     positions, n = layers[0].shape[:2]
-    centered = torch.empty(positions, len(pairs), dtype=torch.float64, device="cpu")
-    u_centered = torch.empty_like(centered)
-    trace = torch.empty(positions, len(layers), dtype=torch.float64, device="cpu")
+    lead = (positions,) if groups == 1 else (positions, 1 + groups)
+    samples: Tensor | int = n
+    if groups > 1:
+        left = [n, *(n - len(range(g, n, groups)) for g in range(groups))]
+        samples = torch.tensor(left, device="cpu")[:, None]
+    shapes = [(*lead, len(pairs))] * 2 + [(*lead, len(layers))] * 2
+    out = [torch.empty(shape, dtype=torch.float64, device="cpu") for shape in shapes]
     bytes_each = n * sum(x.shape[2] for x in layers) * (4 if single else 8)
     step = max(1, _WORK_BYTES // bytes_each)
     for start in range(0, positions, step):
         part = slice(start, min(start + step, positions))
         held = [_readable(x[part]) for x in layers]
         tensors = [native.tensor(x) for x in held]
-        options = (tensors, pairs, features, single, threads)
+        options = (tensors, pairs, features, single, groups, threads)
         space = _workspace(module.cka_workspace(*options))
-        flat = (centered[part].view(-1), u_centered[part].view(-1), trace[part].view(-1), space)
+        flat = (*(x[part].view(-1) for x in out), space)
         if module.cka_products(*options, *(native.tensor(x) for x in flat)):
             return None
-    return centered, u_centered, trace
+    centered, u_centered, trace, grand = out
+    return _Products(centered, u_centered, trace, grand, samples)
 
 
 _kept = threading.local()

@@ -219,8 +219,17 @@ def drift(layers: Sequence[Tensor], *, debiased: bool) -> Tensor:
     return _stacked(steps, xs[0])
 
 
-def alignment(layers: Sequence[Tensor], *, adjacent: bool) -> Tensor:
-    """Debiased and biased CKA ``[2, ..., L, L]``, of neighbours alone (NaN elsewhere) if ``adjacent``."""
+def alignment(layers: Sequence[Tensor], *, adjacent: bool, groups: int = 1) -> Tensor:
+    """Debiased and biased CKA ``[V, 2, ..., L, L]``, of neighbours alone (NaN elsewhere) if ``adjacent``.
+
+    V is 1, or 1 + ``groups``: of all samples, then without samples g, g + groups, ... for every g.
+    """
+    group = torch.arange(layers[0].shape[-2], device=layers[0].device) % groups
+    rest = [[x[..., group != g, :] for x in layers] for g in range(groups if groups > 1 else 0)]
+    return torch.stack([_alignment(part, adjacent) for part in (layers, *rest)])
+
+
+def _alignment(layers: Sequence[Tensor], adjacent: bool) -> Tensor:
     out = torch.stack([matrix(layers, None, debiased=debiased) for debiased in (True, False)])
     near = torch.arange(len(layers), device=out.device)
     far = (near[:, None] - near).abs() > 1

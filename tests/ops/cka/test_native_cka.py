@@ -107,9 +107,9 @@ def test_nothing_that_was_not_written_is_read(make, isa, single, by_features):
     results = []
     with native.use_isa(isa):
         for poison in (0.0, torch.nan):
-            options = ([native.tensor(x) for x in layers], pairs, by_features, single, 2)
+            options = ([native.tensor(x) for x in layers], pairs, by_features, single, 1, 2)
             space = torch.full((module.cka_workspace(*options) // 8,), poison, dtype=torch.float64)
-            out = [torch.full((size,), torch.nan, dtype=torch.float64) for size in (6, 6, 4)]
+            out = [torch.full((size,), torch.nan, dtype=torch.float64) for size in (6, 6, 4, 4)]
             assert not module.cka_products(*options, *(native.tensor(x) for x in (*out, space)))
             results.append(torch.cat(out))
     assert results[0].isfinite().all()
@@ -127,7 +127,7 @@ def test_positions_are_taken_in_portions(make, monkeypatch):
 def test_the_workspace_holds_no_kernel():
     layers = [torch.zeros(1, 2048, 16) for _ in range(4)]
     pairs = [(i, j) for i in range(4) for j in range(i, 4)]
-    needed = native.load().cka_workspace([native.tensor(x) for x in layers], pairs, False, True, 2)
+    needed = native.load().cka_workspace([native.tensor(x) for x in layers], pairs, False, True, 1, 2)
     assert needed < 2048 * 2048 * 4
 
 
@@ -233,16 +233,16 @@ def test_bad_calls_of_the_module_are_refused(make):
     x = make(1, 2, 9, 3)[0]
     good = [native.tensor(x)]
     with pytest.raises(ValueError, match=r"pairs must be \(l, m\)"):
-        module.cka_workspace(good, [(0, 1)], True, True, 1)
+        module.cka_workspace(good, [(0, 1)], True, True, 1, 1)
     with pytest.raises(ValueError, match="threads must be at least 1"):
-        module.cka_workspace(good, [(0, 0)], True, True, 0)
+        module.cka_workspace(good, [(0, 0)], True, True, 1, 0)
     with pytest.raises(ValueError, match="layers must be float64 or float32"):
-        module.cka_workspace([native.tensor(x.half())], [(0, 0)], True, True, 1)
+        module.cka_workspace([native.tensor(x.half())], [(0, 0)], True, True, 1, 1)
     with pytest.raises(ValueError, match="layers must have contiguous features"):
-        module.cka_workspace([native.tensor(x.mT)], [(0, 0)], True, True, 1)
+        module.cka_workspace([native.tensor(x.mT)], [(0, 0)], True, True, 1, 1)
     with pytest.raises(ValueError, match="layers must agree"):
-        module.cka_workspace([*good, native.tensor(x[:1])], [(0, 0)], True, True, 1)
-    out = [native.tensor(torch.empty(2, dtype=torch.float64)) for _ in range(3)]
+        module.cka_workspace([*good, native.tensor(x[:1])], [(0, 0)], True, True, 1, 1)
+    out = [native.tensor(torch.empty(2, dtype=torch.float64)) for _ in range(4)]
     small = native.tensor(torch.empty(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="workspace must be contiguous and hold"):
-        module.cka_products(good, [(0, 0)], True, True, 1, *out, small)
+        module.cka_products(good, [(0, 0)], True, True, 1, 1, *out, small)
