@@ -11,6 +11,7 @@ from typing import Any
 
 import joblib
 import xarray as xr
+from joblib.parallel import SequentialBackend
 from tqdm import tqdm
 
 from rgfast.environment import versions
@@ -98,10 +99,13 @@ def run_points(
 
 def parallel(jobs: int | None, tasks: int) -> joblib.Parallel:
     """Runs so many tasks on the active joblib backend, ``jobs`` at once, and yields what is ready."""
+    backend, asked = joblib.parallel.get_active_backend()
     if jobs is None:
-        _, asked = joblib.parallel.get_active_backend()
-        jobs = joblib.effective_n_jobs(asked if asked not in (None, 1) else -1)
-    return joblib.Parallel(n_jobs=min(jobs, max(1, tasks)), return_as="generator_unordered", batch_size=1)
+        jobs = joblib.effective_n_jobs(-1 if asked is None else asked)
+    # Some backends (joblib's multiprocessing, Ray's) hand over what they did at the end only.
+    early = backend.supports_return_generator or isinstance(backend, SequentialBackend)
+    ready = "generator_unordered" if early else "list"
+    return joblib.Parallel(n_jobs=min(jobs, max(1, tasks)), return_as=ready, batch_size=1)
 
 
 def _compute(point: Point, work: Work, files: Path) -> None:

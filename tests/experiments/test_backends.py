@@ -8,6 +8,7 @@ from pathlib import Path
 import joblib
 import pytest
 import torch
+from joblib.parallel import ThreadingBackend
 from tiny import tiny_config
 
 import rgfast
@@ -56,6 +57,15 @@ def test_local_processes_by_default():
         assert points.parallel(None, 100).n_jobs == 5
         assert points.parallel(2, 100).n_jobs == 2
         assert points.parallel(None, 100)._backend.__class__.__name__ == "ThreadingBackend"
+    with joblib.parallel_config(n_jobs=1):
+        assert points.parallel(None, 100).n_jobs == 1
+
+
+def test_a_backend_that_hands_over_at_the_end_only(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(ThreadingBackend, "supports_return_generator", False)
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        found = sweep(GRID, out=tmp_path / "run", progress=False)
+    assert written(found.out) == alone
 
 
 def test_a_dask_cluster(alone, tmp_path):
