@@ -48,7 +48,9 @@ BOUNDED = ("effective_rank", "effective_rank_uncentred")
 DRIFTS = ("kernel_drift", "kernel_drift_debiased", "kernel_change")
 PAIRWISE = ("cka", "cka_biased")
 
-_DOUBT = 1e-11  # error of an effective rank to expect from moments, above which a factor is taken
+# Relative error of an effective rank to expect from moments, above which rows are read again, or a factor is
+# taken where there is one: sums over ranks must agree to 1e-12.
+_DOUBT, _DOUBT_BESIDE_FACTOR = 1e-11, 1e-12
 _TINY = float(np.finfo(np.float64).tiny)
 _GRID = 12  # baselines at more sample numbers than this are interpolated
 
@@ -168,7 +170,8 @@ def _refine(
         return np.zeros(len(count), dtype=bool)
     factor = factor.reshape(len(count), -1, factor.shape[-1])
     most = count - 1 if centering == "mean" else count
-    doubt = doubtful(found.singular_values.cpu().numpy(), most.cpu().numpy())
+    sigma = found.singular_values.cpu().numpy()
+    doubt = doubtful(sigma, most.cpu().numpy(), allowed=_DOUBT_BESIDE_FACTOR)
     at = torch.from_numpy(doubt).to(count.device) & (count >= 2) & ~factor[:, 0, 0].isnan()
     if bool(at.any()):
         updates = -(-int(count.max()) // moments.rows_at_once)
@@ -178,8 +181,9 @@ def _refine(
     return np.asarray(at.cpu().numpy())
 
 
-def doubtful(sigma: Array, most: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where an effective rank of singular values ``[P, d]``, ``most[P]`` of them not zero, may err visibly.
+def doubtful(sigma: Array, most: NDArray[np.int64], *, allowed: float = _DOUBT) -> NDArray[np.bool_]:
+    """Where an effective rank of singular values ``[P, d]``, ``most[P]`` of them not zero, may err by more
+    than ``allowed`` of itself.
 
     Eigenvalues of a moment err by about 4 u λ₁, so σ by e = min(4 u σ₁²/σ, √(4 u) σ₁), and the entropy by
     about Σ e ln(Σσ/σ) / Σσ.
@@ -191,7 +195,7 @@ def doubtful(sigma: Array, most: NDArray[np.int64]) -> NDArray[np.bool_]:
     share = np.maximum(sigma / total, 2.0**-53)
     expected = error / total * -np.log(share)
     live = np.arange(sigma.shape[1]) < most[:, None]
-    found: NDArray[np.bool_] = (np.where(live, expected, 0.0).sum(1) > _DOUBT) & (top[:, 0] > 0)
+    found: NDArray[np.bool_] = (np.where(live, expected, 0.0).sum(1) > allowed) & (top[:, 0] > 0)
     return found
 
 

@@ -174,8 +174,7 @@ class ViewState:
     def folds(self, view: str) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
         """The moments of a view by group, and of all groups but one; to be read only, without factors."""
         parts = [self._of_group(group, view, factors=False) for group in range(self.plan.groups)]
-        rest = [_joined([*parts[:group], *parts[group + 1 :]], factors=False) for group in range(len(parts))]
-        return parts, rest
+        return parts, list(_all_but_one(parts, []))
 
     def _of_group(self, group: int, view: str, *, factors: bool) -> MomentAccumulator:
         """The moments of a view over one group; to be read only, since it may be the state itself."""
@@ -260,6 +259,18 @@ def _accumulators(plan: Plan) -> dict[str, MomentAccumulator]:
         held.kind: MomentAccumulator(pairs=held.pairs, pending_bytes=plan.pending_bytes, factors=held.factors)
         for held in plan.accumulators
     }
+
+
+def _all_but_one(
+    parts: Sequence[MomentAccumulator], more: list[MomentAccumulator]
+) -> Iterator[MomentAccumulator]:
+    """All of ``parts`` but one, for every one in order, and ``more``; in G log G steps for G parts."""
+    if len(parts) == 1:
+        yield _joined(more, factors=False)
+        return
+    half = len(parts) // 2
+    for mine, others in ((parts[:half], parts[half:]), (parts[half:], parts[:half])):
+        yield from _all_but_one(mine, [_joined([*more, *others], factors=False)])
 
 
 def _joined(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:

@@ -25,8 +25,8 @@ from rgfast.threads import one_thread
 
 __all__ = ["TriangularFactors"]
 
-# ‖R‖ ‖R⁻¹‖ (Frobenius) up to which moments give every singular value to about 1e-12 of the largest.
-_WELL_CONDITIONED = 1e4
+# ‖R‖ ‖R⁻¹‖ (Frobenius) up to which moments give effective ranks to 1e-12, however the rows were summed up.
+_WELL_CONDITIONED = 4e3
 _WORK_BYTES = 64 << 20
 
 

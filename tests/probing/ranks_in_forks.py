@@ -166,6 +166,31 @@ def wrapped(folder):
     return furthest(ranks[0][0][0], alone), ranks[1][0][1]
 
 
+def widths(folder):
+    """Layers of several widths, deficient ones and ill-conditioned ones, of few rows; 1, 2 and 4 ranks."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(5, 9), nn.LayerNorm(9), nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 7)
+    ).double()
+    x = torch.randn(60, 8, 5, dtype=torch.float64) * torch.tensor([1.0, 1.0, 1.0, 1e-1, 2e-4]).double()
+    views = ["position", "pooled", "mean_pooled"]
+    asked = {"groups": 5, "pairs": "all", "layers": ["0", "1", "3", "4"], "views": views, "progress": False}
+    alone = values(rgfast.probe(model, x, **asked))[0]
+    cuts = {1: [0, 60], 2: [0, 17, 60], 4: [0, 11, 11, 12, 60]}
+
+    def work(rank, size):
+        part = x[slice(*cuts[size][rank : rank + 2])]
+        return values(rgfast.probe(model, part, batch_size=5, timeout=TIMEOUT, **asked))
+
+    out = {}
+    for size in SIZES:
+        ranks = forked(size, work, folder)
+        assert all(error is None for _, error, _, _ in ranks), ranks
+        measured = {name: array for name, array in alone.items() if not name.endswith("_se")}
+        out[size] = furthest(ranks[-1][0][0], measured), len({value[1] for value, _, _, _ in ranks})
+    return out
+
+
 def own_loop(folder):
     """A Probe in a loop of one's own, over a group of two of three ranks, read twice."""
     torch.manual_seed(0)
@@ -281,7 +306,7 @@ def main():
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
     out = {}
-    for case in (agreement, wrapped, own_loop, death, telling, lengths):
+    for case in (agreement, wrapped, widths, own_loop, death, telling, lengths):
         if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:
             continue
         start = time.monotonic()

@@ -46,6 +46,14 @@ def test_ranks_agree_with_one_process(found):
 
 
 @needs_gloo
+def test_ranks_agree_on_layers_of_other_widths_and_of_small_singular_values(found):
+    assert set(found["widths"]) == {"1", "2", "4"}
+    for furthest, digests in found["widths"].values():
+        assert furthest <= 1e-12
+        assert digests == 1
+
+
+@needs_gloo
 def test_a_wrapped_model_with_uneven_batches(found):
     furthest, layers = found["wrapped"]
     assert furthest <= 1e-12

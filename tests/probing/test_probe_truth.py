@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rgfast
+from rgfast.streaming import MomentAccumulator
 
 VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
 
@@ -266,3 +267,31 @@ def test_baselines_and_flags(token_model, token_data):
     assert result.dataset.sample_limited.sel(view="flattened", position=-1).all()
     bound = result.dataset.effective_rank_bound.sel(view="position", position=[0, 1])
     assert ((bound > 0) & (bound < 1e-3)).all()
+
+
+@pytest.mark.parametrize("small", [1e-2, 3e-3, 1e-3, 7e-4])
+@pytest.mark.parametrize("n", [18, 40, 100])
+def test_sums_of_other_pieces_agree_to_1e_12(small, n):
+    """As those of several ranks do; with half of the singular values this small moments alone would not."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, 40, 12, dtype=torch.float64, generator=generator)
+    x[..., 6:] *= small
+    x = x @ torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
+    model = nn.Sequential(nn.Identity(), nn.Linear(12, 3)).double()
+    asked = {"layers": ["0"], "views": ["position"], "route": "moments", "progress": False}
+    whole, first, rest = (rgfast.probe(model, part, **asked) for part in (x, x[: n // 3], x[n // 3 :]))
+    merged, whole = first.merge(rest).dataset, whole.dataset
+    np.testing.assert_allclose(merged.effective_rank, whole.effective_rank, rtol=1e-12)
+
+
+def test_leaving_out_many_groups_takes_few_merges(monkeypatch):
+    merges = []
+    merge = MomentAccumulator.merge
+    monkeypatch.setattr(MomentAccumulator, "merge", lambda *both: merges.append(1) or merge(*both))
+    model, x = nn.Sequential(nn.Linear(3, 3)).double(), torch.randn(64, 3, dtype=torch.float64)
+    result = run(model, x, layers=["0"], views=["position"], groups=32)
+    assert len(merges) < 32 * 10
+    y = model(x).detach()
+    left_out = [rgfast.effective_rank(y[torch.arange(64) % 32 != g]) for g in range(32)]
+    spread = torch.stack(left_out).double().std(correction=0) * 31**0.5
+    assert float(result.dataset.effective_rank_se.max()) == pytest.approx(float(spread), rel=1e-9)
