@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, RANKS
 from rgfast.report.canvas import draw_fits, draw_heat
@@ -37,7 +38,7 @@ def plot_rank(
             baseline = _mean(result, f"{measure}_baseline", view)
             label = None if view != chosen[-1] else "dotted: isotropic, same n"
             ax.plot(baseline.layer, baseline, ":", color=VIEW_COLOURS[view], lw=1.2, label=label)
-    ax.set_xlabel("layer (0 = first probed)")
+    _by_layer(ax)
     ax.set_ylabel(
         f"{LABELS[measure]} over the first layer's" if relative else f"{LABELS[measure]}, dimensions"
     )
@@ -115,7 +116,7 @@ def plot_targets(result: ProbeResult, view: str | None, ax: Axes | None) -> Axes
         values = result.target_r2(name, view)
         ax.plot(values.layer, values, color=colour, marker=VIEW_MARKERS[view], ms=4, label=name)
     ax.axhline(0.0, color="black", linewidth=0.6)
-    ax.set_xlabel("layer (0 = first probed)")
+    _by_layer(ax)
     ax.set_ylabel("held-out linear R²")
     ax.set_title(_titled(result, view), fontsize=10)
     _finish(ax)
@@ -185,6 +186,11 @@ def _line(result: ProbeResult, ax: Axes, view: str, measure: str, values: xr.Dat
 
 def _titled(result: ProbeResult, view: str) -> str:
     return f"{view.replace('_', ' ')}  (n = {result._rows(view)})"
+
+
+def _by_layer(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer (0 = first probed)")
 
 
 def _finish(ax: Axes) -> None:

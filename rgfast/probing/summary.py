@@ -69,6 +69,14 @@ def _caveats(result: ProbeResult, view: str, first: int) -> tuple[str, ...]:
     if bool(data.sample_limited.isel(position=own).any()):
         least = int(data.n.isel(position=own).min())
         out.append(f"sample limited: {least} rows or fewer than 16 a feature; compare with the baseline")
+    still = np.asarray((data.effective_rank == 0).isel(position=own, layer=slice(first, None)).values)
+    if (some := still.any(0) & ~still.all(0)).any() and len(own) > 1:
+        listed = [str(t) for t in data.position.values[own][some]]
+        where = ", ".join(listed if len(listed) < 7 else [*listed[:5], "…"])
+        out.append(
+            f"nothing varies at position {where} in some layers: there its rank 0 counts in the mean, and no "
+            "drift or CKA does, so that means of two layers may be over other positions"
+        )
     followed, length = len(own), int(result.dataset.attrs["length"])
     if bool(data.positional) and followed < length:
         out.append(f"{followed} of {length} positions followed")

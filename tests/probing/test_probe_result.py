@@ -4,6 +4,7 @@ import h5py
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 import rgfast
@@ -124,7 +125,9 @@ def drawn(ax):
 
 
 def test_pictures_show_the_numbers(result):
-    lines = drawn(result.plot_rank())
+    ax = result.plot_rank()
+    assert all(tick == int(tick) for tick in ax.get_xticks())  # there is no layer 0.5
+    lines = drawn(ax)
     values = result.order_parameter("visible").values
     assert any(np.array_equal(line.get_ydata(), values) for line in lines)
     lines = drawn(result.plot_rank("stable_rank", views=["masked"], relative=True))
@@ -177,6 +180,24 @@ def test_flow_gives_the_numbers_and_their_caveats(result):
     assert any("sample limited" in caveat for caveat in result.flow("flattened").caveats)
     with pytest.raises(ValueError, match="view must be one of"):
         result.flow("nowhere")
+
+
+def test_flow_tells_where_nothing_varies():
+    """As at the first token of an encoder, the same in every text before attention looks round."""
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return x + x.mean(1, keepdim=True)
+
+    model = torch.nn.Sequential(Block(), Block(), Block())
+    x = torch.randn(50, 4, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 1.0
+    found = rgfast.probe(model, x, layers=["0:input", "0", "1", "2"], progress=False)
+    (caveat,) = (c for c in found.flow("position").caveats if "nothing varies" in c)
+    assert caveat.startswith("nothing varies at position 0 in some layers")
+    assert not any(
+        "nothing varies" in c for view in ("pooled", "mean_pooled") for c in found.flow(view).caveats
+    )
 
 
 def test_notebook_form(result):
