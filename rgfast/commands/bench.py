@@ -87,6 +87,10 @@ def _bench(args: argparse.Namespace) -> int:
     write_text(out / "bench.json", as_json(report.to_dict()))
     if report.green:
         write_text(out / "bench.md", report.markdown())
+    else:
+        (out / "bench.md").unlink(
+            missing_ok=True
+        )  # the table of an earlier run, which this one does not bear out
     if args.json:
         print_json(report.to_dict())
     if not report.green:

@@ -83,6 +83,7 @@ def test_the_gate_sees_a_wrong_probe(monkeypatch):
 def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rgfast, "residual_stack", slightly_wrong(rgfast.residual_stack))
     monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("something was timed"))
+    (tmp_path / "bench.md").write_text("the table of an earlier run\n")
     words = ["bench", "--quick", "--only", "residual_mlp", "--out", str(tmp_path)]
     assert cli.main(words) == errors.FAILED
     told = capsys.readouterr()
