@@ -48,12 +48,14 @@ def check_choice(value: Any, name: str, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_integer(value: Any, name: str, *, least: int) -> None:
-    """Raise TypeError unless ``value`` is a whole number, ValueError unless it is at least ``least``."""
+def check_integer(value: Any, name: str, *, least: int, most: int | None = None) -> None:
+    """Raise TypeError unless ``value`` is a whole number, ValueError unless in ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def check_positive_int(value: Any, name: str) -> None:

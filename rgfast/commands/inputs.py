@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,11 @@ def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int
     most = min(tokenizer.model_max_length, model.longest or _LENGTH)
     if length is not None and length > most:
         raise ValueError(f"length must be at most {most}, what the model takes, got {length}")
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if length is not None and length < least:
+        raise ValueError(
+            f"length must be at least {least}, a token beside those that the tokenizer adds, got {length}"
+        )
     try:
         found = tokenizer(
             texts,
@@ -78,6 +82,8 @@ def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int
         )
     except Exception as error:  # a tokenizer's own, of any type
         raise ValueError(f"text: the tokenizer of {model.folder} fails on {path}: {error}") from error
+    if not found["input_ids"].numel():
+        raise ValueError(f"text must hold tokens, and the tokenizer of {model.folder} finds none in {path}")
     batch = {name: value for name, value in found.items() if name != "special_tokens_mask"}
     inputs = Inputs(batch, "input_ids", None, found["special_tokens_mask"] != 0, tokenizer.mask_token_id)
     return _checked(inputs, model, str(path))
@@ -231,16 +237,28 @@ def _load(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with path.open("rb") as opened:
             start = opened.read(2)
             opened.seek(0)
+            found: dict[str, Any] | None = None
             if start == b"PK":
                 with np.load(opened, allow_pickle=False) as file:
-                    return {name: file[name] for name in file.files}
-        if start == b"\x93N":
-            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                    found = {name: file[name] for name in file.files}
+            elif start == b"\x93N":
+                found = {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+    except MemoryError as error:
+        raise ValueError(f"inputs must fit into memory, and {path} does not ({error})") from error
+    except Exception as error:  # of any type: numpy's parser of headers has its own, zipfile and zlib theirs
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         pickled = "pickle" in str(error) or "Python objects" in str(error)
         what = "holds pickled objects, which are not read" if pickled else f"is damaged ({error})"
         raise ValueError(f"inputs must be arrays of numbers, and {path} {what}") from error
-    raise ValueError(f"inputs must be an .npy or .npz file, and {path} is of another kind or empty")
+    if found is None:
+        raise ValueError(f"inputs must be an .npy or .npz file, and {path} is of another kind or empty")
+    other = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+    if other:
+        raise ValueError(
+            f"inputs must be arrays of numbers, and {path} holds files that are none ({', '.join(other)})"
+        )
+    return found
 
 
 def _tensor(name: str, value: np.ndarray[Any, Any], limit: int | None) -> Tensor:

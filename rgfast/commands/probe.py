@@ -170,7 +170,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("groups", "batch_size", "checkpoint_every", "limit", "length"):
         if getattr(args, name) is not None:
             check_positive_int(getattr(args, name), name.replace("_", "-"))
-    check_integer(args.seed, "seed", least=0)
+    check_integer(args.seed, "seed", least=0, most=2**63 - 1)
     for name in ("text", "inputs"):
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():

@@ -263,8 +263,10 @@ class Probe:
         if self._batch is not None:
             raise ValueError("layers: the stack ran twice in one forward, so its layers are ambiguous")
         name = self._taps[0].name
-        rows = as_rows(find_tensor([*args, *kwargs.values()], name).detach(), name)
-        self._batch = self._whole_batch(rows, self._entries)
+        x = find_tensor([*args, *kwargs.values()], name).detach()
+        if x.dim() > 3:  # [B, C, H, W] elsewhere, but here the last dimension is the width
+            raise ValueError(f"layer {name!r} must be [B, D] or [B, T, D], got shape {tuple(x.shape)}")
+        self._batch = self._whole_batch(as_rows(x, name), self._entries)
 
     def _take_tile(self, first: int, states: Tensor) -> None:
         assert self._batch is not None

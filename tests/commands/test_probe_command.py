@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -163,7 +164,27 @@ def damaged(path):
     path.write_bytes(path.read_bytes()[:300])
 
 
+def bad_header(path):
+    np.save(path, np.zeros((9, 4), dtype=int))
+    path.write_bytes(path.read_bytes()[:10] + b"{" * 118)
+
+
+def no_array(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("tokens.txt", "hello")
+
+
+def endless(path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (100000000000, 5), }"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("tokens.npy", b"\x93NUMPY\x01\x00v\x00" + header.ljust(117) + b"\n")
+
+
 WRONG_ARRAYS = {
+    "brackets.npy": (bad_header, "is damaged"),
+    "files.npz": (no_array, "holds files that are none (tokens.txt)"),
+    "endless.npz": (endless, "inputs must fit into memory"),
+    "images.npy": (lambda path: np.save(path, np.zeros((9, 2, 4, 8))), "must be [B, D] or [B, T, D]"),
     "shape.npy": (lambda path: np.save(path, np.zeros((9, 3), dtype=int)), "does not take tokens [9, 3]"),
     "vocabulary.npy": (lambda path: np.save(path, np.full((9, 4), 6)), "tokens must lie in 0..5"),
     "negative.npy": (lambda path: np.save(path, np.full((9, 4), -1)), "tokens must lie in 0..5"),
@@ -213,6 +234,7 @@ def test_wrong_arrays_are_one_sentence(name, own_folder, tmp_path, capsys):
         (["--limit", "1"], "at least 2 sequences"),
         (["--batch-size", "-4"], "batch-size must be at least 1, got -4"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", str(2**63)], "seed must be at most 9223372036854775807, got 9223372036854775808"),
         (["--groups", "0"], "groups must be at least 1"),
         (["--groups", "150"], "groups"),
         (["--memory", "much"], "memory must be bytes or text such as '4GiB', got 'much'"),
@@ -471,6 +493,7 @@ def test_weights_and_texts_that_do_not_fit_a_hugging_face_folder(bert_folder, te
         ([bert_folder, "--text", tmp_path / "latin.txt"], "text must be in UTF-8"),
         ([bert_folder, "--text", tmp_path / "short.txt"], "at least 2 paragraphs"),
         ([bert_folder, "--text", text_file, "--length", 17], "length must be at most 16"),
+        ([bert_folder, "--text", text_file, "--length", 2], "length must be at least 3"),
         ([bert_folder, "--text", tmp_path / "absent.txt"], "text must be a file"),
         ([bert_folder, "--inputs", tmp_path / "ids.npy"], "tokens must lie in 0..19"),
         ([bert_folder, "--inputs", tmp_path / "long.npy"], "does not take input_ids [9, 40]"),
@@ -480,6 +503,16 @@ def test_weights_and_texts_that_do_not_fit_a_hugging_face_folder(bert_folder, te
         assert message in told
         assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_finds_nothing(bert_folder, text_file, tmp_path, capsys):
+    folder = shutil.copytree(bert_folder, tmp_path / "mute")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert run(folder, "--text", text_file, "--out", tmp_path / "out") == errors.WRONG
+    assert f"text must hold tokens, and the tokenizer of {folder} finds none" in capsys.readouterr().err
 
 
 def test_text_needs_a_tokenizer(own_folder, text_file, tmp_path, capsys):
