@@ -102,3 +102,23 @@ class Draw:
         if shape[:-1] and self.chance(0.3):
             mask[(0,) * (len(shape) - 1)] = False
         return torch.from_numpy(mask)
+
+
+def layers_of(draw, most=4):
+    """Layers ``[*lead, n, d_l]`` of one dtype, each in its own layout, mostly correlated; and whether one of
+    them is so far from 1 that a product of four of its values is no fp64 number."""
+    lead, n, dtype = draw.lead(), draw.count(), draw.dtype()
+    first, kind = draw.values((*lead, n, draw.count(65)), dtype)
+    layers, kinds = [first], {kind}
+    for _ in range(draw.choose(range(1, most))):
+        last = layers[-1].double()
+        scale = last.abs().max().item() or 1.0
+        if draw.chance(0.7):
+            step = scale * draw.choose((1e-9, 1e-4, 0.3)) * torch.from_numpy(draw.normal(*last.shape))
+            limit = torch.finfo(dtype).max / 2
+            layers.append((last + step).clamp(-limit, limit).to(dtype))
+        else:
+            other, kind = draw.values((*lead, n, draw.count(65)), dtype)
+            layers.append(other)
+            kinds.add(kind)
+    return [draw.laid_out(x) for x in layers], bool(kinds & {"tiny", "huge"})

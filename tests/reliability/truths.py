@@ -92,3 +92,15 @@ def hsic(x, y, debiased):
     over = n * (n - 3) if debiased else (n - 1) ** 2
     size = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((k * m).sum()) / over * unit, size / over * unit
+
+
+def minibatch_cka(x, y, cut):
+    """CKA of HSIC_1 summed over the slices ``cut`` of the rows, and its magnification."""
+    pairs = {"xy": (x, y), "xx": (x, x), "yy": (y, y)}
+    found = {name: [hsic(a[rows], b[rows], True) for rows in cut] for name, (a, b) in pairs.items()}
+    value = {name: sum(v for v, _ in part) for name, part in found.items()}
+    terms = {name: sum(t for _, t in part) for name, part in found.items()}
+    if not (value["xx"] > 0 and value["yy"] > 0):
+        return np.nan, np.inf
+    magnified = terms["xx"] / value["xx"] * terms["yy"] / value["yy"]
+    return value["xy"] / np.sqrt(value["xx"] * value["yy"]), magnified
