@@ -5,54 +5,11 @@
 #include <vector>
 
 #include "tests/check.hpp"
+#include "tests/residual_mlp_case.hpp"
 
 namespace {
 
 using namespace rgfast::residual_mlp;
-
-std::vector<float> numbers(std::int64_t count, std::uint64_t seed) {
-  std::vector<float> found(static_cast<std::size_t>(count));
-  for (float& value : found) {
-    seed = seed * 6364136223846793005u + 1442695040888963407u;
-    value = static_cast<float>(static_cast<double>(seed >> 40) / 16777216.0 - 0.5);
-  }
-  return found;
-}
-
-// Buffers of exactly the sizes that the header names, so that the sanitizer sees a step outside.
-struct Case {
-  std::int64_t rows, width, hidden;
-  std::vector<float> x, w1, b1, w2, b2, weight, bias;
-  Block block;
-
-  Case(std::int64_t rows_, std::int64_t width_, std::int64_t hidden_, bool vectors, Norm norm,
-       Activation activation)
-      : rows(rows_),
-        width(width_),
-        hidden(hidden_),
-        x(numbers(rows * width, 1)),
-        w1(numbers(hidden * width, 2)),
-        b1(numbers(hidden, 3)),
-        w2(numbers(width * hidden, 4)),
-        b2(numbers(width, 5)),
-        weight(numbers(width, 6)),
-        bias(numbers(width, 7)),
-        block{rows,
-              width,
-              hidden,
-              x.data(),
-              width,
-              w1.data(),
-              vectors ? b1.data() : nullptr,
-              w2.data(),
-              vectors ? b2.data() : nullptr,
-              vectors ? weight.data() : nullptr,
-              vectors ? bias.data() : nullptr,
-              norm,
-              activation,
-              0.5f,
-              1e-5f} {}
-};
 
 float largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
   float most = 0.0f;
@@ -125,7 +82,7 @@ TEST(residual_mlp_kept_sums_give_the_same_gradients) {
       Case with(rows, width, 2 * width + 1, true, Norm::layer, Activation::gelu);
       const std::vector<float> dy = numbers(rows * width, 9);
       const All again(with, dy, 2);
-      std::vector<float> sums(static_cast<std::size_t>(rows * with.hidden), NAN);
+      std::vector<float> sums(static_cast<std::size_t>(rows * with.block.hidden), NAN);
       with.block.sums = sums.data();
       forward_of(with, 2);
       CHECK(largest_difference(sums, sums) == 0.0f);
