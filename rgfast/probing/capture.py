@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rgfast.probing.activations import as_rows, find_tensor
@@ -78,8 +79,12 @@ class Captures:
         """Copies are made in the first forward, later of those layers only that the model then wrote to."""
         written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
         if self._first:
-            # Tensors of inference mode do not tell.
-            silent = {k for k, x in enumerate(kept) if x.original.is_inference()}
+            # Tensors of inference mode do not tell, nor do any that are written to through .data or numpy.
+            silent = {
+                k
+                for k, x in enumerate(kept)
+                if x.original.is_inference() or not torch.equal(x.value, x.original)
+            }
             self._copied, self._first = written | silent, False
         elif written - self._copied:
             names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))

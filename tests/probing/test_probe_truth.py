@@ -295,3 +295,43 @@ def test_leaving_out_many_groups_takes_few_merges(monkeypatch):
     left_out = [rgfast.effective_rank(y[torch.arange(64) % 32 != g]) for g in range(32)]
     spread = torch.stack(left_out).double().std(correction=0) * 31**0.5
     assert float(result.dataset.effective_rank_se.max()) == pytest.approx(float(spread), rel=1e-9)
+
+
+class Stream(nn.Module):
+    """Adds to its stream out of place, or where it lies by way of ``how``, from the forward ``first`` on."""
+
+    def __init__(self, how, first=0):
+        super().__init__()
+        torch.manual_seed(6)
+        self.blocks, self.how, self.first = nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), how, first
+
+    def forward(self, x):
+        self.first -= 1
+        x = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            more = torch.tanh(block(x))
+            if self.how == "add_" and self.first < 0:
+                x.add_(more)
+            elif self.how == "data" and self.first < 0:
+                x.data.add_(more)
+            elif self.how == "numpy" and self.first < 0:
+                x.numpy()[...] += more.numpy()
+            else:
+                x = x + more
+        return x
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["add_", "data", "numpy"])
+def test_a_model_that_adds_to_its_stream_where_it_lies(how, inference):
+    x = torch.randn(90, 2, 5, generator=torch.Generator().manual_seed(0))
+    asked = {"layers": ["blocks.*"], "batch_size": 20}
+    with torch.inference_mode(inference):
+        found, want = run(Stream(how), x, **asked), run(Stream("not"), x, **asked)
+    same(found.dataset, want.dataset)
+
+
+def test_a_model_that_begins_to_do_so_is_refused():
+    x = torch.randn(90, 2, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=r"wrote to the output of blocks\.0, which it left alone"):
+        run(Stream("add_", first=2), x, layers=["blocks.*"], batch_size=20)
