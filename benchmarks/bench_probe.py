@@ -195,7 +195,7 @@ def memory(case: str, shape: tuple[int, int, int], what: str) -> float:
 PARTS = {
     "forward": ("residual_stack_forward", "residual_stack_pack", "residual_mlp_forward"),
     "CKA of all pairs": ("cka_products",),
-    "second moments and eigenvalues": ("moments", "eigvalsh", "eigvalsh_plain"),
+    "second moments and eigenvalues": ("moments", "left_out_moments", "eigvalsh", "eigvalsh_plain"),
     "copies": ("copy_", "cat", "clone"),
 }
 

@@ -20,7 +20,37 @@ def moments(
     threads: int,
     route: int = 0,
 ) -> tuple[int, int]: ...
+def eigvalsh_plain(
+    a: int,
+    fp64: bool,
+    batch: int,
+    d: int,
+    batch_stride: int,
+    row_stride: int,
+    column_stride: int,
+    values: int,
+    threads: int,
+) -> tuple[int, int]: ...
+def left_out_moments(
+    x: tuple[int, list[int], list[int], int],
+    groups: int,
+    values: int,
+    raw: int,
+    info: tuple[int, int, int, int],
+    threads: int,
+) -> tuple[int, int] | None: ...
+def effective_ranks(
+    x: tuple[int, list[int], list[int], int],
+    centred: bool,
+    variance: bool,
+    rank: int,
+    scratch: int,
+    threads: int,
+) -> tuple[int, int, float]: ...
 def eigvalsh_workspace(fp64: bool, batch: int, d: int) -> int: ...
+def residual_mlp_use_library(
+    sgemm: int, set_threads: int, pack_size: int, pack: int, compute: int
+) -> None: ...
 def residual_mlp_forward(
     rows: int,
     width: int,

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "bind/register.hpp"
 
 namespace py = pybind11;
@@ -105,6 +107,29 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   return {status.index, static_cast<int>(status.trouble)};
 }
 
+std::optional<std::pair<std::int64_t, int>> left_out_moments(const Tensor& x, std::int64_t groups,
+                                                             std::uintptr_t values, std::uintptr_t raw,
+                                                             const Info& info, int threads) {
+  const View in = view(x, "x", 3);
+  checked_threads(threads);
+  check_samples(in);
+  if (in.dtype == DType::f64) throw std::invalid_argument("x must be of fewer bits than float64");
+  if (groups < 2 || in.size(1) / groups < 1)
+    throw std::invalid_argument("groups must be from 2 to the number of samples, got " +
+                                std::to_string(groups));
+  if (in.size(0) != 0 && values == 0) throw std::invalid_argument("values must not be a null pointer");
+  const auto& [accumulated, exponent, limit, mean] = info;
+  const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
+                                  reinterpret_cast<std::int64_t*>(exponent),
+                                  reinterpret_cast<std::int64_t*>(limit)};
+  spectrum::Status status;
+  const py::gil_scoped_release release;
+  if (!spectrum::left_out_eigenvalues(in, groups, reinterpret_cast<double*>(values),
+                                      reinterpret_cast<double*>(raw), told, threads, status))
+    return std::nullopt;
+  return std::pair<std::int64_t, int>{status.index, static_cast<int>(status.trouble)};
+}
+
 std::tuple<std::int64_t, int, double> effective_ranks(const Tensor& x, bool centred, bool variance,
                                                       std::uintptr_t rank, std::uintptr_t scratch,
                                                       int threads) {
@@ -148,6 +173,15 @@ void register_spectrum(py::module_& m) {
       "ascending eigenvalues, result[b, m]. raw: the address of as many that the moments of x itself have, "
       "or 0. info: the addresses of what was accumulated (fp64), the exponents and the rank limits (int64), "
       "b entries each, and of the column means (fp64 [b, d], or 0). Returns what eigvalsh does.");
+  m.def(
+      "left_out_moments", &left_out_moments, py::arg("x"), py::arg("groups"), py::arg("values"),
+      py::arg("raw"), py::arg("info"), py::arg("threads"),
+      "Ascending eigenvalues of the centred fp64 moments of x[b, n, d] without samples g, g + groups, ... "
+      "for "
+      "every g, to the address values[b, groups, d], and those of rows as they are to raw, or 0. info as for "
+      "moments, of b groups entries. Returns what eigvalsh does, or None, having done nothing, for sizes "
+      "that "
+      "are not solved in lanes.");
   m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
         py::arg("rank"), py::arg("scratch"), py::arg("threads"),
         "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "

@@ -46,6 +46,12 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
 Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw, const MomentInfo& info,
                         int threads, Route route);
 
+// The same of centred x (not fp64) without samples g, g + groups, ... for every g: values and raw[b, groups,
+// d], info of b groups entries, from the moments of the groups. Returns false, having done nothing, for sizes
+// whose matrices are not solved in lanes.
+bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, double* raw,
+                          const MomentInfo& info, int threads, Status& status);
+
 // Effective ranks by singular values or by variance, and the bound on the relative error of the former that
 // the README of the op derives (infinite where the data are not finite): b entries each.
 struct RankInfo {

@@ -81,7 +81,8 @@ inline void prepare_group(QlGroup<T>& group, Scale<T>& scale, const int* exponen
   group.bottom = broadcast(T(-1));
 }
 
-// The group of terms square e1 e1' + T for a group of T that the lanes' 2^exponents are yet to multiply.
+// The group of T with `lift` added in the first corner, for a group of T that the lanes' 2^exponents are yet
+// to multiply.
 template <class T>
 inline void lift_group(const QlGroup<T>& from, QlGroup<T>& to, const int* exponents,
                        typename Simd<T>::Vec lift) {
@@ -200,7 +201,7 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
       tridiagonal_lanes(packed, n, group.d, group.e, scratch, mean, square);
       QlGroup<T>& lifted = groups[count + 1];
       place_group(lifted, rows, count + 1, n);
-      lift_group(group, lifted, exponents, load(square) * broadcast(task.terms));
+      lift_group(group, lifted, exponents, load(square));
       const int none[L] = {};
       prepare_group(lifted, scales[count + 1], none);
       bad[count + 1] = bad[count];
@@ -278,7 +279,7 @@ inline void eigen_alone(const spectrum::TridiagonalTask<T>& task, bool lifted) {
   for (long long i = 0; i < n; ++i) {
     d[i] = task.diagonal[i] * outer.up_a[0] * outer.up_b[0];
     e[i] = task.off_squared[i] * outer.up_a[0] * outer.up_b[0] * outer.up_a[0] * outer.up_b[0];
-    if (lifted && i == 0) d[i] += task.terms * task.squares[0];
+    if (lifted && i == 0) d[i] += task.squares[0];
     const T size = d[i] < T(0) ? -d[i] : d[i];
     top = size > top ? size : top;
     top = e[i] > top * top ? scalar_sqrt(e[i]) : top;
@@ -351,7 +352,7 @@ inline void eigen_tridiagonal(const spectrum::TridiagonalTask<T>& task) {
     if (task.raw != nullptr) {
       QlGroup<T>& lifted = groups[count + 1];
       place_group(lifted, static_cast<T*>(task.workspace), count + 1, n);
-      lift_group(group, lifted, exponents, select(good, load(square) * broadcast(task.terms), V{}));
+      lift_group(group, lifted, exponents, select(good, load(square), V{}));
       const int none[L] = {};
       prepare_group(lifted, scales[count + 1], none);
       bad[count + 1] = bad[count];

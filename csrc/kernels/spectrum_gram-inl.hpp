@@ -121,7 +121,7 @@ inline long long gram_stride(long long m) {
 }
 
 inline std::size_t gram_workspace(const spectrum::GramTask& task) {
-  const long long m = task.n < task.d ? task.n : task.d;
+  const long long m = task.tall || task.d < task.n ? task.d : task.n;
   const long long panels = gram_stride(m) / Simd<double>::lanes * kPanel;
   // Besides the panels: origin, mean and live columns, and a widened tile.
   return sizeof(double) * static_cast<std::size_t>(panels + (3 + kGramTile) * gram_stride(task.d));
@@ -296,7 +296,7 @@ inline double largest_magnitude(const spectrum::GramTask& task, double* wide) {
 inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   const long long n = task.n;
   const long long d = task.d;
-  const bool tall = n >= d;
+  const bool tall = task.tall || n >= d;
   const long long m = tall ? d : n;
   const long long stride = task.stride;
   const long long panels = gram_stride(m) / Simd<double>::lanes;
@@ -321,7 +321,10 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   }
   if (task.centred) {
     // The first row goes first: a constant column is then exactly zero, and the mean of the signal's size.
-    widen_row(task.x, task.dtype, task.column_stride, d, scale, at.origin);
+    if (task.origin == nullptr)
+      widen_row(task.x, task.dtype, task.column_stride, d, scale, at.origin);
+    else
+      for (long long j = 0; j < d; ++j) at.origin[j] = task.origin[j];
     for_row_tiles(task, scale, at.wide,
                   [&](const auto& rows, long long count)
                       __attribute__((always_inline)) { add_rows(rows, count, d, at); });
@@ -332,7 +335,8 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     result.accumulated *= static_cast<double>(n);
   }
   if (task.mean != nullptr)
-    for (long long j = 0; j < d; ++j) task.mean[j] = at.origin[j] + at.mean[j];
+    for (long long j = 0; j < d; ++j)
+      task.mean[j] = task.origin == nullptr ? at.origin[j] + at.mean[j] : at.mean[j];
   bool first = true;
   if (tall) {
     for_row_tiles(task, scale, at.wide,
@@ -369,7 +373,56 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   return result;
 }
 
-inline spectrum::GramKernels gram_kernels() { return {&gram_stride, &gram_workspace, &gram}; }
+inline void first_row(const spectrum::GramTask& task, double* row) {
+  widen_row(task.x, task.dtype, task.column_stride, task.d, 1.0, row);
+}
+
+inline void pool_moments(spectrum::PooledMoments& all) {
+  const long long d = all.d;
+  for (long long j = 0; j < d; ++j) {
+    double mean = 0.0;
+    for (long long g = 0; g < all.groups; ++g)
+      mean += static_cast<double>(all.sizes[g]) * all.means[g * d + j];
+    mean /= static_cast<double>(all.n);
+    for (long long g = 0; g < all.groups; ++g) all.means[g * d + j] -= mean;
+    all.mean[j] = all.origin[j] + mean;
+  }
+  all.between = 0.0;
+  for (long long g = 0; g < all.groups; ++g) {
+    const double weight = static_cast<double>(all.sizes[g]);
+    const double* const off = all.means + g * d;
+    for (long long j = 0; j < d; ++j) {
+      const double* __restrict part = all.parts + g * all.size + j * all.stride;
+      double* __restrict whole = all.whole + j * all.stride;
+      const double factor = weight * off[j];
+      all.between += factor * off[j];
+      if (g == 0)
+        for (long long i = j; i < d; ++i) whole[i] = part[i] + factor * off[i];
+      else
+        for (long long i = j; i < d; ++i) whole[i] += part[i] + factor * off[i];
+    }
+  }
+}
+
+// Of sums over two sets of samples, the one of the second from that of both and that of the first.
+inline void leave_out(const spectrum::PooledMoments& all, long long group, double* c, double* mean) {
+  const long long d = all.d;
+  const double own = static_cast<double>(all.sizes[group]);
+  const double rest = static_cast<double>(all.n) - own;
+  const double* const off = all.means + group * d;
+  for (long long j = 0; j < d; ++j) {
+    mean[j] = all.mean[j] - own / rest * off[j];
+    const double* __restrict whole = all.whole + j * all.stride;
+    const double* __restrict part = all.parts + group * all.size + j * all.stride;
+    double* __restrict to = c + j * all.stride;
+    const double factor = own * static_cast<double>(all.n) / rest * off[j];
+    for (long long i = j; i < d; ++i) to[i] = (whole[i] - part[i]) - factor * off[i];
+  }
+}
+
+inline spectrum::GramKernels gram_kernels() {
+  return {&gram_stride, &gram_workspace, &gram, &first_row, &pool_moments, &leave_out};
+}
 
 }  // namespace RGFAST_NS
 }  // namespace rgfast

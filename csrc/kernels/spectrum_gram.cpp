@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <vector>
 
@@ -38,6 +39,21 @@ void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) 
   info.rank_limit[index] = result.rank_limit;
 }
 
+// The mean as the solver takes it: n mean mean' is that of this.
+void scale_mean(double* mean, std::int64_t d, std::int64_t samples) {
+  const double root = std::sqrt(static_cast<double>(samples));
+  for (std::int64_t j = 0; j < d; ++j) mean[j] *= root;
+}
+
+// What lanes are filled with: moments, a vector of them at a time.
+struct Lanes {
+  double* buffer;  // [lanes, d, stride]
+  double* means;   // [lanes, d], or null
+  std::int64_t stride;
+  std::int64_t size;
+  void* workspace;  // of the moment's kernel
+};
+
 // Fills a buffer with the moments of one group of matrices.
 struct Source {
   const GramKernels& kernel;
@@ -45,23 +61,132 @@ struct Source {
   bool centred;
   const MomentInfo& info;
   std::int64_t first;
-  double* buffer;
-  double* means;  // or null
-  std::int64_t stride;
-  std::int64_t size;
-  void* workspace;
+  Lanes to;
 
-  void fill(int from, int count) const {
+  void fill(int from, int count) {
     for (int i = 0; i < count; ++i) {
       GramTask task = task_for(x, centred, first + from + i);
-      task.c = buffer + i * size;
-      task.mean = means == nullptr ? nullptr : means + i * task.d;
-      task.stride = stride;
-      task.workspace = workspace;
+      task.c = to.buffer + i * to.size;
+      task.mean = to.means == nullptr ? nullptr : to.means + i * task.d;
+      task.stride = to.stride;
+      task.workspace = to.workspace;
       tell(info, first + from + i, kernel.run(task));
+      if (task.mean != nullptr) scale_mean(task.mean, task.d, task.n);
     }
   }
 };
+
+// The same with every group of samples left out in turn: matrix index / groups without group index % groups.
+// The moments of the groups are kept for the matrices that follow.
+struct LeftOut {
+  const GramKernels& kernel;
+  const View& x;
+  std::int64_t groups;
+  const MomentInfo& info;
+  std::int64_t first;
+  Lanes to;
+  std::vector<long long> sizes = {};
+  std::vector<double> parts = {}, means = {}, whole = {}, mean = {}, mean_left = {}, origin = {};
+  PooledMoments all = {};
+  std::int64_t held = -1;
+  double accumulated = 0.0;
+
+  void hold(std::int64_t matrix) {
+    const std::int64_t n = x.size(-2), d = x.size(-1);
+    if (held < 0) {
+      for (std::int64_t g = 0; g < groups; ++g) sizes.push_back((n - g + groups - 1) / groups);
+      parts.resize(static_cast<std::size_t>(groups * to.size));
+      means.resize(static_cast<std::size_t>(groups * d));
+      whole.resize(static_cast<std::size_t>(to.size));
+      mean.resize(static_cast<std::size_t>(d));
+      mean_left.resize(static_cast<std::size_t>(d));
+      origin.resize(static_cast<std::size_t>(d));
+      all = {parts.data(), origin.data(), means.data(), sizes.data(), groups, n, d,
+             to.stride,    to.size,       whole.data(), mean.data(),  0.0};
+    }
+    held = matrix;
+    accumulated = 0.0;
+    kernel.first_row(task_for(x, true, matrix), origin.data());
+    for (std::int64_t g = 0; g < groups; ++g) {
+      GramTask task = task_for(x, true, matrix);
+      task.x = static_cast<const std::byte*>(task.x) +
+               g * task.row_stride * static_cast<std::int64_t>(item_size(x.dtype));
+      task.row_stride *= groups;
+      task.n = sizes[static_cast<std::size_t>(g)];
+      task.tall = true;
+      task.origin = origin.data();
+      task.c = parts.data() + g * to.size;
+      task.stride = to.stride;
+      task.mean = means.data() + g * d;
+      task.workspace = to.workspace;
+      accumulated += kernel.run(task).accumulated;
+    }
+    kernel.pool(all);
+    accumulated += all.between;
+  }
+
+  void fill(int from, int count) {
+    for (int i = 0; i < count; ++i) {
+      const std::int64_t index = first + from + i, group = index % groups;
+      if (index / groups != held) hold(index / groups);
+      double* const c = to.buffer + i * to.size;
+      double* const other = to.means == nullptr ? mean_left.data() : to.means + i * all.d;
+      kernel.leave_out(all, group, c, other);
+      std::int64_t live = 0;
+      for (std::int64_t j = 0; j < all.d; ++j) live += c[j * to.stride + j] > 0.0 ? 1 : 0;
+      const std::int64_t rest = all.n - sizes[static_cast<std::size_t>(group)];
+      scale_mean(other, all.d, rest);
+      tell(info, index, {accumulated, 0, std::min(rest - 1, live)});
+    }
+  }
+};
+
+// Solves so many matrices of m rows in lanes. make(first, lanes) gives what fills these with matrices from
+// the first on, in `scratch` bytes.
+template <class Make>
+Status solve_in_lanes(const EigenKernels<double>& solver, std::int64_t batch, std::int64_t m, int threads,
+                      std::int64_t stride, std::size_t scratch, const Results<double>& out,
+                      const Make& make) {
+  const std::int64_t size = stride * stride;
+  const bool lifted = out.raw != nullptr;
+  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
+  const std::int64_t each = task_size(solver, batch, threads, lifted);
+  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
+    const std::int64_t first = index * each;
+    const std::int64_t count = std::min(each, batch - first);
+    const std::size_t for_solver = aligned(solver.lanes_workspace(m));
+    const Workspace workspace(for_solver + aligned(scratch) +
+                              sizeof(double) * static_cast<std::size_t>(solver.lanes * (size + m)));
+    auto* const bytes = static_cast<std::byte*>(workspace.data());
+    auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + aligned(scratch));
+    double* const means = lifted ? buffer + solver.lanes * size : nullptr;
+    auto source = make(first, Lanes{buffer, means, stride, size, bytes + for_solver});
+    std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
+    for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
+    for (std::int64_t i = 0; i < count; ++i)
+      offsets[static_cast<std::size_t>(solver.lanes + i)] = (first + i) * m;
+    EigenTask<double> task{};
+    task.a = buffer;
+    task.values = out.values;
+    task.raw = out.raw;
+    task.means = means;
+    task.offsets = offsets.data();
+    task.values_offsets = offsets.data() + solver.lanes;
+    task.count = static_cast<int>(count);
+    task.n = m;
+    task.row_stride = 1;
+    task.column_stride = stride;
+    task.values_stride = out.stride;
+    task.trouble = trouble.data() + first;
+    task.workspace = bytes;
+    task.fill = [](void* context, int from, int some) {
+      static_cast<decltype(source)*>(context)->fill(from, some);
+    };
+    task.context = &source;
+    solver.lanes_run(task);
+  });
+  return first_trouble(trouble);
+}
 
 }  // namespace
 
@@ -101,6 +226,7 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
   const std::int64_t m = std::min(n, d);
   if (batch == 0) return {};
   threads = useful_threads(threads, batch, eigen_products(m) + n * d * m / 2);
+  const Results<double> results{values, 1, raw};
   if (!takes_lanes(solver, batch, m, route)) {
     const auto reduce = [&](std::int64_t index, SingleTask<double>& task) {
       GramTask gram = task_for(x, centred, index);
@@ -114,51 +240,34 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
       gram.workspace = bytes + for_solver;
       if (raw != nullptr) task.mean = gram.mean = reinterpret_cast<double*>(bytes + for_solver + for_gram);
       tell(info, index, kernel.run(gram));
+      if (raw != nullptr) scale_mean(gram.mean, d, n);
       solver.single_run(task);
     };
-    const Results<double> results{values, 1, raw, static_cast<double>(n)};
     return solve_singly(solver, batch, m, threads, results, reduce,
                         [m](std::int64_t index) { return index * m; });
   }
-  const std::int64_t stride = kernel.stride(m);
-  const std::int64_t size = stride * stride;
-  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
-  const std::int64_t each = task_size(solver, batch, threads, raw != nullptr);
-  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
-    const std::int64_t first = index * each;
-    const std::int64_t count = std::min(each, batch - first);
-    const std::size_t for_solver = aligned(solver.lanes_workspace(m));
-    const std::size_t for_gram = aligned(kernel.workspace(task_for(x, centred, 0)));
-    const Workspace workspace(for_solver + for_gram +
-                              sizeof(double) * static_cast<std::size_t>(solver.lanes * (size + d)));
-    auto* const bytes = static_cast<std::byte*>(workspace.data());
-    auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
-    double* const means = raw == nullptr ? nullptr : buffer + solver.lanes * size;
-    Source source{kernel, x, centred, info, first, buffer, means, stride, size, bytes + for_solver};
-    std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
-    for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
-    for (std::int64_t i = 0; i < count; ++i)
-      offsets[static_cast<std::size_t>(solver.lanes + i)] = (first + i) * m;
-    EigenTask<double> task{};
-    task.a = buffer;
-    task.values = values;
-    task.raw = raw;
-    task.means = means;
-    task.terms = static_cast<double>(n);
-    task.offsets = offsets.data();
-    task.values_offsets = offsets.data() + solver.lanes;
-    task.count = static_cast<int>(count);
-    task.n = m;
-    task.row_stride = 1;
-    task.column_stride = stride;
-    task.values_stride = 1;
-    task.trouble = trouble.data() + first;
-    task.workspace = bytes;
-    task.fill = [](void* context, int from, int some) { static_cast<Source*>(context)->fill(from, some); };
-    task.context = &source;
-    solver.lanes_run(task);
-  });
-  return first_trouble(trouble);
+  return solve_in_lanes(
+      solver, batch, m, threads, kernel.stride(m), kernel.workspace(task_for(x, centred, 0)), results,
+      [&](std::int64_t first, const Lanes& to) { return Source{kernel, x, centred, info, first, to}; });
+}
+
+bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, double* raw,
+                          const MomentInfo& info, int threads, Status& status) {
+  const GramKernels kernel = grams();
+  const EigenKernels<double> solver = active_eigen_kernels<double>();
+  const std::int64_t n = x.size(-2);
+  const std::int64_t d = x.size(-1);
+  const std::int64_t batch = x.batch(2) * groups;
+  if (!takes_lanes(solver, batch, d, Route::choose)) return false;
+  status = {};
+  if (batch == 0) return true;
+  threads = useful_threads(threads, batch, eigen_products(d) + n * d * d / (2 * groups));
+  GramTask task = task_for(x, true, 0);
+  task.tall = true;
+  status = solve_in_lanes(
+      solver, batch, d, threads, kernel.stride(d), kernel.workspace(task), Results<double>{values, 1, raw},
+      [&](std::int64_t first, const Lanes& to) { return LeftOut{kernel, x, groups, info, first, to}; });
+  return true;
 }
 
 }  // namespace rgfast::spectrum

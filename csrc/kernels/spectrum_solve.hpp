@@ -53,13 +53,12 @@ inline Status first_trouble(const std::vector<unsigned char>& trouble) {
 
 inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Where results go: eigenvalues, and, unless null, those of the matrices with terms mean mean' added.
+// Where results go: eigenvalues, and, unless null, those of the matrices with mean mean' added.
 template <class T>
 struct Results {
   T* values;
   std::int64_t stride;
   T* raw = nullptr;
-  T terms = T(0);
 };
 
 // Calls reduce(index, task) for every matrix, which sets what is the source's in the task, workspace too (and
@@ -98,7 +97,6 @@ Status solve_singly(const EigenKernels<T>& kernel, std::int64_t batch, std::int6
     task.off_squared = off_squared.get() + first * n;
     task.exponents = exponents.data() + first;
     if (lifted) task.squares = squares.data() + first;
-    task.terms = results.terms;
     task.values = results.values;
     task.raw = results.raw;
     task.values_offsets = offsets.data();

@@ -10,14 +10,13 @@ namespace rgfast::spectrum {
 // Up to `groups` groups of matrices, each with its own place to write to. They are read from a at their own
 // offsets; or, with `fill`, a group at a time from the same `lanes` offsets, after fill(context, first,
 // count) has put matrices first, first + 1, ... there. With `raw` (and `fill`, which then puts rows of n into
-// `means` too), the eigenvalues of a + terms mean mean' go there, at the same offsets.
+// `means` too), the eigenvalues of a + mean mean' go there, at the same offsets.
 template <class T>
 struct EigenTask {
   const T* a;
   T* values;
   T* raw;
   const T* means;
-  T terms;
   const long long* offsets;         // of each matrix, in elements from a
   const long long* values_offsets;  // of each result
   int count;
@@ -49,14 +48,13 @@ struct SingleTask {
 };
 
 // Eigenvalues of up to `groups` groups of tridiagonal matrices as SingleTask leaves them, one after another;
-// with `raw`, of those with terms square in the first corner too, and of half as many.
+// with `raw`, of those with their square in the first corner too, and of half as many.
 template <class T>
 struct TridiagonalTask {
   const T* diagonal;
   const T* off_squared;
   const int* exponents;
   const T* squares;
-  T terms;
   T* values;
   T* raw;
   const long long* values_offsets;
@@ -84,7 +82,7 @@ struct EigenKernels {
 template <class T>
 EigenKernels<T> active_eigen_kernels();
 
-// The second moment of x[n, d] or of its transpose, whichever is smaller, as x'x in fp64.
+// The second moment of x[n, d] or, unless `tall`, of its transpose where that is smaller, as x'x in fp64.
 struct GramTask {
   const void* x;
   DType dtype;
@@ -93,9 +91,12 @@ struct GramTask {
   long long row_stride;
   long long column_stride;
   bool centred;
+  bool tall;
   double* c;         // lower triangle, column-major; what is above it is written too, and means nothing
   long long stride;  // of its columns, at least GramKernels::stride(m)
   double* mean;      // d column means out, or nullptr
+  // Taken off every row first, if centred, and then no part of the mean; nullptr for the first row, which is.
+  const double* origin;
   void* workspace;
 };
 
@@ -105,10 +106,32 @@ struct GramResult {
   long long rank_limit;  // what the rank cannot exceed
 };
 
+// Centred moments of the groups of n samples that `sizes` tells, [groups, d, stride], and their means
+// [groups, d] off an origin, which become deviations from the mean of all. Out: that of all, `whole`
+// [d, stride] and `mean`.
+struct PooledMoments {
+  const double* parts;
+  const double* origin;
+  double* means;
+  const long long* sizes;
+  long long groups;
+  long long n;
+  long long d;
+  long long stride;
+  long long size;  // elements from part to part
+  double* whole;
+  double* mean;
+  double between;  // what the means add to the trace, out
+};
+
 struct GramKernels {
   long long (*stride)(long long m);
   std::size_t (*workspace)(const GramTask& task);
   GramResult (*run)(const GramTask& task);
+  void (*first_row)(const GramTask& task, double* row);
+  void (*pool)(PooledMoments& all);
+  // The moment c [d, stride] and the mean of all samples but those of a group.
+  void (*leave_out)(const PooledMoments& all, long long group, double* c, double* mean);
 };
 
 }  // namespace rgfast::spectrum

@@ -1,6 +1,7 @@
 #include "kernels/spectrum.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -122,6 +123,47 @@ TEST(moments_and_their_eigenvalues_agree) {
                  {1, 1}, {1, 9}, {9, 1}, {7, 5}, {5, 7}, {40, 17}, {17, 40}, {300, 8}, {8, 300}, {33, 33}})
           for (const bool raw : {false, true})
             if (!raw || (centred && n >= d)) CHECK(moment_error(batch, n, d, centred, raw, route) < 1e-13);
+}
+
+// Eigenvalues without each group of samples, against those of the rows that are left.
+TEST(spectra_without_groups) {
+  using rgfast::spectrum::left_out_eigenvalues;
+  std::mt19937 draw(5);
+  std::normal_distribution<float> normal(3.0F, 1.0F);
+  for (const std::int64_t batch : {2, 5, 17})
+    for (const auto& [n, d, groups] :
+         std::vector<std::array<std::int64_t, 3>>{{9, 1, 2}, {30, 5, 3}, {70, 17, 8}, {301, 33, 7}}) {
+      std::vector<float> x(static_cast<std::size_t>(batch * n * d));
+      for (float& value : x) value = normal(draw);
+      const auto results = static_cast<std::size_t>(batch * groups);
+      std::vector<double> accumulated(results), values(results * static_cast<std::size_t>(d)), raw(values);
+      std::vector<std::int64_t> exponent(results), limit(results);
+      rgfast::spectrum::Status status;
+      if (!left_out_eigenvalues(contiguous(x, {batch, n, d}), groups, values.data(), raw.data(),
+                                {accumulated.data(), exponent.data(), limit.data()}, 2, status))
+        continue;
+      CHECK(status.index == -1);
+      for (std::int64_t g = 0; g < groups; ++g) {
+        std::vector<float> few;
+        for (std::int64_t row = 0; row < batch * n; ++row)
+          for (std::int64_t j = 0; j < d && row % n % groups != g; ++j)
+            few.push_back(x[static_cast<std::size_t>(row * d + j)]);
+        const std::int64_t left = static_cast<std::int64_t>(few.size()) / (batch * d);
+        for (const bool centred : {true, false}) {
+          std::vector<double> wanted(static_cast<std::size_t>(batch * d));
+          const View view = contiguous(few, {batch, left, d});
+          rgfast::spectrum::gram_eigenvalues(view, centred, wanted.data(), nullptr,
+                                             {accumulated.data(), exponent.data(), limit.data()}, 1,
+                                             Route::choose);
+          for (std::int64_t b = 0; b < batch; ++b)
+            for (std::int64_t j = 0; j < d; ++j) {
+              const double got = (centred ? values : raw)[static_cast<std::size_t>((b * groups + g) * d + j)];
+              const double largest = wanted[static_cast<std::size_t>(b * d + d - 1)];
+              CHECK(std::fabs(got - wanted[static_cast<std::size_t>(b * d + j)]) <= 1e-13 * largest);
+            }
+        }
+      }
+    }
 }
 
 // A diagonal moment has its ranks in closed form: k equal eigenvalues and the rest zero is rank k.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.ops.cka.api import alignment
@@ -16,7 +16,7 @@ from rgfast.ops.spectrum.measures import (
     participation_ratio_of,
     stable_rank_of,
 )
-from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows
+from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows, spectra_without_groups
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measures import BOUNDED, RANKS, Array, Measured, change_of, doubtful, known_drifts
 
@@ -33,44 +33,28 @@ def measure_rows(
     CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN. With
     ``groups``, also those without the samples g, g + groups, ... for every g.
     """
-    variants = [states, *(_without_each(states, groups) if groups > 1 else ())]
-    spectra = [_spectral(part, uncentred) for part in variants]
-    found = [part for part in spectra if part is not None]
-    if len(found) < len(spectra):
+    layers, positions, n, d = states.shape
+    x = states.reshape(layers * positions, n, d)
+    whole = spectra_of_rows(x, uncentred=uncentred)
+    left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
+    if whole is None or left is None:
         return None
+    group = torch.arange(n) % groups
+    found = [_spectral(states, *whole, None)]
+    found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
     aligned = alignment(list(states), adjacent=adjacent, groups=groups)
     return tuple(_with_pairs(part, pairs) for part, pairs in zip(found, aligned, strict=True))
 
 
-def _without_each(states: Tensor, groups: int) -> Iterator[Tensor]:
-    """``states[L, P, n, d]`` without the samples g, g + groups, ... for every g, as views of one copy.
-
-    Group after group, and all but the last again: what follows a group, up to itself again, is the rest.
-    """
-    n = states.shape[2]
-    order = torch.arange(n, device=states.device)
-    order = order[(order % groups).argsort(stable=True)]
-    sizes = [len(range(g, n, groups)) for g in range(groups)]
-    twice = states.index_select(2, torch.cat([order, order[: n - sizes[-1]]]))
-    end = 0
-    for size in sizes:
-        end += size
-        yield twice[:, :, end : end + n - size]
-
-
-def _spectral(states: Tensor, uncentred: bool) -> Measured | None:
-    """All but drifts and pairs, which are empty."""
+def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor | None) -> Measured:
+    """All but drifts and pairs, which are empty, of the samples ``kept`` (or all)."""
     layers, positions, n, d = states.shape
-    x = states.reshape(layers * positions, n, d)
-    found = spectra_of_rows(x, uncentred=uncentred)
-    if found is None:
-        return None
+    n = n if kept is None else int(kept.sum())
     ranks: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in RANKS}
     bounds: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in BOUNDED}
     shape = (layers, positions)
-    centred, raw = found
-    again = doubtful(centred.sigma, np.full(len(x), n - 1))
-    refine_spectra(x, centred, again.nonzero()[0], centering="mean")
+    again = doubtful(centred.sigma, np.full(layers * positions, n - 1))
+    _refine(states, kept, centred, again.nonzero()[0], "mean")
     sigma = centred.sigma
     for name, value in (
         ("effective_rank", effective_rank_of(sigma)),
@@ -82,7 +66,10 @@ def _spectral(states: Tensor, uncentred: bool) -> Measured | None:
         ranks[name] = value.reshape(shape)
     bounds["effective_rank"] = centred.bound().reshape(shape)
     if raw is not None:
-        _uncentred(x, raw, ranks, bounds, shape)
+        constant = (ranks["stable_rank"] == 0).reshape(-1) & (raw.sigma[:, 0] > 0)
+        unsure = doubtful(raw.sigma, np.full(layers * positions, n)) & ~constant
+        _refine(states, kept, raw, unsure.nonzero()[0], "none")
+        _uncentred(raw, constant, ranks, bounds, shape)
     values = centred.singular_values()
     spectrum = np.full((layers, positions, d), np.nan)
     spectrum[..., : values.shape[1]] = values.reshape(*shape, -1)
@@ -100,13 +87,23 @@ def _with_pairs(found: Measured, aligned: Tensor) -> Measured:
     return replace(found, drifts=drifts, pairs=pairs)
 
 
+def _refine(
+    states: Tensor, kept: Tensor | None, solved: Solved, at: NDArray[np.intp], centering: str
+) -> None:
+    """Solve again from the rows, the matrices ``at`` of all layers and positions."""
+    if len(at):
+        x = states.reshape(-1, *states.shape[2:])[torch.from_numpy(at).to(states.device)]
+        refine_spectra(x if kept is None else x[:, kept], solved, at, centering=centering)
+
+
 def _uncentred(
-    x: Tensor, raw: Solved, ranks: dict[str, Array], bounds: dict[str, Array], shape: tuple[int, int]
+    raw: Solved,
+    constant: NDArray[np.bool_],
+    ranks: dict[str, Array],
+    bounds: dict[str, Array],
+    shape: tuple[int, int],
 ) -> None:
     """Fill in what is measured of rows as they are. n μ μᵀ has rank one, where nothing varies."""
-    constant = (ranks["stable_rank"] == 0).reshape(-1) & (raw.sigma[:, 0] > 0)
-    at = doubtful(raw.sigma, np.full(len(x), x.shape[1])) & ~constant
-    refine_spectra(x, raw, at.nonzero()[0], centering="none")
     for name, spectrum in (("effective_rank", "singular"), ("effective_rank_variance", "variance")):
         value = np.where(constant, 1.0, effective_rank_of(raw.sigma, spectrum=spectrum))
         ranks[f"{name}_uncentred"] = value.reshape(shape)

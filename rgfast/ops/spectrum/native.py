@@ -19,6 +19,7 @@ __all__ = [
     "gram",
     "gram_spectrum",
     "gram_supports",
+    "left_out_spectrum",
 ]
 
 _NOT_CONVERGED = 2
@@ -127,6 +128,36 @@ def gram_spectrum(
         return values, accumulated, exponent, limit
     values = torch.empty((x.shape[0], m), dtype=torch.float64)
     return values, *_moments(x, centering, values, raw=raw)
+
+
+def left_out_spectrum(
+    x: Tensor, groups: int, raw: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What `gram_spectrum` returns of `x[b, n, d]` without samples g, g + groups, ... for every g.
+
+    Eigenvalues `[b groups, d]`, from one moment a group: those of a matrix follow each other. `raw` is of
+    their shape. None where that is not done: for fp64, fewer samples left than features, matrices too large
+    for lanes.
+    """
+    b, n, d = x.shape
+    if x.dtype == torch.float64 or not x.is_cpu or n - -(-n // groups) < d:
+        return None
+    values, accumulated = torch.empty((b * groups, d), dtype=torch.float64), torch.empty(b * groups).double()
+    exponent, limit = torch.empty((2, b * groups), dtype=torch.int64)
+    info = (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr(), 0)
+    found = native.load().left_out_moments(
+        native.tensor(x.detach()),
+        groups,
+        values.data_ptr(),
+        0 if raw is None else raw.data_ptr(),
+        info,
+        native.threads(),
+    )
+    if found is None:
+        return None
+    if found[1] == _NOT_CONVERGED:
+        raise _stuck(found[0] // groups)
+    return values, accumulated, exponent, limit
 
 
 def effective_ranks(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.dispatch import Impl
@@ -23,6 +25,7 @@ from rgfast.threads import one_thread
 __all__ = ["PATHS", "Solved", "from_eigenvalues", "refine", "settle", "solve"]
 
 PATHS = ("gram", "refined", "svd")
+_FIELDS = ("sigma", "error", "exponent", "rank_limit", "path")
 
 
 @dataclass
@@ -65,10 +68,14 @@ class Solved:
         """`error` in the units of the data."""
         return np.ldexp(self.error, self.exponent[:, None])
 
-    def put(self, index: Array, other: Solved) -> None:
+    def put(self, index: NDArray[np.integer[Any]], other: Solved) -> None:
         """Overwrite the matrices at `index`."""
-        for name in ("sigma", "error", "exponent", "rank_limit", "path"):
+        for name in _FIELDS:
             getattr(self, name)[index] = getattr(other, name)
+
+    def take(self, index: slice) -> Solved:
+        """A copy of the matrices at `index`."""
+        return Solved(*(getattr(self, name)[index].copy() for name in _FIELDS))
 
 
 def from_eigenvalues(
