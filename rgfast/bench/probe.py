@@ -14,6 +14,7 @@ import rgfast
 from rgfast.bench.cka import pair_loop
 from rgfast.bench.spectrum import svd_rank
 from rgfast.bench.timing import Call, Checked, Contest
+from rgfast.probing.tally import Route
 
 __all__ = ["check", "contests", "gate", "probed", "stack", "states", "stored"]
 
@@ -23,10 +24,16 @@ _EPS = 1e-5
 
 
 def gate(device: str) -> Iterator[Checked]:
-    """Ranks, drift and CKA of a small stack, and of one that has collapsed, against stored activations."""
-    for collapsed in (False, True):
-        model = stack(3, 5, 12, device, collapsed=collapsed)
-        yield from check(model, _data(100, 5, 12, device), "collapsed" if collapsed else "spread")
+    """Ranks, drift and CKA of a small stack, and of one that has collapsed, against stored activations.
+
+    By either route: few samples would else be summed up, and many are not.
+    """
+    routes: tuple[Route, ...] = ("moments", "samples") if device == "cpu" else ("moments",)
+    for route in routes:
+        for collapsed in (False, True):
+            model = stack(3, 5, 12, device, collapsed=collapsed)
+            name = f"{'collapsed' if collapsed else 'spread'}, {route}"
+            yield from check(model, _data(100, 5, 12, device), name, route)
 
 
 def contests(device: str, quick: bool) -> Iterator[Contest]:
@@ -39,9 +46,10 @@ def contests(device: str, quick: bool) -> Iterator[Contest]:
         if not quick or (depth, length, width) == SHAPES[0]:
             rivals["stored activations, torch SVD, loop over pairs"] = (partial(stored, model, x),)
         name = f"L={depth} T={length} d={width} n={len(x)}"
-        # Positions do not see each other: two stand for all.
-        checks = (partial(_worst, model, x[:, :2].contiguous()),)
-        yield Contest(name, partial(probed, model, x), rivals, checks)
+        # Positions do not see each other: two stand for all, by the route that all of them take.
+        route: Route = "samples" if device == "cpu" else "moments"
+        checks = (partial(_worst, model, x[:, :2].contiguous(), route),)
+        yield Contest(name, partial(probed, model, x, route), rivals, checks)
 
 
 def stack(depth: int, length: int, width: int, device: str, *, collapsed: bool = False) -> Any:
@@ -58,9 +66,11 @@ def stack(depth: int, length: int, width: int, device: str, *, collapsed: bool =
     return model.to(device).eval()
 
 
-def probed(model: Any, x: Tensor) -> rgfast.ProbeResult:
+def probed(model: Any, x: Tensor, route: Route = "auto") -> rgfast.ProbeResult:
     """The whole probe."""
-    return rgfast.probe(model, x, pairs="all", views=["position"], batch_size=len(x), progress=False)
+    return rgfast.probe(
+        model, x, pairs="all", views=["position"], batch_size=len(x), route=route, progress=False
+    )
 
 
 def states(model: Any, x: Tensor) -> Iterator[Tensor]:
@@ -80,9 +90,9 @@ def stored(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return svd_rank(layers), pair_loop(layers, False)
 
 
-def check(model: Any, x: Tensor, name: str) -> Iterator[Checked]:
+def check(model: Any, x: Tensor, name: str, route: Route = "auto") -> Iterator[Checked]:
     """Errors of a probe's ranks, biased CKA and drift, against fp64 on the activations it saw."""
-    found = probed(model, x).dataset
+    found = probed(model, x, route).dataset
     with torch.no_grad():
         layers = torch.stack([state.transpose(0, 1) for state in states(model.double(), x.double())]).cpu()
     model.float()
@@ -95,9 +105,9 @@ def check(model: Any, x: Tensor, name: str) -> Iterator[Checked]:
     yield Checked(f"probe, CKA, {name}", float((matrix - pairs).abs().max()), 1e-4)
 
 
-def _worst(model: Any, x: Tensor) -> Checked:
+def _worst(model: Any, x: Tensor, route: Route) -> Checked:
     """A check that is not good, or else the first."""
-    found = list(check(model, x, "two positions"))
+    found = list(check(model, x, "two positions", route))
     return next((each for each in found if not each.good), found[0])
 
 

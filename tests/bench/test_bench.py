@@ -69,8 +69,8 @@ def test_the_gate_sees_an_error_of_a_hundred_thousandth(name, monkeypatch):
 def test_the_gate_sees_a_wrong_probe(monkeypatch):
     from rgfast.bench import probe
 
-    def off(model, x):
-        found = original(model, x)
+    def off(model, x, route="auto"):
+        found = original(model, x, route)
         found.dataset["effective_rank"] *= 1.001
         found.dataset["cka_biased"] *= 0.999
         return found
@@ -78,6 +78,19 @@ def test_the_gate_sees_a_wrong_probe(monkeypatch):
     original = probe.probed
     monkeypatch.setattr(probe, "probed", off)
     assert not any(check.good for check in probe.gate("cpu"))
+
+
+def test_the_gate_and_the_cases_see_a_wrong_sample_route(monkeypatch):
+    from rgfast.bench import probe
+    from rgfast.probing import rows
+
+    original = rows.effective_rank_of
+    monkeypatch.setattr(rows, "effective_rank_of", lambda *args, **kw: original(*args, **kw) * (1 + 3e-4))
+    assert [check.good for check in probe.gate("cpu")] == [True] * 4 + [False, True] * 2
+    monkeypatch.setattr(probe, "SHAPES", ((2, 6, 8),))
+    (contest,) = probe.contests("cpu", quick=True)
+    assert not contest.checks[0]().good
+    assert contest.ours().dataset.attrs["route"] == "samples"
 
 
 def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
