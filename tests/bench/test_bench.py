@@ -93,6 +93,26 @@ def test_the_gate_and_the_cases_see_a_wrong_sample_route(monkeypatch):
     assert contest.ours().dataset.attrs["route"] == "samples"
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("residual_mlp", "residual_mlp"), ("spectrum", "eigvalsh"), ("spectrum", "effective_rank")],
+)
+def test_every_case_sees_what_is_wrong_on_its_own_size_only(name, function, monkeypatch):
+    """Which implementation runs turns on the number of rows or matrices, and on gradients being asked."""
+    original = getattr(rgfast, function)
+    least = 300 if name == "residual_mlp" else 5
+
+    def off(x, *args, **options):
+        found = original(x, *args, **options)
+        return found * (1 + 1e-5) if len(x) >= least else found
+
+    monkeypatch.setattr(rgfast, function, off)
+    contests = suite.BENCHMARKS[name].contests("cpu", quick=True)
+    word = {"residual_mlp": "forward", "eigvalsh": "eigvalsh", "effective_rank": "effective_rank"}[function]
+    cases = [contest for contest in contests if contest.case.startswith(word)][:2]
+    assert [all(check().good for check in contest.checks) for contest in cases] == [False, False]
+
+
 def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rgfast, "residual_stack", slightly_wrong(rgfast.residual_stack))
     monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("something was timed"))
