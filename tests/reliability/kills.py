@@ -28,24 +28,14 @@ import matplotlib  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "probing"))
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("probing", "experiments")]
 
 import resume_under_kill  # noqa: E402
+from tiny import tiny_config  # noqa: E402
 
-from rgfast.experiments.config import ReproduceConfig  # noqa: E402
 from rgfast.experiments.sweep import Design, sweep  # noqa: E402
-from rgfast.training import TrainingConfig  # noqa: E402
 
-BASE = ReproduceConfig(
-    states=8,
-    length=4,
-    depth=2,
-    width=4,
-    hidden=8,
-    training=TrainingConfig(steps=4, batch=16, warmup=1, log_every=4, log_sequences=32),
-    probe_sequences=320,
-)
-GRID = Design("tiny", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), BASE)
+GRID = Design("tiny", ("two-scale:K=2",), (1.0, 7.0), (4,), (0, 1), tiny_config())
 
 
 def probe_once(folder):
