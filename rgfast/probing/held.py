@@ -70,9 +70,8 @@ class HeldRows:
         plan, parts = self.plan, list[Part]()
         step = at_once(plan, self.sequences, self._memory)
         one = (self.sequences, plan.widths[0])
-        room = torch.empty(
-            len(plan.names) * step * math.prod(one)
-        )  # for all: fresh pages cost as much as a copy
+        # One for all turns: fresh pages cost as much as a copy.
+        room = torch.empty(len(plan.names) * step * math.prod(one))
         for start in range(0, len(plan.positions), step):
             where = plan.positions[start : start + step]
             at = _slice_or_list(where)

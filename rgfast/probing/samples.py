@@ -83,7 +83,7 @@ def enough(sequences: int, groups: int) -> bool:
 def at_once(plan: Plan, sequences: int, memory: int) -> int:
     """How many positions of all layers are alive at a time."""
     bytes_each = len(plan.names) * sequences * plan.widths[0] * 4
-    bytes_each *= 3 if plan.groups > 1 else 1  # and two copies in the order of the groups
+    bytes_each *= 3 if plan.groups > 1 else 1  # at worst two copies without a group each
     return max(1, min(min(_TILE_BYTES, memory // 4) // bytes_each, -(-len(plan.positions) // _LEAST_TILES)))
 
 
