@@ -14,6 +14,7 @@ import rgfast
 from rgfast.bench.cka import pair_loop
 from rgfast.bench.spectrum import svd_rank
 from rgfast.bench.timing import Call, Checked, Contest
+from rgfast.native import unavailable_reason
 from rgfast.probing.tally import Route
 
 __all__ = ["check", "contests", "gate", "probed", "stack", "states", "stored"]
@@ -47,7 +48,7 @@ def contests(device: str, quick: bool) -> Iterator[Contest]:
             rivals["stored activations, torch SVD, loop over pairs"] = (partial(stored, model, x),)
         name = f"L={depth} T={length} d={width} n={len(x)}"
         # Positions do not see each other: two stand for all, by the route that all of them take.
-        route: Route = "samples" if device == "cpu" else "moments"
+        route: Route = "samples" if device == "cpu" and unavailable_reason() is None else "moments"
         checks = (partial(_worst, model, x[:, :2].contiguous(), route),)
         yield Contest(name, partial(probed, model, x, route), rivals, checks)
 

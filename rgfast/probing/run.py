@@ -100,8 +100,8 @@ def probe(
             adjacent or all, and at most 4,096 sequences, without mask, padding, targets, refine or
             checkpoint. CKA and drift then come from fp32 products (as those of :func:`rgfast.cka_matrix`:
             within 1e-6, close neighbours from fp64 ones), and the result cannot be merged. ``"auto"`` takes
-            it where it can, the rows fit ``memory`` and the work is more than a moment's;
-            ``result.dataset.attrs["route"]`` says which it was.
+            it where it can, with compiled kernels, where the rows fit ``memory`` and the work is more than a
+            moment's; ``result.dataset.attrs["route"]`` says which it was.
         distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
             one rank; False never; True or a process group always. Every rank returns the result of all

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rgfast.native import unavailable_reason
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.companions import Companions, MaskSpec
@@ -65,6 +66,8 @@ class Asked:
             return "moments were asked for"
         if ranks is not None:
             return "several processes probe together"
+        if self.route == "auto" and unavailable_reason() is not None:
+            return "moments take less time without compiled kernels"
         if self.mask is not None or self.targets or self.refine is not None:
             return "it knows no mask, targets or refine"
         if self.views != ["position"] or self.pairs not in ("adjacent", "all"):

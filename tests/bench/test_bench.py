@@ -88,6 +88,7 @@ def test_the_gate_and_the_cases_see_a_wrong_sample_route(monkeypatch):
     monkeypatch.setattr(rows, "effective_rank_of", lambda *args, **kw: original(*args, **kw) * (1 + 3e-4))
     assert [check.good for check in probe.gate("cpu")] == [True] * 4 + [False, True] * 2
     monkeypatch.setattr(probe, "SHAPES", ((2, 6, 8),))
+    monkeypatch.setattr(probe, "unavailable_reason", lambda: None)
     (contest,) = probe.contests("cpu", quick=True)
     assert not contest.checks[0]().good
     assert contest.ours().dataset.attrs["route"] == "samples"
