@@ -47,7 +47,7 @@ EPS = 1e-5
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+    return nn.Parameter(torch.randn(shape, generator=generator).mul_(std))
 
 
 class _Normalisation(nn.Module):
