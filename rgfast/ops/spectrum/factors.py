@@ -60,13 +60,18 @@ def rank_measures_from_factor(
         raise ValueError(f"n must be {b} integers that are not negative, got {n.tolist()}")
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (factor != 0).any(1).sum(1).cpu().numpy())
-    live = factor[:, : max(1, int(freedom.max(initial=0)))]  # further rows are rounding errors of nothing
-    sigma = np.zeros((b, d))
+    unit, sigma = UNIT_ROUNDOFF[torch.float64], np.zeros((b, d))
     with one_thread():
-        found = torch.linalg.svdvals(live).cpu().numpy()
-        size = torch.linalg.matrix_norm(factor).cpu().numpy()
+        rest = torch.nn.functional.pad(factor.square().sum(2), (0, 1)).flip(1).cumsum(1).flip(1).sqrt()
+        size = rest[:, 0].cpu().numpy()  # rest[:, k] is the norm of the rows from k on
+        # With n < d samples the rows after the n-th are mostly rounding errors of nothing. Not where columns
+        # depend on those before them: a step of the QR that finds nothing new takes a row all the same.
+        used = int((rest > d * unit * rest[:, :1]).sum(1).max()) if b else 0
+        used = max(1, used, min(r, int(freedom.max(initial=0))))
+        found = torch.linalg.svdvals(factor[:, :used]).cpu().numpy()
     sigma[:, : found.shape[1]] = found
-    error = np.repeat((d + 50 + updates) * UNIT_ROUNDOFF[torch.float64] * size[:, None], d, axis=1)
+    lost = (d + 50 + updates) * unit * size + rest[:, used].cpu().numpy()
+    error = np.repeat(lost[:, None], d, axis=1)
     dead = np.arange(d) >= limit[:, None]
     sigma[dead] = error[dead] = 0.0
     path = np.full(b, PATHS.index("svd"), dtype=np.int8)

@@ -42,6 +42,19 @@ def test_equal_to_the_svd_of_the_data(noise, n, d, centering):
     assert set(got.path) == {"svd"}
 
 
+@pytest.mark.parametrize("n", [5, 12, 30])
+def test_columns_that_depend_on_those_before_them(n):
+    """As where positions of a LayerNorm's output stand side by side: rank and energy are in late rows too."""
+    free = torch.randn(3, n, 8, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
+    x = torch.cat([free, -free.sum(-1, keepdim=True), free[..., :1]], -1).flatten(2)
+    want = rgfast.rank_measures(x, method="svd", tol=1e-7)
+    got = rank_measures_from_factor(factor_of(x - x.mean(1, keepdim=True)), torch.full((3,), n))
+    for name in ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-11, atol=1e-11)
+    relative = (got.effective_rank - want.effective_rank).abs() / want.effective_rank
+    assert (relative <= got.error_bound).all()
+
+
 def test_each_matrix_has_its_own_number_of_samples_and_live_features():
     x = data(30, 6, 1.0)
     x[0, 10:] = x[0, :1]
