@@ -18,9 +18,10 @@ __all__ = ["HeldRows"]
 class HeldRows:
     """The rows of every layer by batch, as they came: fp32, on the CPU, of one shape but for the batch.
 
-    Rows are copied if ``copied`` (they are about to be overwritten), else until it is known which outputs the
-    model leaves alone from one forward to the next. That shows in the third batch: the probe copies what it
-    captures in the first one.
+    Rows are copied if ``copied`` (they are about to be overwritten), else those of outputs that the model
+    does not leave alone from one forward to the next. That shows from the third batch on (the probe copies
+    what it captures in the first one): the memory of the second batch was written to, or is given out again.
+    It is held for that, so that a model that takes turns between buffers is found out before one is lost.
     """
 
     def __init__(self, plan: Plan, memory: int, *, copied: bool) -> None:
@@ -30,6 +31,7 @@ class HeldRows:
         self._bytes = 0
         self._second: list[tuple[Tensor, int]] = []
         self._reused: set[int] = set()
+        self._as_given: list[dict[int, tuple[Tensor, int]]] = []
 
     def refusal(self, rows: Sequence[Tensor]) -> str:
         """Why a batch of ``rows[l]`` ``[B, T, D]`` cannot be held beside the others, or nothing."""
@@ -47,15 +49,45 @@ class HeldRows:
     def add(self, rows: Sequence[Tensor]) -> None:
         """Hold a batch that :meth:`refusal` has nothing against."""
         number = len(self.batches)
-        if number == 2:
-            for layer, (x, version) in enumerate(self._second):
-                if x.is_inference() or x._version != version:
-                    self._reused.add(layer)
-        self._second = [(x, _version(x)) for x in rows] if number == 1 else []
-        every = self._copied or number < 2
-        self.batches.append([x.clone() if every or k in self._reused else x for k, x in enumerate(rows)])
+        if number == 1:
+            self._bytes += sum(x.nbytes for x in rows)
+            self._second, self._as_given = [(x, _version(x)) for x in rows], [{} for _ in rows]
+        if self._copied or number < 2:
+            self.batches.append([x.clone() for x in rows])
+        else:
+            self.batches.append([self._kept(layer, x) for layer, x in enumerate(rows)])
         self.sequences += len(rows[0])
         self._bytes += sum(x.nbytes for x in rows)
+
+    def _kept(self, layer: int, x: Tensor) -> Tensor:
+        """``x``, or a copy where its memory will be written to again."""
+        if layer not in self._reused:
+            second, version = self._second[layer]
+            given_again = x.data_ptr() == second.data_ptr()
+            if second.is_inference() or second._version != version or given_again:
+                self._reused.add(layer)
+                self._check_unchanged(layer)
+                for batch in self.batches[2:]:
+                    batch[layer] = batch[layer].clone()
+                self._as_given[layer].clear()
+        if layer in self._reused:
+            return x.clone()
+        if x.data_ptr() in self._as_given[layer]:
+            self._check_unchanged(layer)
+        self._as_given[layer][x.data_ptr()] = x, _version(x)
+        return x
+
+    def _check_unchanged(self, layer: int) -> None:
+        if any(_version(x) != version for x, version in self._as_given[layer].values()):
+            raise RuntimeError(
+                f"the model wrote to the output of {self.plan.names[layer]} of an earlier forward, which it "
+                "left alone in its first ones; take route='moments'"
+            )
+
+    def check(self) -> None:
+        """Raise RuntimeError where rows that were not copied have been written to since."""
+        for layer in range(len(self._as_given)):
+            self._check_unchanged(layer)
 
     def enough(self) -> bool:
         """Whether all measures are defined."""
@@ -67,6 +99,7 @@ class HeldRows:
 
     def measured(self, *, uncentred: bool) -> SampleState:
         """The measures of all that is held, a few positions at a time."""
+        self.check()
         plan, parts = self.plan, list[Part]()
         step = at_once(plan, self.sequences, self._memory)
         one = (self.sequences, plan.widths[0])

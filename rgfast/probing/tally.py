@@ -280,6 +280,7 @@ class Tally:
             if self._asked.route == "samples":
                 raise ValueError(f"route: 'samples' cannot be taken, since {why}")
             assert self.state is not None
+            held.check()
             with torch.no_grad():
                 for rows in held.batches:
                     self.state.update(rows, None, None)

@@ -312,6 +312,47 @@ def test_outputs_that_the_model_writes_over_are_copied():
         np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
+class Turning(Reusing):
+    """Gives out memory of its own, one place after the other; where ``silent`` no version tells of it."""
+
+    def __init__(self, width, depth, places, first, silent):
+        super().__init__(width, depth)
+        self.places, self.first, self.silent, self.calls = [None] * places, first, silent, 0
+
+    def forward(self, x):
+        y = Foreign.forward(self, x)
+        self.calls += 1
+        if self.calls <= self.first:
+            return self.kept(y)
+        at = self.calls % len(self.places)
+        if self.places[at] is None:
+            self.places[at] = y.detach().clone()
+        elif self.silent:
+            self.places[at].detach().numpy()[...] = y.detach().numpy()
+        else:
+            self.places[at].copy_(y.detach())
+        return self.kept(self.places[at])
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("route", ["samples", "auto"])
+def test_models_that_take_turns_between_buffers_are_found_out(places, silent, route):
+    x = normal(300, 5, 24)
+    options = {"layers": ["blocks.0", "blocks.1", "kept"], **OPTIONS}
+    model, plain = Turning(24, 2, places, 0, silent), Turning(24, 2, 1, 99, silent)
+    found = rgfast.probe(model, x.split(25), route=route, **options).dataset
+    want = rgfast.probe(plain, x.split(25), route="moments", **options).dataset
+    np.testing.assert_allclose(found.effective_rank, want.effective_rank, rtol=1e-9)
+
+
+@pytest.mark.parametrize("route", ["samples", "auto"])
+def test_a_model_that_begins_to_write_over_its_outputs_is_refused(route):
+    with pytest.raises(RuntimeError, match="the model wrote to the output of kept of an earlier forward"):
+        rgfast.probe(Turning(24, 2, 1, 5, False), normal(300, 5, 24).split(25), route=route,
+                     layers=["blocks.0", "blocks.1", "kept"], **OPTIONS)  # fmt: skip
+
+
 def test_what_was_held_is_summed_up_where_it_grows_too_long(monkeypatch):
     monkeypatch.setattr(samples, "LIMIT", 250)
     model = rgfast.ResidualStack(24, 3, mixing="mixer", length=5, w2_scale=0.5)
