@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -59,10 +60,10 @@ def _bench(args: argparse.Namespace) -> int:
     from rgfast.bench import suite
     from rgfast.bench.timing import threads
     from rgfast.files import as_json, write_text
-    from rgfast.validation import check_positive_int
+    from rgfast.validation import check_integer
 
     if args.threads is not None:
-        check_positive_int(args.threads, "threads")
+        check_integer(args.threads, "threads", least=1, most=os.cpu_count())
     seconds = (0.5 if args.quick else 1.5) if args.seconds is None else args.seconds
     if not 0 < seconds < 3600:
         raise ValueError(f"seconds must lie between 0 and 3600, got {seconds:g}")
@@ -88,9 +89,8 @@ def _bench(args: argparse.Namespace) -> int:
     if report.green:
         write_text(out / "bench.md", report.markdown())
     else:
-        (out / "bench.md").unlink(
-            missing_ok=True
-        )  # the table of an earlier run, which this one does not bear out
+        # The table of an earlier run is not borne out by this one.
+        (out / "bench.md").unlink(missing_ok=True)
     if args.json:
         print_json(report.to_dict())
     if not report.green:

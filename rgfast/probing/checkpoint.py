@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import zipfile
@@ -48,7 +49,7 @@ def checked_path(path: Any) -> Path:
 
 def clear_stale(path: Path) -> None:
     """Remove what a process killed while writing ``path`` left beside it. A checkpoint has one writer."""
-    for stale in path.parent.glob(f".{path.name}.*"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         stale.unlink(missing_ok=True)
 
 

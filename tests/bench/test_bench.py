@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -194,6 +195,7 @@ def test_a_value_that_is_wrong_on_the_case_itself_ends_it(tmp_path, capsys, monk
     ("words", "message"),
     [
         (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "999999"], f"threads must be at most {os.cpu_count()}, got 999999"),
         (["--seconds", "-1"], "seconds must lie between 0 and 3600, got -1"),
         (["--seconds", "nan"], "seconds must lie between 0 and 3600, got nan"),
     ],

@@ -146,7 +146,10 @@ def test_what_does_not_fit_is_refused(token_model, token_data, tmp_path, change)
 
 
 def test_stale_temporaries_are_removed(token_model, token_data, tmp_path):
-    stale = tmp_path / ".run.checkpoint.abc"
-    stale.write_bytes(b"half")
+    stale = tmp_path / ".run.checkpoint.tmp-abcdefgh"
+    others = [tmp_path / name for name in (".run.checkpoint.swp", ".run.checkpoint.2.tmp-abcdefgh")]
+    for path in (stale, *others):
+        path.write_bytes(b"half")
     run(token_model, batches_of(token_data), tmp_path / "run.checkpoint")
     assert not stale.exists()
+    assert all(path.exists() for path in others)
