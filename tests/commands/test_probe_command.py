@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -347,7 +348,9 @@ def test_ctrl_c_keeps_the_checkpoint_and_the_next_run_has_the_same_bits(own_fold
     words = [own_folder, "--inputs", tmp_path / "many.npy", "--batch-size", 1, "--checkpoint-every", 8]
     stopped = [*words, "--checkpoint", tmp_path / "state", "--out", tmp_path / "out"]
     command = [sys.executable, "-m", "rgfast", "probe", *map(str, stopped)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell has what it runs in the background ignore Ctrl-C, and so would what that runs.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         until = time.monotonic() + 60
         while not (tmp_path / "state").exists() and time.monotonic() < until:
             time.sleep(0.02)

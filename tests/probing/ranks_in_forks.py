@@ -90,6 +90,7 @@ def forked(size, work, folder):
         if pid == 0:
             try:
                 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+                dist.barrier()  # or one may be gone before the others have reached it
                 out = (work(rank, size), None)
             except BaseException as error:
                 out = (None, f"{type(error).__name__}: {error}")
