@@ -142,7 +142,8 @@ def left_out_spectrum(
     b, n, d = x.shape
     if x.dtype == torch.float64 or not x.is_cpu or n - -(-n // groups) < d:
         return None
-    values, accumulated = torch.empty((b * groups, d), dtype=torch.float64), torch.empty(b * groups).double()
+    values = torch.empty((b * groups, d), dtype=torch.float64)
+    accumulated = torch.empty(b * groups, dtype=torch.float64)
     exponent, limit = torch.empty((2, b * groups), dtype=torch.int64)
     info = (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr(), 0)
     found = native.load().left_out_moments(
