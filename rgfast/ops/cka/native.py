@@ -220,7 +220,7 @@ def _inner_products(
 ) -> _Products | None:
     """Inner products of centred and of U-centred kernels.
 
-    ``guarded`` looks, where fp32 products were this function's choice, for those that U-centring blurs. None
+    ``guarded`` computes again in fp64 what U-centring of fp32 products blurs. None
     for ``groups``, whose kernels are over samples, where they are blurred or far from centred.
     """
     n = layers[0].shape[1]
@@ -229,15 +229,13 @@ def _inner_products(
     if precision is None:
         trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
         precision = "double" if trivial or any(x.dtype == torch.float64 for x in layers) else "single"
-        guarded = guarded and precision == "single"
     else:
-        guarded = False
         # fp64 data may leave the range of fp32, and asks for more anyhow.
         precision = "double" if any(x.dtype == torch.float64 for x in layers) else precision
     found = _products(layers, wanted.pairs, features, precision == "single", groups)
     if found is None or (groups > 1 and not found.centred_enough([x.shape[2] for x in layers])):
         return None
-    if not guarded:
+    if not guarded or precision == "double":
         return found
     own = found.u_centered[..., : len(layers)]
     floor = _CANCELS["features" if features else "samples"] * found.centered[..., : len(layers)]

@@ -228,6 +228,15 @@ def test_fp64_at_the_end_of_its_range_goes_to_the_reference(make):
     assert float(rgfast.cka(x, y)) == pytest.approx(float(rgfast.cka(x / 1e300, y)), abs=1e-10)
 
 
+def test_single_products_of_few_samples_keep_their_bound_where_u_centring_cancels(make):
+    # Two degrees of freedom of a U-centred 4x4 kernel; one of them may all but vanish.
+    first, second = make(2, 4000, 4, 65, seed=12).half()
+    options = {"debiased": True, "impl": "native"}
+    exact = rgfast.cka_matrix([first, second], precision="double", **options)
+    single = rgfast.cka_matrix([first, second], precision="single", **options)
+    assert (single - exact).abs().max() <= 1e-4
+
+
 def test_bad_calls_of_the_module_are_refused(make):
     module = native.load()
     x = make(1, 2, 9, 3)[0]
