@@ -10,6 +10,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from rgfast.probing.estimators.moments import ViewState
+from rgfast.probing.estimators.samples import SampleState
 from rgfast.probing.measures import (
     BASELINES,
     BOUNDED,
@@ -22,9 +24,7 @@ from rgfast.probing.measures import (
     measure,
 )
 from rgfast.probing.plan import POSITIONAL
-from rgfast.probing.samples import SampleState
 from rgfast.probing.targets import linear_r2
-from rgfast.probing.views import ViewState
 from rgfast.streaming import MomentAccumulator
 
 __all__ = ["FORMAT", "VERSION", "assemble"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rgfast.files import write_atomically
-from rgfast.probing.batches import batch_items
+from rgfast.probing.capture.batches import batch_items
 
 __all__ = ["batch_digest", "checked_path", "clear_stale", "model_digest", "read", "write"]
 

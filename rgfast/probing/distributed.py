@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rgfast.probing.estimators.moments import ViewState
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
-from rgfast.probing.views import ViewState
 
 __all__ = [
     "Distributed",

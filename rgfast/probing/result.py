@@ -14,11 +14,11 @@ import xarray as xr
 
 from rgfast.files import write_atomically, write_text
 from rgfast.probing.assemble import FORMAT, VERSION, assemble
+from rgfast.probing.estimators.moments import ViewState
 from rgfast.probing.frame import as_long_form
 from rgfast.probing.html import as_html
 from rgfast.probing.measures import LABELS
 from rgfast.probing.plan import Plan
-from rgfast.probing.views import ViewState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
-from rgfast.probing.batches import batch_rows, iterate
-from rgfast.probing.companions import MaskSpec
+from rgfast.probing.capture.batches import batch_rows, iterate
+from rgfast.probing.capture.companions import MaskSpec
+from rgfast.probing.capture.layers import LayerSpec
 from rgfast.probing.distributed import Distributed, rank_path
-from rgfast.probing.layers import LayerSpec
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.tally import Route
 from rgfast.probing.targets import TargetSpec
@@ -59,8 +59,8 @@ def probe(
             is passed), a tuple (as many items as ``forward`` requires) or a tensor. An entry
             ``attention_mask`` ``[B, T]`` says which positions count.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), names,
-            indices, globs or regular expressions, see :func:`rgfast.probing.layers.resolve`. A layer's output
-            may be a tensor, or a tuple, mapping or dataclass holding one, ``[B, D]``, ``[B, T, D]`` or
+            indices, globs or regular expressions, see :func:`rgfast.probing.capture.layers.resolve`. What a layer
+            returns may be a tensor, or a tuple, mapping or dataclass holding one, ``[B, D]``, ``[B, T, D]`` or
             ``[B, C, H, W]``.
         positions: those followed one by one: indices, ``"all"``, or ``"auto"``: all if they fit ``memory``,
             else log-spaced ones.

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from rgfast.native import unavailable_reason
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
-from rgfast.probing.companions import Companions, MaskSpec
+from rgfast.probing.capture.companions import Companions, MaskSpec
+from rgfast.probing.capture.layers import Tap
 from rgfast.probing.distributed import FirstBatch, agree, all_reduce
-from rgfast.probing.held import HeldRows
-from rgfast.probing.layers import Tap
+from rgfast.probing.estimators.held import HeldRows
+from rgfast.probing.estimators.moments import ViewState
+from rgfast.probing.estimators.samples import enough, gather, measured_by_samples, worthwhile
 from rgfast.probing.plan import Plan, make_plan
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.samples import enough, gather, measured_by_samples, worthwhile
 from rgfast.probing.targets import Target
-from rgfast.probing.views import ViewState
 from rgfast.stack import ResidualStack
 from rgfast.streaming import Pairs
 

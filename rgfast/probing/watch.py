@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.activations import as_rows, find_tensor
-from rgfast.probing.batches import Caller, batch_rows
-from rgfast.probing.capture import Captures, stack_of
-from rgfast.probing.companions import Companions, MaskSpec, row_masks
+from rgfast.probing.capture.activations import as_rows, find_tensor
+from rgfast.probing.capture.batches import Caller, batch_rows
+from rgfast.probing.capture.captures import Captures, stack_of
+from rgfast.probing.capture.companions import Companions, MaskSpec, row_masks
+from rgfast.probing.capture.layers import LayerSpec, resolve
 from rgfast.probing.distributed import Distributed, open_ranks, unwrapped
-from rgfast.probing.layers import LayerSpec, resolve
 from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
 from rgfast.probing.plan import Plan, check_positions, check_views, parse_memory
 from rgfast.probing.ranks import Ranks

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rgfast
-from rgfast.probing.layers import resolve
+from rgfast.probing.capture.layers import resolve
 
 
 def names(model, layers="auto"):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.probing import samples, tally
+from rgfast.probing import tally
+from rgfast.probing.estimators import samples
 
 OPTIONS = {"views": ["position"], "progress": False}
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgfast.probing import samples
+from rgfast.probing.estimators import samples
+from rgfast.probing.estimators.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
 from rgfast.probing.plan import Plan
-from rgfast.probing.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
 
 __all__ = ["HeldRows"]
 

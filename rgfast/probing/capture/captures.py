@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.activations import as_rows, find_tensor
-from rgfast.probing.layers import Tap
+from rgfast.probing.capture.activations import as_rows, find_tensor
+from rgfast.probing.capture.layers import Tap
 from rgfast.stack import ResidualStack
 
 __all__ = ["Captures", "stack_of"]

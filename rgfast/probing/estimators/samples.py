@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgfast.probing.batches import batch_items
-from rgfast.probing.layers import Tap
+from rgfast.probing.capture.batches import batch_items
+from rgfast.probing.capture.layers import Tap
+from rgfast.probing.estimators.rows import measure_rows
 from rgfast.probing.measures import Measured, joined
 from rgfast.probing.plan import Plan
-from rgfast.probing.rows import measure_rows
 from rgfast.stack import ResidualStack
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""From rows to measures: moments that are summed up, or rows that are measured at once."""
