@@ -115,7 +115,7 @@ def seen(model: nn.Module, x: Tensor, stream: Callable[..., Any]) -> Iterator[Te
             yield from stream(model, x)
             return
         kept: list[Tensor] = []
-        handle = model.watch(lambda first, states: kept.extend(states.clone()), len(x))
+        handle = model.stream_tiles(lambda first, states: kept.extend(states.clone()), len(x))
         model(x)
         handle.remove()
         yield from kept

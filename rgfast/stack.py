@@ -225,7 +225,17 @@ class ResidualStack(nn.Module):
             x = block(x)
         return x
 
-    def watch(self, consumer: Consumer, tile: int | None = None) -> RemovableHandle:
+    @property
+    def stream_layers(self) -> tuple[str, ...]:
+        """The layers of the residual stream by name: the input of the first block, every block's output."""
+        return ("blocks.0:input", *(f"blocks.{k}" for k in range(self.depth)))
+
+    @property
+    def positions_are_independent(self) -> bool:
+        """Whether every position goes its own way through the stack."""
+        return self.mixing == "none"
+
+    def stream_tiles(self, consumer: Consumer, tile: int | None = None) -> RemovableHandle:
         """A handle whose ``remove()`` ends it: until then every forward hands its stream to ``consumer``.
 
         ``consumer(first, states)`` is called for every tile of ``tile`` samples in order (by default as many
@@ -237,7 +247,9 @@ class ResidualStack(nn.Module):
 
         >>> import torch
         >>> stack, seen = ResidualStack(width=8, depth=2, mixing="none"), []
-        >>> handle = stack.watch(lambda first, states: seen.append((first, tuple(states.shape))), tile=40)
+        >>> def consumer(first, states):
+        ...     seen.append((first, tuple(states.shape)))
+        >>> handle = stack.stream_tiles(consumer, tile=40)
         >>> _ = stack(torch.randn(100, 5, 8))
         >>> handle.remove()
         >>> seen
@@ -250,6 +262,8 @@ class ResidualStack(nn.Module):
         handle = RemovableHandle(self._consumers)
         self._consumers[handle.id] = (consumer, tile)
         return handle
+
+    watch = stream_tiles
 
     def _watched(self, x: Tensor) -> Tensor:
         consumer, tile = next(iter(self._consumers.values()))

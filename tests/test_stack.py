@@ -188,7 +188,7 @@ def test_a_consumer_sees_every_layer_of_every_sample(mixing, tile):
             assert not states.requires_grad
             seen[:, first : first + states.shape[1]] = states
 
-        handle = stack.watch(put, tile)
+        handle = stack.stream_tiles(put, tile)
         with torch.set_grad_enabled(grad):
             y = stack(x)
         handle.remove()
@@ -201,15 +201,15 @@ def test_a_consumer_sees_every_layer_of_every_sample(mixing, tile):
 def test_a_consumer_of_a_single_sample_and_of_plain_rows():
     stack = ResidualStack(8, 2, mixing="none", w2_scale=0.7, generator=generator())
     shapes = []
-    handle = stack.watch(lambda first, states: shapes.append(tuple(states.shape)))
+    handle = stack.stream_tiles(lambda first, states: shapes.append(tuple(states.shape)))
     with torch.no_grad():
         for x in (torch.randn(8), torch.randn(4, 8), torch.randn(2, 3, 4, 8)):
             assert torch.equal(stack(x), stream_of(stack, x)[-1])
     with pytest.raises(RuntimeError, match="watched already"):
-        stack.watch(print)
+        stack.stream_tiles(print)
     handle.remove()
     assert shapes == [(3, 1, 8), (3, 4, 8), (3, 2, 3, 4, 8)]
-    stack.watch(print).remove()
+    stack.stream_tiles(print).remove()
 
 
 def test_hooked_and_replaced_blocks_are_called():

@@ -15,7 +15,7 @@ from rgfast.bench.cka import pair_loop
 from rgfast.bench.spectrum import svd_rank
 from rgfast.bench.timing import Call, Checked, Contest
 from rgfast.native import unavailable_reason
-from rgfast.probing.tally import Route
+from rgfast.probing.spec import Route
 
 __all__ = ["check", "contests", "gate", "probed", "stack", "states", "stored"]
 

@@ -10,8 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.probing.estimators.moments import ViewState
-from rgfast.probing.estimators.samples import SampleState
+from rgfast.probing.estimators.base import Findings
 from rgfast.probing.measures import (
     BASELINES,
     BOUNDED,
@@ -21,11 +20,8 @@ from rgfast.probing.measures import (
     RANKS,
     Measured,
     baselines,
-    measure,
 )
 from rgfast.probing.plan import POSITIONAL
-from rgfast.probing.targets import linear_r2
-from rgfast.streaming import MomentAccumulator
 
 __all__ = ["FORMAT", "VERSION", "assemble"]
 
@@ -40,9 +36,7 @@ _DIMS = (
 )
 
 
-def assemble(
-    state: ViewState | SampleState, measures: Sequence[str], provenance: dict[str, Any]
-) -> xr.Dataset:
+def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any]) -> xr.Dataset:
     """The dataset of a :class:`~rgfast.probing.result.ProbeResult`."""
     plan = state.plan
     layers, views = len(plan.names), plan.views
@@ -85,7 +79,7 @@ def assemble(
     for v, view in enumerate(views):
         positional = view in POSITIONAL
         at = [i for i, t in enumerate(where) if (t >= 0) == positional]
-        found = _measured(state, view)
+        found = state.measured(view)
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
         data["n"][1][v, at] = found.count
         for layer, width in enumerate(widths):
@@ -100,18 +94,12 @@ def assemble(
             data[name][1][v][..., at] = _values(found, name)
             if name in BASELINES:
                 data[f"{name}_baseline"][1][v][:, at] = expected[name]
-        if plan.groups > 1 and isinstance(state, SampleState):
-            for name, error in _jackknife(state.left_out, measures).items():
-                data[f"{name}_se"][1][v][..., at] = error
-        elif plan.groups > 1 and isinstance(state, ViewState):
-            folds, rest = state.folds(view)
-            left_out = [measure(_layers_of(moments, layers), spectra=False, refine=False) for moments in rest]
+        if plan.groups > 1:
+            left_out, r2 = state.by_group(view)
             for name, error in _jackknife(left_out, measures).items():
                 data[f"{name}_se"][1][v][..., at] = error
-            if plan.targets and view != "flattened":
-                value, error = linear_r2(folds, rest, layers, len(plan.targets))
-                data["target_r2"][1][v][..., at] = value
-                data["target_r2_se"][1][v][..., at] = error
+            if r2 is not None:
+                data["target_r2"][1][v][..., at], data["target_r2_se"][1][v][..., at] = r2
 
     dataset = xr.Dataset(
         data,
@@ -132,7 +120,7 @@ def assemble(
             "format_version": VERSION,
             "sequences": state.sequences,
             "groups": plan.groups,
-            "route": "samples" if isinstance(state, SampleState) else "moments",
+            "route": state.route,
             "length": plan.length,
             "notes": "\n".join(plan.notes),
             "plan": plan.to_json(masked=state.masked),
@@ -145,20 +133,8 @@ def assemble(
     return dataset
 
 
-def _measured(state: ViewState | SampleState, view: str) -> Measured:
-    if isinstance(state, SampleState):
-        return state.measured
-    layers = len(state.plan.names)
-    return measure(_layers_of(state.moments(view), layers), spectra=view != "flattened")
-
-
 def _values(found: Measured, name: str) -> NDArray[np.float64]:
     return (found.ranks | found.drifts | found.pairs)[name]
-
-
-def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
-    """Without the targets."""
-    return moments if len(moments.widths) == layers else moments.only(range(layers))
 
 
 def _jackknife(left_out: Sequence[Measured], measures: Sequence[str]) -> dict[str, NDArray[np.float64]]:

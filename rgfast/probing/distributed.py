@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from rgfast.probing.estimators.moments import ViewState
+from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
 
@@ -117,14 +118,26 @@ def _everyone() -> tuple[Any, int, int, str] | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a DistributedDataParallel, whose own forward would wait for ranks without a batch."""
+    """The module inside what ``torch.compile`` or DistributedDataParallel made of it.
+
+    Layers then have the names that the model gave them, and the forward of DistributedDataParallel, which
+    would wait for ranks without a batch, is left out.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # absent if nothing was compiled
+    if eval_frame is not None and isinstance(model, eval_frame.OptimizedModule):
+        return cast(nn.Module, model._orig_mod)
     if dist.is_available():
         from torch.nn.parallel import DistributedDataParallel
 
         if isinstance(model, DistributedDataParallel):
-            inner: nn.Module = model.module
-            return inner
-    return model
+            return cast(nn.Module, model.module)
+    return None
 
 
 def rank_path(path: Path, rank: int, size: int) -> Path:
@@ -191,8 +204,8 @@ def _shown(value: Any) -> str:
 
 
 def all_reduce(
-    ranks: Ranks, state: ViewState | None, provenance: Mapping[str, Any], device: torch.device | str
-) -> tuple[ViewState, dict[str, Any]] | None:
+    ranks: Ranks, state: Moments | None, provenance: Mapping[str, Any], device: torch.device | str
+) -> tuple[Moments, dict[str, Any]] | None:
     """The moments of all ranks as one new state, and the provenance of the lowest with a sequence.
 
     The same bits on every rank; ``state`` is left as it was; None where no rank has seen anything. Neighbours
@@ -204,8 +217,8 @@ def all_reduce(
     if state is None or any(one is None for one in found):
         return None
     seen = [int(one[1]) for one in found]
-    total = ViewState(_joint([Plan.from_json(one[0])[0] for one in found]), masked=state.masked)
-    total.load_state_dict(state.state_dict(), device)
+    total = Moments(_joint([Plan.from_json(one[0])[0] for one in found]), masked=state.masked)
+    total.load(state.state(), device)
     ranks.connect()
     me = ranks.rank
     steps = [1 << k for k in range((ranks.size - 1).bit_length())]
@@ -227,7 +240,7 @@ def all_reduce(
     return total, dict(found[lowest][2])
 
 
-def _send(ranks: Ranks, name: str, to: int, state: ViewState) -> None:
+def _send(ranks: Ranks, name: str, to: int, state: Moments) -> None:
     for k, arrays in enumerate(state.parts()):
         ranks.send(f"{name}/{k}", to, arrays)
 

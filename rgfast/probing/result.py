@@ -14,7 +14,7 @@ import xarray as xr
 
 from rgfast.files import write_atomically, write_text
 from rgfast.probing.assemble import FORMAT, VERSION, assemble
-from rgfast.probing.estimators.moments import ViewState
+from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.frame import as_long_form
 from rgfast.probing.html import as_html
 from rgfast.probing.measures import LABELS
@@ -155,13 +155,13 @@ class ProbeResult:
                 )
         if plan.refine != theirs.refine:  # what one of them lacks, both lack together
             plan = replace(plan, refine=False)
-        state, added = (ViewState(plan, masked=extra["masked"]) for _ in range(2))
-        state.load_state_dict(self._moments)
-        added.load_state_dict(other._moments)
+        state, added = (Moments(plan, masked=extra["masked"]) for _ in range(2))
+        state.load(self._moments)
+        added.load(other._moments)
         state.merge(added)
         measures = [name for name in self.measures if name in other.measures]
         dataset = assemble(state, measures, self.provenance)
-        return ProbeResult(dataset, state.state_dict(), writes=self._writes and other._writes)
+        return ProbeResult(dataset, state.state(), writes=self._writes and other._writes)
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its

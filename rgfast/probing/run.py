@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,41 +13,19 @@ from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.capture.batches import batch_rows, iterate
-from rgfast.probing.capture.companions import MaskSpec
-from rgfast.probing.capture.layers import LayerSpec
-from rgfast.probing.distributed import Distributed, rank_path
+from rgfast.probing.distributed import rank_path
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.tally import Route
-from rgfast.probing.targets import TargetSpec
-from rgfast.probing.watch import Probe
-from rgfast.streaming import Pairs
-from rgfast.validation import check_choice, check_positive_int
+from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
+from rgfast.probing.watch import Probe, opened
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["probe"]
 
 
-def probe(
-    model: nn.Module,
-    batches: Any,
-    *,
-    layers: str | LayerSpec | Sequence[LayerSpec] = "auto",
-    positions: str | Sequence[int] = "auto",
-    measures: str | Sequence[str] = "all",
-    pairs: Pairs = "adjacent",
-    mask: MaskSpec = None,
-    targets: Mapping[str, TargetSpec] | None = None,
-    groups: int = 1,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int = 16,
-    progress: bool | None = None,
-    memory: str | int = "4GiB",
-    views: Sequence[str] | None = None,
-    batch_size: int = 256,
-    refine: bool | None = None,
-    route: Route = "auto",
-    distributed: Distributed = "auto",
-    timeout: float = 60.0,
-) -> ProbeResult:
+@shows_options(ProbeOptions)
+def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
     One pass in evaluation mode without gradients; memory does not depend on the number of samples.
@@ -59,9 +37,9 @@ def probe(
             is passed), a tuple (as many items as ``forward`` requires) or a tensor. An entry
             ``attention_mask`` ``[B, T]`` says which positions count.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), names,
-            indices, globs or regular expressions, see :func:`rgfast.probing.capture.layers.resolve`. What a layer
-            returns may be a tensor, or a tuple, mapping or dataclass holding one, ``[B, D]``, ``[B, T, D]`` or
-            ``[B, C, H, W]``.
+            indices, globs or regular expressions, see :func:`rgfast.probing.capture.layers.resolve`. A
+            layer's output may be a tensor, or a tuple, mapping or dataclass holding one, ``[B, D]``,
+            ``[B, T, D]`` or ``[B, C, H, W]``.
         positions: those followed one by one: indices, ``"all"``, or ``"auto"``: all if they fit ``memory``,
             else log-spaced ones.
         measures: ``"all"``, or some of ``effective_rank``, ``effective_rank_variance``,
@@ -122,32 +100,12 @@ def probe(
     >>> result.order_parameter("position", "kernel_drift").values
     array([0., 0.])
     """
-    check_positive_int(batch_size, "batch_size")
-    check_positive_int(checkpoint_every, "checkpoint_every")
-    path = None if checkpoint is None else checkpoints.checked_path(checkpoint)
-    check_choice(route, "route", ("auto", "moments", "samples"))
-    if route == "samples" and path is not None:
-        raise ValueError("checkpoint: the route 'samples' has nothing to write; take route='moments'")
-    watched = Probe(
-        model,
-        layers=layers,
-        positions=positions,
-        measures=measures,
-        pairs=pairs,
-        mask=mask,
-        targets=targets,
-        groups=groups,
-        progress=progress,
-        memory=memory,
-        views=views,
-        refine=refine,
-        route="moments" if path is not None else route,
-        distributed=distributed,
-        timeout=timeout,
-    )
-    rank, ranks = (0, 1) if watched._ranks is None else (watched._ranks.rank, watched._ranks.size)
-    quiet = True if rank else None if progress is None else not progress
-    pieces = iterate(batches, batch_size)
+    spec = ProbeSpec(**options)
+    path = None if spec.checkpoint is None else Path(spec.checkpoint)
+    watched = opened(model, spec)
+    rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
+    quiet = True if rank else None if spec.progress is None else not spec.progress
+    pieces = iterate(batches, spec.batch_size)
     with tqdm(unit="position", desc="probe", disable=quiet, leave=False) as bar:
         result, taken = watched.by_samples(pieces, bar.update)
     if result is not None:
@@ -159,28 +117,28 @@ def probe(
         done = 0
         if path is not None:
             path = rank_path(path, rank, ranks)
-            done = _resume(watched, path, stream)
+            done = _resume(watched, path, stream, say=spec.progress is not False and not rank)
         bar = tqdm(unit="sequence", desc="probe", disable=quiet)
         last: Any = None
         with torch.no_grad(), bar:
             for done, last in stream:
                 watched.run(last)
                 bar.update(batch_rows(last))
-                if path is not None and done % checkpoint_every == 0:
+                if path is not None and done % spec.checkpoint_every == 0:
                     _save(watched, path, done, last)
-        if path is not None and last is not None and done % checkpoint_every:
+        if path is not None and last is not None and done % spec.checkpoint_every:
             _save(watched, path, done, last)
     return watched.result()
 
 
-def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]]) -> int:
+def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]], *, say: bool) -> int:
     """Restore ``path``, where it exists, and take from ``stream`` the batches it has seen; their number."""
     checkpoints.clear_stale(path)
     if not path.exists():
         return 0
     header, arrays = checkpoints.read(path)
     watched.restore(header, arrays)
-    if watched._say:
+    if say:
         print(f"probe: going on after batch {header['batches']} of {path}")
     last = next((batch for number, batch in stream if number == header["batches"]), None)
     if last is None or checkpoints.batch_digest(last) != header["last"]:

@@ -1,41 +1,40 @@
-"""Watching a model: hooks on its layers while it runs, moments as the state."""
+"""The probe of a loop of one's own: options, layers, batches and estimators put together."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.activations import as_rows, find_tensor
-from rgfast.probing.capture.batches import Caller, batch_rows
-from rgfast.probing.capture.captures import Captures, stack_of
-from rgfast.probing.capture.companions import Companions, MaskSpec, row_masks
-from rgfast.probing.capture.layers import LayerSpec, resolve
-from rgfast.probing.distributed import Distributed, open_ranks, unwrapped
-from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
-from rgfast.probing.plan import Plan, check_positions, check_views, parse_memory
+from rgfast.probing.capture.activations import as_rows
+from rgfast.probing.capture.companions import Companions
+from rgfast.probing.capture.entries import Entries
+from rgfast.probing.capture.layers import resolve
+from rgfast.probing.capture.watcher import Watcher
+from rgfast.probing.distributed import open_ranks, unwrapped
+from rgfast.probing.estimators.base import RowBatch
+from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.tally import Asked, Route, Tally
-from rgfast.probing.targets import TargetSpec, make_targets
-from rgfast.streaming import Pairs, as_pairs, pair_keys
-from rgfast.validation import check_choice, check_positive_int
+from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
+from rgfast.probing.tally import Tally
+from rgfast.streaming import pair_keys
 
-__all__ = ["Probe"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Probe", "opened"]
 
 _P = ParamSpec("_P")
 
-_FOLDS = 5
-
-# Sequences of our own stack that are taken through all its layers, and summed, at once: as many rows per
-# position as an accumulator sums in one product.
+# Sequences of a stack that hands over tiles that are taken through all its layers, and summed, at once: as
+# many rows per position as an accumulator sums in one product.
 _TILE = 128
 
 
@@ -58,10 +57,11 @@ def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
 class Probe:
     """The context manager behind :func:`probe`, for a loop of one's own.
 
-    Inside the ``with`` block every forward of the model is measured; arguments are those of :func:`probe`.
-    ``run(batch)`` calls the model as :func:`probe` does; a plain ``model(...)`` works too, and ``mask`` then
-    names an argument of the forward or an entry given by :meth:`note` before it. On leaving, hooks are gone
-    and training flags and grad mode are as they were on entering.
+    Inside the ``with`` block every forward of the model is measured; arguments are those of :func:`probe`,
+    but for how batches are cut and written. ``run(batch)`` calls the model as :func:`probe` does; a plain
+    ``model(...)`` works too, and ``mask`` then names an argument of the forward or an entry given by
+    :meth:`note` before it. On leaving, hooks are gone and training flags and grad mode are as they were on
+    entering. A compiled model runs eagerly inside the block.
 
     >>> import torch, rgfast
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -72,104 +72,53 @@ class Probe:
     array([[30]])
     """
 
+    @shows_options(WatchOptions)
+    def __init__(self, model: nn.Module, **options: Unpack[WatchOptions]) -> None:
+        if unknown := set(options) - set(WatchOptions.__annotations__):
+            raise TypeError(f"Probe has no option {sorted(unknown)[0]!r}")
+        self._open(model, ProbeSpec(**options))
+
     @_telling_ranks
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layers: str | LayerSpec | Sequence[LayerSpec] = "auto",
-        positions: str | Sequence[int] = "auto",
-        measures: str | Sequence[str] = "all",
-        pairs: Pairs = "adjacent",
-        mask: MaskSpec = None,
-        targets: Mapping[str, TargetSpec] | None = None,
-        groups: int = 1,
-        progress: bool | None = None,
-        memory: str | int = "4GiB",
-        views: Sequence[str] | None = None,
-        refine: bool | None = None,
-        route: Route = "auto",
-        distributed: Distributed = "auto",
-        timeout: float = 60.0,
-    ) -> None:
-        check_choice(route, "route", ("auto", "moments", "samples"))
+    def _open(self, model: nn.Module, spec: ProbeSpec) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._ranks = open_ranks(distributed, timeout)
+        self._ranks = open_ranks(spec.distributed, spec.timeout)
         if self._ranks is not None:
             weakref.finalize(self, self._ranks.leave)
-        model = unwrapped(model)
-        check_positive_int(groups, "groups")
-        if mask is not None and not isinstance(mask, str) and not callable(mask):
-            raise TypeError(
-                f"mask must be the name of a batch entry or a callable, got {type(mask).__name__}"
-            )
-        if refine is not None and not isinstance(refine, bool):
-            raise TypeError(f"refine must be True, False or None, got {refine!r}")
-        self.model, self.measures = model, asked_measures(measures)
-        pairs = as_pairs(pairs)
-        self._mask, self._targets = mask, make_targets(targets)
-        if self._targets and groups == 1:
-            groups = _FOLDS
-        views_asked, memory = None if views is None else list(views), parse_memory(memory)
-        check_positions(positions)
-        self._taps, chosen = resolve(model, layers)
-        pair_keys(pairs, len(self._taps))
-        if views is not None:
-            check_views(views)
-        self._say = progress is not False and (self._ranks is None or self._ranks.rank == 0)
-        if self._say and layers == "auto":
+        self.model, self.measures = unwrapped(model), tuple(spec.measures)
+        self._taps, chosen = resolve(self.model, spec.layers)
+        pair_keys(spec.compared, len(self._taps))
+        say = spec.progress is not False and (self._ranks is None or self._ranks.rank == 0)
+        if say and spec.layers == "auto":
             print(f"probe: {chosen}")
-        self._caller = Caller(model)
-        self._signature = inspect.signature(model.forward)
-        self._captures = Captures(self._taps)
-        self._entries: dict[str, Any] = {}
-        self._noted: dict[str, Any] = {}
-        self._handles: list[Any] = []
-        self._batch: Companions | None = None
-        self._groups = groups
-        asked = Asked(
-            taps=self._taps,
-            positions=positions,
-            measures=self.measures,
-            pairs=pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else (),
-            mask=mask,
-            targets=self._targets,
-            groups=groups,
-            views=views_asked,
-            memory=memory,
-            refine=refine,
-            route=route,
-        )
-        self._tally = Tally(model, asked, self._ranks, say=self._say)
+        targets = spec.new_targets()
+        self._entries = Entries(self.model, spec.mask, targets)
+        self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, say=say)
+        self._watcher = Watcher(self.model, self._taps, self, tile=_TILE * spec.groups)
+        self._whole: Companions | None = None
 
     @property
     def plan(self) -> Plan | None:
         """What is measured and what it costs; None before the first forward."""
-        return None if self._tally.state is None else self._tally.state.plan
+        return self._tally.plan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state takes now, rows that the sample route holds back not counted."""
+        return self._tally.nbytes
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that probe together; None for one by itself."""
+        return self._ranks
 
     def __enter__(self) -> Probe:
-        if self._handles:
-            raise RuntimeError("this Probe is watching already; its with block cannot be nested in itself")
         if self._tally.ended:
             raise RuntimeError("this Probe has summed what all ranks saw; take a new one to see more")
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self._grad = torch.is_grad_enabled()
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        stack = stack_of(modules, self._taps)
-        try:
-            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-            if stack is not None:
-                self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
-                self._handles.append(stack.watch(self._take_tile, _TILE * self._groups))
-            for index, tap in enumerate(self._taps if stack is None else ()):
-                self._handles.append(self._captures.hook(index, modules[tap.module]))
-            self._handles.append(
-                self.model.register_forward_hook(self._finish if stack is None else self._finish_stack)
-            )
-        except BaseException:
-            self._restore()
-            raise
+        modes = [(module, module.training) for module in self.model.modules()]
+        grad = torch.is_grad_enabled()
+        self._watcher.__enter__()
+        self._modes, self._grad = modes, grad
         return self
 
     def __exit__(
@@ -178,35 +127,23 @@ class Probe:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-        if self._ranks is not None and value is not None:
-            self._ranks.fail(value)
-
-    def _restore(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._captures.clear()
-        self._batch = None
+        self._watcher.close()
+        self._whole = None
         for module, training in self._modes:
             module.training = training
         torch.set_grad_enabled(self._grad)
+        if self._ranks is not None and value is not None:
+            self._ranks.fail(value)
 
     def note(self, **entries: Any) -> None:
         """Give the next forward entries that the model itself does not take, for ``mask``."""
-        self._noted.update(entries)
+        self._entries.note(entries)
 
     def run(self, batch: Any) -> Any:
         """The output of the model on one batch, called as :func:`probe` does; an empty batch gives None."""
-        if not self._handles:
+        if not self._watcher.is_open:
             raise RuntimeError("run() must be called inside the with block")
-        if not batch_rows(batch):
-            return None
-        entries = self._caller.entries(batch)
-        named = [self._mask, *(target.entry for target in self._targets)]
-        reserved = frozenset(name for name in named if isinstance(name, str))
-        self._noted.update(entries)
-        return self._caller(batch, entries, reserved)
+        return self._entries.run(batch)
 
     def by_samples(
         self, batches: Iterator[Any], advance: Callable[[int], object]
@@ -215,7 +152,7 @@ class Probe:
 
         Such a stack takes a few positions at a time through all its layers: nothing else is ever stored.
         """
-        return self._tally.by_samples(batches, advance)
+        return self._tally.by_tiles(batches, advance)
 
     def result(self) -> ProbeResult:
         """The measures of all that was seen so far. With several ranks, the call outside the with block is
@@ -223,7 +160,7 @@ class Probe:
 
         Raises ValueError for fewer than 2 sequences.
         """
-        return self._tally.result(last=not self._handles)
+        return self._tally.result(last=not self._watcher.is_open)
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """All that a checkpoint holds: what is measured and on which model, and the moments.
@@ -233,48 +170,41 @@ class Probe:
         return self._tally.snapshot()
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Go on from what :meth:`snapshot` gave. Raises ValueError where it was of another probe or model."""
+        """Go on from what :meth:`snapshot` gave. Raises ValueError if it was of another probe or model."""
         self._tally.restore(header, arrays)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._captures.clear()
-        self._batch = None
-        try:
-            bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        except TypeError:
-            bound = {}
-        self._entries = {**bound, **bound.pop("kwargs", {}), **self._noted}
-        self._noted = {}
+    # What a Watcher tells its receiver.
 
-    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        entries, self._entries = self._entries, {}
-        rows = self._captures.take()
-        if rows[0].shape[0]:
-            self._tally.add(rows, self._whole_batch(rows[0], entries), reused=False)
+    def began(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """:meta private:"""
+        self._whole = None
+        self._entries.begin(args, kwargs)
 
-    def _whole_batch(self, rows: Tensor, entries: Mapping[str, Any]) -> Companions:
-        """What goes with a batch of which ``rows`` ``[B, T, D]`` is one layer."""
-        keep, masked = row_masks(self._mask, entries, rows)
-        seen = self._tally.sequences
-        targets = [target.rows(entries, seen, *rows.shape[:2]).to(rows.device) for target in self._targets]
-        return Companions(keep, masked, targets)
+    def entered(self, x: Tensor) -> None:
+        """:meta private:"""
+        rows = as_rows(x, self._taps[0].name)
+        self._whole = self._entries.companions(rows, self._tally.sequences)
 
-    def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._batch is not None:
-            raise ValueError("layers: the stack ran twice in one forward, so its layers are ambiguous")
-        name = self._taps[0].name
-        x = find_tensor([*args, *kwargs.values()], name).detach()
-        if x.dim() > 3:  # [B, C, H, W] elsewhere, but here the last dimension is the width
-            raise ValueError(f"layer {name!r} must be [B, D] or [B, T, D], got shape {tuple(x.shape)}")
-        self._batch = self._whole_batch(as_rows(x, name), self._entries)
-
-    def _take_tile(self, first: int, states: Tensor) -> None:
-        assert self._batch is not None
+    def tile(self, first: int, states: Tensor) -> None:
+        """:meta private:"""
+        assert self._whole is not None
         rows = [as_rows(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
-        batch = self._batch.part(slice(first, first + len(rows[0])))
-        self._tally.add(rows, batch, reused=True)
+        part = self._whole.part(slice(first, first + len(rows[0])))
+        self._tally.add(RowBatch(rows, part.keep, part.masked, part.targets, reused=True))
 
-    def _finish_stack(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is None:
-            raise ValueError(f"layers: {self._taps[0].module} did not run in this forward")
-        self._batch, self._entries = None, {}
+    def finished(self, activations: list[Tensor] | None) -> None:
+        """:meta private:"""
+        if activations is not None:
+            rows = [as_rows(x, tap.name) for x, tap in zip(activations, self._taps, strict=True)]
+            if rows[0].shape[0]:
+                of = self._entries.companions(rows[0], self._tally.sequences)
+                self._tally.add(RowBatch(rows, of.keep, of.masked, of.targets))
+        self._whole = None
+        self._entries.end()
+
+
+def opened(model: nn.Module, spec: ProbeSpec) -> Probe:
+    """The :class:`Probe` of a specification."""
+    made = Probe.__new__(Probe)
+    made._open(model, spec)
+    return made

@@ -328,8 +328,8 @@ def test_memory_does_not_grow_with_the_samples(token_model, token_data):
         with rgfast.Probe(token_model, mask="mask", progress=False) as p:
             for _ in range(repeat):
                 p.run(token_data)
-            assert p._tally.state.nbytes <= p.plan.state_bytes
-            sizes.append(p._tally.state.nbytes)
+            assert p.nbytes <= p.plan.state_bytes
+            sizes.append(p.nbytes)
     assert sizes[0] == sizes[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.probing import watch
+from rgfast.probing.capture import watcher
 
 
 def model_of(mixing):
@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_hooks(monkeypatch, mixing, groups):
     options = {"mask": "mask", "groups": groups, "progress": False, "batch_size": 200}
     tiled = rgfast.probe(model, batches, **options).dataset
     seen = []
-    monkeypatch.setattr(watch, "stack_of", lambda *args: seen.append(args))
+    monkeypatch.setattr(watcher, "tile_streamer", lambda *args: seen.append(args))
     hooked = rgfast.probe(model, batches, **options).dataset
     assert seen
     for name in hooked.data_vars:
@@ -47,7 +47,7 @@ def test_targets_follow_their_tiles(monkeypatch):
     labels = torch.randint(3, (300, 5), generator=torch.Generator().manual_seed(2))
     options = {"targets": {"label": labels.numpy()}, "progress": False, "batch_size": 200}
     tiled = rgfast.probe(model, batches, **options).dataset
-    monkeypatch.setattr(watch, "stack_of", lambda *args: None)
+    monkeypatch.setattr(watcher, "tile_streamer", lambda *args: None)
     hooked = rgfast.probe(model, batches, **options).dataset
     np.testing.assert_allclose(tiled.target_r2.values, hooked.target_r2.values, rtol=1e-6, atol=1e-9)
 

@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.probing.estimators.base import ByGroup, RowBatch
+from rgfast.probing.measures import Measured, measure
 from rgfast.probing.plan import SPLIT, WHOLE, Plan
+from rgfast.probing.targets import linear_r2
 from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
 
-__all__ = ["ViewState"]
+__all__ = ["Moments"]
 
 
-class ViewState:
-    """Moments by view of all sequences seen so far.
+class Moments:
+    """The estimator that sums up moments by view: memory does not depend on the number of sequences.
 
     Held are the rows at followed positions (two states where the sequences have a mask, seen and hidden), the
     rows at all other positions as one cloud, the means over positions, and whole sequences as one row. The
@@ -25,25 +28,34 @@ class ViewState:
     G.
     """
 
+    route = "moments"
+
     def __init__(self, plan: Plan, *, masked: bool) -> None:
         self.plan, self.masked = plan, masked
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._held = [kind for kind in (*SPLIT, *WHOLE) if kind in self._groups[0]]
 
-    def update(
+    def accepts(self, batch: RowBatch) -> str:
+        """Nothing: any batch can be summed up."""
+        return ""
+
+    def add(self, batch: RowBatch) -> None:
+        """Add a batch, without gradients.
+
+        Raises ValueError if a layer is not finite at a kept position, before anything is added, and if the
+        ``flattened`` view meets sequences of another length.
+        """
+        with torch.no_grad():
+            self._update(batch.layers, batch.keep, batch.masked, batch.targets)
+
+    def _update(
         self,
         layers: Sequence[Tensor],
         keep: Tensor | None,
         masked: Tensor | None,
-        targets: Sequence[Tensor] = (),
+        targets: Sequence[Tensor],
     ) -> None:
-        """Add a batch: ``layers[l]`` is ``[B, T_l, d_l]``, ``keep`` and ``masked`` are ``[B, T]`` bool,
-        ``targets[k]`` is ``[B, T, m_k]``.
-
-        Raises ValueError where a layer is not finite at a kept position, before anything is added, and where
-        the ``flattened`` view meets sequences of another length.
-        """
         batch = layers[0].shape[0]
         self.check(layers, keep, self.sequences)
         length = layers[0].shape[1]
@@ -171,7 +183,28 @@ class ViewState:
         """The moments of a view, leading shape ``[P]`` or ``()``, of all groups; to be read only."""
         return _joined([self._of_group(group, view, factors=True) for group in range(self.plan.groups)])
 
-    def folds(self, view: str) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
+    def measures(self) -> Moments:
+        """Itself: measures are read off the moments one view at a time."""
+        return self
+
+    def measured(self, view: str) -> Measured:
+        """The measures of a view."""
+        return measure(self._layers_of(self.moments(view)), spectra=view != "flattened")
+
+    def by_group(self, view: str) -> ByGroup:
+        """The measures without each group of sequences, and R² of the targets from these on the group."""
+        folds, rest = self._folds(view)
+        left_out = [measure(self._layers_of(part), spectra=False, refine=False) for part in rest]
+        if not self.plan.targets or view == "flattened":
+            return left_out, None
+        return left_out, linear_r2(folds, rest, len(self.plan.names), len(self.plan.targets))
+
+    def _layers_of(self, moments: MomentAccumulator) -> MomentAccumulator:
+        """Without the targets."""
+        layers = len(self.plan.names)
+        return moments if len(moments.widths) == layers else moments.only(range(layers))
+
+    def _folds(self, view: str) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
         """The moments of a view by group, and of all groups but one; to be read only, without factors."""
         parts = [self._of_group(group, view, factors=False) for group in range(self.plan.groups)]
         return parts, list(_all_but_one(parts, []))
@@ -193,7 +226,7 @@ class ViewState:
             total = total.pooled().merge(state["rest"])
         return total
 
-    def merge(self, other: ViewState) -> None:
+    def merge(self, other: Moments) -> None:
         """Add all that ``other`` has seen, its sequences numbered on from the own. Its plan must ask for the
         same."""
         for group, theirs in enumerate(other._groups):
@@ -203,7 +236,7 @@ class ViewState:
         self.sequences += other.sequences
 
     def parts(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-        """All moments as :meth:`state_dict` names them, one accumulator at a time."""
+        """All moments as :meth:`state` names them, one accumulator at a time."""
         for state in self._groups:
             for accumulator in state.values():
                 yield accumulator.state_dict()
@@ -222,7 +255,7 @@ class ViewState:
     def load_parts(
         self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
     ) -> None:
-        """:meth:`load_state_dict` of a state of the same plan that comes as :meth:`parts`."""
+        """:meth:`load` of a state of the same plan that comes as :meth:`parts`."""
         for state in self._groups:
             for accumulator in state.values():
                 accumulator.load_state_dict(next(parts), device)
@@ -232,7 +265,7 @@ class ViewState:
     def nbytes(self) -> int:
         return sum(a.nbytes for state in self._groups for a in state.values())
 
-    def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
+    def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """All moments as named arrays, rows not yet summed included."""
         arrays: dict[str, np.ndarray[Any, Any]] = {"sequences": np.array(self.sequences)}
         for group, state in enumerate(self._groups):
@@ -241,10 +274,8 @@ class ViewState:
                     arrays[f"{group}.{kind}.{name}"] = value
         return arrays
 
-    def load_state_dict(
-        self, arrays: Mapping[str, np.ndarray[Any, Any]], device: torch.device | str = "cpu"
-    ) -> None:
-        """Replace all moments by what :meth:`state_dict` returned for the same plan."""
+    def load(self, arrays: Mapping[str, np.ndarray[Any, Any]], device: torch.device | str = "cpu") -> None:
+        """Replace all moments by what :meth:`state` returned for the same plan."""
         self.sequences = int(arrays["sequences"])
         for group, state in enumerate(self._groups):
             for kind, accumulator in state.items():

@@ -1,110 +1,148 @@
-"""From all rows of a few positions to their measures, as :mod:`rgfast.probing.measures` from moments."""
+"""Rows held back until it is known whether they are few enough to be measured all at once."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rgfast.ops.cka.api import alignment
-from rgfast.ops.spectrum.measures import (
-    effective_rank_of,
-    numerical_rank_of,
-    participation_ratio_of,
-    stable_rank_of,
-)
-from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows, spectra_without_groups
-from rgfast.ops.spectrum.solve import Solved
-from rgfast.probing.measures import BOUNDED, RANKS, Array, Measured, change_of, doubtful, known_drifts
+from rgfast.probing.estimators import samples
+from rgfast.probing.estimators.base import RowBatch
+from rgfast.probing.estimators.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
+from rgfast.probing.plan import Plan
 
-__all__ = ["measure_rows"]
-
-_TOL = 1e-7
+__all__ = ["Rows"]
 
 
-def measure_rows(
-    states: Tensor, *, adjacent: bool, uncentred: bool, groups: int = 1
-) -> tuple[Measured, ...] | None:
-    """The measures of ``states[L, P, n, d]`` for P positions; None where NaN or infinity is met.
+class Rows:
+    """The estimator that holds rows back by batch: fp32, on the CPU, of one shape but for the batch.
 
-    CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN. With
-    ``groups``, also those without the samples g, g + groups, ... for every g.
+    It keeps nothing to go on from or to merge later: :meth:`batches` hands the rows over to one that does.
+    Rows are copied if ``copied`` (they are about to be overwritten), else those of outputs that the model
+    does not leave alone from one forward to the next. That shows from the third batch on (the probe copies
+    what it captures in the first one): the memory of the second batch was written to, or is given out again.
+    It is held for that, so that a model that takes turns between buffers is found out before one is lost.
     """
-    layers, positions, n, d = states.shape
-    x = states.reshape(layers * positions, n, d)
-    whole = spectra_of_rows(x, uncentred=uncentred)
-    left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
-    if whole is None or left is None:
-        return None
-    group = torch.arange(n) % groups
-    found = [_spectral(states, *whole, None)]
-    found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
-    aligned = alignment(list(states), adjacent=adjacent, groups=groups)
-    return tuple(_with_pairs(part, pairs) for part, pairs in zip(found, aligned, strict=True))
+
+    def __init__(self, plan: Plan, memory: int, *, copied: bool, uncentred: bool) -> None:
+        self.plan, self._memory, self._copied, self._uncentred = plan, memory, copied, uncentred
+        self._batches: list[list[Tensor]] = []
+        self.sequences = 0
+        self._bytes = 0
+        self._second: list[tuple[Tensor, int]] = []
+        self._reused: set[int] = set()
+        self._as_given: list[dict[int, tuple[Tensor, int]]] = []
+
+    def accepts(self, batch: RowBatch) -> str:
+        """Why a batch cannot be held beside the others, or nothing."""
+        rows = batch.layers
+        shape = (len(rows[0]), self.plan.length, self.plan.widths[0])
+        if batch.keep is not None:
+            return "positions are left out"
+        if any(not x.is_cpu or x.dtype != torch.float32 for x in rows):
+            return "it is for fp32 on the CPU"
+        if any(x.shape != shape for x in rows):
+            return "every layer must have the same width, and every batch the same positions"
+        if self.sequences + len(rows[0]) > samples.LIMIT:
+            return f"there are more than {samples.LIMIT} sequences"
+        if self._bytes + sum(x.nbytes for x in rows) > self._memory:
+            return "the rows of all layers do not fit memory="
+        return ""
+
+    def add(self, batch: RowBatch) -> None:
+        """Hold a batch that :meth:`accepts` has nothing against; its values are not looked at."""
+        rows, number = batch.layers, len(self._batches)
+        if number == 1:
+            self._bytes += sum(x.nbytes for x in rows)
+            self._second, self._as_given = [(x, _version(x)) for x in rows], [{} for _ in rows]
+        if self._copied or number < 2:
+            self._batches.append([x.clone() for x in rows])
+        else:
+            self._batches.append([self._kept(layer, x) for layer, x in enumerate(rows)])
+        self.sequences += len(rows[0])
+        self._bytes += sum(x.nbytes for x in rows)
+
+    def merge(self, other: Rows) -> None:
+        """Hold what ``other`` holds too, its sequences numbered on from the own."""
+        for rows in other.batches():
+            self._batches.append(list(rows.layers))
+            self.sequences += rows.sequences
+        self._bytes += other._bytes
+
+    def state(self) -> None:
+        """Nothing: rows are neither written nor merged later."""
+
+    def batches(self) -> Iterator[RowBatch]:
+        """What is held. Raises RuntimeError if rows that were not copied have been written to since."""
+        self._check()
+        for rows in self._batches:
+            yield RowBatch(rows)
+
+    def _kept(self, layer: int, x: Tensor) -> Tensor:
+        """``x``, or a copy where its memory will be written to again."""
+        if layer not in self._reused:
+            second, version = self._second[layer]
+            given_again = x.data_ptr() == second.data_ptr()
+            if second.is_inference() or second._version != version or given_again:
+                self._reused.add(layer)
+                self._check_unchanged(layer)
+                for batch in self._batches[2:]:
+                    batch[layer] = batch[layer].clone()
+                self._as_given[layer].clear()
+        if layer in self._reused:
+            return x.clone()
+        if x.data_ptr() in self._as_given[layer]:
+            self._check_unchanged(layer)
+        self._as_given[layer][x.data_ptr()] = x, _version(x)
+        return x
+
+    def _check_unchanged(self, layer: int) -> None:
+        if any(_version(x) != version for x, version in self._as_given[layer].values()):
+            raise RuntimeError(
+                f"the model wrote to the output of {self.plan.names[layer]} of an earlier forward, which it "
+                "left alone in its first ones; take route='moments'"
+            )
+
+    def _check(self) -> None:
+        for layer in range(len(self._as_given)):
+            self._check_unchanged(layer)
+
+    def enough(self) -> bool:
+        """Whether all measures are defined."""
+        return enough(self.sequences, self.plan.groups)
+
+    def worthwhile(self) -> bool:
+        """Whether accumulating their moments would be felt."""
+        return worthwhile(self.plan, self.sequences)
+
+    def measures(self) -> SampleState:
+        """The measures of all that is held, a few positions at a time."""
+        self._check()
+        plan, parts = self.plan, list[Part]()
+        step = at_once(plan, self.sequences, self._memory)
+        one = (self.sequences, plan.widths[0])
+        # One for all turns: fresh pages cost as much as a copy.
+        room = torch.empty(len(plan.names) * step * math.prod(one))
+        for start in range(0, len(plan.positions), step):
+            where = plan.positions[start : start + step]
+            at = _slice_or_list(where)
+            shape = (len(plan.names), len(where), *one)
+            states = room[: math.prod(shape)].view(shape)
+            for layer, to in enumerate(states):
+                torch.cat([batch[layer][:, at].transpose(0, 1) for batch in self._batches], 1, out=to)
+            found = measured_part(states, plan, self._uncentred)
+            assert found is not None  # every batch was looked at when it came
+            parts.append(found)
+        return SampleState(plan, self.sequences, tuple(parts))
 
 
-def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor | None) -> Measured:
-    """All but drifts and pairs, which are empty, of the samples ``kept`` (or all)."""
-    layers, positions, n, d = states.shape
-    n = n if kept is None else int(kept.sum())
-    ranks: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in RANKS}
-    bounds: dict[str, Array] = {name: np.full((layers, positions), np.nan) for name in BOUNDED}
-    shape = (layers, positions)
-    again = doubtful(centred.sigma, np.full(layers * positions, n - 1))
-    _refine(states, kept, centred, again.nonzero()[0], "mean")
-    sigma = centred.sigma
-    for name, value in (
-        ("effective_rank", effective_rank_of(sigma)),
-        ("effective_rank_variance", effective_rank_of(sigma, spectrum="variance")),
-        ("participation_ratio", participation_ratio_of(sigma)),
-        ("stable_rank", stable_rank_of(sigma)),
-        ("numerical_rank", numerical_rank_of(sigma, _TOL)),
-    ):
-        ranks[name] = value.reshape(shape)
-    bounds["effective_rank"] = centred.bound().reshape(shape)
-    if raw is not None:
-        constant = (ranks["stable_rank"] == 0).reshape(-1) & (raw.sigma[:, 0] > 0)
-        unsure = doubtful(raw.sigma, np.full(layers * positions, n)) & ~constant
-        _refine(states, kept, raw, unsure.nonzero()[0], "none")
-        _uncentred(raw, constant, ranks, bounds, shape)
-    values = centred.singular_values()
-    spectrum = np.full((layers, positions, d), np.nan)
-    spectrum[..., : values.shape[1]] = values.reshape(*shape, -1)
-    spectrum[..., values.shape[1] :] = 0.0
-    return Measured(np.full(positions, n), ranks, bounds, again.reshape(shape), spectrum, {}, {})
+def _slice_or_list(where: tuple[int, ...]) -> slice | list[int]:
+    """Positions to index with; without a copy where they are neighbours."""
+    near = slice(where[0], where[-1] + 1)
+    return near if where == tuple(range(near.start, near.stop)) else list(where)
 
 
-def _with_pairs(found: Measured, aligned: Tensor) -> Measured:
-    """What was found with CKA ``aligned[2, P, L, L]``, debiased and biased, and the drifts it leads to."""
-    debiased, biased = (np.asarray(matrix.permute(1, 2, 0).cpu().numpy()) for matrix in aligned)
-    pairs = {"cka": debiased, "cka_biased": biased}
-    drifts = known_drifts(pairs)
-    norms = np.square(np.square(found.spectrum)).sum(-1)  # ‖K‖² of the centred kernels
-    drifts["kernel_change"] = change_of(norms, drifts["kernel_drift"])
-    return replace(found, drifts=drifts, pairs=pairs)
-
-
-def _refine(
-    states: Tensor, kept: Tensor | None, solved: Solved, at: NDArray[np.intp], centering: str
-) -> None:
-    """Solve again from the rows, the matrices ``at`` of all layers and positions."""
-    if len(at):
-        x = states.reshape(-1, *states.shape[2:])[torch.from_numpy(at).to(states.device)]
-        refine_spectra(x if kept is None else x[:, kept], solved, at, centering=centering)
-
-
-def _uncentred(
-    raw: Solved,
-    constant: NDArray[np.bool_],
-    ranks: dict[str, Array],
-    bounds: dict[str, Array],
-    shape: tuple[int, int],
-) -> None:
-    """Fill in what is measured of rows as they are. n μ μᵀ has rank one, where nothing varies."""
-    for name, spectrum in (("effective_rank", "singular"), ("effective_rank_variance", "variance")):
-        value = np.where(constant, 1.0, effective_rank_of(raw.sigma, spectrum=spectrum))
-        ranks[f"{name}_uncentred"] = value.reshape(shape)
-    bounds["effective_rank_uncentred"] = np.where(constant, 0.0, raw.bound()).reshape(shape)
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version

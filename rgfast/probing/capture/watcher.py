@@ -1,0 +1,204 @@
+"""Watching the layers of a model while it runs. Nothing about the model or torch is changed but hooks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing.capture.activations import find_tensor
+from rgfast.probing.capture.layers import Tap
+
+__all__ = ["Receiver", "StreamsTiles", "Watcher", "tile_streamer"]
+
+
+class Receiver(Protocol):
+    """Who is told what a :class:`Watcher` sees, in the order of these methods for every forward."""
+
+    def began(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to run on these arguments."""
+
+    def entered(self, x: Tensor) -> None:
+        """The stack that hands over tiles is about to run on ``x``."""
+
+    def tile(self, first: int, states: Tensor) -> None:
+        """``states[l]`` are the layers' rows of the samples from ``first`` on, soon overwritten."""
+
+    def finished(self, activations: list[Tensor] | None) -> None:
+        """The forward is over; ``activations`` are the layers' outputs, None if they came as tiles."""
+
+
+class StreamsTiles(Protocol):
+    """A stack that hands its residual stream over a tile of samples at a time, so that none is stored."""
+
+    @property
+    def stream_layers(self) -> tuple[str, ...]:
+        """The names of the stream's layers within the stack, as ``layers=`` takes them."""
+
+    def stream_tiles(self, consumer: Callable[[int, Tensor], None], tile: int | None = None) -> Any:
+        """The handle whose ``remove()`` ends it."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """An activation, the tensor it came as, and how often that had been written to."""
+
+    value: Tensor
+    original: Tensor
+    version: int
+
+
+class Watcher:
+    """A context manager: while it is open, ``receiver`` is told of every forward of ``model``.
+
+    It can be opened again and again, during training too: training flags and grad mode are not touched, and
+    no graph is kept alive. Compiled models and modules run eagerly while it is open, since compiled code does
+    not call hooks.
+
+    A layer whose module runs more than once in a forward, or not at all, is an error of that forward.
+    """
+
+    def __init__(
+        self, model: nn.Module, taps: Sequence[Tap], receiver: Receiver, *, tile: int | None = None
+    ) -> None:
+        self._model, self._taps, self._receiver, self._tile = model, taps, receiver, tile
+        self._handles: list[Any] = []
+        self._held: dict[int, _Captured] = {}
+        self._copied, self._first = set(range(len(taps))), True
+        self._tiles_began = False
+        self._eager: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether forwards are watched now."""
+        return bool(self._handles)
+
+    def __enter__(self) -> Watcher:
+        if self._handles:
+            raise RuntimeError("this Probe is watching already; its with block cannot be nested in itself")
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        streamer = tile_streamer(modules, self._taps)
+        try:
+            if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
+                self._eager = torch.compiler.set_stance("force_eager")
+            self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            if streamer is None:
+                for index, tap in enumerate(self._taps):
+                    self._handles.append(self._hook(index, modules[tap.module]))
+            else:
+                stack: Any = streamer
+                self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
+                self._handles.append(streamer.stream_tiles(self._take_tile, self._tile))
+            finish = self._finish if streamer is None else self._finish_stack
+            self._handles.append(self._model.register_forward_hook(finish))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove all hooks and forget what a forward that failed left."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._held.clear()
+        self._tiles_began = False
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
+
+    def _hook(self, index: int, module: nn.Module) -> Any:
+        if self._taps[index].side == "output":
+            return module.register_forward_hook(lambda m, args, output: self._capture(index, output))
+        return module.register_forward_pre_hook(
+            lambda m, args, kwargs: self._capture(index, [*args, *kwargs.values()]), with_kwargs=True
+        )
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._held.clear()
+        self._tiles_began = False
+        self._receiver.began(args, kwargs)
+
+    def _capture(self, index: int, value: Any) -> None:
+        tap = self._taps[index]
+        if index in self._held:
+            raise ValueError(
+                f"layers: {tap.module!r} ran twice in one forward (shared weights?), so its output is "
+                "ambiguous; name modules that run once"
+            )
+        x = find_tensor(value, tap.name).detach()
+        self._held[index] = _Captured(x.clone() if index in self._copied else x, x, _version(x))
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        missing = [tap.name for k, tap in enumerate(self._taps) if k not in self._held]
+        if missing:
+            raise ValueError(f"layers: {', '.join(missing)} did not run in this forward")
+        kept = [self._held[k] for k in range(len(self._taps))]
+        self._held = {}
+        self._check_unchanged(kept)
+        self._receiver.finished([x.value for x in kept])
+
+    def _check_unchanged(self, kept: list[_Captured]) -> None:
+        """Copies are made in the first forward, later of those layers only that the model then wrote to."""
+        written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
+        if self._first:
+            # Tensors of inference mode do not tell, nor do any that are written to through .data or numpy.
+            silent = {
+                k
+                for k, x in enumerate(kept)
+                if x.original.is_inference() or not torch.equal(x.value, x.original)
+            }
+            self._copied, self._first = written | silent, False
+        elif written - self._copied:
+            names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
+            raise RuntimeError(
+                f"the model wrote to the output of {names}, which it left alone in its first forward"
+            )
+
+    def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._tiles_began:
+            raise ValueError("layers: the stack ran twice in one forward, so its layers are ambiguous")
+        name = self._taps[0].name
+        x = find_tensor([*args, *kwargs.values()], name).detach()
+        if x.dim() > 3:  # [B, C, H, W] elsewhere, but here the last dimension is the width
+            raise ValueError(f"layer {name!r} must be [B, D] or [B, T, D], got shape {tuple(x.shape)}")
+        self._receiver.entered(x)
+        self._tiles_began = True
+
+    def _take_tile(self, first: int, states: Tensor) -> None:
+        self._receiver.tile(first, states)
+
+    def _finish_stack(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._tiles_began:
+            raise ValueError(f"layers: {self._taps[0].module} did not run in this forward")
+        self._tiles_began = False
+        self._receiver.finished(None)
+
+
+def tile_streamer(modules: Mapping[str, nn.Module], taps: Sequence[Tap]) -> StreamsTiles | None:
+    """The module whose whole residual stream ``taps`` are, if it hands it over in tiles."""
+    names = [tap.name for tap in taps]
+    for name, module in modules.items():
+        if hasattr(module, "stream_tiles") and hasattr(module, "stream_layers"):
+            stack: Any = module
+            if names == [f"{name}.{layer}".lstrip(".") for layer in stack.stream_layers]:
+                streamer: StreamsTiles = stack
+                return streamer
+    return None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -1,0 +1,96 @@
+"""What an estimator is: it takes rows batch by batch and gives measures at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rgfast.probing.measures import Measured
+from rgfast.probing.plan import Plan
+
+__all__ = ["ByGroup", "Estimator", "Findings", "RowBatch"]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """The rows of one batch: ``layers[l]`` ``[B, T_l, d_l]``, and what goes with them.
+
+    ``keep`` and ``masked`` are ``[B, T]`` bool (None: every row counts, there is no mask), ``targets[k]`` is
+    ``[B, T, m_k]``. ``reused`` says that the layers' memory is about to be overwritten.
+    """
+
+    layers: Sequence[Tensor]
+    keep: Tensor | None = None
+    masked: Tensor | None = None
+    targets: Sequence[Tensor] = ()
+    reused: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.layers[0].shape[0]
+
+
+# Measures without each group, and R² of every target [targets, layers, P] with its standard error.
+ByGroup = tuple[list[Measured], tuple[NDArray[np.float64], NDArray[np.float64]] | None]
+
+
+class Findings(Protocol):
+    """What the labelled result is made from."""
+
+    @property
+    def plan(self) -> Plan:
+        """What was measured."""
+
+    @property
+    def sequences(self) -> int:
+        """Of how many sequences."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether they had a mask."""
+
+    @property
+    def route(self) -> str:
+        """The name of the route."""
+
+    def measured(self, view: str) -> Measured:
+        """The measures of a view."""
+
+    def by_group(self, view: str) -> ByGroup:
+        """The measures without the sequences of group g, for every g, and R² of the targets if there are any.
+
+        Asked for only if there is more than one group.
+        """
+
+
+class Estimator(Protocol):
+    """Takes the rows of a probe and gives :class:`Findings`.
+
+    To add one: implement this in a module of :mod:`rgfast.probing.estimators` and name it in
+    :mod:`rgfast.probing.tally`, which chooses.
+    """
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences were added."""
+
+    def accepts(self, batch: RowBatch) -> str:
+        """Why a batch cannot be added, in words; nothing if it can."""
+
+    def add(self, batch: RowBatch) -> None:
+        """Add a batch that is accepted."""
+
+    def merge(self, other: Any) -> None:
+        """Add all that another estimator of this kind has seen, its sequences numbered on from the own."""
+
+    def state(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        """Everything as named arrays, to go on from or to merge later; None if it keeps none."""
+
+    def measures(self) -> Findings:
+        """What is known of all rows added so far."""

@@ -1,0 +1,103 @@
+"""All samples of a stack without mixing, a few positions at a time through all its layers.
+
+Every position of such a stack goes its own way, so with all samples at hand nothing has to be accumulated:
+spectra and alignments are computed while a tile's rows are there, and no layer's output is stored for more
+positions than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing.capture.batches import batch_items
+from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.watcher import tile_streamer
+from rgfast.probing.estimators.samples import LIMIT, Part, SampleState, at_once, measured_part
+from rgfast.probing.plan import Plan
+
+__all__ = ["gather", "independent_stack", "measured_by_tiles"]
+
+
+def independent_stack(model: nn.Module, taps: Sequence[Tap]) -> Any:
+    """``model`` if it is a stack of which every position goes its own way and ``taps`` are the stream."""
+    if not getattr(model, "positions_are_independent", False) or tile_streamer({"": model}, taps) is None:
+        return None
+    return None if model._forward_hooks or model._forward_pre_hooks else model
+
+
+def gather(model: Any, batches: Iterator[Any]) -> tuple[Tensor | None, list[Any]]:
+    """All batches as one ``[n, T, D]``, or None if they are not few and alike; and what was taken."""
+    taken: list[Any] = []
+    parts: list[Tensor] = []
+    if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
+        return None, taken
+    n = 0
+    for batch in batches:
+        taken.append(batch)
+        items = batch_items(batch)
+        x = items[0] if len(items) == 1 else None
+        if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu or x.dtype != torch.float32:
+            return None, taken
+        if x.shape[2] != model.width or (parts and x.shape[1:] != parts[0].shape[1:]):
+            return None, taken
+        parts += [x] if len(x) else []
+        n += len(x)
+        if n > LIMIT:
+            return None, taken
+    return (_end_to_end(parts) if parts else None), taken
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` as one tensor: a view where they are pieces of one, as those of an array are."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != first.stride() or part.storage_offset() != at:
+            return torch.cat(list(parts))
+        at += len(part) * part.stride(0)
+    rows = sum(len(part) for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def measured_by_tiles(
+    stack: Any,
+    x: Tensor,
+    plan: Plan,
+    *,
+    uncentred: bool,
+    memory: int,
+    advance: Callable[[int], object],
+) -> SampleState:
+    """The measures of ``x[n, T, D]`` at the positions of ``plan``; ``advance(k)`` after every k of them.
+
+    Raises ValueError if a layer is not finite, naming it and the position.
+    """
+    parts: list[Part] = []
+
+    def take(first: int, states: Tensor) -> None:
+        found = measured_part(states, plan, uncentred)
+        if found is None:
+            raise ValueError(_not_finite(states, plan, plan.positions[first:]))
+        parts.append(found)
+        advance(states.shape[1])
+
+    handle = stack.stream_tiles(take, at_once(plan, len(x), memory))
+    try:
+        every = len(plan.positions) == x.shape[1]
+        stack((x if every else x[:, list(plan.positions)]).transpose(0, 1))
+    finally:
+        handle.remove()
+    return SampleState(plan, len(x), tuple(parts))
+
+
+def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:
+    bad = (~torch.isfinite(states)).sum((2, 3))
+    layer, k = (int(i) for i in bad.nonzero()[0])
+    return (
+        f"activations must be finite, got {int(bad[layer, k])} NaN or infinite values in layer {layer} at "
+        f"position {where[k]} ({plan.names[layer]}, sequences 0 to {states.shape[2] - 1})"
+    )

@@ -1,0 +1,184 @@
+"""Every option of a probe, once: names, defaults, meaning and checks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+from rgfast.probing.capture.companions import MaskSpec
+from rgfast.probing.capture.layers import LayerSpec
+from rgfast.probing.checkpoint import checked_path
+from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
+from rgfast.probing.plan import check_positions, check_views, parse_memory
+from rgfast.probing.targets import Target, TargetSpec, make_targets
+from rgfast.streaming import Pairs, as_pairs
+from rgfast.validation import check_choice, check_positive_int
+
+if TYPE_CHECKING:
+    from rgfast.probing.distributed import Distributed
+
+__all__ = ["ProbeOptions", "ProbeSpec", "Route", "WatchOptions", "shows_options"]
+
+Route = Literal["auto", "moments", "samples"]
+ROUTES = ("auto", "moments", "samples")
+
+# With targets and a single group, R² is taken over as many folds.
+_FOLDS = 5
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class WatchOptions(TypedDict, total=False):
+    """The options of :class:`ProbeSpec` that a loop of one's own has, for type checkers."""
+
+    layers: str | LayerSpec | Sequence[LayerSpec]
+    positions: str | Sequence[int]
+    measures: str | Sequence[str]
+    pairs: Pairs
+    mask: MaskSpec
+    targets: Mapping[str, TargetSpec] | None
+    groups: int
+    progress: bool | None
+    memory: str | int
+    views: Sequence[str] | None
+    refine: bool | None
+    route: Route
+    distributed: Distributed
+    timeout: float
+
+
+class ProbeOptions(WatchOptions, total=False):
+    """All options of :class:`ProbeSpec`."""
+
+    checkpoint: str | Path | None
+    checkpoint_every: int
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec:
+    """What a probe is asked for. Every option is checked when the object is made, before any work.
+
+    The options are those of :func:`rgfast.probe`, which documents them. Checked values replace what was
+    given: ``measures`` is a tuple of names, ``memory`` a number of bytes, ``pairs`` a name or a list of index
+    pairs, and ``groups`` at least five if there are targets.
+
+    Raises TypeError or ValueError that names the option, what was expected and what came.
+
+    >>> ProbeSpec(memory="1 KiB", measures="cka").memory
+    1024
+    """
+
+    layers: str | LayerSpec | Sequence[LayerSpec] = "auto"
+    positions: str | Sequence[int] = "auto"
+    measures: str | Sequence[str] = "all"
+    pairs: Pairs = "adjacent"
+    mask: MaskSpec = None
+    targets: Mapping[str, TargetSpec] | None = None
+    groups: int = 1
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 16
+    progress: bool | None = None
+    memory: str | int = "4GiB"
+    views: Sequence[str] | None = None
+    batch_size: int = 256
+    refine: bool | None = None
+    route: Route = "auto"
+    distributed: Distributed = "auto"
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "checkpoint_every", "groups"):
+            check_positive_int(getattr(self, name), name)
+        check_choice(self.route, "route", ROUTES)
+        if self.mask is not None and not isinstance(self.mask, str) and not callable(self.mask):
+            raise TypeError(
+                f"mask must be the name of a batch entry or a callable, got {type(self.mask).__name__}"
+            )
+        if self.refine is not None and not isinstance(self.refine, bool):
+            raise TypeError(f"refine must be True, False or None, got {self.refine!r}")
+        make_targets(self.targets)
+        check_positions(self.positions)
+        if self.views is not None:
+            check_views(self.views)
+            self._set("views", tuple(self.views))
+        self._set("measures", asked_measures(self.measures))
+        self._set("pairs", as_pairs(self.pairs))
+        self._set("memory", parse_memory(self.memory))
+        if self.targets and self.groups == 1:
+            self._set("groups", _FOLDS)
+        if self.checkpoint is not None:
+            self._set("checkpoint", checked_path(self.checkpoint))
+            if self.route == "samples":
+                raise ValueError("checkpoint: the route 'samples' has nothing to write; take route='moments'")
+            self._set("route", "moments")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory`` as a number of bytes."""
+        return parse_memory(self.memory)
+
+    @property
+    def compared(self) -> Pairs:
+        """``pairs``, or none if no measure compares layers."""
+        return self.pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
+
+    @property
+    def uncentred(self) -> bool:
+        """Whether a rank of rows as they are was asked for."""
+        return any(name.endswith("uncentred") for name in self.measures)
+
+    def new_targets(self) -> list[Target]:
+        """The targets, which learn their number of labels from the batches of one run."""
+        return make_targets(self.targets)
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """What decides the numbers, as JSON gives it back, to compare with another rank's or a checkpoint's.
+
+        ``names`` are the layers that ``layers`` stands for.
+        """
+        pairs = self.compared
+        asked = {
+            "layers": list(names),
+            "positions": self.positions if isinstance(self.positions, str) else list(self.positions),
+            "measures": self.measures,
+            "pairs": pairs if isinstance(pairs, str) else [list(pair) for pair in pairs],
+            "mask": self.mask if isinstance(self.mask, str) else self.mask is not None,
+            "targets": list(self.targets or ()),
+            "groups": self.groups,
+            "views": self.views,
+            "memory": self.memory,
+            "refine": self.refine,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(asked))
+        return plain
+
+
+def shows_options(options: type[Any]) -> Callable[[_F], _F]:
+    """A decorator: the signature shows the fields of :class:`ProbeSpec` that ``options`` has, by keyword."""
+    shown = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=re.sub(r"^typing\.", "", str(field.type)),
+        )
+        for field in fields(ProbeSpec)
+        if field.name in options.__annotations__ or field.name in WatchOptions.__annotations__
+    }
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*own, *shown.values()])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
