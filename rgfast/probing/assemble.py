@@ -67,6 +67,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
     data["refined"] = (rank_dims, empty(rank_dims, False))
     data["sample_limited"] = (rank_dims, empty(rank_dims, False))
     data["n"] = (("view", "position"), empty(("view", "position"), 0))
+    data["n_by_layer"] = (rank_dims, empty(rank_dims, 0))
     if plan.targets:
         sizes["target"] = len(plan.targets)
         for name in ("target_r2", "target_r2_se"):
@@ -81,9 +82,10 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
         at = [i for i, t in enumerate(where) if (t >= 0) == positional]
         found = state.measured(view)
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
-        data["n"][1][v, at] = found.count
-        for layer, width in enumerate(widths):
-            data["sample_limited"][1][v, layer, at] = found.count < SAMPLES_PER_FEATURE * width
+        data["n"][1][v, at] = found.count.max(0)
+        data["n_by_layer"][1][v][:, at] = found.count
+        limit = SAMPLES_PER_FEATURE * np.array(widths)
+        data["sample_limited"][1][v][:, at] = found.count < limit[:, None]
         for name in BOUNDED:
             data[f"{name}_bound"][1][v][:, at] = found.bounds[name]
         data["refined"][1][v][:, at] = found.refined
@@ -101,6 +103,8 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
             if r2 is not None:
                 data["target_r2"][1][v][..., at], data["target_r2_se"][1][v][..., at] = r2
 
+    if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
+        del data["n_by_layer"]
     dataset = xr.Dataset(
         data,
         coords={

@@ -49,6 +49,7 @@ class FirstBatch:
     widths: tuple[int, ...]
     length: int
     aligned: bool
+    places: tuple[int, ...]
     masked: bool
     targets: tuple[tuple[str, int, bool], ...]
 
@@ -56,7 +57,8 @@ class FirstBatch:
     def from_json(cls, data: Mapping[str, Any]) -> FirstBatch:
         """What ``asdict`` gave, after JSON."""
         targets = tuple((name, width, labels) for name, width, labels in data["targets"])
-        return cls(**{**data, "widths": tuple(data["widths"]), "targets": targets})
+        lists = {name: tuple(data[name]) for name in ("widths", "places")}
+        return cls(**{**data, **lists, "targets": targets})
 
 
 def open_ranks(distributed: Distributed, timeout: float) -> Ranks | None:
@@ -177,7 +179,7 @@ def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> F
     lowest, chosen = firsts[0]
     widths = [width for _, width, _ in chosen.targets]
     for rank, other in firsts:
-        for name in ("widths", "aligned", "masked"):
+        for name in ("widths", "aligned", "places", "masked"):
             _same(f"{name} of the layers", (lowest, getattr(chosen, name)), (rank, getattr(other, name)))
         for k, (mine, theirs) in enumerate(zip(chosen.targets, other.targets, strict=True)):
             vectors = not (mine[2] and theirs[2])
@@ -217,8 +219,9 @@ def all_reduce(
     if state is None or any(one is None for one in found):
         return None
     seen = [int(one[1]) for one in found]
-    total = Moments(_joint([Plan.from_json(one[0])[0] for one in found]), masked=state.masked)
+    total = Moments(state.plan, masked=state.masked)
     total.load(state.state(), device)
+    total.adopt(_joint([Plan.from_json(one[0])[0] for one in found]))
     ranks.connect()
     me = ranks.rank
     steps = [1 << k for k in range((ranks.size - 1).bit_length())]
@@ -254,7 +257,12 @@ def _joint(plans: Sequence[Plan]) -> Plan:
     """What all plans measure: a view that one of them had to drop is dropped, and all notes are kept."""
     first = plans[0]
     for rank, plan in enumerate(plans):
-        for name, value in asdict(replace(plan, views=first.views, notes=first.notes)).items():
+        for name, value in asdict(
+            replace(plan, views=first.views, notes=first.notes, missed=first.missed)
+        ).items():
             _same(name, (0, asdict(first)[name]), (rank, value))
     views = tuple(view for view in first.views if all(view in plan.views for plan in plans))
-    return replace(first, views=views, notes=tuple(dict.fromkeys(n for plan in plans for n in plan.notes)))
+    missed = {layer for plan in plans for layer in plan.missed}
+    plans = [plan.without(sorted(missed)) for plan in plans]
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
+    return replace(first.without(sorted(missed)), views=views, notes=notes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "joined",
     "known_drifts",
     "measure",
+    "spread",
 ]
 
 RANKS = (
@@ -64,7 +66,7 @@ class Measured:
     ``ranks[name]`` are ``[L, P]``, and so are ``bounds[name]`` (on the relative rounding error of effective
     ranks of singular values) and ``refined`` (where the centred spectrum is a triangular factor's);
     ``spectrum`` is ``[L, P, max d]`` padded with NaN, ``drifts[name]`` ``[L-1, P]``, ``pairs[name]``
-    ``[L, L, P]``, NaN where a pair was not asked for, ``count`` ``[P]``.
+    ``[L, L, P]``, NaN where a pair was not asked for, ``count`` ``[L, P]``.
     """
 
     count: NDArray[np.int64]
@@ -86,7 +88,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
 
     return (
         Measured(
-            np.concatenate([part.count for part in parts]),
+            np.concatenate([part.count for part in parts], -1),
             along("ranks"),
             along("bounds"),
             np.concatenate([part.refined for part in parts], 1),
@@ -97,6 +99,40 @@ def joined(parts: Sequence[Measured]) -> Measured:
         if len(parts) > 1
         else first
     )
+
+
+def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers: int) -> Measured:
+    """The measures of all layers from those of streams of them; NaN between layers of two streams."""
+    if len(parts) == 1:
+        return parts[0]
+    positions, most = parts[0].count.shape[1], max(part.spectrum.shape[2] for part in parts)
+
+    def whole(*shape: int, fill: Any = np.nan) -> Any:
+        return np.full(shape, fill)
+
+    out = Measured(
+        whole(layers, positions, fill=0),
+        {name: whole(layers, positions) for name in RANKS},
+        {name: whole(layers, positions) for name in BOUNDED},
+        whole(layers, positions, fill=False),
+        whole(layers, positions, most),
+        {name: whole(layers - 1, positions) for name in DRIFTS},
+        {name: whole(layers, layers, positions) for name in PAIRWISE},
+    )
+    for members, part in zip(streams, parts, strict=True):
+        at = list(members)
+        out.count[at], out.refined[at] = part.count, part.refined
+        out.spectrum[at, :, : part.spectrum.shape[2]] = part.spectrum
+        for mine, theirs in ((out.ranks, part.ranks), (out.bounds, part.bounds)):
+            for name in mine:
+                mine[name][at] = theirs[name]
+        for name in PAIRWISE:
+            out.pairs[name][np.ix_(at, at)] = part.pairs[name]
+        for k, (i, j) in enumerate(pairwise(members)):
+            for name in DRIFTS:
+                if j == i + 1:
+                    out.drifts[name][i] = part.drifts[name][k]
+    return out
 
 
 def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True) -> Measured:
@@ -140,7 +176,9 @@ def measure(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = 
             pairs[name] = _array(matrix.permute(1, 2, 0))
         drifts = known_drifts(pairs)
         drifts["kernel_change"] = _changes(moments, drifts["kernel_drift"].shape)
-    return Measured(count.cpu().numpy(), ranks, bounds, refined, spectrum, drifts, pairs)
+    return Measured(
+        np.tile(count.cpu().numpy(), (layers, 1)), ranks, bounds, refined, spectrum, drifts, pairs
+    )
 
 
 def known_drifts(pairs: dict[str, Array]) -> dict[str, Array]:
@@ -229,24 +267,22 @@ def _where(known: Tensor, value: Tensor) -> Array:
 
 
 def baselines(counts: NDArray[np.int64], widths: tuple[int, ...]) -> dict[str, Array]:
-    """Isotropic baselines ``[L, P]`` of the first four ranks for ``counts[P]`` samples; NaN below two.
+    """Isotropic baselines ``[L, P]`` of the first four ranks for ``counts[L, P]`` samples; NaN below two.
 
     Many different sample numbers are interpolated in 1/n between a few.
     """
-    out = {name: np.full((len(widths), len(counts)), np.nan) for name in BASELINES}
+    out = {name: np.full(counts.shape, np.nan) for name in BASELINES}
     sizes = np.unique(counts[counts >= 2])
     if not len(sizes):
         return out
     grid = sizes if len(sizes) <= _GRID else np.unique(np.geomspace(sizes[0], sizes[-1], _GRID).round())
-    known = counts >= 2
     for width in set(widths):
         at = [isotropic_baseline(int(n), width) for n in grid]
-        rows = [layer for layer, d in enumerate(widths) if d == width]
+        rows = np.array(widths) == width
+        known = (counts >= 2) & rows[:, None]
         for name in BASELINES:
             table = np.array([getattr(b, name) for b in at])
-            value = np.interp(1 / counts[known], 1 / grid[::-1], table[::-1])
-            for layer in rows:
-                out[name][layer, known] = value
+            out[name][known] = np.interp(1 / counts[known], 1 / grid[::-1], table[::-1])
     return out
 
 

@@ -31,6 +31,8 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
 _PENDING_BYTES = 256 << 20
+_UNALIGNED = "layers differ in their positions: the mean_pooled view compares them, pooled ranks are of each"
+_MISSED = "did not run in some batches: "
 _REFINED_WIDTH = 512  # above this a decomposition costs too much to take unasked
 
 
@@ -49,9 +51,15 @@ def parse_memory(memory: str | int | float) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """One accumulator of a plan: its kind, number of positions, widths, pairs and layers with factors."""
+    """One accumulator of a plan: its kind, the plan's layers in it, number of positions, widths (targets
+    last), and pairs and layers with factors by their number here.
 
+    ``name`` tells accumulators of one kind apart.
+    """
+
+    name: str
     kind: str
+    layers: tuple[int, ...]
     positions: int
     widths: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -81,6 +89,10 @@ class Plan:
     the pooled view only. ``targets`` are (name, width). ``pending_bytes`` is what each accumulator may hold
     back until a block of rows is full. ``refine`` says which layers have triangular factors (see
     :mod:`rgfast.streaming.factors`): all (True), none (False), or those up to 512 wide (None).
+
+    ``places`` numbers the places that layers have their rows at (none: all have the same): two layers at the
+    same places can be compared row by row. ``aligned`` says that all layers have as many positions.
+    ``missed`` are layers that did not run in some batch, so that they have fewer rows than the others.
     """
 
     names: tuple[str, ...]
@@ -95,6 +107,9 @@ class Plan:
     pending_bytes: int = 0
     refine: bool | None = False
     notes: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
+    aligned: bool = True
+    missed: tuple[int, ...] = ()
 
     def to_json(self, **extra: Any) -> str:
         """Everything that decides what is measured, as JSON."""
@@ -107,33 +122,72 @@ class Plan:
         own = {field.name: data.pop(field.name) for field in fields(cls) if field.name in data}
         return cls(**{name: _as_tuple(value) for name, value in own.items()}), data
 
+    def without(self, layers: Sequence[int]) -> Plan:
+        """The plan in which ``layers`` missed some batch too, each a stream of its own."""
+        missed = tuple(sorted({*self.missed, *layers}))
+        if missed == self.missed:
+            return self
+        notes = [note for note in self.notes if not note.startswith(_MISSED)]
+        names = ", ".join(self.names[layer] for layer in missed)
+        note = f"{_MISSED}{names}; they have fewer rows, and no drift or CKA beside other layers"
+        return replace(self, missed=missed, notes=(*notes, note))
+
+    @property
+    def streams(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that have their rows at the same places, as one stream each."""
+        places = self.places or (0,) * len(self.widths)
+        together = [tuple(k for k, at in enumerate(places) if at == one) for one in sorted(set(places))]
+        return tuple(part for members in together for part in self._parted(members))
+
     @property
     def accumulators(self) -> tuple[Held, ...]:
         """What each group of sequences holds; layers come first, targets after them."""
-        layers = len(self.widths)
-        pairs = tuple((i, j) for i, j in pair_keys(self.pairs, layers) if i != j)
-        wide = self.widths + tuple(width for _, width in self.targets)
-        more = pairs + tuple((i, j) for i in range(layers) for j in range(layers, len(wide)))
         held = []
-        if self.positions:
-            # With a mask the rows go to one of two states; the position view is their sum.
-            kinds = SPLIT if {"visible", "masked"} & set(self.views) else WHOLE
-            held = [Held(kind, len(self.positions), wide, more, self._factors(1)) for kind in kinds]
-        held += [Held(kind, 1, wide, more, self._factors(1)) for kind in self._single()]
-        if "flattened" in self.views:
-            whole = tuple(self.length * d for d in self.widths)
-            held.append(Held("flattened", 1, whole, pairs, self._factors(self.length)))
+        for members in self.streams:
+            if self.positions:
+                # With a mask the rows go to one of two states; the position view is their sum.
+                kinds = SPLIT if {"visible", "masked"} & set(self.views) else WHOLE
+                held += [self._one(kind, members, len(self.positions)) for kind in kinds]
+            if "pooled" in self.views:
+                held.append(self._one("rest", members, 1))
+            if "flattened" in self.views:
+                held.append(self._one("flattened", members, 1))
+        if "mean_pooled" in self.views:
+            everything = tuple(range(len(self.widths)))
+            held += [self._one("mean_pooled", members, 1) for members in self._parted(everything)]
         return tuple(held)
 
-    def _factors(self, times: int) -> tuple[int, ...]:
-        """The layers that have factors, where a row is ``times`` as wide as theirs."""
-        if self.refine is not None:
-            return tuple(range(len(self.widths))) if self.refine else ()
-        return tuple(k for k, width in enumerate(self.widths) if times * width <= _REFINED_WIDTH)
+    def _parted(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """``members``, each layer that missed a batch by itself."""
+        rest = tuple(layer for layer in members if layer not in self.missed)
+        alone: list[tuple[int, ...]] = [(layer,) for layer in members if layer in self.missed]
+        return [rest, *alone] if rest else alone
 
-    def _single(self) -> list[str]:
-        kinds = {"pooled": "rest", "mean_pooled": "mean_pooled"}
-        return [kind for view, kind in kinds.items() if view in self.views]
+    def _one(self, kind: str, members: tuple[int, ...], positions: int) -> Held:
+        number, times = len(members), self.length if kind == "flattened" else 1
+        # Targets stand at the places of the first layer; for others they are known by sequence alone.
+        with_targets = kind != "flattened" and (self.aligned or kind == "mean_pooled")
+        targets = tuple(width for _, width in self.targets) if with_targets else ()
+        new = {layer: k for k, layer in enumerate(members)}
+        pairs = [
+            (new[i], new[j])
+            for i, j in pair_keys(self.pairs, len(self.widths))
+            if i != j and {i, j} <= {*new}
+        ]
+        pairs += [(i, j) for i in range(number) for j in range(number, number + len(targets))]
+        return Held(
+            name=kind if number == len(self.widths) else f"{kind}.{members[0]}",
+            kind=kind,
+            layers=members,
+            positions=positions,
+            widths=tuple(times * self.widths[layer] for layer in members) + targets,
+            pairs=tuple(pairs),
+            factors=tuple(new[layer] for layer in members if self._refines(times * self.widths[layer])),
+        )
+
+    def _refines(self, width: int) -> bool:
+        """Whether a layer whose rows are so wide has factors."""
+        return width <= _REFINED_WIDTH if self.refine is None else self.refine
 
     @property
     def state_bytes(self) -> int:
@@ -177,6 +231,7 @@ def make_plan(
     memory: int,
     masked: bool,
     aligned: bool = True,
+    places: Sequence[int] = (),
     targets: Sequence[tuple[str, int]] = (),
     refine: bool | None = None,
 ) -> Plan:
@@ -197,7 +252,9 @@ def make_plan(
         groups=groups,
         targets=tuple(targets),
         refine=refine,
-        notes=() if aligned else ("layers differ in their positions: the mean_pooled view compares them",),
+        places=tuple(places),
+        aligned=aligned,
+        notes=() if aligned else (_UNALIGNED,),
     )
     if refine is not None:
         return _fitted(plan, positions, memory)
@@ -223,6 +280,9 @@ def _fitted(plan: Plan, positions: str | Sequence[int], memory: int) -> Plan:
         plan = plan if small and plan.length * max(plan.widths) <= _FLATTENED_WIDTH else bare
     if follow:
         plan = _with_positions(plan, positions, memory)
+    if plan.state_bytes > memory and not plan.aligned and not plan.views_asked and "pooled" in plan.views:
+        note = "the pooled view was dropped: its moments do not fit the memory"
+        plan = replace(plan, views=("mean_pooled",), notes=(*plan.notes, note))
     if plan.state_bytes > memory:
         raise ValueError(_too_big(plan, memory))
     return plan
@@ -264,7 +324,7 @@ def _as_tuple(value: Any) -> Any:
 
 def _default_views(length: int, masked: bool, aligned: bool) -> tuple[str, ...]:
     if not aligned:
-        return ("mean_pooled",)
+        return ("mean_pooled", "pooled")
     if length == 1 and not masked:
         return ("pooled",)
     return VIEWS if masked else VIEWS[2:]
@@ -274,7 +334,7 @@ def _asked_views(views: Sequence[str], masked: bool, aligned: bool) -> tuple[str
     for view in views:
         if view in ("visible", "masked") and not masked:
             raise ValueError(f"views: {view!r} needs mask=, the name of a batch entry or a callable")
-        if not aligned and view != "mean_pooled":
+        if not aligned and view not in ("pooled", "mean_pooled"):
             raise ValueError(
                 f"views: the layers differ in their positions, so {view!r} does not compare them"
             )

@@ -147,7 +147,7 @@ class ProbeResult:
                 "samples (probe with route='moments' to merge)"
             )
         (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))
-        same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets")
+        same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places")
         for name in same:
             if getattr(plan, name) != getattr(theirs, name):
                 raise ValueError(
@@ -155,7 +155,8 @@ class ProbeResult:
                 )
         if plan.refine != theirs.refine:  # what one of them lacks, both lack together
             plan = replace(plan, refine=False)
-        state, added = (Moments(plan, masked=extra["masked"]) for _ in range(2))
+        theirs = replace(theirs, refine=plan.refine)
+        state, added = (Moments(one, masked=extra["masked"]) for one in (plan, theirs))
         state.load(self._moments)
         added.load(other._moments)
         state.merge(added)

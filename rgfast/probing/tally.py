@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rgfast.native import unavailable_reason
 from rgfast.probing import checkpoint as checkpoints
@@ -117,7 +117,7 @@ class Tally:
         if self._rows is not None:
             why = self._rows.accepts(batch)
             if not why:
-                self._moments.check(batch.layers, None, self._rows.sequences)
+                self._moments.check(batch, self._rows.sequences)
                 self._rows.add(batch)
                 return
             self._hand_over(why)
@@ -230,7 +230,7 @@ class Tally:
                 self._moments.add(batch)
 
     def _start(self, batch: RowBatch) -> Moments:
-        rows: Sequence[Tensor] = batch.layers
+        rows = batch.present
         sizes = {x.shape[0] for x in rows}
         if len(sizes) != 1:
             found = {name: x.shape[0] for name, x in zip(self._names, rows, strict=True)}
@@ -240,6 +240,7 @@ class Tally:
                 widths=tuple(x.shape[2] for x in rows),
                 length=rows[0].shape[1],
                 aligned=len({x.shape[1] for x in rows}) == 1,
+                places=tuple(batch.places),
                 masked=batch.masked is not None,
                 targets=tuple(
                     (t.name, x.shape[2], t.classes is not None)
@@ -257,6 +258,7 @@ class Tally:
             self._spec,
             masked=first.masked,
             aligned=first.aligned,
+            places=first.places,
             targets=[(name, width) for name, width, _ in first.targets],
         )
         self._announce(plan, str(plan))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import as_rows
-from rgfast.probing.capture.companions import Companions
 from rgfast.probing.capture.entries import Entries
 from rgfast.probing.capture.layers import resolve
 from rgfast.probing.capture.watcher import Watcher
@@ -95,7 +95,7 @@ class Probe:
         self._entries = Entries(self.model, spec.mask, targets)
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, say=say)
         self._watcher = Watcher(self.model, self._taps, self, tile=_TILE * spec.groups)
-        self._whole: Companions | None = None
+        self._whole: RowBatch | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -183,22 +183,21 @@ class Probe:
     def entered(self, x: Tensor) -> None:
         """:meta private:"""
         rows = as_rows(x, self._taps[0].name)
-        self._whole = self._entries.companions(rows, self._tally.sequences)
+        self._whole = self._entries.batch([rows] * len(self._taps), self._tally.sequences)
 
     def tile(self, first: int, states: Tensor) -> None:
         """:meta private:"""
         assert self._whole is not None
         rows = [as_rows(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
-        part = self._whole.part(slice(first, first + len(rows[0])))
-        self._tally.add(RowBatch(rows, part.keep, part.masked, part.targets, reused=True))
+        part = self._whole.some(slice(first, first + len(rows[0])))
+        self._tally.add(replace(part, layers=rows, reused=True))
 
     def finished(self, activations: list[Tensor] | None) -> None:
         """:meta private:"""
         if activations is not None:
             rows = [as_rows(x, tap.name) for x, tap in zip(activations, self._taps, strict=True)]
             if rows[0].shape[0]:
-                of = self._entries.companions(rows[0], self._tally.sequences)
-                self._tally.add(RowBatch(rows, of.keep, of.masked, of.targets))
+                self._tally.add(self._entries.batch(rows, self._tally.sequences))
         self._whole = None
         self._entries.end()
 

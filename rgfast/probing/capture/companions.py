@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Companions", "MaskSpec", "row_masks"]
+__all__ = ["MaskSpec", "row_masks"]
 
 MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
-
-
-@dataclass(frozen=True)
-class Companions:
-    """``[B, T]`` masks (None: every row counts, there is no mask) and ``[B, T, m]`` targets."""
-
-    keep: Tensor | None
-    masked: Tensor | None
-    targets: list[Tensor]
-
-    def part(self, rows: slice) -> Companions:
-        keep, masked = (None if m is None else m[rows] for m in (self.keep, self.masked))
-        return Companions(keep, masked, [target[rows] for target in self.targets])
 
 
 def row_masks(

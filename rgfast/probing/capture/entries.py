@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rgfast.probing.capture.batches import Caller, batch_rows
-from rgfast.probing.capture.companions import Companions, MaskSpec, row_masks
+from rgfast.probing.capture.companions import MaskSpec, row_masks
+from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.targets import Target
 
 __all__ = ["Entries"]
@@ -46,11 +47,18 @@ class Entries:
         self._now = {**bound, **bound.pop("kwargs", {}), **self._noted}
         self._noted = {}
 
-    def companions(self, rows: Tensor, seen: int) -> Companions:
-        """What goes with the layers of the batch after ``seen`` sequences; ``rows`` ``[B, T, D]`` is one."""
-        keep, masked = row_masks(self._mask, self._now, rows)
-        targets = [target.rows(self._now, seen, *rows.shape[:2]).to(rows.device) for target in self._targets]
-        return Companions(keep, masked, targets)
+    def batch(self, layers: Sequence[Tensor], seen: int) -> RowBatch:
+        """The batch after ``seen`` sequences, whose layers' rows are ``layers[l]`` ``[B, T_l, d_l]``."""
+        first = layers[0]
+        keep, masked = row_masks(self._mask, self._now, first)
+        lengths = {x.shape[1]: k for k, x in enumerate(layers)}
+        return RowBatch(
+            layers,
+            [keep if x.shape[1] == first.shape[1] else None for x in layers],
+            masked,
+            [target.rows(self._now, seen, *first.shape[:2]).to(first.device) for target in self._targets],
+            [lengths[x.shape[1]] for x in layers],
+        )
 
     def end(self) -> None:
         """The forward is over."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rgfast.probing.estimators.base import ByGroup, RowBatch
-from rgfast.probing.measures import Measured, measure
-from rgfast.probing.plan import SPLIT, WHOLE, Plan
+from rgfast.probing.measures import Measured, measure, spread
+from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
 from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
 
@@ -22,10 +22,10 @@ __all__ = ["Moments"]
 class Moments:
     """The estimator that sums up moments by view: memory does not depend on the number of sequences.
 
-    Held are the rows at followed positions (two states where the sequences have a mask, seen and hidden), the
-    rows at all other positions as one cloud, the means over positions, and whole sequences as one row. The
-    ``position`` and ``pooled`` views are sums of these, made when read. Sequence number i goes to group i mod
-    G.
+    Held are, for every stream of layers that have their rows at the same places, the rows at followed
+    positions (two states if the sequences have a mask, seen and hidden), the rows at all other positions as
+    one cloud, and whole sequences as one row, and for all layers the means over positions. The ``position``
+    and ``pooled`` views are sums of these, made when read. Sequence number i goes to group i mod G.
     """
 
     route = "moments"
@@ -34,7 +34,6 @@ class Moments:
         self.plan, self.masked = plan, masked
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
-        self._held = [kind for kind in (*SPLIT, *WHOLE) if kind in self._groups[0]]
 
     def accepts(self, batch: RowBatch) -> str:
         """Nothing: any batch can be summed up."""
@@ -47,40 +46,42 @@ class Moments:
         ``flattened`` view meets sequences of another length.
         """
         with torch.no_grad():
-            self._update(batch.layers, batch.keep, batch.masked, batch.targets)
+            self._add(batch)
 
-    def _update(
-        self,
-        layers: Sequence[Tensor],
-        keep: Tensor | None,
-        masked: Tensor | None,
-        targets: Sequence[Tensor],
-    ) -> None:
-        batch = layers[0].shape[0]
-        self.check(layers, keep, self.sequences)
-        length = layers[0].shape[1]
-        if self._held and length > self.plan.length:
+    def _add(self, batch: RowBatch) -> None:
+        self.check(batch, self.sequences)
+        length = batch.first.shape[1]
+        if self.plan.positions and length > self.plan.length:
             self._note_longer()
         if "flattened" in self.plan.views and length != self.plan.length:
             self._drop_flattened(length)
+        if late := [layer for layer in batch.missing if layer not in self.plan.missed]:
+            self.adopt(self.plan.without(late))
         groups = self.plan.groups
         for group in range(groups):
             first = (group - self.sequences) % groups
-            part = slice(first, None, groups)
-            if first < batch:
-                self._add(
-                    self._groups[group],
-                    [x[part] for x in (*layers, *targets)],
-                    None if keep is None else keep[part],
-                    None if masked is None else masked[part],
-                )
-        self.sequences += batch
+            if first < batch.sequences:
+                some = batch if groups == 1 else batch.some(slice(first, None, groups))
+                for held in self.plan.accumulators:
+                    if all(batch.layers[layer] is not None for layer in held.layers):
+                        self._add_to(self._groups[group][held.name], held, some)
+        self.sequences += batch.sequences
 
-    def check(self, layers: Sequence[Tensor], keep: Tensor | None, seen: int) -> None:
-        """Raise ValueError where a layer of the batch after ``seen`` sequences is not finite."""
-        aligned = len({x.shape[1] for x in layers}) == 1
-        for index, x in enumerate(layers):
-            self._check_finite(index, x, keep if aligned or x.shape[1] == layers[0].shape[1] else None, seen)
+    def check(self, batch: RowBatch, seen: int) -> None:
+        """Raise ValueError if a layer of the batch after ``seen`` sequences is not finite."""
+        for index, (x, keep) in enumerate(zip(batch.layers, batch.keeps, strict=True)):
+            if x is not None:
+                self._check_finite(index, x, keep, seen)
+
+    def adopt(self, plan: Plan) -> None:
+        """Hold what is held as another plan parts it, whose streams are parts of this one's."""
+        if plan.accumulators != self.plan.accumulators:
+            olds = self.plan.accumulators
+            for group, state in enumerate(self._groups):
+                self._groups[group] = {
+                    held.name: _part_of(state, olds, held, plan.pending_bytes) for held in plan.accumulators
+                }
+        self.plan = plan
 
     def _note_longer(self) -> None:
         rest = "count in the pooled view only" if "pooled" in self.plan.views else "are left out"
@@ -94,67 +95,43 @@ class Moments:
             raise ValueError(f"views: 'flattened' needs {found}; leave it out of views=")
         views = tuple(view for view in self.plan.views if view != "flattened")
         notes = (*self.plan.notes, f"the flattened view was dropped: it needs {found}")
-        self.plan = replace(self.plan, views=views, notes=notes)
-        for state in self._groups:
-            del state["flattened"]
+        self.adopt(replace(self.plan, views=views, notes=notes))
 
-    def _add(
+    def _add_to(self, accumulator: MomentAccumulator, held: Held, batch: RowBatch) -> None:
+        layers: list[Any] = [batch.layers[layer] for layer in held.layers]
+        if len(held.widths) > len(layers):
+            layers += batch.targets
+        keep = batch.keeps[held.layers[0]]
+        if held.kind == "mean_pooled":
+            keeps = [batch.keeps[layer] for layer in held.layers]
+            _add_means(accumulator, layers, keeps + [keep] * (len(layers) - len(keeps)))
+        elif held.kind == "flattened":
+            whole = None if keep is None else keep.all(1)
+            accumulator.update([x.flatten(1) for x in layers], whole, finite=True)
+        elif held.kind == "rest":
+            _add_rest(accumulator, layers, keep, set(self.plan.positions))
+        else:
+            self._add_positions(accumulator, held.kind, layers, keep, batch.masked)
+
+    def _add_positions(
         self,
-        state: dict[str, MomentAccumulator],
+        accumulator: MomentAccumulator,
+        kind: str,
         layers: list[Tensor],
         keep: Tensor | None,
         masked: Tensor | None,
     ) -> None:
         batch, length = layers[0].shape[:2]
-        if self._held:
-            rows = [self._followed(x).transpose(0, 1) for x in layers]  # [P, B, d]
-            missing = max(self.plan.positions) >= length
-            if keep is None and missing:
-                keep = torch.ones(batch, length, dtype=torch.bool, device=layers[0].device)
-            kept = None if keep is None else self._followed(keep).T
-            if "seen" in state:
-                assert masked is not None
-                hidden = self._followed(masked).T
-                seen = ~hidden if kept is None else ~hidden & kept
-                state["seen"].update(rows, seen, finite=True)
-                state["hidden"].update(rows, hidden if kept is None else hidden & kept, finite=True)
-            else:
-                state["rows"].update(rows, kept, finite=True)
-        if "rest" in state:
-            self._add_rest(state["rest"], layers, keep)
-        if "mean_pooled" in state:
-            self._add_means(state["mean_pooled"], layers, keep)
-        if "flattened" in state:
-            whole = None if keep is None else keep.all(1)
-            rows = [x.flatten(1) for x in layers[: len(self.plan.widths)]]
-            state["flattened"].update(rows, whole, finite=True)
-
-    def _add_rest(self, rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None) -> None:
-        batch, length = layers[0].shape[:2]
-        followed = set(self.plan.positions)
-        others = [t for t in range(length) if t not in followed]
-        if not others:
-            return
-        # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
-        # sequences were batched, and the bits must not.
-        x = [layer[:, others].reshape(batch * len(others), -1) for layer in layers]
-        if keep is not None:
-            kept = keep[:, others].reshape(-1)
-            x = [layer[kept] for layer in x]
-        rest.update(x, finite=True)
-
-    def _add_means(self, means: MomentAccumulator, layers: list[Tensor], keep: Tensor | None) -> None:
-        rows, some = [], None
-        for x in layers:
-            wide = x.to(torch.float64)
-            if keep is None or keep.shape[1] != x.shape[1]:
-                rows.append(wide.sum(1) / x.shape[1])
-                continue
-            number = keep.sum(1, keepdim=True)
-            some = number[:, 0] > 0
-            total = wide.masked_fill(~keep[..., None], 0.0).sum(1)
-            rows.append(total / number.clamp_min(1))
-        means.update(rows, some, finite=True)
+        rows = [self._followed(x).transpose(0, 1) for x in layers]  # [P, B, d]
+        if keep is None and max(self.plan.positions) >= length:
+            keep = torch.ones(batch, length, dtype=torch.bool, device=layers[0].device)
+        kept = None if keep is None else self._followed(keep).T
+        if kind != "rows":
+            assert masked is not None
+            hidden = self._followed(masked).T
+            wanted = hidden if kind == "hidden" else ~hidden
+            kept = wanted if kept is None else wanted & kept
+        accumulator.update(rows, kept, finite=True)
 
     def _followed(self, x: Tensor) -> Tensor:
         """The followed positions of ``[B, T, ...]``; what a shorter batch lacks is zero (and not kept)."""
@@ -179,56 +156,82 @@ class Moments:
                 f"{index}{where} ({self.plan.names[index]}, sequences {seen} to {last})"
             ) from error
 
-    def moments(self, view: str) -> MomentAccumulator:
-        """The moments of a view, leading shape ``[P]`` or ``()``, of all groups; to be read only."""
-        return _joined([self._of_group(group, view, factors=True) for group in range(self.plan.groups)])
-
     def measures(self) -> Moments:
         """Itself: measures are read off the moments one view at a time."""
         return self
 
     def measured(self, view: str) -> Measured:
         """The measures of a view."""
-        return measure(self._layers_of(self.moments(view)), spectra=view != "flattened")
+        return self._spread(
+            view,
+            [
+                measure(_layers_of(moments, len(members)), spectra=view != "flattened")
+                for members, moments in self._moments(view)
+            ],
+        )
 
     def by_group(self, view: str) -> ByGroup:
         """The measures without each group of sequences, and R² of the targets from these on the group."""
-        folds, rest = self._folds(view)
-        left_out = [measure(self._layers_of(part), spectra=False, refine=False) for part in rest]
-        if not self.plan.targets or view == "flattened":
-            return left_out, None
-        return left_out, linear_r2(folds, rest, len(self.plan.names), len(self.plan.targets))
+        left_out: list[list[Measured]] = []  # [streams][groups]
+        targets, r2 = len(self.plan.targets), None
+        for members in self._streams(view):
+            folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
+            rest = list(_all_but_one(folds, []))
+            left_out.append(
+                [measure(_layers_of(part, len(members)), spectra=False, refine=False) for part in rest]
+            )
+            if targets and view != "flattened":
+                if r2 is None:
+                    shape = (targets, len(self.plan.names), folds[0].count.numel())
+                    r2 = np.full(shape, np.nan), np.full(shape, np.nan)
+                if len(folds[0].widths) > len(members):
+                    r2[0][:, members], r2[1][:, members] = linear_r2(folds, rest, len(members), targets)
+        return [self._spread(view, list(parts)) for parts in zip(*left_out, strict=True)], r2
 
-    def _layers_of(self, moments: MomentAccumulator) -> MomentAccumulator:
-        """Without the targets."""
-        layers = len(self.plan.names)
-        return moments if len(moments.widths) == layers else moments.only(range(layers))
+    def _spread(self, view: str, parts: list[Measured]) -> Measured:
+        """Measures of all layers from those of a view's streams."""
+        return spread(parts, self._streams(view), len(self.plan.names))
 
-    def _folds(self, view: str) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
-        """The moments of a view by group, and of all groups but one; to be read only, without factors."""
-        parts = [self._of_group(group, view, factors=False) for group in range(self.plan.groups)]
-        return parts, list(_all_but_one(parts, []))
+    def _streams(self, view: str) -> list[tuple[int, ...]]:
+        """The layers of each stream of a view."""
+        kind = view if view in ("mean_pooled", "flattened") else None
+        held = self.plan.accumulators
+        found = [h.layers for h in held if h.kind == kind] if kind else self.plan.streams
+        return list(found)
 
-    def _of_group(self, group: int, view: str, *, factors: bool) -> MomentAccumulator:
+    def _moments(self, view: str) -> Iterator[tuple[tuple[int, ...], MomentAccumulator]]:
+        """The moments of each stream of a view, leading shape ``[P]`` or ``()``, of all groups; to be read
+        only."""
+        for members in self._streams(view):
+            groups = range(self.plan.groups)
+            yield members, _joined([self._of_group(group, view, members, factors=True) for group in groups])
+
+    def _of_group(
+        self, group: int, view: str, members: tuple[int, ...], *, factors: bool
+    ) -> MomentAccumulator:
         """The moments of a view over one group; to be read only, since it may be the state itself."""
-        state = self._groups[group]
+        own = {h.kind: self._groups[group][h.name] for h in self.plan.accumulators if h.layers == members}
         if view in ("mean_pooled", "flattened"):
-            return state[view]
+            return own[view]
         if view in ("visible", "masked"):
-            return state["seen" if view == "visible" else "hidden"]
-        if view == "position" and "rows" in state:
-            return state["rows"]
-        any_kind = next(iter(state.values()))
+            return own["seen" if view == "visible" else "hidden"]
+        if view == "position" and "rows" in own:
+            return own["rows"]
+        any_kind = next(iter(own.values()))
         total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored if factors else ())
-        for kind in self._held:
-            total.merge(state[kind])
+        for kind in (*SPLIT, *WHOLE):
+            if kind in own:
+                total.merge(own[kind])
         if view == "pooled":
-            total = total.pooled().merge(state["rest"])
+            total = total.pooled().merge(own["rest"])
         return total
 
     def merge(self, other: Moments) -> None:
         """Add all that ``other`` has seen, its sequences numbered on from the own. Its plan must ask for the
         same."""
+        if self.plan.missed != other.plan.missed:
+            self.adopt(self.plan.without(other.plan.missed))
+            other.adopt(other.plan.without(self.plan.missed))
         for group, theirs in enumerate(other._groups):
             mine = self._groups[(group + self.sequences) % self.plan.groups]
             for kind, accumulator in mine.items():
@@ -247,9 +250,9 @@ class Moments:
         """:meth:`merge` with a state of the same plan that comes as :meth:`parts`."""
         for group in range(self.plan.groups):
             mine = self._groups[(group + self.sequences) % self.plan.groups]
-            for kind, other in _accumulators(self.plan).items():
+            for name, other in _accumulators(self.plan).items():
                 other.load_state_dict(next(parts), device)
-                mine[kind].merge(other)
+                mine[name].merge(other)
         self.sequences += sequences
 
     def load_parts(
@@ -286,10 +289,58 @@ class Moments:
 
 def _accumulators(plan: Plan) -> dict[str, MomentAccumulator]:
     """What one group holds, empty."""
-    return {
-        held.kind: MomentAccumulator(pairs=held.pairs, pending_bytes=plan.pending_bytes, factors=held.factors)
-        for held in plan.accumulators
-    }
+    return {held.name: _accumulator(held, plan.pending_bytes) for held in plan.accumulators}
+
+
+def _accumulator(held: Held, pending: int) -> MomentAccumulator:
+    return MomentAccumulator(pairs=held.pairs, pending_bytes=pending, factors=held.factors)
+
+
+def _part_of(
+    state: Mapping[str, MomentAccumulator], olds: Sequence[Held], held: Held, pending: int
+) -> MomentAccumulator:
+    """What ``state``, of the accumulators ``olds``, holds of the layers of ``held``."""
+    old = next(o for o in olds if o.kind == held.kind and {*held.layers} <= {*o.layers})
+    if old.layers == held.layers:
+        return state[old.name]
+    at = [old.layers.index(layer) for layer in held.layers]
+    at += range(len(old.layers), len(old.widths))  # the targets
+    return _accumulator(held, pending).merge(state[old.name].only(at))
+
+
+def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
+    """Without the targets."""
+    return moments if len(moments.widths) <= layers else moments.only(range(layers))
+
+
+def _add_rest(rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None, followed: set[int]) -> None:
+    batch, length = layers[0].shape[:2]
+    others = [t for t in range(length) if t not in followed]
+    if not others:
+        return
+    # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
+    # sequences were batched, and the bits must not.
+    x = [layer[:, others].reshape(batch * len(others), -1) for layer in layers]
+    if keep is not None:
+        kept = keep[:, others].reshape(-1)
+        x = [layer[kept] for layer in x]
+    rest.update(x, finite=True)
+
+
+def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> None:
+    """Add each sequence's means over the rows that count; one without any in some layer is left out."""
+    rows, some = [], None
+    for x, keep in zip(layers, keeps, strict=True):
+        wide = x.to(torch.float64)
+        if keep is None or keep.shape[1] != x.shape[1]:
+            rows.append(wide.sum(1) / x.shape[1])
+            continue
+        number = keep.sum(1, keepdim=True)
+        counted = number[:, 0] > 0
+        some = counted if some is None else some & counted
+        total = wide.masked_fill(~keep[..., None], 0.0).sum(1)
+        rows.append(total / number.clamp_min(1))
+    means.update(rows, some, finite=True)
 
 
 def _all_but_one(

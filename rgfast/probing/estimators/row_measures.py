@@ -74,7 +74,7 @@ def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor 
     spectrum = np.full((layers, positions, d), np.nan)
     spectrum[..., : values.shape[1]] = values.reshape(*shape, -1)
     spectrum[..., values.shape[1] :] = 0.0
-    return Measured(np.full(positions, n), ranks, bounds, again.reshape(shape), spectrum, {}, {})
+    return Measured(np.full((layers, positions), n), ranks, bounds, again.reshape(shape), spectrum, {}, {})
 
 
 def _with_pairs(found: Measured, aligned: Tensor) -> Measured:

@@ -37,9 +37,11 @@ class Rows:
 
     def accepts(self, batch: RowBatch) -> str:
         """Why a batch cannot be held beside the others, or nothing."""
-        rows = batch.layers
+        rows = batch.present
         shape = (len(rows[0]), self.plan.length, self.plan.widths[0])
-        if batch.keep is not None:
+        if batch.missing:
+            return "a layer did not run"
+        if any(keep is not None for keep in batch.keeps):
             return "positions are left out"
         if any(not x.is_cpu or x.dtype != torch.float32 for x in rows):
             return "it is for fp32 on the CPU"
@@ -53,7 +55,7 @@ class Rows:
 
     def add(self, batch: RowBatch) -> None:
         """Hold a batch that :meth:`accepts` has nothing against; its values are not looked at."""
-        rows, number = batch.layers, len(self._batches)
+        rows, number = batch.present, len(self._batches)
         if number == 1:
             self._bytes += sum(x.nbytes for x in rows)
             self._second, self._as_given = [(x, _version(x)) for x in rows], [{} for _ in rows]
@@ -67,7 +69,7 @@ class Rows:
     def merge(self, other: Rows) -> None:
         """Hold what ``other`` holds too, its sequences numbered on from the own."""
         for rows in other.batches():
-            self._batches.append(list(rows.layers))
+            self._batches.append(rows.present)
             self.sequences += rows.sequences
         self._bytes += other._bytes
 
@@ -78,7 +80,7 @@ class Rows:
         """What is held. Raises RuntimeError if rows that were not copied have been written to since."""
         self._check()
         for rows in self._batches:
-            yield RowBatch(rows)
+            yield RowBatch(rows, [None] * len(rows))
 
     def _kept(self, layer: int, x: Tensor) -> Tensor:
         """``x``, or a copy where its memory will be written to again."""
