@@ -34,7 +34,7 @@ fuzz: native-test
 	$(BIN)/python tests/reliability/fuzz.py --cases 300 --seed 1 --sanitized build/sanitize
 
 bench: $(VENV)/.dev
-	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs

@@ -28,6 +28,7 @@ __all__ = [
     "Op",
     "Record",
     "explain",
+    "implementations",
     "record",
     "register",
     "registered",
@@ -176,6 +177,13 @@ def register(op: Op, prepare: Callable[..., tuple[torch.device, tuple[Any, ...],
 def registered() -> tuple[str, ...]:
     """Names of all ops, sorted."""
     return tuple(sorted(_OPS))
+
+
+def implementations(op: str, device: str) -> tuple[str, ...]:
+    """Names of the implementations of ``op`` on a device type, in the order in which "auto" tries them."""
+    if op not in _OPS:
+        raise ValueError(f"op must be one of {', '.join(registered())}, got {op!r}")
+    return tuple(impl.name for impl in _OPS[op][0].candidates(torch.device(device)))
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:

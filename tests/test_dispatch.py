@@ -115,3 +115,12 @@ def test_explain_lists_every_candidate_and_computes_nothing(monkeypatch):
     assert str(told) == "toy on cpu:\n  native     no: too wide\n  reference  chosen"
     with pytest.raises(ValueError, match="op must be one of toy, got 'other'"):
         dispatch.explain("other", 3)
+
+
+def test_the_implementations_of_every_op_are_listed():
+    for op in dispatch.registered():
+        found = dispatch.implementations(op, "cpu")
+        assert found[-1] == "reference"
+        assert "native" in found
+    with pytest.raises(ValueError, match=r"op must be one of .*spectrum, got 'spectra'"):
+        dispatch.implementations("spectra", "cpu")

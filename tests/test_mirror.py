@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from rgfast import bench
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted({path.parent.name for path in (ROOT / "rgfast" / "ops").glob("*/*.py")})
 SHARED_KERNELS = {"isa", "parallel"}
@@ -23,14 +25,20 @@ def missing(root: Path, op: str) -> list[str]:
             wanted.append(f"csrc/kernels/{op}*.cpp")
         if not list((root / "tests" / "ops" / op).glob("test_native*.py")):
             wanted.append(f"tests/ops/{op}/test_native*.py")
-        if not (root / "benchmarks" / f"bench_{op}.py").exists():
-            wanted.append(f"benchmarks/bench_{op}.py")
+        for path in (f"rgfast/bench/{op}.py", f"benchmarks/bench_{op}.py"):
+            if not (root / path).exists():
+                wanted.append(path)
     return wanted
 
 
 @pytest.mark.parametrize("op", ROOMS)
 def test_every_room_is_mirrored(op: str) -> None:
     assert missing(ROOT, op) == []
+
+
+def test_every_benchmark_of_the_command_is_one_of_pytest() -> None:
+    files = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert files == set(bench.ROOMS)
 
 
 def test_no_kernel_or_binding_stands_without_a_room() -> None:
@@ -49,4 +57,4 @@ def test_a_hole_in_the_mirror_is_seen(tmp_path: Path) -> None:
     assert missing(tmp_path, "spectrum") == ["tests/ops/spectrum/test_*.py"]
     (room / "native.py").touch()
     assert "csrc/bind/spectrum.cpp" in missing(tmp_path, "spectrum")
-    assert "benchmarks/bench_spectrum.py" in missing(tmp_path, "spectrum")
+    assert {"rgfast/bench/spectrum.py", "benchmarks/bench_spectrum.py"} <= set(missing(tmp_path, "spectrum"))

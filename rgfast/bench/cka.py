@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import rgfast
-from rgfast.bench.timing import Checked, Contest
-from rgfast.dispatch import ImplName
+from rgfast.bench.timing import Absent, Call, Checked, Contest, Size
 from rgfast.ops.cka.api import Precision
 
-__all__ = ["CASES", "Case", "check", "contests", "gate", "gram_einsum", "ours", "pair_loop", "peer"]
+__all__ = ["CASES", "Case", "check", "contests", "gate", "gram_einsum", "ours", "pair_loop"]
 
 Compare = Callable[[Tensor, bool], Tensor]
 
@@ -45,6 +45,9 @@ class Case:
         return f"L={self.layers} T={self.positions} n={self.samples} d={self.width}, {pairs}"
 
 
+_CHECKED = 1  # positions that are compared with the truth
+_PRODUCTS: tuple[Precision | None, ...] = (None, "single", "double")
+
 CASES = {
     "deep": Case(24, 1, 256, 512, False),
     "positions": Case(7, 64, 1024, 64, False),
@@ -56,34 +59,38 @@ def gate(device: str) -> Iterator[Checked]:
     """All pairs and neighbours of a small stream, debiased and not, against the definition in fp64."""
     layers = Case(5, 3, 40, 12, False).data(device)
     for adjacent in (False, True):
-        yield check(layers, ours(None), adjacent, 1e-6)
-        yield check(layers, ours("double"), adjacent, 1e-10)
+        yield check(adjacent, None, layers)
+        yield check(adjacent, "double", layers)
     x, y = layers[0].double(), layers[1].double()
     found = rgfast.cka(x, y, debiased=True)
     yield Checked("cka, debiased", float((found - _debiased(x, y)).abs().max()), 1e-10)
 
 
-def contests(device: str, quick: bool) -> Iterator[Contest]:
-    """The three cases; with ``quick`` fewer layers and positions of the same sizes."""
+def contests(device: str, size: Size) -> Iterator[Contest]:
+    """The three cases with each kind of product; quick ones have fewer layers and positions."""
     for name, full in CASES.items():
         case = full
-        if quick:
+        if size != "full":
             case = replace(full, positions=min(full.positions, 2), layers=min(full.layers, 12))
-        layers = case.data(device)
-        found = peer()
-        rivals: dict[str, Compare] = {"Gram + einsum": gram_einsum}
-        if found is not None:
-            rivals["pytorch-cka"] = found
-        if name != "deep" or not quick:
-            rivals["loop over pairs"] = pair_loop
-        mine = ours(None)
-        yield Contest(
-            str(case),
-            partial(mine, layers, case.adjacent),
-            {rival: (partial(call, layers, case.adjacent),) for rival, call in rivals.items()},
-            (partial(check, layers[:, :1], mine, case.adjacent, 1e-6),),
-            {} if found is not None else {"pytorch-cka": "is not installed (pip install 'rgfast[bench]')"},
-        )
+        if size == "tiny":
+            case = replace(case, layers=3, samples=full.samples // 16, width=full.width // 16)
+        plain: dict[str, Compare] = {"Gram + einsum": gram_einsum}
+        if name != "deep" or size != "quick":
+            plain["loop over pairs"] = pair_loop
+        for precision in _PRODUCTS[: 1 if size == "quick" else None]:
+            yield Contest(
+                f"{case}, {precision}" if precision else str(case),
+                partial(case.data, device),
+                partial(partial, ours, case.adjacent, precision),
+                partial(check, case.adjacent, precision),
+                {rival: partial(_given, call, case.adjacent) for rival, call in plain.items()}
+                | {"pytorch-cka": peer},
+                "cka",
+            )
+
+
+def _given(call: Compare, adjacent: bool, layers: Tensor) -> Call:
+    return partial(call, layers, adjacent)
 
 
 def gram_einsum(layers: Tensor, adjacent: bool) -> Tensor:
@@ -119,32 +126,30 @@ def pair_loop(layers: Tensor, adjacent: bool) -> Tensor:
     return torch.stack(out)
 
 
-def peer() -> Compare | None:
-    """pytorch-cka on every position, or None where it is not installed."""
+def peer(layers: Tensor) -> Call:
+    """pytorch-cka at every position; it knows all pairs only. Raises Absent if it is not installed."""
     try:
         from cka.cka import cka_from_features
     except ImportError:
-        return None
-    return lambda layers, adjacent: torch.stack([cka_from_features(x, x) for x in layers.unbind(1)])
+        raise Absent("is not installed (pip install 'rgfast[bench]')") from None
+    return lambda: torch.stack([cka_from_features(x, x) for x in layers.unbind(1)])
 
 
-def ours(precision: Precision | None, impl: ImplName = "auto") -> Compare:
-    """Our biased CKA, as the contenders compute it."""
-
-    def call(layers: Tensor, adjacent: bool) -> Tensor:
-        if adjacent:
-            return 1.0 - rgfast.kernel_drift(layers, precision=precision, impl=impl)
-        return rgfast.cka_matrix(layers, debiased=False, precision=precision, impl=impl)
-
-    return call
+def ours(adjacent: bool, precision: Precision | None, layers: Tensor, impl: Any = "auto") -> Tensor:
+    """Our biased CKA, as the rivals compute it."""
+    if adjacent:
+        return 1.0 - rgfast.kernel_drift(layers, precision=precision, impl=impl)
+    return rgfast.cka_matrix(layers, debiased=False, precision=precision, impl=impl)
 
 
-def check(layers: Tensor, call: Compare, adjacent: bool, allowed: float) -> Checked:
-    """The largest error of ``call``, against the definition in fp64."""
-    found = call(layers, adjacent).flatten(1)
+def check(adjacent: bool, precision: Precision | None, layers: Tensor, impl: str = "auto") -> Checked:
+    """The largest error of ours at the first positions, against the definition in fp64."""
+    layers = layers[:, :_CHECKED]
+    found = ours(adjacent, precision, layers, impl).flatten(1)
     by_samples = layers.shape[-2] < layers.shape[-1]
     truth = (gram_einsum if by_samples else pair_loop)(layers.double(), adjacent).flatten(1)
     name = "kernel_drift" if adjacent else "cka_matrix"
+    allowed = 1e-10 if precision == "double" else 1e-6
     return Checked(f"{name} at d={layers.shape[-1]}", float((found - truth).abs().max()), allowed)
 
 

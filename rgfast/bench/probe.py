@@ -2,62 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import rgfast
-from rgfast.bench.cka import pair_loop
+from rgfast.bench.cka import gram_einsum, pair_loop
 from rgfast.bench.spectrum import svd_rank
-from rgfast.bench.timing import Call, Checked, Contest
-from rgfast.native import unavailable_reason
+from rgfast.bench.timing import Call, Checked, Contest, Size
 from rgfast.probing.spec import Route
 
-__all__ = ["check", "contests", "gate", "probed", "stack", "states", "stored"]
+__all__ = [
+    "KINDS",
+    "SHAPES",
+    "Case",
+    "check",
+    "checks",
+    "contests",
+    "gate",
+    "last",
+    "probed",
+    "stack",
+    "states",
+    "stored",
+]
 
 # Depth, positions and width of what is timed; n = 1,024 sequences.
 SHAPES = ((6, 64, 64), (12, 32, 128), (24, 16, 256))
+# "none" is a stack without mixing; "collapsed" layers are of rank one but for noise; "groups" adds a
+# jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a plain torch module of the stack's
+# blocks, of which only neighbors are compared.
+KINDS = ("none", "collapsed", "groups", "mixer", "foreign")
 _EPS = 1e-5
 
 
+class Plain(nn.Module):
+    """A block of a stack as anyone would write it."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(mlp.w1.shape[1])
+        self.up, self.down = (nn.Linear(w.shape[1], w.shape[0]) for w in (mlp.w1, mlp.w2))
+        with torch.no_grad():
+            for linear, weight, bias in ((self.up, mlp.w1, mlp.b1), (self.down, mlp.w2, mlp.b2)):
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its input ``[n, T, d]`` and the options of its probe."""
+
+    model: Any
+    x: Tensor
+    options: dict[str, Any]
+
+    @classmethod
+    def make(cls, kind: str, depth: int, length: int, width: int, n: int, device: str) -> Case:
+        """One of KINDS with ``n`` sequences."""
+        mixing = "mixer" if kind == "mixer" else "none"
+        model = stack(depth, length, width, device, mixing=mixing, collapsed=kind == "collapsed")
+        if kind == "foreign":
+            model = nn.Sequential(*(Plain(block.mlp) for block in model.blocks)).to(device).eval()
+        x = torch.randn(n, length, width, generator=torch.Generator().manual_seed(1)).to(device)
+        options: dict[str, Any] = {"pairs": "adjacent" if kind == "foreign" else "all"}
+        return cls(model, x, options | ({"groups": 8} if kind == "groups" else {}))
+
+
 def gate(device: str) -> Iterator[Checked]:
-    """Ranks, drift and CKA of a small stack, and of one that has collapsed, against stored activations.
+    """Ranks and CKA of a small stack, and of one that has collapsed, against stored activations.
 
     By either route: few samples would else be summed up, and many are not.
     """
     routes: tuple[Route, ...] = ("moments", "samples") if device == "cpu" else ("moments",)
     for route in routes:
-        for collapsed in (False, True):
-            model = stack(3, 5, 12, device, collapsed=collapsed)
-            name = f"{'collapsed' if collapsed else 'spread'}, {route}"
-            yield from check(model, _data(100, 5, 12, device), name, route)
+        for kind in ("none", "collapsed"):
+            case = Case.make(kind, 3, 5, 12, 100, device)
+            case.options["route"] = route
+            yield from checks(case, f"{kind}, {route}", list(range(5)))
 
 
-def contests(device: str, quick: bool) -> Iterator[Contest]:
-    """Forward, ranks at every position, drift and CKA of all pairs; n = 1,024."""
-    for depth, length, width in SHAPES[: 2 if quick else None]:
-        model, x = stack(depth, length, width, device), _data(1024, length, width, device)
-        rivals: dict[str, tuple[Call, ...]] = {
-            "bare eager forward, nothing measured": (partial(_last, model, x),)
-        }
-        if not quick or (depth, length, width) == SHAPES[0]:
-            rivals["stored activations, torch SVD, loop over pairs"] = (partial(stored, model, x),)
-        name = f"L={depth} T={length} d={width} n={len(x)}"
-        # Positions do not see each other: two stand for all, by the route that all of them take.
-        route: Route = "samples" if device == "cpu" and unavailable_reason() is None else "moments"
-        checks = (partial(_worst, model, x[:, :2].contiguous(), route),)
-        yield Contest(name, partial(probed, model, x, route), rivals, checks)
+def contests(device: str, size: Size) -> Iterator[Contest]:
+    """Forward, ranks at every position, drift and CKA; n = 1,024. Quick ones are of plain stacks."""
+    shapes = {"tiny": ((2, 3, 8),), "quick": SHAPES[:2], "full": SHAPES}[size]
+    for kind in KINDS[: 1 if size == "quick" else None]:
+        for shape in shapes:
+            rivals: dict[str, Callable[[Case], Call]] = {
+                "bare eager forward, nothing measured": lambda case: partial(last, case.model, case.x)
+            }
+            if kind == "none" and (size != "quick" or shape == shapes[0]):
+                rivals["stored activations, torch SVD, loop over pairs"] = lambda case: partial(
+                    stored, case.model, case.x
+                )
+            n = 64 if size == "tiny" else 1024
+            name = "L={} T={} d={} n={}".format(*shape, n)
+            yield Contest(
+                name if kind == "none" else f"{kind}, {name}",
+                partial(Case.make, kind, *shape, n, device),
+                lambda case, impl: partial(probed, case),
+                check,
+                rivals,
+            )
 
 
-def stack(depth: int, length: int, width: int, device: str, *, collapsed: bool = False) -> Any:
-    """A position-wise residual stack; ``collapsed`` layers are of rank one but for noise."""
+def stack(
+    depth: int, length: int, width: int, device: str, *, mixing: Any = "none", collapsed: bool = False
+) -> Any:
+    """A residual stack; ``collapsed`` layers are of rank one but for noise."""
     generator = torch.Generator().manual_seed(0)
     model = rgfast.ResidualStack(
-        width, depth, mixing="none", length=length, w2_scale=0.5, generator=generator
+        width, depth, mixing=mixing, length=length, w2_scale=0.5, generator=generator
     )
     if collapsed:
         with torch.no_grad():
@@ -67,21 +131,31 @@ def stack(depth: int, length: int, width: int, device: str, *, collapsed: bool =
     return model.to(device).eval()
 
 
-def probed(model: Any, x: Tensor, route: Route = "auto") -> rgfast.ProbeResult:
+def probed(case: Case) -> rgfast.ProbeResult:
     """The whole probe."""
-    return rgfast.probe(
-        model, x, pairs="all", views=["position"], batch_size=len(x), route=route, progress=False
-    )
+    options: dict[str, Any] = {"views": ["position"], "batch_size": len(case.x), "progress": False}
+    return rgfast.probe(case.model, case.x, **options, **case.options)
 
 
 def states(model: Any, x: Tensor) -> Iterator[Tensor]:
-    """The input and the output of every block, by eager PyTorch on the stack's own weights."""
+    """The input and the output of every block, by eager PyTorch on the model's own weights."""
     yield x
-    for block in model.blocks:
-        mlp = block.mlp
-        normed = F.layer_norm(x, x.shape[-1:], mlp.norm.weight, mlp.norm.bias, _EPS)
-        x = x + F.linear(F.gelu(F.linear(normed, mlp.w1, mlp.b1)), mlp.w2, mlp.b2)
+    for block in getattr(model, "blocks", model):
+        if isinstance(block, Plain):
+            x = block(x)
+        else:
+            if block.mix is not None:
+                x = x + _mlp(block.mix, _normed(block.mix, x).mT).mT
+            x = x + _mlp(block.mlp, _normed(block.mlp, x))
         yield x
+
+
+def last(model: Any, x: Tensor) -> Tensor:
+    """The output of the bare forward."""
+    with torch.no_grad():
+        for state in states(model, x):
+            out = state
+    return out
 
 
 def stored(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,33 +165,33 @@ def stored(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return svd_rank(layers), pair_loop(layers, False)
 
 
-def check(model: Any, x: Tensor, name: str, route: Route = "auto") -> Iterator[Checked]:
-    """Errors of a probe's ranks, biased CKA and drift, against fp64 on the activations it saw."""
-    found = probed(model, x, route).dataset
+def checks(case: Case, name: str, places: list[int]) -> Iterator[Checked]:
+    """Errors of ranks and of biased CKA at some positions, against an eager fp64 forward."""
+    found = probed(case).dataset.sel(view="position")
     with torch.no_grad():
-        layers = torch.stack([state.transpose(0, 1) for state in states(model.double(), x.double())]).cpu()
-    model.float()
-    ranks, pairs = svd_rank(layers), pair_loop(layers, False)
-    got = torch.from_numpy(found.effective_rank.sel(view="position").values)[:, found.position.values >= 0]
+        truth = states(copy.deepcopy(case.model).double(), case.x.double())
+        layers = torch.stack([state[:, places].transpose(0, 1) for state in truth]).cpu()
+    at = found.sel(position=places)
+    ranks = svd_rank(layers)
+    got = torch.from_numpy(at.effective_rank.transpose("layer", "position").values)
     # The probe saw what an fp32 forward puts out.
     yield Checked(f"probe, effective rank, {name}", float(((got - ranks).abs() / ranks).max()), 1e-4)
-    kept = found.isel(position=found.position.values >= 0).sel(view="position")
-    matrix = torch.from_numpy(kept.cka_biased.transpose("position", "layer", "other_layer").values).flatten(1)
-    yield Checked(f"probe, CKA, {name}", float((matrix - pairs).abs().max()), 1e-4)
+    adjacent = case.options["pairs"] == "adjacent"
+    matrix = torch.from_numpy(at.cka_biased.transpose("position", "layer", "other_layer").values)
+    pairs = matrix.diagonal(1, -2, -1) if adjacent else matrix
+    off = (pairs - gram_einsum(layers, adjacent)).abs().max()
+    yield Checked(f"probe, CKA, {name}", float(off), 1e-4)
 
 
-def _worst(model: Any, x: Tensor, route: Route) -> Checked:
-    """A check that is not good, or else the first."""
-    found = list(check(model, x, "two positions", route))
+def check(case: Case, impl: str = "auto") -> Checked:
+    """The first check that is not good, or else the first."""
+    found = list(checks(case, "two positions", [0, case.x.shape[1] - 1]))
     return next((each for each in found if not each.good), found[0])
 
 
-def _last(model: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        for state in states(model, x):
-            last = state
-    return last
+def _normed(mlp: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], mlp.norm.weight, mlp.norm.bias, _EPS)
 
 
-def _data(n: int, length: int, width: int, device: str) -> Tensor:
-    return torch.randn(n, length, width, generator=torch.Generator().manual_seed(1)).to(device)
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, mlp.w1, mlp.b1)), mlp.w2, mlp.b2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import rgfast
-from rgfast.bench.timing import Call, Checked, Contest
+from rgfast.bench.timing import Absent, Call, Checked, Contest, Size
 
 __all__ = [
     "Leaves",
@@ -31,6 +32,12 @@ UNIT = 2.0**-24
 Leaves = tuple[Tensor, ...]
 Block = Callable[..., Tensor]
 
+_WIDTHS: dict[Size, tuple[int, ...]] = {
+    "tiny": (16,),
+    "quick": (64, 256, 1024),
+    "full": (16, 64, 128, 256, 512, 1024, 2048, 4096),
+}
+_ELEMENTS: dict[Size, int] = {"tiny": 1 << 10, "quick": 1 << 19, "full": 1 << 21}
 _CHECKED = 2048  # rows held to the truth: more than any choice of an implementation turns on
 
 
@@ -49,28 +56,32 @@ def gate(device: str) -> Iterator[Checked]:
     yield Checked("residual_stack", _off([found], [state]), _allowed([single], [state]))
 
 
-def contests(device: str, quick: bool) -> Iterator[Contest]:
-    """Forward and forward + backward by width, H = 4 D, rows * D about 2^21 (2^19 with ``quick``)."""
-    for d in (64, 256, 1024) if quick else (16, 64, 128, 256, 512, 1024, 2048, 4096):
-        rows = max(1, (1 << (19 if quick else 21)) // d)
-        tensors = leaves(rows, d, device)
-        rivals: dict[str, tuple[Call, ...]] = {"eager": (_without_gradients(eager, tensors),)}
-        skipped = {}
-        if quick:
-            skipped["torch.compile"] = "is left out of --quick, since it compiles for long"
-        else:
-            try:
-                rivals["torch.compile"] = (_without_gradients(compiled(tensors), tensors),)
-            except RuntimeError as error:
-                skipped["torch.compile"] = f"does not work here ({error})"
-        rivals["its two products alone"] = (bare(tensors),)
-        name = f"forward, {rows} x {d}"
-        yield Contest(name, _without_gradients(ours, tensors), rivals, (partial(check, tensors),), skipped)
+def contests(device: str, size: Size) -> Iterator[Contest]:
+    """Forward and forward + backward by width, H = 4 D, rows * D about 2^21 (2^19 if quick)."""
+    rivals: dict[str, Callable[[Leaves], Call]] = {
+        "eager": partial(_without_gradients, eager),
+        "its two products alone": bare,
+    }
+    if size == "full":  # compiling takes longer than all quick cases
+        rivals["torch.compile"] = compiled
+    for d in _WIDTHS[size]:
+        rows = max(1, _ELEMENTS[size] // d)
+        data = partial(leaves, rows, d, device)
+        yield Contest(
+            f"forward, {rows} x {d}",
+            data,
+            lambda tensors, impl: _without_gradients(partial(ours, impl=impl), tensors),
+            check,
+            rivals,
+            "residual_mlp",
+        )
         yield Contest(
             f"forward and backward, {rows} x {d}",
-            step(ours, tensors),
-            {"eager": (step(eager, tensors),)},
-            (partial(check_gradients, tensors),),
+            data,
+            lambda tensors, impl: step(partial(ours, impl=impl), tensors),
+            check_gradients,
+            {"eager": partial(step, eager)},
+            "residual_mlp",
         )
 
 
@@ -80,20 +91,29 @@ def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Ten
     return x + F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)
 
 
-def ours(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def ours(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    impl: Any = "auto",
+) -> Tensor:
     """Our block with the same arguments."""
-    return rgfast.residual_mlp(x, w1, b1, w2, b2, norm_weight=weight, norm_bias=bias)
+    return rgfast.residual_mlp(x, w1, b1, w2, b2, norm_weight=weight, norm_bias=bias, impl=impl)
 
 
-def compiled(tensors: Leaves) -> Block:
-    """``eager`` compiled, and compiled for ``tensors``. Raises RuntimeError, saying what, where it fails."""
-    graph: Block = torch.compile(eager)
+def compiled(tensors: Leaves) -> Call:
+    """``eager``, compiled for ``tensors``. Raises Absent with what failed."""
+    run = _without_gradients(torch.compile(eager), tensors)
     try:
-        with torch.no_grad():
-            graph(*tensors)
+        run()
     except Exception as error:  # a missing compiler has as many types as there are backends
-        raise RuntimeError(type(error).__name__) from error
-    return graph
+        raise Absent(f"does not work here ({type(error).__name__})") from error
+    return run
 
 
 def bare(tensors: Leaves) -> Call:
@@ -134,22 +154,22 @@ def leaves(rows: int, d: int, device: str = "cpu") -> Leaves:
     return tuple(t.to(device) for t in drawn)
 
 
-def check(tensors: Leaves) -> Checked:
+def check(tensors: Leaves, impl: str = "auto") -> Checked:
     """The error of the block on its first rows; allowed is twice eager's own and rounding."""
     some = (tensors[0][:_CHECKED], *tensors[1:])
     with torch.no_grad():
         truth = eager(*(t.double() for t in some))
-        allowed = _allowed([eager(*some)], [truth])
-        return Checked(f"residual_mlp at D={some[0].shape[1]}", _off([ours(*some)], [truth]), allowed)
+        off = _off([ours(*some, impl=impl)], [truth])
+        return Checked(f"residual_mlp at D={some[0].shape[1]}", off, _allowed([eager(*some)], [truth]))
 
 
-def check_gradients(tensors: Leaves) -> Checked:
+def check_gradients(tensors: Leaves, impl: str = "auto") -> Checked:
     """The error of all gradients of a loss, on the first rows."""
     some = (tensors[0][:_CHECKED], *tensors[1:])
     truth = _gradients(eager, [t.double() for t in some])
     allowed = _allowed(_gradients(eager, list(some)), truth)
-    name = f"residual_mlp, gradients at D={some[0].shape[1]}"
-    return Checked(name, _off(_gradients(ours, list(some)), truth), allowed)
+    off = _off(_gradients(partial(ours, impl=impl), list(some)), truth)
+    return Checked(f"residual_mlp, gradients at D={some[0].shape[1]}", off, allowed)
 
 
 def _without_gradients(block: Block, tensors: Leaves) -> Call:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import rgfast
-from rgfast.bench.timing import Call, Checked, Contest, threads
+from rgfast.bench.timing import Checked, Contest, Size
 
-__all__ = ["batch_of", "check_eigenvalues", "check_ranks", "contests", "gate", "on_threads", "svd_rank"]
+__all__ = ["batch_of", "check_eigenvalues", "check_ranks", "contests", "gate", "svd_rank"]
 
-_QUICK, _FULL = (16, 64, 128), (8, 16, 32, 64, 128, 256, 512)
+_SIZES: dict[Size, tuple[int, ...]] = {
+    "tiny": (8,),
+    "quick": (16, 64, 128),
+    "full": (8, 16, 17, 32, 33, 48, 64, 128, 256, 512, 1024),
+}
 
 
 def gate(device: str) -> Iterator[Checked]:
@@ -37,21 +41,32 @@ def gate(device: str) -> Iterator[Checked]:
     yield Checked("rank_measures_from_moment", _relative(found, svd_rank(x.double())), 1e-6)
 
 
-def contests(device: str, quick: bool) -> Iterator[Contest]:
-    """Batches of symmetric matrices in both precisions, and effective ranks of fp32 data with n = 4d."""
-    sizes = _QUICK if quick else _FULL
+def contests(device: str, size: Size) -> Iterator[Contest]:
+    """Symmetric matrices in both precisions, in batches and alone; effective ranks of fp32 data, n = 4d."""
+    one_thread = device == "cpu"
+    sizes = _SIZES[size]
     for d in sizes:
         for dtype in (torch.float64, torch.float32):
-            a = symmetric(batch_of(d), d, dtype, device)
-            name = f"eigvalsh {str(dtype).removeprefix('torch.')}, {len(a)} of d={d}"
-            rivals = {"torch.linalg.eigvalsh": on_threads(partial(torch.linalg.eigvalsh, a), device)}
-            checks = (partial(check_eigenvalues, a),)
-            yield Contest(name, partial(rgfast.eigvalsh, a), rivals, checks)
-    for d in sizes[: -1 if quick else None]:
-        x = _rows(batch_of(d), 4 * d, d, device)
-        name = f"effective_rank, {len(x)} of n={4 * d} d={d}"
-        rivals = {"torch SVD": on_threads(partial(svd_rank, x), device)}
-        yield Contest(name, partial(rgfast.effective_rank, x), rivals, (partial(check_ranks, x),))
+            for batch in (batch_of(d), 1)[: 1 if size == "quick" else None]:
+                yield Contest(
+                    f"eigvalsh {str(dtype).removeprefix('torch.')}, {batch} of d={d}",
+                    partial(symmetric, batch, d, dtype, device),
+                    lambda a, impl: partial(rgfast.eigvalsh, a, impl=impl),
+                    check_eigenvalues,
+                    {"torch.linalg.eigvalsh": lambda a: partial(torch.linalg.eigvalsh, a)},
+                    "eigvalsh",
+                    one_thread,
+                )
+    for d in sizes[: -1 if size == "quick" else None]:
+        yield Contest(
+            f"effective_rank, {batch_of(d)} of n={4 * d} d={d}",
+            partial(_rows, batch_of(d), 4 * d, d, device),
+            lambda x, impl: partial(rgfast.effective_rank, x, impl=impl),
+            check_ranks,
+            {"torch SVD": lambda x: partial(svd_rank, x)},
+            "spectrum",
+            one_thread,
+        )
 
 
 def batch_of(d: int) -> int:
@@ -73,9 +88,9 @@ def svd_rank(x: Tensor) -> Tensor:
     return rank
 
 
-def check_eigenvalues(a: Tensor, values: Tensor | None = None) -> Checked:
+def check_eigenvalues(a: Tensor, impl: str = "auto") -> Checked:
     """The largest error of our eigenvalues, relative to the norm."""
-    values = rgfast.eigvalsh(a) if values is None else values
+    values = rgfast.eigvalsh(a, impl=impl)
     want = torch.linalg.eigvalsh(a.double())
     # The comparison value errs too when it is of the same precision.
     allowed = max(50, a.shape[-1] / 2) * torch.finfo(a.dtype).eps / 2 * (2 if a.dtype == torch.float64 else 1)
@@ -83,25 +98,10 @@ def check_eigenvalues(a: Tensor, values: Tensor | None = None) -> Checked:
     return Checked(f"eigvalsh {str(a.dtype).removeprefix('torch.')} at d={a.shape[-1]}", worst, allowed)
 
 
-def check_ranks(x: Tensor) -> Checked:
+def check_ranks(x: Tensor, impl: str = "auto") -> Checked:
     """The largest relative error of our effective ranks."""
-    found = rgfast.effective_rank(x)
+    found = rgfast.effective_rank(x, impl=impl)
     return Checked(f"effective_rank at d={x.shape[-1]}", _relative(found, svd_rank(x.double())), 1e-6)
-
-
-def on_threads(call: Callable[[], Tensor], device: str) -> tuple[Call, ...]:
-    """The call on one thread and on all: batched LAPACK is often faster on one."""
-
-    def on(count: int) -> Call:
-        def run() -> Tensor:
-            with threads(count):
-                return call()
-
-        return run
-
-    if device != "cpu":
-        return (call,)
-    return tuple(on(count) for count in sorted({1, torch.get_num_threads()}))
 
 
 def _rows(batch: int, n: int, d: int, device: str) -> Tensor:

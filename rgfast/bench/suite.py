@@ -6,25 +6,20 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 
-import rgfast
-from rgfast.bench import cka, probe, residual_mlp, spectrum
+from rgfast.bench import ROOMS
 from rgfast.bench.timing import Checked, Row, WrongResult, run_contest
 from rgfast.dispatch import FallbackWarning
 from rgfast.environment import facts
 
-__all__ = ["BENCHMARKS", "Report", "check_all", "devices", "run"]
+__all__ = ["BENCHMARKS", "Report", "check_all", "devices", "quiet", "run"]
 
-BENCHMARKS: dict[str, ModuleType] = {
-    "spectrum": spectrum,
-    "cka": cka,
-    "residual_mlp": residual_mlp,
-    "probe": probe,
-}
+BENCHMARKS: dict[str, ModuleType] = {name: import_module(f"rgfast.bench.{name}") for name in ROOMS}
 _HEAD = (
     "benchmark",
     "case",
@@ -97,7 +92,7 @@ def check_all(report: Report, only: Sequence[str], tell: Callable[[str], object]
     """Fill the report's gate; every check is told."""
     for name in only:
         for device in devices():
-            with _quiet(device):
+            with quiet(device):
                 for check in BENCHMARKS[name].gate(device):
                     report.gate.append(check)
                     tell(f"{'ok ' if check.good else 'RED'} {name} on {device}: {check}")
@@ -110,19 +105,18 @@ def run(
 
     A value that turns out wrong on a case's own data goes into the gate as red, and ends it.
     """
+
+    def skip(rival: str, why: str) -> None:
+        if rival not in report.skipped:
+            tell(f"skipped: {rival} {why}")
+        report.skipped[rival] = why
+
     for name in only:
         for device in devices():
-            with _quiet(device):
-                for contest in BENCHMARKS[name].contests(device, report.quick):
-                    for rival, why in contest.skipped.items():
-                        if rival not in report.skipped:
-                            tell(f"skipped: {rival} {why}")
-                        report.skipped[rival] = why
-                    with rgfast.record() as log:
-                        contest.ours()
-                    impl = ", ".join(sorted({entry.impl for entry in log})) or "torch"
+            with quiet(device):
+                for contest in BENCHMARKS[name].contests(device, "quick" if report.quick else "full"):
                     try:
-                        rows = run_contest(name, contest, seconds, impl=impl, device=device)
+                        rows = run_contest(name, contest, seconds, device=device, skip=skip)
                     except WrongResult as error:
                         report.gate.append(error.check)
                         return
@@ -153,7 +147,7 @@ def table_line(cells: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(device: str) -> Iterator[None]:
+def quiet(device: str) -> Iterator[None]:
     """On a GPU the reference is what is timed, and the table says so: no warning that it was taken."""
     with warnings.catch_warnings():
         if device != "cpu":

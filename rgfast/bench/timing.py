@@ -1,4 +1,4 @@
-"""How is timed: contenders in turns in one process, medians, quartiles of the turn-by-turn ratios."""
+"""Timing: contenders take turns in one process; medians and quartiles of the ratios by turn."""
 
 from __future__ import annotations
 
@@ -6,13 +6,37 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["Checked", "Contest", "Row", "WrongResult", "hold", "ratio", "run_contest", "threads", "turns"]
+from rgfast.dispatch import record
+
+__all__ = [
+    "Absent",
+    "Call",
+    "Checked",
+    "Contest",
+    "Row",
+    "Size",
+    "WrongResult",
+    "hold",
+    "on_one_thread",
+    "ratio",
+    "run_contest",
+    "threads",
+    "turns",
+    "wait",
+]
 
 Call = Callable[[], object]
+# "tiny" is for tests, which time nothing.
+Size = Literal["tiny", "quick", "full"]
+
+
+class Absent(Exception):
+    """A rival cannot run here; the message says why."""
 
 
 class WrongResult(Exception):
@@ -40,18 +64,23 @@ class Checked:
         return f"{self.name}: error {self.error:.1e} {sign} {self.allowed:.0e}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contest:
-    """One case: our call, and for each rival its variants, of which the fastest counts.
+    """One case: its input, our call with its check, and the rivals. Nothing is computed until it is called.
 
-    ``checks`` are made on this very case, before it is timed.
+    ``ours`` and the rivals take the input and return the call to time; an absent rival raises
+    :class:`Absent`. ``ours`` and ``check`` also take the name of an implementation of ``op`` (only "auto" if
+    that is None). With ``one_thread`` rivals run on one thread as well, and the faster counts: batched LAPACK
+    is often faster so.
     """
 
     case: str
-    ours: Call
-    rivals: Mapping[str, tuple[Call, ...]]
-    checks: tuple[Callable[[], Checked], ...] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    data: Callable[[], Any]
+    ours: Callable[[Any, str], Call]
+    check: Callable[[Any, str], Checked]
+    rivals: Mapping[str, Callable[[Any], Call]]
+    op: str | None = None
+    one_thread: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +126,7 @@ def turns(
     """
     for run in candidates.values():
         run()
-    _wait(device)
+    wait(device)
     names = list(candidates)
     spent: dict[str, list[float]] = {name: [] for name in names}
     until = time.perf_counter() + seconds
@@ -107,7 +136,7 @@ def turns(
         for name in names[first:] + names[:first]:
             start = time.perf_counter()
             candidates[name]()
-            _wait(device)
+            wait(device)
             spent[name].append(time.perf_counter() - start)
         turn += 1
     return spent
@@ -121,25 +150,57 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
 
 
 def run_contest(
-    benchmark: str, contest: Contest, seconds: float, *, impl: str, device: str = "cpu"
+    benchmark: str,
+    contest: Contest,
+    seconds: float,
+    *,
+    device: str = "cpu",
+    skip: Callable[[str, str], object] = lambda rival, why: None,
 ) -> list[Row]:
-    """A row a rival. Raises WrongResult, before anything is timed, where a value is wrong."""
-    for check in contest.checks:
-        hold(check())
-    calls = {"ours": contest.ours}
-    for rival, variants in contest.rivals.items():
-        calls |= {f"{rival} {k}": variant for k, variant in enumerate(variants)}
+    """A row per rival; ``skip`` is called with the name of each absent one and the reason.
+
+    Raises WrongResult, before anything is timed, if our value is wrong.
+    """
+    data = contest.data()
+    hold(contest.check(data, "auto"))
+    mine = contest.ours(data, "auto")
+    with record() as log:
+        mine()
+    impl = ", ".join(sorted({entry.impl for entry in log})) or "torch"
+    calls = {"ours": mine}
+    variants: dict[str, list[str]] = {}
+    for rival, make in contest.rivals.items():
+        try:
+            call = make(data)
+        except Absent as error:
+            skip(rival, str(error))
+            continue
+        calls[rival] = call
+        variants[rival] = [rival]
+        if contest.one_thread and torch.get_num_threads() > 1:
+            calls[f"{rival}, one thread"] = on_one_thread(call)
+            variants[rival].append(f"{rival}, one thread")
     spent = turns(calls, seconds, device=device)
-    mine = spent["ours"]
     rows = []
-    for rival, variants in contest.rivals.items():
-        theirs = min((spent[f"{rival} {k}"] for k in range(len(variants))), key=statistics.median)
-        times, low, high = ratio(theirs, mine)
-        medians = statistics.median(mine), statistics.median(theirs)
+    for rival, names in variants.items():
+        theirs = min((spent[name] for name in names), key=statistics.median)
+        times, low, high = ratio(theirs, spent["ours"])
+        medians = statistics.median(spent["ours"]), statistics.median(theirs)
         rows.append(Row(benchmark, contest.case, device, impl, rival, times, low, high, *medians))
     return rows
 
 
-def _wait(device: str) -> None:
+def on_one_thread(call: Call) -> Call:
+    """``call`` with torch on one thread."""
+
+    def run() -> object:
+        with threads(1):
+            return call()
+
+    return run
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done what it was asked for."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rgfast.bench import ROOMS
 from rgfast.commands.errors import DONE, FAILED
 from rgfast.commands.parser import add_json, print_json
 
 __all__ = ["add_bench"]
-
-_NAMES = ("spectrum", "cka", "residual_mlp", "probe")
 
 
 def add_bench(commands: Any) -> None:
@@ -29,11 +28,7 @@ def add_bench(commands: Any) -> None:
         "there is one, the same cases run once more.\n\n"
         "Prints one Markdown table, the cases where we lose included, and leaves it in\n"
         "DIR as bench.md, and as bench.json with versions, instruction set and threads.\n\n"
-        "benchmarks:\n"
-        "  spectrum      eigvalsh in both precisions, effective_rank\n"
-        "  cka           CKA of all pairs and of neighbours\n"
-        "  residual_mlp  the residual block, forward and backward\n"
-        "  probe         a whole probe against a forward that measures nothing",
+        "benchmarks:\n" + "\n".join(f"  {name:<13} {what}" for name, what in ROOMS.items()),
         epilog="examples:\n"
         "  rgfast bench --quick\n"
         "  rgfast bench --only cka probe --threads 1 --out runs/bench-one\n"
@@ -41,7 +36,7 @@ def add_bench(commands: Any) -> None:
     )
     bench.add_argument("--quick", action="store_true", help="few and small cases: under two minutes")
     bench.add_argument(
-        "--only", nargs="+", choices=_NAMES, metavar="NAME", help=f"{', '.join(_NAMES)} (default: all)"
+        "--only", nargs="+", choices=tuple(ROOMS), metavar="NAME", help=f"{', '.join(ROOMS)} (default: all)"
     )
     bench.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's own number)")
     bench.add_argument(
@@ -71,7 +66,7 @@ def _bench(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, and {out} is a file")
     out.mkdir(parents=True, exist_ok=True)
-    only = tuple(name for name in _NAMES if args.only is None or name in args.only)
+    only = tuple(name for name in ROOMS if args.only is None or name in args.only)
 
     with threads(args.threads or torch.get_num_threads()):
         report = suite.Report(shlex.join(["rgfast", "bench", *_said(args)]), args.quick)

@@ -8,7 +8,7 @@ import torch
 import rgfast
 from rgfast import cli
 from rgfast.bench import suite
-from rgfast.bench.timing import Checked, Contest, WrongResult, ratio, run_contest, turns
+from rgfast.bench.timing import Absent, Checked, Contest, WrongResult, ratio, run_contest, turns
 from rgfast.commands import errors
 from rgfast.environment import versions
 
@@ -70,8 +70,8 @@ def test_the_gate_sees_an_error_of_a_hundred_thousandth(name, monkeypatch):
 def test_the_gate_sees_a_wrong_probe(monkeypatch):
     from rgfast.bench import probe
 
-    def off(model, x, route="auto"):
-        found = original(model, x, route)
+    def off(case):
+        found = original(case)
         found.dataset["effective_rank"] *= 1.001
         found.dataset["cka_biased"] *= 0.999
         return found
@@ -83,16 +83,19 @@ def test_the_gate_sees_a_wrong_probe(monkeypatch):
 
 def test_the_gate_and_the_cases_see_a_wrong_sample_route(monkeypatch):
     from rgfast.bench import probe
-    from rgfast.probing import rows
+    from rgfast.probing.estimators import row_measures
 
-    original = rows.effective_rank_of
-    monkeypatch.setattr(rows, "effective_rank_of", lambda *args, **kw: original(*args, **kw) * (1 + 3e-4))
+    original = row_measures.effective_rank_of
+    monkeypatch.setattr(
+        row_measures, "effective_rank_of", lambda *args, **kw: original(*args, **kw) * (1 + 3e-4)
+    )
     assert [check.good for check in probe.gate("cpu")] == [True] * 4 + [False, True] * 2
-    monkeypatch.setattr(probe, "SHAPES", ((2, 6, 8),))
-    monkeypatch.setattr(probe, "unavailable_reason", lambda: None)
-    (contest,) = probe.contests("cpu", quick=True)
-    assert not contest.checks[0]().good
-    assert contest.ours().dataset.attrs["route"] == "samples"
+    contest = next(probe.contests("cpu", "tiny"))
+    case = contest.data()
+    assert contest.check(case, "auto").good
+    case.options["route"] = "samples"
+    assert not contest.check(case, "auto").good
+    assert contest.ours(case, "auto")().dataset.attrs["route"] == "samples"
 
 
 @pytest.mark.parametrize(
@@ -109,10 +112,10 @@ def test_every_case_sees_what_is_wrong_on_its_own_size_only(name, function, monk
         return found * (1 + 1e-5) if len(x) >= least else found
 
     monkeypatch.setattr(rgfast, function, off)
-    contests = suite.BENCHMARKS[name].contests("cpu", quick=True)
+    contests = suite.BENCHMARKS[name].contests("cpu", "quick")
     word = {"residual_mlp": "forward", "eigvalsh": "eigvalsh", "effective_rank": "effective_rank"}[function]
     cases = [contest for contest in contests if contest.case.startswith(word)][:2]
-    assert [all(check().good for check in contest.checks) for contest in cases] == [False, False]
+    assert [contest.check(contest.data(), "auto").good for contest in cases] == [False, False]
 
 
 def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
@@ -131,21 +134,33 @@ def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "bench.md").exists()
 
 
+def plain(impl, check=None):
+    """A call that runs one implementation whatever is asked for, and its check."""
+    x = torch.ones(4, 20, 3)
+    return (
+        lambda _, asked: lambda: rgfast.effective_rank(x, impl=impl),
+        lambda _, asked: check or Checked("plain", 0.0, 1.0),
+    )
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Two cases of a millisecond in place of the benchmarks', behind the true gate of one."""
 
-    def contests(device, quick):
-        assert device == "cpu"
-        x = torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(0))
+    def absent(x):
+        raise Absent("is not installed")
+
+    def contests(device, size):
+        assert (device, size) in (("cpu", "quick"), ("cpu", "full"))
         yield Contest(
             "small",
-            lambda: rgfast.effective_rank(x),
-            {"one": (lambda: x.sum(), lambda: x.mean()), "two": (lambda: x.sum(),)},
-            (lambda: Checked("small", 0.0, 1.0),),
-            {"missing": "is not installed"},
+            lambda: torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(0)),
+            lambda x, impl: lambda: rgfast.effective_rank(x, impl=impl),
+            lambda x, impl: Checked("small", 0.0, 1.0),
+            {"one": lambda x: x.sum, "missing": absent, "two": lambda x: x.mean},
+            one_thread=True,
         )
-        yield Contest("again", lambda: rgfast.effective_rank(x, impl="reference"), {"one": (lambda: x,)})
+        yield Contest("again", lambda: None, *plain("reference"), {"one": lambda _: int})
 
     monkeypatch.setattr(suite.BENCHMARKS["spectrum"], "contests", contests)
 
@@ -181,8 +196,9 @@ def test_json_is_all_that_is_printed(small, tmp_path, capsys):
 
 
 def test_a_value_that_is_wrong_on_the_case_itself_ends_it(tmp_path, capsys, monkeypatch):
-    def contests(device, quick):
-        yield Contest("bad", lambda: 1, {"one": (lambda: 1,)}, (lambda: Checked("the case", math.nan, 1.0),))
+    def contests(device, size):
+        wrong = Checked("the case", math.nan, 1.0)
+        yield Contest("bad", lambda: None, *plain("auto", wrong), {"one": lambda _: int})
         pytest.fail("it went on")
 
     monkeypatch.setattr(suite.BENCHMARKS["cka"], "contests", contests)
@@ -215,22 +231,13 @@ def test_wrong_folder_and_name(tmp_path, capsys):
     assert "(did you mean spectrum?)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", suite.BENCHMARKS)
-def test_the_first_contest_of_every_benchmark_runs(name, monkeypatch):
-    """One turn of the real first case (of the probe a smaller one), its checks included."""
-    monkeypatch.setattr("rgfast.bench.probe.SHAPES", ((2, 3, 8), (1, 1, 1)))
-    contest = next(iter(suite.BENCHMARKS[name].contests("cpu", True)))
-    rows = run_contest(name, contest, 0.0, impl="any")
-    assert {row.against for row in rows} == set(contest.rivals)
-
-
 def test_turns_are_balanced_and_ratios_are_theirs_over_ours():
     order = []
     spent = turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=4)
     assert order == ["a", "b", "a", "b", "b", "a", "a", "b", "b", "a"]
     assert {name: len(each) for name, each in spent.items()} == {"a": 4, "b": 4}
     assert ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == (4.0, 2.5, 3.5)
+    wrong = Checked("x", 2.0, 1.0)
+    contest = Contest("x", lambda: None, *plain("auto", wrong), {"y": lambda _: pytest.fail("timed")})
     with pytest.raises(WrongResult, match="nothing is timed"):
-        run_contest(
-            "x", Contest("x", int, {"y": (int,)}, (lambda: Checked("x", 2.0, 1.0),)), 0.0, impl="native"
-        )
+        run_contest("x", contest, 0.0)
