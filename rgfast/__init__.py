@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rgfast import wiring
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record
 from rgfast.ops.cka import (
@@ -114,6 +115,13 @@ _LAZY = {
     "reproduce": "rgfast.experiments.reproduce",
     "sweep": "rgfast.experiments.sweep",
 }
+
+# What a probe's result can do with the help of packages above it.
+wiring.lend("rgfast.probing.merge", "merged")
+wiring.lend("rgfast.flow.probed", "flow_of")
+wiring.lend("rgfast.report.write", "write_report")
+wiring.lend("rgfast.report.notebook", "as_html")
+wiring.lend("rgfast.report.accessor", "plot_cka", "plot_drift", "plot_heat_map", "plot_rank", "plot_spectra")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,9 @@ def build_parser() -> Parser:
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
     from rgfast.commands.probe import add_probe
+    from rgfast.commands.report import add_report
     from rgfast.commands.reproduce import add_reproduce
-    from rgfast.experiments.commands import add_studies
-    from rgfast.report.command import add_report
+    from rgfast.commands.studies import add_studies
     from rgfast.version import __version__
 
     parser = Parser(
@@ -40,7 +40,7 @@ def build_parser() -> Parser:
     add_report(commands)
     add_bench(commands)
     add_info(commands)
-    add_completion(commands)
+    add_completion(commands, build_parser)
     return parser
 
 

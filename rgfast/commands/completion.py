@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rgfast.commands.parser import Parser
@@ -17,8 +18,8 @@ _KINDS = {"DIR": "folders", "MODEL": "folders", "FILE": "files", "LABEL": "files
 _MANY = ("+", "*")
 
 
-def add_completion(commands: Any) -> None:
-    """Add the subcommand to ``commands`` (what ``add_subparsers`` returned)."""
+def add_completion(commands: Any, build: Callable[[], Parser]) -> None:
+    """Add the subcommand to ``commands`` (from ``add_subparsers``); ``build`` makes the whole parser."""
     completion = commands.add_parser(
         "completion",
         help="print a script that completes commands and options in bash, zsh or fish",
@@ -29,13 +30,11 @@ def add_completion(commands: Any) -> None:
         "  rgfast completion fish > ~/.config/fish/completions/rgfast.fish",
     )
     completion.add_argument("shell", choices=tuple(SHELLS), help="the shell to complete in")
-    completion.set_defaults(run=_completion)
+    completion.set_defaults(run=partial(_completion, build))
 
 
-def _completion(args: argparse.Namespace) -> None:
-    from rgfast.cli import build_parser
-
-    parser = build_parser()
+def _completion(build: Callable[[], Parser], args: argparse.Namespace) -> None:
+    parser = build()
     summaries = parser.summaries()
     commands = [_Command.of(name, summaries[name], each) for name, each in parser.commands().items()]
     print(SHELLS[args.shell](commands), end="")

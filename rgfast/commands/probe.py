@@ -340,11 +340,10 @@ def summary(result: ProbeResult) -> dict[str, Any]:
     """A result in short: its layers, and for every view n, effective rank and drift by layer."""
     views = {}
     for view in result.views:
-        own = result._own("n", view).values
         ranks = result.order_parameter(view).values
         views[view] = {
-            "n": [int(own.min()), int(own.max())],
-            "sample_limited": bool(result.dataset.sample_limited.sel(view=view).any()),
+            "n": list(result.rows(view)),
+            "sample_limited": result.sample_limited(view),
             "effective_rank": ranks,
             "last_over_first": ranks[-1] / ranks[0] if ranks[0] else None,
             "kernel_drift": result.order_parameter(view, "kernel_drift").values,

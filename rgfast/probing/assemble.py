@@ -22,10 +22,9 @@ from rgfast.probing.measures import (
     baselines,
 )
 from rgfast.probing.plan import POSITIONAL
+from rgfast.probing.result import FORMAT, VERSION
 
-__all__ = ["FORMAT", "VERSION", "assemble"]
-
-FORMAT, VERSION = "rgfast.probe", 1
+__all__ = ["assemble"]
 
 SAMPLES_PER_FEATURE = 16
 

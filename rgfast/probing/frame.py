@@ -1,34 +1,39 @@
-"""A probe's result as a table with one row a value."""
+"""A probe's dataset as a table with one row per value."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
 
 from rgfast.probing.measures import DRIFTS, PAIRWISE
 
-if TYPE_CHECKING:
-    from rgfast.probing.result import ProbeResult
-
-__all__ = ["as_long_form"]
+__all__ = ["as_long_form", "positions_of"]
 
 _COLUMNS = ("view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited")
 
 
-def as_long_form(result: ProbeResult, spectra: bool) -> pd.DataFrame:
-    """Every measure, the targets' R² and, if asked for, the spectra; see ``ProbeResult.to_dataframe``."""
-    data = result.dataset
-    variables = {name: name for name in result.measures}
+def positions_of(data: xr.Dataset, view: str) -> NDArray[np.int64]:
+    """The positions that a view has: the followed ones, or −1 alone."""
+    at: NDArray[np.int64] = data.position.values
+    return at[at >= 0] if bool(data.positional.sel(view=view)) else at[at == -1]
+
+
+def as_long_form(data: xr.Dataset, measures: Sequence[str], spectra: bool) -> pd.DataFrame:
+    """The measures, the targets' R² and, if asked for, the spectra; see ``ProbeResult.to_dataframe``."""
+    variables = {name: name for name in measures}
     more: dict[str, str | int] = {}
     if "target_r2" in data:
         variables["target_r2"], more["target"] = "target_r2", ""
     if spectra:
         variables["singular_value"], more["component"] = "singular_values", -1
     parts = [
-        _part(result, measure, variable, view)
+        _part(data, measure, variable, view)
         for measure, variable in variables.items()
-        for view in result.views
+        for view in map(str, data.view.values)
     ]
     whole: pd.DataFrame = pd.concat([part for part in parts if len(part)], ignore_index=True)
     for column, missing in more.items():
@@ -37,9 +42,8 @@ def as_long_form(result: ProbeResult, spectra: bool) -> pd.DataFrame:
     return ordered
 
 
-def _part(result: ProbeResult, measure: str, variable: str, view: str) -> pd.DataFrame:
-    own = result._own_positions(view)
-    data = result.dataset.sel(view=view).isel(position=own)
+def _part(data: xr.Dataset, measure: str, variable: str, view: str) -> pd.DataFrame:
+    data = data.sel(view=view, position=positions_of(data, view))
     values = data[variable]
     frame: pd.DataFrame = values.rename("value").reset_coords(drop=True).to_series().reset_index()
     if f"{variable}_se" in data:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import rgfast
+from rgfast.version import __version__
 
 __all__ = ["provenance"]
 
@@ -25,7 +25,7 @@ def provenance(model: nn.Module, **options: Any) -> dict[str, Any]:
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
         "device": None if first is None else str(first.device),
         **options,
-        "rgfast": rgfast.__version__,
+        "rgfast": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": sys.version.split()[0],

@@ -1,35 +1,30 @@
-"""What a probe found: labelled arrays with their error bars, baselines and provenance, in one NetCDF file."""
+"""A probe's result as data: labelled arrays with error bars, baselines and provenance, in one NetCDF file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
-from rgfast.files import write_atomically, write_text
-from rgfast.probing.assemble import FORMAT, VERSION, assemble
-from rgfast.probing.estimators.moments import Moments
-from rgfast.probing.frame import as_long_form
-from rgfast.probing.html import as_html
-from rgfast.probing.measures import LABELS
-from rgfast.probing.plan import Plan
+from rgfast.files import write_atomically
+from rgfast.probing.accessor import Accessor
+from rgfast.probing.frame import as_long_form, positions_of
+from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS
+from rgfast.wiring import lent
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = ["BASELINES", "DRIFTS", "FORMAT", "LABELS", "PAIRWISE", "RANKS", "VERSION", "ProbeResult"]
 
-    from rgfast.probing.summary import ViewFlow
-
-__all__ = ["ProbeResult"]
+FORMAT, VERSION = "rgfast.probe", 1
 
 
-class ProbeResult:
-    """Measures by view, layer and position; ``.dataset`` is the xarray.Dataset that holds them.
+class ProbeResult(Accessor):
+    """Measures by view, layer and position; ``.dataset`` is the xarray.Dataset with all of them.
 
     Ranks have dimensions (view, layer, position), drifts (view, transition, position) with transition l from
     layer l to l + 1, ``cka`` (debiased) and ``cka_biased`` (view, layer, other_layer, position). Views
@@ -37,20 +32,30 @@ class ProbeResult:
     ``<rank>_baseline`` is what isotropic Gaussian data of the same n and d would give; ``sample_limited(view,
     layer, position)`` says n < 16 d; ``effective_rank_bound`` and ``effective_rank_uncentred_bound`` bound
     their relative rounding errors, and ``refined`` says where small singular values are a triangular
-    factor's; ``<measure>_se`` is the jackknife standard error where sequences were grouped. All fp64,
+    factor's; ``<measure>_se`` is the jackknife standard error if sequences were grouped. All fp64,
     undefined is NaN.
     """
 
     def __init__(
         self,
         dataset: xr.Dataset,
-        moments: Mapping[str, np.ndarray[Any, Any]] | None = None,
+        moments: Mapping[str, NDArray[Any]] | None = None,
         *,
         writes: bool = True,
     ) -> None:
         self.dataset = dataset
         self._moments = moments
         self._writes = writes
+
+    @property
+    def moments(self) -> Mapping[str, NDArray[Any]] | None:
+        """The state that :meth:`merge` adds up; None if the result was saved without or probed by samples."""
+        return self._moments
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: False on every rank but 0 of a probe of several ranks."""
+        return self._writes
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -64,8 +69,13 @@ class ProbeResult:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The measures it holds."""
+        """The measures that the result has."""
         return tuple(name for name in LABELS if name in self.dataset)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets; empty without any."""
+        return tuple(str(name) for name in self.dataset.target.values) if "target" in self.dataset else ()
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -79,49 +89,113 @@ class ProbeResult:
         found = str(self.dataset.attrs.get("notes", ""))
         return tuple(found.splitlines())
 
+    def view_or_first(self, view: str | None = None) -> str:
+        """``view``, or the first view for None. Raises ValueError for an unknown one."""
+        if view is None:
+            return self.views[0]
+        if view not in self.views:
+            raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
+        return view
+
+    def is_positional(self, view: str) -> bool:
+        """Whether the view has positions, rather than one value per layer.
+
+        Raises ValueError for an unknown view.
+        """
+        return bool(self.dataset.positional.sel(view=self.view_or_first(view)))
+
+    def positions(self, view: str) -> NDArray[np.int64]:
+        """The positions that the view has: the followed ones, or −1 alone.
+
+        Raises ValueError for an unknown view.
+        """
+        return positions_of(self.dataset, self.view_or_first(view))
+
+    def variable(self, name: str, view: str | None = None) -> xr.DataArray:
+        """A variable of the dataset in one view, at the positions that the view has.
+
+        Raises KeyError for an unknown variable, ValueError for an unknown view.
+
+        >>> import torch, rgfast
+        >>> stack = rgfast.ResidualStack(4, 2, mixing="none")
+        >>> result = rgfast.probe(stack, torch.randn(64, 3, 4), progress=False)
+        >>> result.variable("n", "position").values
+        array([64, 64, 64])
+        """
+        view = self.view_or_first(view)
+        values: xr.DataArray = self.dataset[name].sel(view=view, position=self.positions(view))
+        return values
+
+    def rows(self, view: str) -> tuple[int, int]:
+        """How many rows stand behind the view's values: the fewest and the most of any position.
+
+        Raises ValueError for an unknown view.
+
+        >>> import torch, rgfast
+        >>> stack = rgfast.ResidualStack(4, 2, mixing="none")
+        >>> rgfast.probe(stack, torch.randn(64, 3, 4), progress=False).rows("pooled")
+        (192, 192)
+        """
+        count = self.variable("n", view).values
+        return int(count.min()), int(count.max())
+
+    def sample_limited(self, view: str) -> bool:
+        """Whether any value of the view rests on fewer than 16 d rows.
+
+        Raises ValueError for an unknown view.
+        """
+        return bool(self.variable("sample_limited", view).any())
+
     def by_position(self, measure: str, view: str | None = None) -> xr.DataArray:
         """A measure by layer (or transition) and position; a view without positions has the one position −1.
 
-        Raises ValueError for a measure or view that the result does not hold.
+        Raises ValueError for an unknown measure or view.
         """
-        values = self._of(measure, view)
-        own: xr.DataArray = values.isel(position=self._own_positions(str(values.view.values)))
-        return own
+        if measure not in self.measures:
+            raise ValueError(f"measure must be one of {', '.join(self.measures)}, got {measure!r}")
+        return self.variable(measure, view)
 
     def order_parameter(self, view: str | None = None, measure: str = "effective_rank") -> xr.DataArray:
         """A measure by layer (or transition), the mean over the view's positions where it is defined.
 
-        ``view`` defaults to the first one. Raises ValueError for a measure or view the result does not hold.
+        ``view`` defaults to the first one. Raises ValueError for an unknown measure or view.
         """
-        mean: xr.DataArray = self.by_position(measure, view).mean("position", skipna=True)
-        return mean
+        return _mean(self.by_position(measure, view))
+
+    def standard_error(self, view: str | None = None, measure: str = "effective_rank") -> xr.DataArray | None:
+        """The jackknife standard error of :meth:`order_parameter`; None for a probe without groups.
+
+        Positions of one sequence are dependent, so the error of their mean is that of a typical position.
+        Raises ValueError for an unknown measure or view.
+        """
+        self.by_position(measure, view)
+        name = f"{measure}_se"
+        return _mean(self.variable(name, view)) if name in self.dataset else None
+
+    def baseline(self, view: str | None = None, measure: str = "effective_rank") -> xr.DataArray:
+        """What isotropic Gaussian rows of the same n and d would give for :meth:`order_parameter`.
+
+        Raises ValueError for a measure without a baseline and for an unknown view.
+        """
+        known = [name for name in BASELINES if name in self.measures]
+        if measure not in known:
+            raise ValueError(f"measure must be one with a baseline ({', '.join(known)}), got {measure!r}")
+        return _mean(self.variable(f"{measure}_baseline", view))
 
     def target_r2(self, target: str, view: str | None = None) -> xr.DataArray:
         """Held-out R² of a target by layer, the mean over the view's positions where it is defined.
 
-        Raises ValueError for a target or view that the result does not hold.
+        Raises ValueError for an unknown target or view.
         """
-        known = [str(name) for name in self.dataset.target.values] if "target" in self.dataset else []
-        if target not in known:
-            listed = ", ".join(known) or "none (it was probed without targets)"
+        if target not in self.targets:
+            listed = ", ".join(self.targets) or "none (it was probed without targets)"
             raise ValueError(f"target must be one of {listed}, got {target!r}")
-        view = self._view(view)
-        values = self._own("target_r2", view).sel(target=target)
-        mean: xr.DataArray = values.mean("position", skipna=True)
-        return mean
-
-    def flow(self, view: str | None = None) -> ViewFlow:
-        """The view's flow with depth: R and monotonicity of the rank, decay and plateau of the drift.
-
-        ``view`` defaults to the first one; numbers are those of :mod:`rgfast.flow`. Raises ValueError for an
-        unknown view, a result without ``effective_rank`` and ``kernel_drift``, or a single layer.
-        """
-        from rgfast.probing.summary import flow_of
-
-        return flow_of(self, self._view(view))
+        return _mean(self.variable("target_r2", view).sel(target=target))
 
     def to_dataframe(self, *, spectra: bool = False) -> pd.DataFrame:
-        """Long form, one row a value: view, measure, layer, other_layer, position, value, n, sample_limited.
+        """A table with one row per value.
+
+        Its columns are view, measure, layer, other_layer, position, value, n and sample_limited.
 
         ``layer`` of a drift is the transition's first layer and ``other_layer`` its second; of a CKA they are
         the pair (i < j); of a rank ``other_layer`` is −1. With groups there is a column ``se``. What was
@@ -129,52 +203,39 @@ class ProbeResult:
         empty. With ``spectra`` there is a column ``component``, and rows of the measure ``singular_value``,
         descending from component 0; it is −1 elsewhere.
         """
-        return as_long_form(self, spectra)
+        return as_long_form(self.dataset, self.measures, spectra)
+
+    def report(self, path: str | Path) -> None:
+        """Write one self-contained HTML page to ``path``, atomically: flow in words, figures, provenance.
+
+        If several ranks probed together, rank 0 alone writes.
+        """
+        if self._writes:
+            lent("write_report")(self, path)
 
     def merge(self, other: ProbeResult) -> ProbeResult:
-        """The result of both samples together, exactly as if one probe had seen them all (to rounding), those
-        of ``other`` after its own: groups go on where these end.
+        """The result of both samples, as if one probe had seen them all (to rounding).
 
-        Raises TypeError for anything but a result, ValueError where the two did not probe the same layers,
-        positions, views and pairs in the same number of groups, or where one carries no moments (it was saved
-        without).
+        Those of ``other`` come last: its groups continue where these end.
+
+        Raises TypeError for anything but a result, ValueError if the two did not probe the same layers,
+        positions, views and pairs in the same number of groups, or if one of them has no moments (it was
+        saved without).
         """
-        if not isinstance(other, ProbeResult):
-            raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
-        if self._moments is None or other._moments is None:
-            raise ValueError(
-                "other cannot be merged: one of the two results was saved with moments=False, or probed by "
-                "samples (probe with route='moments' to merge)"
-            )
-        (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (self, other))
-        same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places")
-        for name in same:
-            if getattr(plan, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"other must have the same {name}: {getattr(plan, name)}, got {getattr(theirs, name)}"
-                )
-        if plan.refine != theirs.refine:  # what one of them lacks, both lack together
-            plan = replace(plan, refine=False)
-        theirs = replace(theirs, refine=plan.refine)
-        state, added = (Moments(one, masked=extra["masked"]) for one in (plan, theirs))
-        state.load(self._moments)
-        added.load(other._moments)
-        state.merge(added)
-        measures = [name for name in self.measures if name in other.measures]
-        dataset = assemble(state, measures, self.provenance)
-        return ProbeResult(dataset, state.state(), writes=self._writes and other._writes)
+        result: ProbeResult = lent("merged")(self, other)
+        return result
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its
-        result cannot be merged. What a probe of several ranks returned is written by rank 0 alone."""
+        result cannot be merged. If several ranks probed together, rank 0 alone writes."""
         if not self._writes:
             return
-        held = self._moments if moments else None
+        state = self._moments if moments else None
 
         def write(temporary: Path) -> None:
-            self.dataset.assign_attrs(moments=int(bool(held))).to_netcdf(temporary, engine="h5netcdf")
-            if held:
-                _packed(held).to_netcdf(temporary, mode="a", group="moments", engine="h5netcdf")
+            self.dataset.assign_attrs(moments=int(bool(state))).to_netcdf(temporary, engine="h5netcdf")
+            if state:
+                _packed(state).to_netcdf(temporary, mode="a", group="moments", engine="h5netcdf")
 
         write_atomically(path, write)
 
@@ -182,7 +243,7 @@ class ProbeResult:
     def load(cls, path: str | Path) -> ProbeResult:
         """The result that :meth:`save` wrote to ``path``.
 
-        Raises FileNotFoundError where there is no file, ValueError for a truncated file, a file of another
+        Raises FileNotFoundError if there is no such file, ValueError for a truncated file, a file of another
         kind and one that a newer version wrote.
         """
         path = Path(path)
@@ -209,70 +270,6 @@ class ProbeResult:
             raise ValueError(f"{path} is truncated: {error}") from error
         return cls(dataset, moments)
 
-    def plot_rank(
-        self,
-        measure: str = "effective_rank",
-        *,
-        views: Sequence[str] | None = None,
-        relative: bool = False,
-        ax: Axes | None = None,
-    ) -> Axes:
-        """The axes with a rank by layer: a line a view, error bars where grouped, isotropic baseline dotted.
-
-        ``relative`` divides by the first layer. Raises ValueError for an unknown measure or view.
-        """
-        from rgfast.probing import plots
-
-        return plots.plot_rank(self, measure, views, relative, ax)
-
-    def plot_drift(
-        self,
-        measure: str = "kernel_drift",
-        *,
-        views: Sequence[str] | None = None,
-        ax: Axes | None = None,
-    ) -> Axes:
-        """The axes with a drift by transition, logarithmic. Raises ValueError for unknown names."""
-        from rgfast.probing import plots
-
-        return plots.plot_drift(self, measure, views, ax)
-
-    def plot_cka(self, measure: str = "cka", *, view: str | None = None, ax: Axes | None = None) -> Axes:
-        """The axes with CKA between layers in one view. Raises ValueError for an unknown measure or view."""
-        from rgfast.probing import plots
-
-        return plots.plot_cka(self, measure, view, ax)
-
-    def plot_heat_map(
-        self, measure: str = "effective_rank", *, view: str | None = None, ax: Axes | None = None
-    ) -> Axes:
-        """The axes with a rank by layer, or a drift by transition, and position in one view.
-
-        What is undefined or constant is blank. Raises ValueError for an unknown measure or view.
-        """
-        from rgfast.probing import plots
-
-        return plots.plot_heat_map(self, measure, view, ax)
-
-    def plot_spectra(self, *, view: str | None = None, ax: Axes | None = None) -> Axes:
-        """The axes with each layer's singular values in one view. Raises ValueError for an unknown view."""
-        from rgfast.probing import plots
-
-        return plots.plot_spectra(self, view, ax)
-
-    def report(self, path: str | Path) -> None:
-        """Write one self-contained HTML page to ``path``, atomically: flow in words, figures, provenance.
-
-        What a probe of several ranks returned is written by rank 0 alone.
-        """
-        from rgfast.report.probed import probe_page
-
-        if self._writes:
-            write_text(path, probe_page(self).render())
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
     def __repr__(self) -> str:
         sizes = self.dataset.sizes
         head = (
@@ -284,55 +281,29 @@ class ProbeResult:
             lines.append(f"  {'view':<12} effective rank, first → last layer")
             for view in self.views:
                 values = self.order_parameter(view).values
-                lines.append(f"  {view:<12} {_number(values[0])} → {_number(values[-1])}{self._caveat(view)}")
+                caveat = "  (sample limited)" if self.sample_limited(view) else ""
+                lines.append(f"  {view:<12} {_number(values[0])} → {_number(values[-1])}{caveat}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
-    def _caveat(self, view: str) -> str:
-        limited = self.dataset.sample_limited.sel(view=view)
-        return "  (sample limited)" if bool(limited.any()) else ""
 
-    def _of(self, measure: str, view: str | None) -> xr.DataArray:
-        if measure not in self.measures:
-            raise ValueError(f"measure must be one of {', '.join(self.measures)}, got {measure!r}")
-        values: xr.DataArray = self.dataset[measure].sel(view=self._view(view))
-        return values
-
-    def _view(self, view: str | None) -> str:
-        if view is None:
-            return self.views[0]
-        if view not in self.views:
-            raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
-        return view
-
-    def _own(self, name: str, view: str) -> xr.DataArray:
-        """A variable of one view, at the positions that the view has."""
-        values: xr.DataArray = self.dataset[name].sel(view=view).isel(position=self._own_positions(view))
-        return values
-
-    def _rows(self, view: str, to: str = "–") -> str:
-        """How many rows a view's values are of, in words: the fewest to the most where positions differ."""
-        count = self._own("n", view).values
-        return f"{count.min()}" if count.min() == count.max() else f"{count.min()}{to}{count.max()}"
-
-    def _own_positions(self, view: str) -> np.ndarray[Any, Any]:
-        """Indices into ``position``: the followed ones, or −1 alone."""
-        at = self.dataset.position.values
-        positional = bool(self.dataset.positional.sel(view=view))
-        return np.flatnonzero(at >= 0 if positional else at == -1)
+def _mean(values: xr.DataArray) -> xr.DataArray:
+    """Over positions, where defined."""
+    mean: xr.DataArray = values.mean("position", skipna=True)
+    return mean
 
 
 def _number(value: float) -> str:
     return "undefined" if np.isnan(value) else f"{value:.4g}"
 
 
-def _packed(arrays: Mapping[str, np.ndarray[Any, Any]]) -> xr.Dataset:
-    """All arrays end to end as fp64 (exact: counts stay below 2^53), and an index of what lies where."""
+def _packed(arrays: Mapping[str, NDArray[Any]]) -> xr.Dataset:
+    """All arrays end to end as fp64 (exact: counts stay below 2^53), with an index of names and shapes."""
     index = [[name, value.dtype.str, list(value.shape)] for name, value in arrays.items()]
     data = np.concatenate([value.astype(np.float64).reshape(-1) for value in arrays.values()])
     return xr.Dataset({"data": ("entry", data)}, attrs={"index": json.dumps(index)})
 
 
-def _unpacked(packed: xr.Dataset) -> dict[str, np.ndarray[Any, Any]]:
+def _unpacked(packed: xr.Dataset) -> dict[str, NDArray[Any]]:
     data, at, out = packed["data"].values, 0, {}
     for name, dtype, shape in json.loads(packed.attrs["index"]):
         size = int(np.prod(shape))

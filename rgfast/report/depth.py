@@ -1,29 +1,19 @@
-"""Figures by depth, of a reproduction and of a probe. Colour is ξ or the view, marker the view."""
+"""Figures by depth, of a reproduction and of a probe. Color is ξ or the view, marker the view."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rgfast.flow import descent
-from rgfast.probing import ProbeResult, plots
-from rgfast.report.canvas import Canvas, canvas, draw_fits, draw_heat, draw_seeds, figure_of, styled
-from rgfast.report.extract import (
-    SMALLEST,
-    by_seed,
-    chain_of,
-    drift_fits,
-    mean_of,
-    rank_by_position,
-    sorted_xi,
-)
-from rgfast.report.palette import BASELINE, CONTROL, CONTROLS, VIEW_MARKERS, depth_colours, xi_colours
+from rgfast.probing.result import DRIFTS, RANKS, ProbeResult
+from rgfast.report import experiment_charts, probe_charts
+from rgfast.report.accessor import check_measure, views_of
+from rgfast.report.canvas import Canvas, draw_chart
+from rgfast.report.extract import chain_of
 from rgfast.report.sources import Experiment, load
+from rgfast.report.spec import Chart
 
 __all__ = [
     "plot_cka",
@@ -35,22 +25,17 @@ __all__ = [
     "plot_training",
 ]
 
-TITLES = {"visible": "visible rows: what the stack forgets", "masked": "masked rows: what it infers"}
-LAYER = "layer (0 = input of the stack)"
 Views = Sequence[str] | None
 
 
 def _experiment(source: Any, needs: str, what: str) -> Experiment:
-    """``source`` as a reproduction that holds the variable ``needs``."""
+    """``source`` as a reproduction that has the variable ``needs``."""
     if not isinstance(source, Experiment):
-        raise TypeError(f"source must be a reproduction for {what}, got {_kind(source)}")
+        kind = "a probe's result" if isinstance(source, ProbeResult) else "a study"
+        raise TypeError(f"source must be a reproduction for {what}, got {kind}")
     if needs not in source.dataset:
         raise ValueError(f"source must hold {needs!r} for {what}; an older version wrote it, run it again")
     return source
-
-
-def _kind(source: Any) -> str:
-    return "a probe's result" if isinstance(source, ProbeResult) else "a study"
 
 
 def _chosen(known: Sequence[str], views: Views) -> list[str]:
@@ -61,13 +46,21 @@ def _chosen(known: Sequence[str], views: Views) -> list[str]:
     return chosen
 
 
-def _told(result: xr.Dataset, view: str) -> str:
-    """How many rows and seeds stand behind a value, for an axis."""
-    rows = f"n = {int(result.n.sel(view=view))} rows a position, " if "n" in result else ""
-    return f"{rows}{result.sizes['seed']} seed{'s' if result.sizes['seed'] > 1 else ''}"
+def _by_depth(
+    source: Any,
+    chart: Callable[..., Chart],
+    needs: str,
+    what: str,
+    chain: str | None,
+    views: Views,
+    ax: Canvas,
+) -> Figure:
+    """A reproduction's chart, a panel or row per view."""
+    result = _experiment(source, needs, what).dataset
+    chosen = _chosen(experiment_charts.VIEWS, views)
+    return draw_chart(chart(result, chain_of(result, chain), chosen), ax)
 
 
-@styled
 def plot_order_parameter(
     source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None
 ) -> Figure:
@@ -89,45 +82,12 @@ def plot_order_parameter(
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        axes = canvas(ax, 1, columns=1, size=(6.5, 4.2))
-        plots.plot_rank(found, "effective_rank", views, False, axes[0])
-        return figure_of(axes)
-    result = _experiment(found, "effective_rank", "the order parameter").dataset
-    chain, chosen, xis = chain_of(result, chain), _chosen(list(TITLES), views), sorted_xi(result)
-    axes = canvas(ax, len(chosen), columns=2, size=(5, 4.2), sharey=True)
-    colours = xi_colours(xis)
-    for panel, view in zip(axes, chosen, strict=True):
-        for xi in xis:
-            run: dict[str, Any] = {"chain": chain, "xi": xi, "stage": "trained", "view": view}
-            x, curves = by_seed(result, "effective_rank", **run)
-            ratios = [descent(values).ratio for values in curves if values.size > 1]
-            ratio = f"   (R = {mean_of(np.array(ratios)[:, None])[0]:.2f})" if ratios else ""
-            style = {"color": colours[xi], "marker": VIEW_MARKERS[view], "linewidth": 2.2}
-            draw_seeds(panel, x, curves, label=f"ξ = {xi:g}{ratio}", **style)
-        for stage, (dash, words) in CONTROLS.items():
-            if stage in result.stage.values:
-                run = {"chain": chain, "xi": xis[0], "stage": stage, "view": view}
-                x, curves = by_seed(result, "effective_rank", **run)
-                style = {"color": CONTROL, "marker": ".", "linewidth": 1.4, "linestyle": dash}
-                draw_seeds(panel, x, curves, label=words, **style)
-        if "effective_rank_baseline" in result:
-            level = float(result.effective_rank_baseline.sel(view=view))
-            panel.axhline(level, color="black", linewidth=1, linestyle=BASELINE, label="isotropic, same n")
-        panel.set(title=TITLES[view], xlabel=f"{LAYER}\n{_told(result, view)}", ylim=(0, None))
-        panel.set_xlim(-0.3, result.sizes["layer"] - 0.7)
-        panel.legend(loc="lower left", fontsize=10)
-    axes[0].set_ylabel("effective rank (dimensions)")
-    return _named(axes, ax, f"{chain} chain: effective rank of the residual stream, mean over positions")
+        return draw_chart(probe_charts.rank_chart(found, "effective_rank", views_of(found, views)), ax)
+    return _by_depth(
+        found, experiment_charts.rank_chart, "effective_rank", "the order parameter", chain, views, ax
+    )
 
 
-def _named(axes: Sequence[Axes], ax: Canvas, title: str) -> Figure:
-    figure = figure_of(axes)
-    if ax is None:
-        figure.suptitle(title)
-    return figure
-
-
-@styled
 def plot_heat_map(
     source: Any,
     *,
@@ -144,36 +104,19 @@ def plot_heat_map(
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        known = [view for view in found.views if bool(found.dataset.positional.sel(view=view))]
+        check_measure(measure, (*RANKS, *DRIFTS))
+        known = [view for view in found.views if found.is_positional(view)]
         if not known:
             raise ValueError("source must have a view with positions for a heat map, and holds none")
-        chosen = _chosen(known, views)
-        axes = canvas(ax, len(chosen), columns=3, size=(4.6, 3.6))
-        for panel, view in zip(axes, chosen, strict=True):
-            plots.plot_heat_map(found, measure, view, panel)
-        return figure_of(axes)
-    result = _experiment(found, "effective_rank_by_position", "a heat map").dataset
+        return draw_chart(probe_charts.heat_chart(found, measure, _chosen(known, views)), ax)
+    _experiment(found, "effective_rank_by_position", "a heat map")
     if measure != "effective_rank":
         raise ValueError(f"measure must be 'effective_rank' for a reproduction, got {measure!r}")
-    chain, chosen, xis = chain_of(result, chain), _chosen(list(TITLES), views), sorted_xi(result)
-    mean = rank_by_position(result, chain).sel(positional_view=chosen)
-    limits = (float(mean.min()), float(mean.max()))
-    axes = canvas(ax, len(chosen) * len(xis), columns=len(xis), size=(5, 3.1), sharex=True, sharey=True)
-    cells = [(view, xi) for view in chosen for xi in xis]
-    for panel, (view, xi) in zip(axes, cells, strict=True):
-        values = mean.sel(xi=xi, positional_view=view).transpose("layer", "position").values
-        labels = {"x": result.position.values, "y": result.layer.values}
-        picture = draw_heat(panel, values, limits=limits, **labels)
-        panel.set_title(f"{view} rows, ξ = {xi:g}  ({_told(result, view)})", fontsize=10)
-    for panel in axes[-len(xis) :]:
-        panel.set_xlabel("position")
-    for panel in axes[:: len(xis)]:
-        panel.set_ylabel("layer (0 = input)")
-    figure_of(axes).colorbar(picture, ax=axes, label="effective rank (dimensions)")
-    return _named(axes, ax, f"{chain} chain: effective rank by layer and position")
+    return _by_depth(
+        found, experiment_charts.heat_chart, "effective_rank_by_position", "a heat map", chain, views, ax
+    )
 
 
-@styled
 def plot_drift(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of the kernel drift 1 − CKA(l, l+1) by transition, logarithmic, with both fits.
 
@@ -184,36 +127,12 @@ def plot_drift(source: Any, *, chain: str | None = None, views: Views = None, ax
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        axes = canvas(ax, 1, columns=1, size=(6.5, 4.2))
-        plots.plot_drift(found, "kernel_drift", views, axes[0])
-        return figure_of(axes)
-    result = _experiment(found, "kernel_drift", "the drift").dataset
-    chain, chosen, xis = chain_of(result, chain), _chosen(list(TITLES), views), sorted_xi(result)
-    axes = canvas(ax, len(chosen), columns=2, size=(5, 4.4), sharey=True)
-    colours = xi_colours(xis)
-    for panel, view in zip(axes, chosen, strict=True):
-        moving = False
-        for xi in xis:
-            x, curves = by_seed(result, "kernel_drift", chain=chain, xi=xi, stage="trained", view=view)
-            fits = drift_fits(mean_of(curves))
-            positive = np.where(curves > 0, curves, np.nan)
-            moving |= bool((curves > 0).any())
-            style = {"color": colours[xi], "marker": VIEW_MARKERS[view], "linewidth": 2.2}
-            draw_seeds(panel, x, positive, label=f"ξ = {xi:g}", **style)
-            if fits is not None:
-                draw_fits(panel, x, fits, colours[xi])
-        if moving:  # where nothing moves there is nothing to draw, and a logarithm of none
-            panel.set_yscale("log")
-        steps = result.transition.values
-        panel.set_xticks(steps, [f"{k}→{k + 1}" for k in steps], rotation=0 if len(steps) < 10 else 90)
-        panel.set_xlim(-0.35, result.sizes["transition"] - 0.65)
-        panel.set(title=f"{view} rows", xlabel=f"transition between layers\n{_told(result, view)}")
-        panel.legend(loc="lower left", fontsize=9)
-    axes[0].set_ylabel("kernel drift, 1 − CKA")
-    return _named(axes, ax, f"{chain} chain: where the representation still moves")
+        chosen = views_of(found, views)
+        chart = probe_charts.drift_chart(found, "kernel_drift", chosen, fits=len(chosen) == 1)
+        return draw_chart(chart, ax)
+    return _by_depth(found, experiment_charts.drift_chart, "kernel_drift", "the drift", chain, views, ax)
 
 
-@styled
 def plot_cka(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of the debiased linear CKA of every two layers, a panel a view (and ξ, of a reproduction).
 
@@ -222,47 +141,10 @@ def plot_cka(source: Any, *, chain: str | None = None, views: Views = None, ax: 
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        chosen = _chosen(found.views, views)
-        axes = canvas(ax, len(chosen), columns=3, size=(4.6, 3.8))
-        for panel, view in zip(axes, chosen, strict=True):
-            plots.plot_cka(found, "cka", view, panel)
-        return figure_of(axes)
-    result = _experiment(found, "cka", "the CKA of layers").dataset
-
-    def draw(panel: Axes, view: str, xi: float) -> Any:
-        part = result.cka.sel(chain=chain, xi=xi, stage="trained", process=view)
-        values = mean_of(part.transpose("seed", "layer", "other_layer").values)
-        layers = result.layer.values
-        return draw_heat(panel, values, x=layers, y=layers, limits=(0.0, 1.0))
-
-    chain = chain_of(result, chain)
-    axes, picture = _by_view_and_xi(result, views, ax, draw, ("layer", "layer"))
-    figure_of(axes).colorbar(picture, ax=axes, label="CKA, debiased")
-    return _named(axes, ax, f"{chain} chain: CKA between layers")
+        return draw_chart(probe_charts.cka_chart(found, "cka", _chosen(found.views, views)), ax)
+    return _by_depth(found, experiment_charts.cka_chart, "cka", "the CKA of layers", chain, views, ax)
 
 
-def _by_view_and_xi(
-    result: xr.Dataset,
-    views: Views,
-    ax: Canvas,
-    draw: Callable[[Axes, str, float], Any],
-    labels: tuple[str, str],
-) -> tuple[list[Axes], Any]:
-    """A panel a view (row) and ξ (column), each by ``draw``; the axes and what was drawn last."""
-    chosen, xis = _chosen(list(TITLES), views), sorted_xi(result)
-    axes = canvas(ax, len(chosen) * len(xis), columns=len(xis), size=(4.6, 3.5), sharex=True, sharey=True)
-    cells, last = [(view, xi) for view in chosen for xi in xis], None
-    for panel, (view, xi) in zip(axes, cells, strict=True):
-        last = draw(panel, view, xi)
-        panel.set_title(f"{view} rows, ξ = {xi:g}  ({_told(result, view)})", fontsize=10)
-    for panel in axes[-len(xis) :]:
-        panel.set_xlabel(labels[0])
-    for panel in axes[:: len(xis)]:
-        panel.set_ylabel(labels[1])
-    return axes, last
-
-
-@styled
 def plot_spectra(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of each layer's singular values over its largest, logarithmic, from dark (input) to light.
 
@@ -272,31 +154,12 @@ def plot_spectra(source: Any, *, chain: str | None = None, views: Views = None, 
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        chosen = _chosen([view for view in found.views if view != "flattened"], views)
-        axes = canvas(ax, len(chosen), columns=3, size=(4.6, 3.6))
-        for panel, view in zip(axes, chosen, strict=True):
-            plots.plot_spectra(found, view, panel)
-        return figure_of(axes)
-    result = _experiment(found, "relative_spectrum", "the spectra").dataset
-    colours, chain = depth_colours(result.sizes["layer"]), chain_of(result, chain)
-
-    def draw(panel: Axes, view: str, xi: float) -> None:
-        part = result.relative_spectrum.sel(chain=chain, xi=xi, stage="trained", positional_view=view)
-        mean = mean_of(part.transpose("seed", "layer", "component").values)
-        for layer, values in enumerate(mean):
-            shown = np.where(values > SMALLEST, values, np.nan)
-            if np.isfinite(shown).any():
-                x = np.arange(1, len(shown) + 1)
-                panel.plot(x, shown, color=colours[layer], linewidth=1.8, label=f"{layer}")
-        if panel.lines:
-            panel.set_yscale("log")
-
-    axes, _ = _by_view_and_xi(result, views, ax, draw, ("component", "σ over the largest"))
-    axes[0].legend(title="layer", fontsize=9, ncols=1 + result.sizes["layer"] // 6)
-    return _named(axes, ax, f"{chain} chain: singular values by depth, mean over positions")
+        return draw_chart(probe_charts.spectra_chart(found, _narrow(found, views)), ax)
+    return _by_depth(
+        found, experiment_charts.spectra_chart, "relative_spectrum", "the spectra", chain, views, ax
+    )
 
 
-@styled
 def plot_survival(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of what each layer still holds: held-out linear R² by layer.
 
@@ -307,46 +170,16 @@ def plot_survival(source: Any, *, chain: str | None = None, views: Views = None,
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        chosen = _chosen([view for view in found.views if view != "flattened"], views)
-        axes = canvas(ax, len(chosen), columns=3, size=(4.6, 3.6), sharey=True)
-        for panel, view in zip(axes, chosen, strict=True):
-            plots.plot_targets(found, view, panel)
-        return figure_of(axes)
-    result = _experiment(found, "survival", "mode survival").dataset
-    titles = {"visible": "own token (visible rows)", "masked": "Bayes posterior (masked rows)"}
-    chain, chosen, xis = chain_of(result, chain), _chosen(list(titles), views), sorted_xi(result)
-    whole, colours = result.survival.sel(chain=chain), xi_colours(xis)
-    axes = canvas(ax, len(chosen), columns=2, size=(5, 4.2), sharey=True)
-    runs: list[tuple[float, str]] = [(xi, "trained") for xi in xis]
-    runs += [(xis[0], "control_iid")] if "control_iid" in result.stage.values else []
-    for panel, process in zip(axes, chosen, strict=True):
-        for xi, stage in runs:
-            part = whole.sel(xi=xi, stage=stage, process=process)
-            # Eigenspaces of other chains in the result stand as empty modes.
-            modes = whole.sel(xi=xi).dropna("mode", how="all")["mode"].values
-            trained = stage == "trained"
-            what = f"ξ = {xi:g}" if trained else f"i.i.d. control (ξ = {xi:g})"
-            for mode, name, dash in ((modes[0], "slowest", "-"), (modes[-1], "fastest", "--")):
-                values = part.sel(mode=mode).transpose("seed", "layer").values
-                style: dict[str, Any] = {
-                    "color": colours[xi] if trained else CONTROL,
-                    "marker": VIEW_MARKERS[process],
-                }
-                style |= {"linewidth": 2.2 if trained else 1.4, "linestyle": dash}
-                x = np.arange(values.shape[1], dtype=float)
-                draw_seeds(panel, x, values, label=f"{what}, {name} mode", **style)
-        panel.axhline(0.0, color="black", linewidth=0.6)
-        panel.set(title=titles[process], xlabel=f"{LAYER}\n{_told(result, process)}", ylim=(-0.08, 1.05))
-        panel.set_xlim(-0.3, result.sizes["layer"] - 0.7)
-    axes[0].set_ylabel("held-out linear R²")
-    if ax is None:
-        figure_of(axes).legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    else:
-        axes[0].legend(fontsize=9)
-    return _named(axes, ax, f"{chain} chain: which modes each layer still holds")
+        if not found.targets:
+            raise ValueError("source must have been probed with targets, and was probed without")
+        return draw_chart(probe_charts.target_chart(found, _narrow(found, views)), ax)
+    return _by_depth(found, experiment_charts.survival_chart, "survival", "mode survival", chain, views, ax)
 
 
-@styled
+def _narrow(result: ProbeResult, views: Views) -> list[str]:
+    return _chosen([view for view in result.views if view != "flattened"], views)
+
+
 def plot_training(source: Any, *, chain: str | None = None, ax: Canvas = None) -> Figure:
     """The figure of a reproduction's training: loss by step over that of Bayes, and the captured fraction.
 
@@ -363,32 +196,4 @@ def plot_training(source: Any, *, chain: str | None = None, ax: Canvas = None) -
     Raises TypeError for a source of another kind, ValueError for an unknown chain and another number of axes.
     """
     result = _experiment(load(source), "training_loss", "training curves").dataset
-    chain, xis = chain_of(result, chain), sorted_xi(result)
-    colours, x = xi_colours(xis), result.step.values.astype(float)
-    held_out = "training_evaluation_loss" in result
-    names = ("training_evaluation_loss" if held_out else "training_loss", "training_captured")
-    axes = canvas(ax, 2, columns=2, size=(5, 4))
-    for panel, name in zip(axes, names, strict=True):
-        for xi in xis:
-            part = result.sel(chain=chain, xi=xi, stage="trained")
-            curves = part[name].transpose("seed", "step").values
-            style = {"color": colours[xi], "marker": "o", "linewidth": 2}
-            draw_seeds(panel, x, curves, label=f"ξ = {xi:g}", **style)
-            if name != "training_captured" and "bayes_loss" in part:
-                level = float(part.bayes_loss.mean(skipna=True))
-                panel.axhline(
-                    level, color=colours[xi], linewidth=1.3, linestyle="--", label=f"Bayes, ξ = {xi:g}"
-                )
-        panel.set_xlabel(
-            f"training steps\n{result.sizes['seed']} seed{'s' if result.sizes['seed'] > 1 else ''}"
-        )
-    if "stationary_loss" in result:
-        known = float(result.stationary_loss.sel(chain=chain, stage="trained").mean(skipna=True))
-        axes[0].axhline(known, color="black", linewidth=1, linestyle=BASELINE, label="knowing no context (π)")
-    axes[1].axhline(0.9, color="black", linewidth=1, linestyle=BASELINE, label="trained: 0.90")
-    axes[0].set(title="held-out loss" if held_out else "loss of the training batch")
-    axes[0].set_ylabel("loss (nats a hidden token)")
-    axes[1].set(title="captured of what Bayes predicts", ylabel="captured fraction")
-    for panel in axes:
-        panel.legend(fontsize=9)
-    return _named(axes, ax, f"{chain} chain: training")
+    return draw_chart(experiment_charts.training_chart(result, chain_of(result, chain)), ax)

@@ -11,8 +11,8 @@ import xarray as xr
 
 from rgfast.flow import Check, Interval, descent, paired_interval
 from rgfast.report.definitions import HINT, TERMS, definition, interval_text, missed, number, numbers_of
+from rgfast.report.experiment_charts import experiment_charts
 from rgfast.report.extract import by_seed, sorted_xi
-from rgfast.report.interactive import experiment_figures
 from rgfast.report.markup import Markup, bullets, join, table, tag
 from rgfast.report.page import Page, as_rows
 from rgfast.report.sources import Experiment
@@ -56,8 +56,8 @@ def experiment_page(source: Experiment) -> Page:
         page.add(_controls(data, chain, told), _views(data, chain, told), _seeds(data, chain))
         page.heading(f"Figures{name}")
         page.add(tag("p", HINT, class_="faint"))
-        for title, caption, panels in experiment_figures(data, chain):
-            page.figure(title, caption, panels)
+        for chart in experiment_charts(data, chain):
+            page.chart(chart)
     page.heading("Terms")
     page.add(table(("term", "meaning"), TERMS, words=(1,)))
     page.heading("Configuration")

@@ -23,7 +23,7 @@
   }
 
   const known = (value) => typeof value === "number";
-  const paint = (colour) => (colour === "ink" ? "currentColor" : colour);
+  const paint = (color) => (color === "ink" ? "currentColor" : color);
 
   function shown(value) {
     if (!known(value)) return "undefined";
@@ -106,7 +106,7 @@
 
   function drawHeat(svg, panel, x, y, hits) {
     const { values, low, high, name, facts = [], counts } = panel.heat;
-    const cells = new Map(); // one path a colour, whatever the number of cells
+    const cells = new Map(); // one path a color, whatever the number of cells
     values.forEach((row, r) =>
       row.forEach((value, c) => {
         const lines = [`${panel.y.name} ${panel.y.labels[r]}`, `${panel.x.name} ${panel.x.labels[c]}`];
@@ -127,8 +127,8 @@
     const [bottom, top] = [y.at(-0.5), y.at(values.length - 0.5)];
     const bar = x.at(values[0].length - 0.5) + 12;
     const step = (bottom - top) / ramp.length;
-    ramp.forEach((colour, k) => {
-      add(svg, "rect", { x: bar, y: bottom - (k + 1) * step, width: 10, height: step + 0.6, fill: colour });
+    ramp.forEach((color, k) => {
+      add(svg, "rect", { x: bar, y: bottom - (k + 1) * step, width: 10, height: step + 0.6, fill: color });
     });
     add(svg, "text", { x: bar + 14, y: bottom, class: "tick" }, shown(Number(low.toPrecision(3))));
     add(svg, "text", { x: bar + 14, y: top + 9, class: "tick" }, shown(Number(high.toPrecision(3))));
@@ -136,7 +136,7 @@
 
   function drawSeries(parent, panel, series, x, y, hits, row) {
     const svg = series.halo ? add(parent, "g", { class: "halo" }) : parent;
-    const colour = paint(series.colour);
+    const color = paint(series.color);
     const usable = ([a, b]) => known(a) && known(b) && !(panel.x.log && a <= 0) && !(panel.y.log && b <= 0);
     if (series.line) {
       let [path, open] = ["", false]; // a gap where a value is undefined
@@ -144,7 +144,7 @@
         if (usable(point)) path += `${open ? "L" : "M"}${x.at(point[0]).toFixed(1)} ${y.at(point[1]).toFixed(1)}`;
         open = usable(point);
       }
-      const stroke = { d: path, stroke: colour, "stroke-width": series.width ?? 2, fill: "none" };
+      const stroke = { d: path, stroke: color, "stroke-width": series.width ?? 2, fill: "none" };
       if (series.dash) stroke["stroke-dasharray"] = series.dash;
       if (path) add(svg, "path", { class: "line", ...stroke });
     }
@@ -153,9 +153,9 @@
       const spread = known(low) && known(high) && (!panel.y.log || low > 0);
       if (spread) {
         const ends = { x1: left, x2: left, y1: y.at(low), y2: y.at(high) };
-        add(svg, "line", { ...ends, stroke: colour, "stroke-width": 1.2, opacity: 0.6 });
+        add(svg, "line", { ...ends, stroke: color, "stroke-width": 1.2, opacity: 0.6 });
       }
-      const fill = series.open ? { fill: "none", stroke: colour } : { fill: colour };
+      const fill = series.open ? { fill: "none", stroke: color } : { fill: color };
       const opacity = series.faint ? 0.5 : 1;
       marker(svg, series.shape, left, top, series.size ?? (series.faint ? 2.5 : 3.5), { ...fill, opacity });
       const lines = [series.name, `${panel.x.name} ${tickOf(panel.x, a)}`];
@@ -254,7 +254,7 @@
     if (panel.heat) drawHeat(svg, panel, x, y, hits);
     for (const rule of rules) {
       const at = y.at(rule.y);
-      const stroke = { stroke: paint(rule.colour ?? "ink"), "stroke-dasharray": rule.dash ?? "none" };
+      const stroke = { stroke: paint(rule.color ?? "ink"), "stroke-dasharray": rule.dash ?? "none" };
       add(svg, "line", { class: "rule", x1: frame.left, x2: frame.right, y1: at, y2: at, ...stroke });
     }
     series.forEach((each, row) => drawSeries(svg, panel, each, x, y, hits, `series ${row}`));
@@ -264,12 +264,12 @@
   function swatch(parent, each) {
     const key = add(parent, "svg", { width: 26, height: 12, "aria-hidden": true });
     const svg = add(key, "g", each.halo ? { class: "halo" } : {});
-    const colour = paint(each.colour ?? "ink");
+    const color = paint(each.color ?? "ink");
     if (each.line || each.y !== undefined) {
       const dash = each.dash ?? "none";
-      add(svg, "line", { x1: 1, x2: 25, y1: 6, y2: 6, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash });
+      add(svg, "line", { x1: 1, x2: 25, y1: 6, y2: 6, stroke: color, "stroke-width": 2, "stroke-dasharray": dash });
     }
-    const fill = each.open ? { fill: "none", stroke: colour } : { fill: colour };
+    const fill = each.open ? { fill: "none", stroke: color } : { fill: color };
     if (each.points) marker(svg, each.shape, 13, 6, 3.5, { ...fill, class: "key" });
   }
 
@@ -287,7 +287,7 @@
     for (const panel of figure.panels) {
       for (const each of [...(panel.series ?? []), ...(panel.rules ?? [])]) {
         const name = each.group ?? each.name;
-        if (!entries.has(name)) entries.set(name, each);
+        if (name && !entries.has(name)) entries.set(name, each);
       }
     }
     for (const [name, each] of entries) {

@@ -12,6 +12,7 @@ from typing import Any
 from rgfast.files import plain
 from rgfast.report.markup import Markup, join, table, tag
 from rgfast.report.palette import ramp
+from rgfast.report.spec import Chart, as_json
 
 __all__ = ["Page", "as_rows"]
 
@@ -31,11 +32,15 @@ class Page:
         self._parts.append(join(content))
 
     def figure(self, title: str, caption: object, panels: Sequence[dict[str, Any]]) -> None:
-        """An interactive figure; ``panels`` is what ``page.js`` reads."""
+        """An interactive figure; ``panels`` are what ``page.js`` reads."""
         name = f"figure-{len(self._figures)}"
         self._figures.append({"id": name, "panels": list(panels)})
         self._parts.append(tag("h3", title))
         self._parts.append(tag("figure", tag("figcaption", caption), tag("div", id=name), class_="chart"))
+
+    def chart(self, chart: Chart) -> None:
+        """An interactive figure with its title and caption."""
+        self.figure(chart.title, chart.caption, [as_json(panel) for panel in chart.panels])
 
     def render(self) -> str:
         """The whole page. Its policy lets the browser run this script alone, and load nothing."""

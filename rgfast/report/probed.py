@@ -6,14 +6,14 @@ import math
 
 import numpy as np
 
-from rgfast.probing import ProbeResult
-from rgfast.probing.measures import BASELINES, LABELS, RANKS
-from rgfast.probing.summary import ViewFlow
+from rgfast.flow.probed import ViewFlow
+from rgfast.probing.result import BASELINES, LABELS, RANKS, ProbeResult
 from rgfast.report.definitions import HINT, number
 from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, bullets, join, table, tag
 from rgfast.report.page import Page, as_rows
-from rgfast.report.probe_interactive import baseline, count_text, errors, plain, probe_figures
+from rgfast.report.parts import count_text, plain
+from rgfast.report.probe_charts import probe_charts
 
 __all__ = ["probe_page"]
 
@@ -42,8 +42,8 @@ def probe_page(result: ProbeResult) -> Page:
     page.add(_robustness(result))
     page.heading("Figures")
     page.add(tag("p", HINT, class_="faint"))
-    for title, caption, panels in probe_figures(result):
-        page.figure(title, caption, panels)
+    for chart in probe_charts(result):
+        page.chart(chart)
     page.heading("Layers")
     layers = zip(data.layer.values, result.layers, data.width.values, strict=True)
     page.add(table(("layer", "name", "width"), ((int(k), name, int(width)) for k, name, width in layers)))
@@ -109,8 +109,8 @@ def _settling(flow: ViewFlow) -> tuple[object, ...]:
 
 def _with_error(result: ProbeResult, measure: str, view: str, layer: int) -> str:
     value = float(result.order_parameter(view, measure).values[layer])
-    error = errors(result, measure, view)
-    return number(value) if error is None else f"{number(value)} ± {number(float(error[layer]))}"
+    error = result.standard_error(view, measure)
+    return number(value) if error is None else f"{number(value)} ± {number(float(error.values[layer]))}"
 
 
 def _robustness(result: ProbeResult) -> Markup:
@@ -121,8 +121,8 @@ def _robustness(result: ProbeResult) -> Markup:
             positive = np.flatnonzero(values > 0)
             start = int(positive[0]) if positive.size else 0
             ratio = values[-1] / values[start] if positive.size else math.nan
-            expected = "" if measure not in BASELINES else number(baseline(result, measure, view)[-1])
-            limited = bool(result._own("sample_limited", view).any())
+            expected = "" if measure not in BASELINES else number(float(result.baseline(view, measure)[-1]))
+            limited = result.sample_limited(view)
             ends = [_with_error(result, measure, view, k) for k in (start, len(values) - 1)]
             n = f"{count_text(result, view)}{' (sample limited)' if limited else ''}"
             rows.append((LABELS[measure], plain(view), *ends, number(ratio), expected, n))

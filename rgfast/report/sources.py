@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from rgfast.flow import judge
-from rgfast.probing import ProbeResult
+from rgfast.probing.result import ProbeResult
 
 __all__ = ["Experiment", "Source", "Study", "load"]
 

@@ -1,4 +1,4 @@
-"""Figures of the studies. Colour is ξ, the chain or the view: see :mod:`rgfast.report.palette`."""
+"""Figures of the studies. Color is ξ, the chain or the view: see :mod:`rgfast.report.palette`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
-from rgfast.report.canvas import Canvas, canvas, draw_heat, figure_of, styled
-from rgfast.report.extract import (
-    SPACING_ARMS,
-    SPACING_PANELS,
-    observer_cells,
-    observer_grid,
-    ratio_table,
-)
-from rgfast.report.palette import (
-    BASELINE,
-    CONTROL,
-    DASHES,
-    LIGHT,
-    MARKED,
-    SHAPES,
-    kind_colours,
-    xi_colours,
-)
+from rgfast.report.canvas import Canvas, canvas, draw_chart, draw_panel, figure_of, styled
+from rgfast.report.extract import ratio_table
+from rgfast.report.palette import BASELINE, CONTROL, SHAPES, xi_colours
 from rgfast.report.sources import Experiment, Study, load
+from rgfast.report.study_charts import (
+    POSTERIOR,
+    multiverse_chart,
+    observer_chart,
+    ratio_chart,
+    spacing_chart,
+)
 
 __all__ = [
     "plot_decimation",
@@ -40,10 +32,6 @@ __all__ = [
     "plot_relevance",
     "plot_xi",
 ]
-
-OBSERVED = {"control_iid": "i.i.d. control"}
-RATIOS = {"visible_R": "R: last over first layer, visible", "masked_R": "R: last over first layer, masked"}
-POSTERIOR = "effective rank of the centred log-posterior"
 
 
 def _study(source: Any, kind: str) -> Study:
@@ -63,7 +51,6 @@ def _runs(source: Any) -> pd.DataFrame:
     return _study(found, "sweep").tables["table"]
 
 
-@styled
 def plot_xi(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of R against ξ by chain: visible and masked rows, a row of panels a width.
 
@@ -75,11 +62,9 @@ def plot_xi(source: Any, *, ax: Canvas = None) -> Figure:
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    table = _runs(source)
-    return _by_chain(table, "xi", "correlation length ξ (steps)", list(RATIOS), ax)
+    return draw_chart(ratio_chart(_runs(source), "xi"), ax)
 
 
-@styled
 def plot_posterior_rank(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of R, and of the rank it ends at, against the rank of the exact Bayes posterior.
 
@@ -88,61 +73,7 @@ def plot_posterior_rank(source: Any, *, ax: Canvas = None) -> Figure:
     Points are runs, open where undertrained. For ``source`` and ``ax`` (three axes a width), and what is
     raised, see :func:`plot_xi`.
     """
-    table = _runs(source)
-    return _by_chain(table, "log_posterior_rank", POSTERIOR, [*RATIOS, "masked_last"], ax)
-
-
-def _by_chain(table: pd.DataFrame, against: str, label: str, responses: list[str], ax: Canvas) -> Figure:
-    widths, chains = sorted(table.width.unique()), list(dict.fromkeys(table.chain))
-    cells = [(width, response) for width in widths for response in responses]
-    axes = canvas(ax, len(cells), columns=len(responses), size=(11 / len(responses) + 0.6, 3.9))
-    colours, xis = kind_colours(chains), sorted(float(xi) for xi in table.xi.unique())
-    for panel, (width, response) in zip(axes, cells, strict=True):
-        own = table[table.width == width]
-        for k, chain in enumerate(chains):
-            dash = DASHES[k // 9 % len(DASHES)]
-            _draw_chain(panel, own[own.chain == chain], against, response, colours[chain], chain, dash)
-        if response == "masked_last":
-            _draw_limits(panel, own)
-        else:
-            panel.axhline(1.0, color="black", linewidth=0.6)
-        if against == "xi":
-            panel.set_xscale("log")
-            panel.set_xticks(xis, [f"{xi:g}" for xi in xis])
-            panel.set_xticks([], minor=True)
-        words = RATIOS.get(response, "effective rank, last layer, masked")
-        panel.set(ylabel=words, title=f"width {width}, {own.seed.nunique()} seeds", xlabel=label)
-    handles, names = axes[0].get_legend_handles_labels()
-    if ax is None:
-        figure_of(axes).legend(handles, names, loc="outside right center", fontsize=10)
-    else:
-        axes[0].legend(fontsize=9)
-    return figure_of(axes)
-
-
-def _draw_chain(
-    axes: Axes, part: pd.DataFrame, against: str, response: str, colour: str, label: str, dash: str
-) -> None:
-    good = part.captured >= CAPTURED
-    size = 4 if against == "xi" else 6
-    style: dict[str, Any] = {"color": colour, "markersize": size, "alpha": 0.7}
-    points = "o" if against == "xi" else SHAPES[0]
-    name = None if against == "xi" else label
-    axes.plot(part[against][good], part[response][good], points, label=name, **style)
-    axes.plot(part[against][~good], part[response][~good], points, fillstyle="none", **style)
-    if against == "xi":
-        mean = part[good].groupby("xi")[response].mean()
-        axes.plot(mean.index, np.asarray(mean), dash, color=colour, linewidth=1.8, label=label)
-
-
-def _draw_limits(axes: Axes, table: pd.DataFrame) -> None:
-    both = table[["log_posterior_rank", "masked_last"]].to_numpy(float)
-    ends = [0.9 * float(both.min()), 1.1 * float(both.max())]
-    axes.plot(ends, ends, color="black", linewidth=1, label="y = x")
-    if "masked_isotropic" in table:
-        expected = float(table.masked_isotropic.mean())
-        axes.axhline(expected, color="black", linewidth=1, linestyle=BASELINE, label="isotropic, same n")
-    axes.legend(handles=[one for one in axes.lines if one.get_linestyle() != "None"], fontsize=9)
+    return draw_chart(ratio_chart(_runs(source), "log_posterior_rank"), ax)
 
 
 @styled
@@ -232,12 +163,13 @@ def plot_multiverse(source: Any, *, ax: Canvas = None) -> Figure:
     """
     study = _study(source, "multiverse")
     table, options = study.tables["table"], study.design["options"]
-    effects = {name: part for name, part in study.summary.items() if isinstance(part, dict)}
+    effects = [name for name, part in study.summary.items() if isinstance(part, dict)]
     axes = _pairs(len(effects)) if ax is None else canvas(ax, 2 * len(effects), columns=2, size=(1, 1))
-    for k, (name, part) in enumerate(effects.items()):
+    for k, (name, panel) in enumerate(zip(effects, multiverse_chart(study).panels, strict=True)):
         curve, dots = axes[2 * k : 2 * k + 2]
+        draw_panel(panel, curve, legend_at="upper left")
+        curve.set(xticks=[], xlabel="")
         ordered = table[table.trained].sort_values(name, ignore_index=True)
-        _draw_curve(curve, ordered, name, part)
         at = np.arange(len(ordered))
         for row, (option, (first, *_)) in enumerate(options):
             other = (ordered[option] != first).to_numpy(bool)
@@ -266,25 +198,6 @@ def _pairs(effects: int) -> list[Axes]:
     return axes
 
 
-def _draw_curve(axes: Axes, ordered: pd.DataFrame, name: str, part: dict[str, Any]) -> None:
-    at, value = np.arange(len(ordered)), ordered[name].to_numpy(float)
-    below = (value - ordered[f"{name}_low"].to_numpy(float)).clip(min=0)
-    above = (ordered[f"{name}_high"].to_numpy(float) - value).clip(min=0)
-    spread = np.nan_to_num(np.stack([below, above]))
-    axes.errorbar(at, value, yerr=spread, fmt="o", color=CONTROL, ecolor=LIGHT, markersize=4)
-    default = ordered["default"].to_numpy(bool)
-    axes.plot(at[default], value[default], "*", color=MARKED, markersize=16, label="default set-up")
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    if part["bar"]:
-        axes.axhline(part["bar"], color="black", linewidth=0.8, linestyle=":")
-    axes.set_title(part["what"], fontsize=11)
-    axes.set_ylabel("effect")
-    axes.set_xticks([])
-    if default.any():
-        axes.legend(loc="upper left", fontsize=10)
-
-
-@styled
 def plot_decimation(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of what one network does when only every k-th token is shown, against k.
 
@@ -297,35 +210,9 @@ def plot_decimation(source: Any, *, ax: Canvas = None) -> Figure:
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    study = _study(source, "decimation")
-    table, xi = study.tables["table"], float(study.design["base"]["xi"][0])
-    axes = canvas(ax, len(SPACING_PANELS), columns=2, size=(5.6, 4))
-    for panel, (title, drawn) in zip(axes, SPACING_PANELS, strict=True):
-        for stage, arm, dash in SPACING_ARMS:
-            part = table[(table.stage == stage) & (table.arm == arm)]
-            for name, words, colour in drawn:
-                if stage != "trained" and name == "log_posterior_rank":
-                    continue
-                grey = CONTROL if colour == drawn[0][2] else LIGHT
-                paint = colour if stage == "trained" else grey
-                label = f"{words}, {arm if stage == 'trained' else 'i.i.d. control'}"
-                mean = part.groupby("spacing")[name].mean()
-                panel.plot(mean.index, np.asarray(mean), dash, color=paint, linewidth=1.8, label=label)
-                panel.plot(part.spacing, part[name], ".", color=paint, markersize=4, alpha=0.6)
-        if title == SPACING_PANELS[-1][0] and "masked_isotropic" in table:
-            expected = table.groupby("spacing").masked_isotropic.mean()
-            style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": BASELINE}
-            panel.plot(expected.index, np.asarray(expected), label="isotropic, same n", **style)
-            panel.set_ylim(bottom=0)
-        seeds = table.seed.nunique()
-        panel.set(ylabel=title, xlabel=f"k: every k-th token shown (ξ = {xi:g}/k on the grid), {seeds} seeds")
-        panel.legend(fontsize=9)
-    if ax is None:
-        figure_of(axes).suptitle(f"One network trained at ξ = {xi:g}, probed at every ξ/k")
-    return figure_of(axes)
+    return draw_chart(spacing_chart(_study(source, "decimation")), ax)
 
 
-@styled
 def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of CKA between layer l and the observer who sees radius w, by stage and ξ, and its ridge.
 
@@ -339,30 +226,4 @@ def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
-    study = _study(source, "observer")
-    curves, ridges = study.tables["table"], study.tables["ridges"]
-    cells = observer_cells(curves)
-    axes = canvas(ax, len(cells), columns=4, size=(3.6, 4.2), sharey=True)
-    for panel, (stage, xi) in zip(axes, cells, strict=True):
-        grid, relative, place = observer_grid(curves, ridges, stage, xi)
-        picture = draw_heat(panel, relative, x=list(grid.columns), y=list(grid.index), limits=(0.5, 1.0))
-        for column, value in enumerate(grid.max()):
-            if math.isfinite(value):
-                where: dict[str, Any] = {"transform": panel.get_xaxis_transform(), "ha": "center"}
-                panel.text(column, 1.01, f"{value:.2f}", fontsize=8.5, **where)
-        good = np.isfinite(place)
-        style: dict[str, Any] = {
-            "color": "white",
-            "markeredgecolor": "black",
-            "markersize": 6,
-            "linewidth": 1.6,
-        }
-        panel.plot(np.flatnonzero(good), place[good], "o-", **style)
-        panel.set_xlabel("layer")
-        panel.set_title(f"{OBSERVED.get(stage, stage)}, ξ = {xi:g}", fontsize=10.5, pad=16)
-    axes[0].set_ylabel(f"radius w of the observer ({curves.seed.nunique()} seeds)")
-    figure = figure_of(axes)
-    if ax is None:
-        figure.suptitle("Layers against ideal observers (masked rows; above: the layer's largest CKA)")
-    figure.colorbar(picture, ax=axes, label="debiased CKA over the layer's largest", shrink=0.85)
-    return figure
+    return draw_chart(observer_chart(_study(source, "observer")), ax)

@@ -14,7 +14,7 @@ from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, join, table, tag
 from rgfast.report.page import Page, as_rows
 from rgfast.report.sources import Study
-from rgfast.report.study_interactive import multiverse_panels, observer_panels, ratio_panels, spacing_panels
+from rgfast.report.study_charts import multiverse_chart, observer_chart, ratio_chart, spacing_chart
 
 __all__ = ["study_page"]
 
@@ -74,8 +74,7 @@ def _multiverse(study: Study) -> Page:
     page.add(table(*_by_view(study.tables["views"]), caption="Views and rank definitions cost no training."))
     page.heading("Specification curves")
     page.add(tag("p", HINT, class_="faint"))
-    told = "Trained set-ups sorted by each effect; the diamond is the default, the dotted line the bar."
-    page.figure("Every effect over all trained set-ups", told, multiverse_panels(study))
+    page.chart(multiverse_chart(study))
     page.add(_whole(data, f"All {len(data)} set-ups"))
     return page
 
@@ -142,10 +141,8 @@ def _sweep(study: Study) -> Page:
     page.add(table(names, cells, caption="Every cell: means over trained seeds (smallest to largest)."))
     page.heading("Figures")
     page.add(tag("p", HINT, class_="faint"))
-    told = "Points are runs (open: undertrained), lines means over the trained."
-    page.figure("R against ξ", told, ratio_panels(study, "xi"))
-    told = "The same R, and the rank it ends at, against the rank of the exact Bayes posterior."
-    page.figure("Against the posterior's rank", told, ratio_panels(study, "log_posterior_rank"))
+    page.chart(ratio_chart(data, "xi"))
+    page.chart(ratio_chart(data, "log_posterior_rank"))
     page.add(_whole(data, f"All {len(data)} points"))
     return page
 
@@ -184,8 +181,7 @@ def _decimation(study: Study) -> Page:
     page.add(table(("measure", *slopes), rows, caption=caption))
     page.heading("Figures")
     page.add(tag("p", HINT, class_="faint"))
-    told = "Lines are means over seeds, points the seeds; grey is a stack trained on i.i.d. tokens."
-    page.figure("Against the spacing k", told, spacing_panels(study))
+    page.chart(spacing_chart(study))
     page.add(_whole(data, f"All {len(data)} rows"))
     return page
 
@@ -206,11 +202,7 @@ def _observer(study: Study) -> Page:
     page.add(table(("run", "captured"), [(name, number(value)) for name, value in learnt.items()]))
     page.heading("Figures")
     page.add(tag("p", HINT, class_="faint"))
-    told = (
-        "Debiased CKA of masked rows over the layer's largest, means over seeds; the line joins the "
-        "smallest radius that reaches 99% of a layer's largest."
-    )
-    page.figure("Layers against observers", told, observer_panels(study))
+    page.chart(observer_chart(study))
     means = data.groupby(["stage", "xi", "layer", "radius"], sort=False).cka.mean().reset_index()
     page.add(_whole(means, "All means over seeds"))
     return page

@@ -110,6 +110,66 @@ def test_unknown_names_are_refused(result):
         result.target_r2("token")
 
 
+def test_accessors_give_a_view_its_own_positions(result):
+    data = result.dataset
+    assert result.view_or_first() == result.views[0]
+    assert result.positions("pooled").tolist() == [-1]
+    assert not result.is_positional("pooled")
+    assert result.is_positional("masked")
+    own = result.positions("masked")
+    np.testing.assert_array_equal(own, data.position.values[data.position.values >= 0])
+    counts = data.n.sel(view="masked", position=own).values
+    np.testing.assert_array_equal(result.variable("n", "masked").values, counts)
+    assert result.rows("masked") == (counts.min(), counts.max())
+    assert result.sample_limited("masked") == bool(data.sample_limited.sel(view="masked").any())
+    for name, found in (
+        ("effective_rank_se", result.standard_error("masked")),
+        ("effective_rank_baseline", result.baseline("masked")),
+        ("effective_rank", result.order_parameter("masked")),
+    ):
+        truth = np.nanmean(data[name].sel(view="masked", position=own).values, axis=-1)
+        np.testing.assert_allclose(found.values, truth, rtol=1e-14)
+    assert result.targets == ()
+
+
+def test_accessors_refuse_unknown_names(result):
+    for call in (
+        lambda: result.view_or_first("nowhere"),
+        lambda: result.positions("nowhere"),
+        lambda: result.is_positional("nowhere"),
+        lambda: result.variable("n", "nowhere"),
+        lambda: result.rows("nowhere"),
+        lambda: result.sample_limited("nowhere"),
+        lambda: result.standard_error("nowhere"),
+        lambda: result.baseline("nowhere"),
+    ):
+        with pytest.raises(ValueError, match=r"view must be one of visible.*, got 'nowhere'"):
+            call()
+    with pytest.raises(ValueError, match=r"measure must be one with a baseline .*got 'kernel_drift'"):
+        result.baseline("visible", "kernel_drift")
+    with pytest.raises(ValueError, match=r"measure must be one of effective_rank.*, got 'rank'"):
+        result.standard_error("visible", "rank")
+    with pytest.raises(KeyError, match="nothing"):
+        result.variable("nothing")
+
+
+def test_without_groups_there_is_no_standard_error(token_model, token_data):
+    result = rgfast.probe(token_model, token_data, measures="effective_rank", progress=False)
+    assert result.standard_error() is None
+
+
+def test_a_result_saved_without_moments_is_described_but_not_merged(result, tmp_path):
+    result.save(tmp_path / "small.nc", moments=False)
+    small = rgfast.ProbeResult.load(tmp_path / "small.nc")
+    assert small.moments is None
+    assert result.moments
+    assert small.writes
+    assert small._repr_html_() == result._repr_html_()
+    assert str(small.flow("masked")) == str(result.flow("masked"))
+    with pytest.raises(ValueError, match="other cannot be merged: one of the two results was saved with"):
+        result.merge(small)
+
+
 def test_measures_may_be_few(token_model, token_data):
     result = rgfast.probe(token_model, token_data, measures="effective_rank", progress=False)
     assert result.measures == ("effective_rank",)

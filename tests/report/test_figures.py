@@ -92,7 +92,7 @@ def test_drift_is_logarithmic_starts_where_it_is_defined_and_has_both_fits(resul
     assert float((residual**2).sum()) == pytest.approx(shape.decay_rss)
     assert set(step.get_ydata()) == {shape.step_high, shape.step_low}
     better = "decay" if shape.preferred == "decay" else "step"
-    assert next(label for label in labels(visible) if "(better)" in label).startswith(better)
+    assert next(label for label in labels(visible) if "better by BIC" in label).startswith(better)
     assert f"plateau from {shape.plateau[0]}→" in " ".join(labels(visible))
 
 
@@ -220,7 +220,7 @@ def test_views_keep_their_colour_and_say_their_count(probed):
         assert "(n = " in label
         assert lines(axes, VIEW_COLOURS[view])
     fitted = plot_drift(probed, views=["pooled"]).axes[0]
-    assert any("(better)" in label for label in labels(fitted))
+    assert any("better by BIC" in label for label in labels(fitted))
 
 
 def test_a_probe_with_targets_has_a_figure_of_them_and_one_without_says_so(probed):

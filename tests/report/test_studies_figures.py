@@ -213,8 +213,8 @@ def ridge_study(study):
 def test_observer_leaves_out_what_is_nowhere_defined(study):
     figure = plot_observer(ridge_study(study))
     panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == ["trained, ξ = 7"]
-    assert panels[0].lines[0].get_ydata().tolist() == [1.0, 1.0]
+    assert [axes.get_title() for axes in panels] == ["trained, ξ = 7  (1 seed)"]
+    np.testing.assert_array_equal(panels[0].lines[0].get_ydata(), [np.nan, 1.0, 1.0])
 
 
 def test_the_observer_page_has_slopes_and_the_ridge(study):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from rgfast.probing.result import ProbeResult
+from rgfast.probing.result import ProbeResult
+from rgfast.report.parts import count_text
 
 __all__ = ["as_html"]
 
@@ -31,8 +30,8 @@ def as_html(result: ProbeResult) -> str:
 
 
 def _row(result: ProbeResult, view: str) -> str:
-    number = result._rows(view)
-    if result.dataset.sample_limited.sel(view=view).any():
+    number = count_text(result, view)
+    if result.sample_limited(view):
         number += " <i>(sample limited)</i>"
     cells = [html.escape(view), number, "", "", ""]
     if "effective_rank" in result.measures:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rgfast.flow import Descent, DriftShape, descent, drift_shape
-
-if TYPE_CHECKING:
-    from rgfast.probing.result import ProbeResult
+from rgfast.flow.curves import Descent, DriftShape, descent, drift_shape
+from rgfast.probing.result import ProbeResult
 
 __all__ = ["ViewFlow", "flow_of"]
 
@@ -48,8 +45,12 @@ class ViewFlow:
         return "\n".join([*lines, *(f"  caveat: {caveat}" for caveat in self.caveats)])
 
 
-def flow_of(result: ProbeResult, view: str) -> ViewFlow:
-    """The :class:`ViewFlow` of a view. Raises ValueError where the measures or two layers are missing."""
+def flow_of(result: ProbeResult, view: str | None = None) -> ViewFlow:
+    """The :class:`ViewFlow` of a view, by default the first.
+
+    Raises ValueError for an unknown view, and without effective rank and drift of at least two layers.
+    """
+    view = result.view_or_first(view)
     rank = np.asarray(result.order_parameter(view).values)
     drift = np.asarray(result.order_parameter(view, "kernel_drift").values)
     if len(rank) < 2:
@@ -62,26 +63,28 @@ def flow_of(result: ProbeResult, view: str) -> ViewFlow:
 
 
 def _caveats(result: ProbeResult, view: str, first: int) -> tuple[str, ...]:
-    data, out = result.dataset.sel(view=view), []
-    own = result._own_positions(view)
+    own = result.positions(view)
+    data, out = result.dataset.sel(view=view, position=own), []
     if first:
         out.append(f"constant before layer {first}: no rank and no drift there")
-    if bool(data.sample_limited.isel(position=own).any()):
-        least = int(data.n.isel(position=own).min())
+    if result.sample_limited(view):
+        least, _ = result.rows(view)
         out.append(f"sample limited: {least} rows or fewer than 16 a feature; compare with the baseline")
-    still = np.asarray((data.effective_rank == 0).isel(position=own, layer=slice(first, None)).values)
+    still = np.asarray((data.effective_rank == 0).isel(layer=slice(first, None)).values)
     if (some := still.any(0) & ~still.all(0)).any() and len(own) > 1:
-        listed = [str(t) for t in data.position.values[own][some]]
+        listed = [str(t) for t in own[some]]
         where = ", ".join(listed if len(listed) < 7 else [*listed[:5], "…"])
         out.append(
             f"nothing varies at position {where} in some layers: there its rank 0 counts in the mean, and no "
             "drift or CKA does, so that means of two layers may be over other positions"
         )
     followed, length = len(own), int(result.dataset.attrs["length"])
-    if bool(data.positional) and followed < length:
+    if result.is_positional(view) and followed < length:
         out.append(f"{followed} of {length} positions followed")
-    out += [note for note in result.notes if note.startswith("the first batch had") and bool(data.positional)]
-    bound = float(data.effective_rank_bound.isel(position=own).max())
+    out += [
+        note for note in result.notes if note.startswith("the first batch had") and result.is_positional(view)
+    ]
+    bound = float(data.effective_rank_bound.max())
     if bound > 1e-6:
         out.append(f"the rounding error of the effective rank is bounded by {bound:.1g} only")
     return tuple(out)

@@ -1,0 +1,84 @@
+"""What charts of probes and of experiments share: transitions, fits to a drift, spectra, row counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rgfast.probing.result import ProbeResult
+from rgfast.report.extract import SMALLEST, drift_fits
+from rgfast.report.palette import depth_colours
+from rgfast.report.spec import Array, Axis, Series
+
+__all__ = [
+    "component_axis",
+    "count_text",
+    "fit_series",
+    "layer_axis",
+    "plain",
+    "spectrum_series",
+    "transition_axis",
+]
+
+
+def plain(name: str) -> str:
+    """A view's or measure's name without underscores."""
+    return name.replace("_", " ")
+
+
+def count_text(result: ProbeResult, view: str) -> str:
+    """How many rows a view's values are of: a number, or the fewest to the most if positions differ."""
+    fewest, most = result.rows(view)
+    return f"{fewest}" if fewest == most else f"{fewest}–{most}"
+
+
+def layer_axis(layers: int, first: str) -> Axis:
+    """The axis of layers; ``first`` says what layer 0 is."""
+    return Axis("layer", f"layer (0 = {first})", whole=True, low=-0.3, high=layers - 0.7)
+
+
+def transition_axis(transitions: int) -> Axis:
+    """The axis of transitions between layers."""
+    labels = tuple(f"{k}→{k + 1}" for k in range(transitions))
+    return Axis("transition", "transition between layers", labels=labels, low=-0.35, high=transitions - 0.65)
+
+
+def fit_series(drift: Array, first: int, color: str, of: str, facts: Sequence[str] = ()) -> list[Series]:
+    """Both fits to ``drift``, which starts at transition ``first``; nothing if none is defined."""
+    fits = drift_fits(drift)
+    if fits is None:
+        return []
+    plateau = first + fits.shape.plateau[0]
+    words = {"decay": f"{fits.shape.decay_rate:.3g} a layer", "step": f"plateau from {plateau}→{plateau + 1}"}
+    series = []
+    for kind, values, dash in (("decay", fits.decay, "--"), ("step", fits.step, ":")):
+        note = words[kind] + (", better by BIC" if kind == fits.shape.preferred else "")
+        x = np.arange(first, first + drift.size, dtype=float)
+        fit = Series(f"{kind}, {of}", x, values, color, note=note, facts=tuple(facts), dash=dash)
+        series.append(replace(fit, width=1.3, size=1.5))
+    return series
+
+
+def component_axis() -> Axis:
+    """The axis of the components of a spectrum."""
+    return Axis("component", whole=True)
+
+
+def spectrum_series(mean: Array, facts: Sequence[str]) -> tuple[Series, ...]:
+    """A line per layer of ``mean[layer, component]``, relative to the largest; rounding is left out."""
+    colors, x = depth_colours(len(mean)), np.arange(1.0, mean.shape[1] + 1)
+    return tuple(
+        Series(
+            f"layer {layer}",
+            x,
+            np.where(values > SMALLEST, values, np.nan),
+            colors[layer],
+            facts=tuple(facts),
+            width=1.8,
+            size=2.2,
+        )
+        for layer, values in enumerate(mean)
+        if np.isfinite(values).any()
+    )
