@@ -46,7 +46,7 @@ def canvas(ax: Canvas, panels: int, *, columns: int, size: tuple[float, float], 
     if ax is not None:
         given = [ax] if isinstance(ax, Axes) else list(ax)
         if len(given) != panels:
-            raise ValueError(f"ax must be {panels} axes, one a panel, got {len(given)}")
+            raise ValueError(f"ax must be {panels} axes, one per panel, got {len(given)}")
         return given
     columns = min(columns, panels)
     rows = -(-panels // columns)

@@ -81,7 +81,7 @@ def definition(key: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A number for a table: three significant digits, "undefined" for what is none."""
+    """A number for a table: three significant digits, or "undefined"."""
     if value is None or not math.isfinite(value):
         return "undefined"
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -89,7 +89,7 @@ def number(value: Any) -> str:
 
 
 def interval_text(found: Interval, values: Sequence[float] = ()) -> str:
-    """Mean and 95% interval; where there are too few values for one, their range and number."""
+    """Mean and 95% interval, or the range of values too few for one."""
     if not found.n:
         return "undefined"
     if math.isfinite(found.low):
@@ -122,7 +122,7 @@ def numbers_of(verdict: dict[str, Any]) -> list[tuple[str, Interval, list[float]
     elif key.startswith("iii"):
         told = [row for row in rows if row.get("preferred")]
         found = [
-            ("rate a layer", [row["decay_rate"] for row in told]),
+            ("rate per layer", [row["decay_rate"] for row in told]),
             ("top-2 share", [row["top2"] for row in told]),
             ("N_eff", [row["effective_transitions"] for row in told]),
             ("BIC(decay) − BIC(step)", [row["bic_difference"] for row in told]),

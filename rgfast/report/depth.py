@@ -66,16 +66,16 @@ def plot_order_parameter(
 ) -> Figure:
     """The figure of the order parameter by depth: effective rank by layer, controls and baseline beside it.
 
-    Of a reproduction: a panel a view, one colour a ξ; lines are means over seeds, points the seeds; grey the
-    stacks trained on i.i.d. tokens and on permuted targets, probed on the sequences of the smallest ξ; black
-    dots what isotropic data with as many rows and features would give. Of a probe: one panel, a line a view
-    with its error bars, its baseline dotted.
+    Of a reproduction: a panel per view, one color per ξ; lines are means over seeds, points the seeds; grey
+    the stacks trained on i.i.d. tokens and on permuted targets, probed on the sequences of the smallest ξ;
+    black dots what isotropic data with as many rows and features would give. Of a probe: one panel, a
+    line per view with its error bars, its baseline dotted.
 
     Args:
         source: what :func:`rgfast.report.write_report` takes, but a study.
         chain: of those in a reproduction; by default the first.
         views: ``"visible"`` and ``"masked"`` by default; of a probe all but ``"flattened"``.
-        ax: axes to draw on, one a panel, instead of a new figure.
+        ax: axes to draw on, one per panel, instead of a new figure.
 
     Raises TypeError for a source of another kind, ValueError for an unknown chain or view, a missing
     variable, and another number of axes than panels.
@@ -96,7 +96,7 @@ def plot_heat_map(
     views: Views = None,
     ax: Canvas = None,
 ) -> Figure:
-    """The figure of a measure by layer and position, a panel a view (and ξ, of a reproduction).
+    """The figure of a measure by layer and position, a panel per view (and ξ, of a reproduction).
 
     Of a reproduction it is the effective rank of the trained stacks, the mean over seeds, all panels on one
     scale; of a probe any rank or drift, and each panel on its own. Undefined cells are blank. For ``source``,
@@ -120,9 +120,9 @@ def plot_heat_map(
 def plot_drift(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of the kernel drift 1 − CKA(l, l+1) by transition, logarithmic, with both fits.
 
-    Of a reproduction: a panel a view, points are seeds, lines means; thin dashes a geometric decay and dots a
-    step with its plateau, fitted to the mean (better: the lower BIC). Of a probe: one panel, a line a view,
-    with the fits where it is drawn alone. For ``source``, ``chain``, ``views`` and ``ax``, and what is
+    Of a reproduction: a panel per view, points are seeds, lines means; thin dashes a geometric decay and dots
+    a step with its plateau, fitted to the mean (better: the lower BIC). Of a probe: one panel, a line per
+    view, with the fits if it is drawn alone. For ``source``, ``chain``, ``views`` and ``ax``, and what is
     raised, see :func:`plot_order_parameter`.
     """
     found = load(source)
@@ -134,7 +134,7 @@ def plot_drift(source: Any, *, chain: str | None = None, views: Views = None, ax
 
 
 def plot_cka(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
-    """The figure of the debiased linear CKA of every two layers, a panel a view (and ξ, of a reproduction).
+    """The figure of the debiased linear CKA of every two layers, a panel per view (and ξ, of a reproduction).
 
     Means over positions, and over the seeds of a reproduction. For ``source``, ``chain``, ``views`` and
     ``ax``, and what is raised, see :func:`plot_order_parameter`.
@@ -148,7 +148,7 @@ def plot_cka(source: Any, *, chain: str | None = None, views: Views = None, ax: 
 def plot_spectra(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of each layer's singular values over its largest, logarithmic, from dark (input) to light.
 
-    A panel a view (and ξ, of a reproduction); means over positions, and over the seeds of a reproduction.
+    A panel per view (and ξ, of a reproduction); means over positions, and over the seeds of a reproduction.
     Values below 1e-6 of the largest are rounding and left out. For ``source``, ``chain``, ``views`` and
     ``ax``, and what is raised, see :func:`plot_order_parameter`.
     """
@@ -163,7 +163,7 @@ def plot_spectra(source: Any, *, chain: str | None = None, views: Views = None, 
 def plot_survival(source: Any, *, chain: str | None = None, views: Views = None, ax: Canvas = None) -> Figure:
     """The figure of what each layer still holds: held-out linear R² by layer.
 
-    Of a reproduction: of the chain's slowest (solid) and fastest eigenspace (dashed), colour ξ; the own token
+    Of a reproduction: of the chain's slowest (solid) and fastest eigenspace (dashed), color ξ; the own token
     on visible rows, the Bayes posterior on masked rows; grey the stack trained on i.i.d. tokens, on the
     sequences of the smallest ξ. Of a probe: of its targets. For ``source``, ``chain``, ``views`` and ``ax``,
     and what is raised, see :func:`plot_order_parameter`; also ValueError for a probe without targets.
@@ -183,7 +183,7 @@ def _narrow(result: ProbeResult, views: Views) -> list[str]:
 def plot_training(source: Any, *, chain: str | None = None, ax: Canvas = None) -> Figure:
     """The figure of a reproduction's training: loss by step over that of Bayes, and the captured fraction.
 
-    Left: expected cross-entropy on held-out sequences (nats a hidden token), colour ξ, points are seeds;
+    Left: expected cross-entropy on held-out sequences (nats per hidden token), color ξ, points are seeds;
     dashed the exact Bayes posterior's, the best possible, dotted that of knowing no context. Right: captured,
     with the bar below which a run is undertrained. A result of an older version has the loss of the training
     batches instead, and no Bayes line.

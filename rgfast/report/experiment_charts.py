@@ -37,7 +37,7 @@ def _seeds(result: xr.Dataset) -> str:
 
 def _note(result: xr.Dataset, view: str) -> str:
     """How many rows and seeds stand behind a value."""
-    rows = f"n = {int(result.n.sel(view=view))} rows a position, " if "n" in result else ""
+    rows = f"n = {int(result.n.sel(view=view))} rows per position, " if "n" in result else ""
     return f"{rows}{_seeds(result)}"
 
 
@@ -46,7 +46,7 @@ def _facts(result: xr.Dataset, view: str, *, by_position: bool = False) -> tuple
     if "position" in result.sizes and not by_position:
         facts.append(f"mean over {result.sizes['position']} positions")
     if "n" in result and view in result.view.values:
-        facts.append(f"n = {int(result.n.sel(view=view))} rows a position and seed")
+        facts.append(f"n = {int(result.n.sel(view=view))} rows per position and seed")
     return tuple(facts)
 
 
@@ -151,7 +151,8 @@ def drift_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) ->
             x, curves = by_seed(result, "kernel_drift", **run)
             series.append(_of_seeds(result, f"ξ = {xi:g}", x, curves, colors[xi], view))
             fitted = ("fitted to the mean over seeds",)
-            series += fit_series(mean_of(curves), int(x[0]), colors[xi], f"ξ = {xi:g}", fitted)
+            first = int(x[0]) if x.size else 0  # masked rows of one block have no transition
+            series += fit_series(mean_of(curves), first, colors[xi], f"ξ = {xi:g}", fitted)
         y = Axis("drift", "kernel drift 1 − CKA", log=True)
         axis, note = transition_axis(result.sizes["transition"]), _note(result, view)
         panels.append(Panel(axis, y, f"{view} rows", tuple(series), note=note))
@@ -226,7 +227,7 @@ def training_chart(result: xr.Dataset, chain: str) -> Chart:
     loss, captured = series.values()
     step, note = Axis("step", "training steps"), _seeds(result)
     title = "loss on held-out sequences" if held_out else "loss of the training batch"
-    y = Axis("loss", "loss (nats a hidden token)")
+    y = Axis("loss", "loss (nats per hidden token)")
     left = Panel(step, y, title, tuple(loss), tuple(bayes), note=note)
     y, rules = Axis("captured fraction"), (Rule("trained: 0.90", 0.9, ":"),)
     right = Panel(step, y, "captured of what Bayes predicts", tuple(captured), rules, note=note)

@@ -153,7 +153,7 @@ def observer_grid(
 
 
 def ratio_table(result: xr.Dataset, width: int) -> pd.DataFrame:
-    """A row a trained run of a reproduction, with the columns that a sweep's table has for the same."""
+    """A row per trained run of a reproduction, with the columns that a sweep's table has for the same."""
     rows = []
     for chain in (str(name) for name in result.chain.values):
         for xi in sorted_xi(result):

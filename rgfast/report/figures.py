@@ -1,8 +1,8 @@
 """Every figure as a function of a user's own result.
 
 All take a ``source`` (what :func:`rgfast.report.write_report` takes, as far as the figure fits it) and
-``ax``, the axes to draw on, one a panel, instead of a new figure; all return the figure. Units and n stand on
-the axes, and a colour means the same thing in every one of them (:mod:`rgfast.report.palette`).
+``ax``, the axes to draw on, one per panel, instead of a new figure; all return the figure. Units and n are on
+the axes, and a color means the same thing in every one of them (:mod:`rgfast.report.palette`).
 
 >>> import torch, rgfast
 >>> from rgfast.report.figures import plot_order_parameter

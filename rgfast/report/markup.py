@@ -37,7 +37,7 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def bullets(items: Sequence[object]) -> Markup:
-    """A list, or nothing where there are no items."""
+    """A list, or nothing without items."""
     return tag("ul", *(tag("li", item) for item in items)) if items else Markup("")
 
 
@@ -49,7 +49,7 @@ def table(
     words: Iterable[int] = (),
     stack: bool = False,
 ) -> Markup:
-    """A table that scrolls sideways by itself. Columns ``words`` wrap; ``stack``: one cell a line on a "
+    """A table that scrolls sideways by itself. Columns ``words`` wrap; ``stack``: one cell per line on a "
     "phone."""
     wide = set(words)
 

@@ -90,7 +90,7 @@ def _between(place: float, places: Sequence[float]) -> str:
 
 
 def xi_colours(xis: Iterable[float]) -> dict[float, str]:
-    """Colour of each correlation length, short warm and long blue.
+    """Color of each correlation length, short warm and long blue.
 
     A length has the same colour in every figure, unless two of one figure would look alike: then they are
     spread evenly from vermillion to blue.
@@ -108,12 +108,12 @@ def xi_colours(xis: Iterable[float]) -> dict[float, str]:
 
 
 def kind_colours(names: Sequence[str]) -> dict[str, str]:
-    """Colour of each name, in their order, which says nothing more."""
+    """Color of each name, in their order, which says nothing more."""
     return {name: KIND_COLOURS[k % len(KIND_COLOURS)] for k, name in enumerate(names)}
 
 
 def depth_colours(layers: int) -> list[str]:
-    """A colour a layer, dark (input) to light (last)."""
+    """A color per layer, dark (input) to light (last)."""
     return [to_hex(colour) for colour in colormaps[HEAT](np.linspace(0, 0.9, layers))]
 
 

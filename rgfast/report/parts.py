@@ -51,7 +51,10 @@ def fit_series(drift: Array, first: int, color: str, of: str, facts: Sequence[st
     if fits is None:
         return []
     plateau = first + fits.shape.plateau[0]
-    words = {"decay": f"{fits.shape.decay_rate:.3g} a layer", "step": f"plateau from {plateau}→{plateau + 1}"}
+    words = {
+        "decay": f"{fits.shape.decay_rate:.3g} per layer",
+        "step": f"plateau from {plateau}→{plateau + 1}",
+    }
     series = []
     for kind, values, dash in (("decay", fits.decay, "--"), ("step", fits.step, ":")):
         note = words[kind] + (", better by BIC" if kind == fits.shape.preferred else "")

@@ -68,7 +68,7 @@ def _findings(result: ProbeResult) -> Markup:
         (
             "view",
             "verdict",
-            "rate a layer",
+            "rate per layer",
             "top-2 share (null)",
             "N_eff",
             "BIC(decay) − BIC(step)",

@@ -44,7 +44,7 @@ def _study(source: Any, kind: str) -> Study:
 
 
 def _runs(source: Any) -> pd.DataFrame:
-    """A row a run, of a sweep or of a reproduction."""
+    """A row per run, of a sweep or of a reproduction."""
     found = load(source)
     if isinstance(found, Experiment):
         return ratio_table(found.dataset, int(found.config.get("width", 0)))
@@ -52,13 +52,13 @@ def _runs(source: Any) -> pd.DataFrame:
 
 
 def plot_xi(source: Any, *, ax: Canvas = None) -> Figure:
-    """The figure of R against ξ by chain: visible and masked rows, a row of panels a width.
+    """The figure of R against ξ by chain: visible and masked rows, a row of panels per width.
 
     Points are runs (open: undertrained), lines means over the trained.
 
     Args:
         source: what :func:`rgfast.sweep` or :func:`rgfast.reproduce` returned, or its folder.
-        ax: axes to draw on, two a width, instead of a new figure.
+        ax: axes to draw on, two per width, instead of a new figure.
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
@@ -68,9 +68,9 @@ def plot_xi(source: Any, *, ax: Canvas = None) -> Figure:
 def plot_posterior_rank(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of R, and of the rank it ends at, against the rank of the exact Bayes posterior.
 
-    By chain, a row of three panels a width: R of visible rows, R of masked rows, the effective rank of the
+    By chain, a row of three panels per width: R of visible rows, R of masked rows, the effective rank of the
     last layer (masked rows; the line is y = x, dotted what isotropic data with as many rows would give).
-    Points are runs, open where undertrained. For ``source`` and ``ax`` (three axes a width), and what is
+    Points are runs, open if undertrained. For ``source`` and ``ax`` (three axes per width), and what is
     raised, see :func:`plot_xi`.
     """
     return draw_chart(ratio_chart(_runs(source), "log_posterior_rank"), ax)
@@ -80,7 +80,7 @@ def plot_posterior_rank(source: Any, *, ax: Canvas = None) -> Figure:
 def plot_relevance(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of the relevance test: final rank against the log-posterior's, and what predicts it.
 
-    Left: a point a trained run, colour ξ, marker the width; the line is y = x, dotted what isotropic data
+    Left: a point per trained run, color ξ, marker the width; the line is y = x, dotted what isotropic data
     with as many rows would give. Right: root mean square error of ln rank by predictor, on cells left out,
     bars from its bootstrap difference to y = x.
 
@@ -153,11 +153,11 @@ def plot_multiverse(source: Any, *, ax: Canvas = None) -> Figure:
     """The specification curves of a multiverse: trained set-ups sorted by each effect, with intervals.
 
     Beneath each curve a dot says which value of an option the set-up has: filled is not the default value.
-    The dotted line is the bar that the effect is held against, the star the default set-up.
+    The dotted line is the effect's bar, the star the default set-up.
 
     Args:
         source: what :func:`rgfast.multiverse` returned, or its folder.
-        ax: two axes an effect (curve, options) to draw on, instead of a new figure.
+        ax: two axes per effect (curve, options) to draw on, instead of a new figure.
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
@@ -185,7 +185,7 @@ def plot_multiverse(source: Any, *, ax: Canvas = None) -> Figure:
 
 
 def _pairs(effects: int) -> list[Axes]:
-    """Two axes an effect, the larger above the smaller, two effects a row."""
+    """Two axes per effect, the larger above the smaller, two effects a row."""
     rows = math.ceil(effects / 2)
     with mpl.rc_context({"figure.constrained_layout.use": False}):
         figure = Figure(figsize=(12, 4.6 * rows))
@@ -216,13 +216,13 @@ def plot_decimation(source: Any, *, ax: Canvas = None) -> Figure:
 def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of CKA between layer l and the observer who sees radius w, by stage and ξ, and its ridge.
 
-    Colour: CKA over that layer's largest, which stands above its column (means over seeds). White circles:
+    Color: CKA over that layer's largest, which stands above its column (means over seeds). White circles:
     the mean over seeds of the smallest radius that reaches 99% of a layer's largest CKA. A stage whose masked
     rows hold nothing anywhere has no panel.
 
     Args:
         source: what :func:`rgfast.observe` returned, or its folder.
-        ax: axes to draw on, one a stage and ξ, instead of a new figure.
+        ax: axes to draw on, one per stage and ξ, instead of a new figure.
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """

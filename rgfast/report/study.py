@@ -60,7 +60,7 @@ def _multiverse(study: Study) -> Page:
         f"both ξ). Intervals are over {found['intervals_over']}."
     )
     if found["intervals_over"] == "sequences":
-        lead += " They come from one seed a set-up and say nothing about other seeds."
+        lead += " They come from one seed per set-up and say nothing about other seeds."
     page = Page("rgfast: multiverse report", lead)
     effects = [name for name, part in found.items() if isinstance(part, dict)]
     page.heading("Robustness")
@@ -197,7 +197,7 @@ def _observer(study: Study) -> Page:
     records = [{str(key): value for key, value in row.items()} for row in slopes.to_dict("records")]
     rows = [(row["stage"], f"{row['xi']:g}", _interval(row), int(row["n"])) for row in records]
     caption = "Slope of ln w against the layer, with 95% t-intervals over seeds."
-    page.add(table(("stage", "ξ", "slope a layer", "seeds"), rows, caption=caption))
+    page.add(table(("stage", "ξ", "slope per layer", "seeds"), rows, caption=caption))
     learnt = study.summary.get("captured", {})
     page.add(table(("run", "captured"), [(name, number(value)) for name, value in learnt.items()]))
     page.heading("Figures")

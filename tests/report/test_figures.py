@@ -73,7 +73,7 @@ def test_order_parameter_draws_means_seeds_and_controls(result):
             assert len(seeds) == 3
         assert any("i.i.d." in label for label in labels(axes))
         assert axes.get_xlabel().startswith("layer")
-        assert f"n = {int(result.n.sel(view=view))} rows a position, 3 seeds" in axes.get_xlabel()
+        assert f"n = {int(result.n.sel(view=view))} rows per position, 3 seeds" in axes.get_xlabel()
         baseline = next(line for line in axes.lines if line.get_label() == "isotropic, same n")
         assert baseline.get_ydata()[0] == result.effective_rank_baseline.sel(view=view)
     assert figure.axes[0].get_ylabel() == "effective rank (dimensions)"
@@ -100,6 +100,12 @@ def test_a_stack_that_does_not_move_still_has_a_figure(result, tmp_path):
     result.kernel_drift[:] = 0.0
     save_figure(plot_drift(result), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_a_stack_of_one_block_has_no_masked_drift_and_still_a_figure(result):
+    visible, masked = plot_drift(result.isel(layer=[0, 1], transition=[0])).axes
+    assert lines(visible, COLOURS[1.0])
+    assert not masked.lines
 
 
 def test_save_figure_writes_a_png(result, tmp_path):
@@ -150,7 +156,7 @@ def test_training_curves_stand_over_the_bayes_line(finished):
         np.testing.assert_allclose(
             lines(captured, colour)[0].get_ydata(), data.training_captured.sel(xi=xi).mean("seed")
         )
-    assert loss.get_ylabel() == "loss (nats a hidden token)"
+    assert loss.get_ylabel() == "loss (nats per hidden token)"
 
 
 def test_an_older_result_has_the_training_loss_alone(finished):
@@ -194,7 +200,7 @@ def test_every_figure_by_depth_takes_a_folder_a_result_and_axes(draw, finished, 
     grid = list(np.ravel(own.subplots(1, panels)))
     assert draw(finished, chain="two-scale", ax=grid) is own
     assert all(axes.has_data() for axes in grid)
-    with pytest.raises(ValueError, match=f"ax must be {panels} axes, one a panel, got {panels + 1}"):
+    with pytest.raises(ValueError, match=f"ax must be {panels} axes, one per panel, got {panels + 1}"):
         draw(finished, ax=[*grid, grid[0]])
     with pytest.raises(ValueError, match=r"chain must be one of two-scale, got 'no'"):
         draw(finished, chain="no")

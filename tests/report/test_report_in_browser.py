@@ -95,7 +95,7 @@ def test_hovering_a_mean_tells_layer_value_and_n(browser, pages, finished):
     assert f"layer {layer}" in lines
     shown = next(line for line in lines if line.startswith("effective rank"))
     assert float(shown.split()[-1]) == pytest.approx(value, rel=1e-4)
-    assert f"n = {int(finished.dataset.n.sel(view='visible'))} rows a position and seed" in lines
+    assert f"n = {int(finished.dataset.n.sel(view='visible'))} rows per position and seed" in lines
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])

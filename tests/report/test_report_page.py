@@ -91,7 +91,7 @@ def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
     assert found["i"]["R"].mean == pytest.approx(pooled["i"]["R"]["mean"])
     assert found["ii"]["R_long − R_short, masked"].mean == pytest.approx(pooled["ii"]["gap_masked"]["mean"])
     assert found["ii-b"]["slow − fast"].mean == pytest.approx(pooled["ii-b"]["gap"]["mean"])
-    assert found["iii-visible"]["rate a layer"].mean == pytest.approx(pooled["iii-visible"]["decay_rate"])
+    assert found["iii-visible"]["rate per layer"].mean == pytest.approx(pooled["iii-visible"]["decay_rate"])
     assert [each.n for each in found["valid"].values()] == [2, 2]
     assert all(definition(key) for key in judged)
     assert definition("iii-masked-long").startswith(definition("iii-masked"))
@@ -112,7 +112,7 @@ def test_curves_of_a_page_are_those_of_the_result(finished):
         values = data.sel(view=view).mean("seed").values[first:]
         np.testing.assert_allclose([p[1] for p in mean["points"]], values, rtol=1e-6)
         assert [p[0] for p in mean["points"]] == list(range(first, len(values) + first))
-        assert f"n = {int(finished.dataset.n.sel(view=view))} rows a position and seed" in mean["facts"]
+        assert f"n = {int(finished.dataset.n.sel(view=view))} rows per position and seed" in mean["facts"]
 
 
 def test_a_folder_a_file_a_dataset_and_the_result_itself_give_the_same_figures(finished, tmp_path):
