@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rgfast.commands.models import Loaded, load_tokenizer
 from rgfast.masking import balanced_mask
-from rgfast.probing.capture.batches import Caller
+from rgfast.probing.capture.calls import Caller
 
 __all__ = ["Inputs", "hide", "read_arrays", "read_text", "try_one"]
 

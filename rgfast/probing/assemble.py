@@ -39,7 +39,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
     """The dataset of a :class:`~rgfast.probing.result.ProbeResult`."""
     plan = state.plan
     layers, views = len(plan.names), plan.views
-    where = [*plan.positions] if any(v in POSITIONAL for v in views) else []
+    where = [*plan.columns] if any(v in POSITIONAL for v in views) else []
     if any(v not in POSITIONAL for v in views):
         where = [-1, *where]
     sizes = {

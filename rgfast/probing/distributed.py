@@ -50,6 +50,7 @@ class FirstBatch:
     length: int
     aligned: bool
     places: tuple[int, ...]
+    padded: bool
     masked: bool
     targets: tuple[tuple[str, int, bool], ...]
 
@@ -179,7 +180,7 @@ def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> F
     lowest, chosen = firsts[0]
     widths = [width for _, width, _ in chosen.targets]
     for rank, other in firsts:
-        for name in ("widths", "aligned", "places", "masked"):
+        for name in ("widths", "aligned", "places", "padded", "masked"):
             _same(f"{name} of the layers", (lowest, getattr(chosen, name)), (rank, getattr(other, name)))
         for k, (mine, theirs) in enumerate(zip(chosen.targets, other.targets, strict=True)):
             vectors = not (mine[2] and theirs[2])

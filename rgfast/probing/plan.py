@@ -18,8 +18,8 @@ __all__ = [
     "WHOLE",
     "Held",
     "Plan",
-    "check_positions",
     "check_views",
+    "checked_positions",
     "make_plan",
 ]
 
@@ -92,6 +92,8 @@ class Plan:
 
     ``places`` numbers the places that layers have their rows at (none: all have the same): two layers at the
     same places can be compared row by row. ``aligned`` says that all layers have as many positions.
+    ``from_end`` says that negative positions are counted from each sequence's last token that counts (else
+    there are none); ``columns`` are where these stand in a sequence of full length.
     ``missed`` are layers that did not run in some batch, so that they have fewer rows than the others.
     """
 
@@ -110,6 +112,7 @@ class Plan:
     places: tuple[int, ...] = ()
     aligned: bool = True
     missed: tuple[int, ...] = ()
+    from_end: bool = False
 
     def to_json(self, **extra: Any) -> str:
         """Everything that decides what is measured, as JSON."""
@@ -121,6 +124,11 @@ class Plan:
         data = json.loads(text)
         own = {field.name: data.pop(field.name) for field in fields(cls) if field.name in data}
         return cls(**{name: _as_tuple(value) for name, value in own.items()}), data
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of ``positions`` in a sequence of full length, their names in the result."""
+        return tuple(t if t >= 0 else self.length + t for t in self.positions)
 
     def without(self, layers: Sequence[int]) -> Plan:
         """The plan in which ``layers`` missed some batch too, each a stream of its own."""
@@ -197,7 +205,8 @@ class Plan:
     @property
     def flops_per_sequence(self) -> float:
         """What measuring adds to the model's forward, for one sequence."""
-        rows = {"rest": self.length - len(self.positions), "mean_pooled": 1, "flattened": 1}
+        followed = 0 if self.from_end else len(self.positions)
+        rows = {"rest": self.length - followed, "mean_pooled": 1, "flattened": 1}
         return sum(
             h.flops_per_row(self.pending_bytes) * rows.get(h.kind, len(self.positions))
             for h in self.accumulators
@@ -224,7 +233,7 @@ def make_plan(
     widths: Sequence[int],
     length: int,
     *,
-    positions: str | Sequence[int],
+    positions: str | Sequence[int | str],
     views: Sequence[str] | None,
     pairs: Pairs,
     groups: int,
@@ -232,6 +241,7 @@ def make_plan(
     masked: bool,
     aligned: bool = True,
     places: Sequence[int] = (),
+    padded: bool = False,
     targets: Sequence[tuple[str, int]] = (),
     refine: bool | None = None,
 ) -> Plan:
@@ -254,6 +264,7 @@ def make_plan(
         refine=refine,
         places=tuple(places),
         aligned=aligned,
+        from_end=padded and not isinstance(positions, str) and any(_index(t) < 0 for t in positions),
         notes=() if aligned else (_UNALIGNED,),
     )
     if refine is not None:
@@ -268,7 +279,7 @@ def make_plan(
     return _fitted(replace(plan, refine=False, notes=(*plan.notes, note)), positions, memory)
 
 
-def _fitted(plan: Plan, positions: str | Sequence[int], memory: int) -> Plan:
+def _fitted(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Plan:
     """The plan with its positions and what it may hold back; without ``flattened`` where that is large."""
     follow = any(view in POSITIONAL for view in plan.views)
     plan = replace(plan, positions=(0,) if follow else ())
@@ -306,16 +317,26 @@ def check_views(views: Sequence[str]) -> None:
             raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
 
 
-def check_positions(positions: Any) -> None:
-    """Raise ValueError unless ``positions`` is "auto", "all" or a sequence of whole numbers, at least one."""
-    if isinstance(positions, str) and positions in ("auto", "all"):
-        return
+def checked_positions(positions: Any) -> str | tuple[int | str, ...]:
+    """``positions`` as given; ``"first"`` and ``"last"`` may stand for a sequence or in one.
+
+    Raises ValueError unless it is "auto", "all" or a sequence of whole numbers, "first" and "last", at least
+    one.
+    """
+    if isinstance(positions, str):
+        if positions in ("auto", "all"):
+            return positions
+        positions = (positions,)
     try:
-        good = not isinstance(positions, str) and bool([operator.index(t) for t in positions])
+        found = tuple(t if t in ("first", "last") else operator.index(t) for t in positions)
     except TypeError:
-        good = False
-    if not good:
-        raise ValueError(f"positions must be 'auto', 'all' or a sequence of indices, got {positions!r}")
+        found = ()
+    if not found:
+        raise ValueError(
+            "positions must be 'auto', 'all', 'first', 'last' or a sequence of indices, got "
+            f"{positions[0] if isinstance(positions, tuple) and len(positions) == 1 else positions!r}"
+        )
+    return found
 
 
 def _as_tuple(value: Any) -> Any:
@@ -341,10 +362,10 @@ def _asked_views(views: Sequence[str], masked: bool, aligned: bool) -> tuple[str
     return tuple(view for view in VIEWS if view in views)
 
 
-def _with_positions(plan: Plan, positions: str | Sequence[int], memory: int) -> Plan:
+def _with_positions(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Plan:
     length = plan.length
     if not isinstance(positions, str):
-        return replace(plan, positions=_indices(positions, length))
+        return _with_indices(plan, positions)
     picked = tuple(range(length))
     if positions == "auto":
         picked = _fitting(plan, memory)
@@ -355,11 +376,30 @@ def _with_positions(plan: Plan, positions: str | Sequence[int], memory: int) -> 
     return replace(plan, positions=picked)
 
 
-def _indices(positions: Sequence[int], length: int) -> tuple[int, ...]:
-    wanted = sorted({int(t) + (length if t < 0 else 0) for t in positions})
-    if not wanted or not 0 <= wanted[0] <= wanted[-1] < length:
+def _index(position: int | str) -> int:
+    """The number of a position: "first" is 0, "last" is −1."""
+    return {"first": 0, "last": -1}[position] if isinstance(position, str) else int(position)
+
+
+def _with_indices(plan: Plan, positions: Sequence[int | str]) -> Plan:
+    length, wanted = plan.length, {_index(t) for t in positions}
+    if not wanted or not -length <= min(wanted) <= max(wanted) < length:
         raise ValueError(f"positions must be indices from 0 to {length - 1}, got {list(positions)}")
-    return tuple(wanted)
+    columns = sorted({t if t >= 0 else length + t for t in wanted})
+    if not plan.from_end:
+        return replace(plan, positions=tuple(columns))
+    if len(columns) < len(wanted):
+        raise ValueError(
+            f"positions must not name one column twice, from the start and from the end of {length}, got "
+            f"{list(positions)}"
+        )
+    ends = ", ".join(
+        f"position {length + t} is each sequence's {'last' if t == -1 else f'{-t}th last'} token that counts"
+        for t in sorted(wanted)
+        if t < 0
+    )
+    ordered = sorted(wanted, key=lambda t: t if t >= 0 else length + t)
+    return replace(plan, positions=tuple(ordered), notes=(*plan.notes, ends))
 
 
 def _fitting(plan: Plan, memory: int) -> tuple[int, ...]:

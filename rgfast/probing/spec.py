@@ -10,11 +10,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from rgfast.probing.capture.companions import MaskSpec
+from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import LayerSpec
+from rgfast.probing.capture.padding import PaddingSpec, check_padding
+from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
-from rgfast.probing.plan import check_positions, check_views, parse_memory
+from rgfast.probing.plan import check_views, checked_positions, parse_memory
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_positive_int
@@ -37,10 +39,12 @@ class WatchOptions(TypedDict, total=False):
     """The options of :class:`ProbeSpec` that a loop of one's own has, for type checkers."""
 
     layers: str | LayerSpec | Sequence[LayerSpec]
-    positions: str | Sequence[int]
+    positions: str | Sequence[int | str]
+    origin: Origin
     measures: str | Sequence[str]
     pairs: Pairs
     mask: MaskSpec
+    padding: PaddingSpec
     targets: Mapping[str, TargetSpec] | None
     groups: int
     progress: bool | None
@@ -75,10 +79,12 @@ class ProbeSpec:
     """
 
     layers: str | LayerSpec | Sequence[LayerSpec] = "auto"
-    positions: str | Sequence[int] = "auto"
+    positions: str | Sequence[int | str] = "auto"
+    origin: Origin = "column"
     measures: str | Sequence[str] = "all"
     pairs: Pairs = "adjacent"
     mask: MaskSpec = None
+    padding: PaddingSpec = "auto"
     targets: Mapping[str, TargetSpec] | None = None
     groups: int = 1
     checkpoint: str | Path | None = None
@@ -103,7 +109,11 @@ class ProbeSpec:
         if self.refine is not None and not isinstance(self.refine, bool):
             raise TypeError(f"refine must be True, False or None, got {self.refine!r}")
         make_targets(self.targets)
-        check_positions(self.positions)
+        check_padding(self.padding)
+        check_choice(self.origin, "origin", ("column", "token"))
+        self._set("positions", checked_positions(self.positions))
+        if "first" in self.positions and not isinstance(self.positions, str):
+            self._set("origin", "token")
         if self.views is not None:
             check_views(self.views)
             self._set("views", tuple(self.views))
@@ -132,6 +142,13 @@ class ProbeSpec:
         return self.pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
 
     @property
+    def counts_from_end(self) -> bool:
+        """Whether a position is counted from the end of a sequence."""
+        return not isinstance(self.positions, str) and any(
+            t == "last" or (isinstance(t, int) and t < 0) for t in self.positions
+        )
+
+    @property
     def uncentred(self) -> bool:
         """Whether a rank of rows as they are was asked for."""
         return any(name.endswith("uncentred") for name in self.measures)
@@ -151,6 +168,8 @@ class ProbeSpec:
             "positions": self.positions if isinstance(self.positions, str) else list(self.positions),
             "measures": self.measures,
             "pairs": pairs if isinstance(pairs, str) else [list(pair) for pair in pairs],
+            "origin": self.origin,
+            "padding": dict(self.padding) if isinstance(self.padding, Mapping) else self.padding,
             "mask": self.mask if isinstance(self.mask, str) else self.mask is not None,
             "targets": list(self.targets or ()),
             "groups": self.groups,

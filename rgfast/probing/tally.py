@@ -27,8 +27,12 @@ from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
+from rgfast.streaming import pair_keys
 
 __all__ = ["Tally"]
+
+# Forwards to wait for a layer that does not run in every one.
+_PATIENCE = 16
 
 _BY_SAMPLES = "by samples: CKA and drift to 1e-6, nothing kept to merge (route='moments' keeps it)"
 
@@ -56,6 +60,7 @@ class Tally:
         if spec.route == "samples" and self._no_samples:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
+        self._early: list[RowBatch] = []
         self._rows: Rows | None = None
         self._first_batch: FirstBatch | None = None
         self._summed: tuple[Moments | None, dict[str, Any]] | None = None
@@ -103,17 +108,47 @@ class Tally:
             )
         return ProbeResult(assemble(found, spec.measures, self._provenance)), taken
 
+    def name_layers(self, names: Sequence[str]) -> None:
+        """Name the layers of the batches to come: a module that runs several times is as many layers.
+
+        Raises ValueError if there are others than before.
+        """
+        if self._moments is None:
+            self._names = list(names)
+        elif list(names) != self._names:
+            raise ValueError(f"layers must be the same in all forwards, got {', '.join(names)}")
+
     def add(self, batch: RowBatch) -> None:
         """Add a batch."""
         if self._ranks is not None:
             self._ranks.check()
         if self._moments is None:
-            self._moments = self._start(batch)
-            if not self._no_samples and batch.masked is None:
-                plan = replace(self._moments.plan, notes=(_BY_SAMPLES,))
-                self._rows = Rows(
-                    plan, self._spec.memory_bytes, copied=batch.reused, uncentred=self._spec.uncentred
-                )
+            self._early.append(_owned(batch) if batch.missing else batch)
+            unseen = [k for k in range(len(batch.layers)) if all(b.layers[k] is None for b in self._early)]
+            if not unseen:
+                self._begin(batch)
+            elif len(self._early) == _PATIENCE:
+                raise ValueError(self._never_ran(unseen))
+            return
+        self._add(batch)
+
+    def _begin(self, batch: RowBatch) -> None:
+        """Plan what is measured, now that every layer has been seen, and add the batches so far."""
+        self._moments = self._start(batch)
+        if not self._no_samples and batch.masked is None:
+            self._rows = Rows(
+                replace(self._moments.plan, notes=(*self._moments.plan.notes, _BY_SAMPLES)),
+                self._spec.memory_bytes,
+                copied=batch.reused,
+                uncentred=self._spec.uncentred,
+            )
+        early, self._early = self._early, []
+        for one in early:
+            self._add(one)
+
+    def _add(self, batch: RowBatch) -> None:
+        assert self._moments is not None
+        self._moments.note(batch.notes)
         if self._rows is not None:
             why = self._rows.accepts(batch)
             if not why:
@@ -121,6 +156,11 @@ class Tally:
                 self._rows.add(batch)
                 return
             self._hand_over(why)
+        if batch.padded and self._spec.counts_from_end and not self._moments.plan.from_end:
+            raise ValueError(
+                "positions: those from the end are each sequence's own only if the first batch tells its "
+                "padding too; give every batch a mask"
+            )
         # Of labels there may be more on other ranks than in this one's first batch.
         widths = [width for _, width in self._moments.plan.targets]
         targets = [
@@ -129,12 +169,19 @@ class Tally:
         ]
         self._moments.add(replace(batch, targets=targets))
 
+    def _never_ran(self, layers: Sequence[int]) -> str:
+        names = ", ".join(self._names[layer] for layer in layers)
+        return f"layers: {names} did not run in {len(self._early)} forwards; name layers that run"
+
     def result(self, *, last: bool) -> ProbeResult:
         """The measures of all that was seen; ``last`` makes it the last exchange with the other ranks."""
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
             return ProbeResult(assemble(rows.measures(), spec.measures, self._provenance))
+        if self._early:
+            unseen = [k for k in range(len(self._names)) if all(b.layers[k] is None for b in self._early)]
+            raise ValueError(self._never_ran(unseen))
         self._hand_over("there are too few sequences for every measure")
         moments, provenance = self._moments, self._provenance
         if self._ranks is not None:
@@ -230,16 +277,15 @@ class Tally:
                 self._moments.add(batch)
 
     def _start(self, batch: RowBatch) -> Moments:
-        rows = batch.present
-        sizes = {x.shape[0] for x in rows}
-        if len(sizes) != 1:
-            found = {name: x.shape[0] for name, x in zip(self._names, rows, strict=True)}
-            raise ValueError(f"layers must have the same number of rows, got {found}")
+        rows = [
+            next(x for b in self._early if (x := b.layers[k]) is not None) for k in range(len(self._names))
+        ]
         first = self._agreed(
             FirstBatch(
                 widths=tuple(x.shape[2] for x in rows),
                 length=rows[0].shape[1],
-                aligned=len({x.shape[1] for x in rows}) == 1,
+                aligned=len({x.shape[1] for x in batch.present}) == 1,
+                padded=batch.padded,
                 places=tuple(batch.places),
                 masked=batch.masked is not None,
                 targets=tuple(
@@ -249,6 +295,7 @@ class Tally:
             )
         )
         assert first is not None
+        pair_keys(self._spec.compared, len(self._names))
         return self._empty(first)
 
     def _empty(self, first: FirstBatch) -> Moments:
@@ -259,6 +306,7 @@ class Tally:
             masked=first.masked,
             aligned=first.aligned,
             places=first.places,
+            padded=first.padded,
             targets=[(name, width) for name, width, _ in first.targets],
         )
         self._announce(plan, str(plan))
@@ -289,6 +337,11 @@ class Tally:
         self._provenance = provenance(
             self._model, layers=list(plan.names), measures=list(self._spec.measures), **ranks
         )
+
+
+def _owned(batch: RowBatch) -> RowBatch:
+    """``batch`` with layers of its own, which later forwards do not write to."""
+    return replace(batch, layers=[None if x is None else x.clone() for x in batch.layers])
 
 
 def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None) -> str:

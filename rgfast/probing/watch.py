@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.activations import as_rows
+from rgfast.probing.capture.activations import Activation, as_rows
 from rgfast.probing.capture.entries import Entries
-from rgfast.probing.capture.layers import resolve
-from rgfast.probing.capture.watcher import Watcher
+from rgfast.probing.capture.layers import check_model, resolve
+from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
 from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.plan import Plan
@@ -80,19 +81,27 @@ class Probe:
 
     @_telling_ranks
     def _open(self, model: nn.Module, spec: ProbeSpec) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self._ranks = open_ranks(spec.distributed, spec.timeout)
         if self._ranks is not None:
             weakref.finalize(self, self._ranks.leave)
         self.model, self.measures = unwrapped(model), tuple(spec.measures)
         self._taps, chosen = resolve(self.model, spec.layers)
-        pair_keys(spec.compared, len(self._taps))
+        if not (spec.layers == "auto" and len(self._taps) == 2):  # one block may run many times
+            pair_keys(spec.compared, len(self._taps))
         say = spec.progress is not False and (self._ranks is None or self._ranks.rank == 0)
         if say and spec.layers == "auto":
             print(f"probe: {chosen}")
         targets = spec.new_targets()
-        self._entries = Entries(self.model, spec.mask, targets)
+        self._entries = Entries(
+            self.model,
+            self._taps,
+            mask=spec.mask,
+            padding=spec.padding,
+            origin=spec.origin,
+            targets=targets,
+            notes=Notes(),
+        )
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, say=say)
         self._watcher = Watcher(self.model, self._taps, self, tile=_TILE * spec.groups)
         self._whole: RowBatch | None = None
@@ -182,8 +191,9 @@ class Probe:
 
     def entered(self, x: Tensor) -> None:
         """:meta private:"""
-        rows = as_rows(x, self._taps[0].name)
-        self._whole = self._entries.batch([rows] * len(self._taps), self._tally.sequences)
+        rows = Activation(as_rows(x, self._taps[0].name))
+        every = range(len(self._taps))
+        self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
 
     def tile(self, first: int, states: Tensor) -> None:
         """:meta private:"""
@@ -192,12 +202,14 @@ class Probe:
         part = self._whole.some(slice(first, first + len(rows[0])))
         self._tally.add(replace(part, layers=rows, reused=True))
 
-    def finished(self, activations: list[Tensor] | None) -> None:
+    def finished(self, seen: Sequence[Seen] | None) -> None:
         """:meta private:"""
-        if activations is not None:
-            rows = [as_rows(x, tap.name) for x, tap in zip(activations, self._taps, strict=True)]
-            if rows[0].shape[0]:
-                self._tally.add(self._entries.batch(rows, self._tally.sequences))
+        if seen is not None:
+            rows = [None if x.value is None else Activation(as_rows(x.value, x.name), x.keep) for x in seen]
+            if any(x is not None and len(x.rows) for x in rows):
+                self._tally.name_layers([x.name for x in seen])
+                of_taps = [x.tap for x in seen]
+                self._tally.add(self._entries.batch(rows, of_taps, self._tally.sequences))
         self._whole = None
         self._entries.end()
 

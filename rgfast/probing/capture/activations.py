@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["as_rows", "find_tensor"]
+__all__ = ["Activation", "as_rows", "find_tensor", "unnested"]
 
 _PREFERRED = ("last_hidden_state", "hidden_states", "hidden_state", "logits")
 
@@ -43,10 +46,26 @@ def _find(value: Any) -> Tensor | None:
     return next((t for t in (_find(item) for item in ordered) if t is not None), None)
 
 
+@dataclass(frozen=True)
+class Activation:
+    """What a layer put out for a batch: ``rows`` ``[B, T, D]``, and which of them count ``[B, T]`` if the
+    layer itself tells (a nested tensor does), else None."""
+
+    rows: Tensor
+    keep: Tensor | None = None
+
+    def longer(self, length: int) -> Activation:
+        """With rows that do not count up to ``length``, if it tells which ones do."""
+        lacking = length - self.rows.shape[1]
+        if self.keep is None or lacking <= 0:
+            return self
+        return Activation(pad(self.rows, (0, 0, 0, lacking)), pad(self.keep, (0, lacking)))
+
+
 def as_rows(x: Tensor, name: str) -> Tensor:
     """``[B, T, D]`` of an activation: ``[B, D]`` has one position, ``[B, C, H, W]`` has H·W.
 
-    Raises ValueError for any other number of dimensions, and where there are no positions or features.
+    Raises ValueError for any other number of dimensions, and if there are no positions or features.
     """
     rows = x
     if x.dim() == 2:
@@ -59,3 +78,17 @@ def as_rows(x: Tensor, name: str) -> Tensor:
             f"{tuple(x.shape)}"
         )
     return rows
+
+
+def unnested(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """A nested tensor of sequences ``[T_b, D]`` as ``[B, T, D]`` and which rows are there; others as is."""
+    if not x.is_nested:
+        return x, None
+    parts = x.unbind()
+    if not parts or any(part.dim() != 2 for part in parts):
+        raise ValueError(
+            f"layer {name!r} must hold sequences [T, D] if it is nested, got {x.dim()} dimensions"
+        )
+    lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=x.device)
+    rows = pad_sequence(list(parts), batch_first=True)
+    return rows, torch.arange(rows.shape[1], device=x.device) < lengths[:, None]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-__all__ = ["Caller", "batch_items", "batch_rows", "iterate"]
+__all__ = ["as_tensor", "batch_items", "batch_rows", "iterate", "shuffles"]
 
 
 def iterate(batches: Any, batch_size: int) -> Iterator[Any]:
@@ -54,60 +60,27 @@ def batch_items(batch: Any) -> list[Any]:
     """What a batch holds, without names."""
     if isinstance(batch, Mapping):
         return list(batch.values())
-    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if not isinstance(batch, (tuple, list)):
+        return [batch]
+    return [item for part in batch for item in (part.values() if isinstance(part, Mapping) else [part])]
 
 
 def batch_rows(batch: Any) -> int:
-    """Rows of a batch: the length of its first array, 1 where it holds none."""
+    """Rows of a batch: the length of its first array, 1 if it holds none."""
     for item in batch_items(batch):
         if isinstance(item, (Tensor, np.ndarray)) and item.ndim:
-            return len(item)
+            return int(item.size(0)) if isinstance(item, Tensor) else len(item)
     return 1
 
 
-class Caller:
-    """Calls a model on a batch: what its ``forward`` takes is passed, the rest of a mapping is not."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        parameters = inspect.signature(model.forward).parameters.values()
-        self._named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        self._positional = sum(
-            p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-            for p in parameters
-        )
-        first = next(iter(model.parameters()), None)
-        self._device = None if first is None else first.device
-
-    def entries(self, batch: Any) -> dict[str, Any]:
-        """What a batch holds, by name (``input`` where it has none), on the model's device."""
-        if isinstance(batch, Mapping):
-            return {str(key): self._placed(value) for key, value in batch.items()}
-        items = batch_items(batch)
-        return {"input" if not k else f"input{k}": self._placed(item) for k, item in enumerate(items)}
-
-    def __call__(self, batch: Any, entries: Mapping[str, Any], reserved: frozenset[str]) -> Any:
-        """The model's output. ``reserved`` names entries that a model with ``**kwargs`` does not get either.
-
-        Raises ValueError where a mapping holds nothing that ``forward`` takes.
-        """
-        if not isinstance(batch, Mapping):
-            values = list(entries.values())
-            return self.model(*(values if self._variadic else values[: max(1, self._positional)]))
-        passed = {
-            key: value
-            for key, value in entries.items()
-            if key in self._named or (self._takes_any and key not in reserved)
-        }
-        if not passed:
-            raise ValueError(
-                f"batches: {type(self.model).__name__}.forward takes {', '.join(sorted(self._named))}, "
-                f"and the batch holds {', '.join(entries)}"
-            )
-        return self.model(**passed)
-
-    def _placed(self, value: Any) -> Any:
-        value = as_tensor(value)
-        return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
+def shuffles(batches: Any) -> str:
+    """The name of the sampler that makes the order of ``batches`` random, as far as it can be seen."""
+    if not isinstance(batches, DataLoader):
+        return ""
+    for holder in (batches, batches.batch_sampler):
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) or (
+            isinstance(sampler, DistributedSampler) and sampler.shuffle
+        ):
+            return type(sampler).__name__
+    return ""

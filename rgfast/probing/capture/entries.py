@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.batches import Caller, batch_rows
-from rgfast.probing.capture.companions import MaskSpec, row_masks
+from rgfast.probing.capture.activations import Activation
+from rgfast.probing.capture.batches import batch_rows
+from rgfast.probing.capture.calls import Caller
+from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.padding import Padding, PaddingSpec
+from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.targets import Target
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "MaskSpec"]
+
+MaskSpec = str | Any | None  # a name, or a callable that takes the entries
 
 
 class Entries:
     """The entries of the forward that is running, by name, and how a batch becomes a call of the model."""
 
-    def __init__(self, model: nn.Module, mask: MaskSpec, targets: Sequence[Target]) -> None:
-        self._caller, self._mask, self._targets = Caller(model), mask, targets
-        self._signature = inspect.signature(model.forward)
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        *,
+        mask: MaskSpec,
+        padding: PaddingSpec,
+        origin: Origin,
+        targets: Sequence[Target],
+        notes: Notes,
+    ) -> None:
+        self._model, self._mask, self._origin, self._targets = model, mask, origin, targets
+        self._notes = notes
+        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        self._padding = Padding(padding, [tap.name for tap in taps], modules, notes)
+        self._caller = Caller(model, self._padding, notes)
+        named = [mask, *(target.entry for target in targets)]
+        self._reserved = frozenset(name for name in named if isinstance(name, str))
         self._noted: dict[str, Any] = {}
         self._now: dict[str, Any] = {}
+        self._places: list[tuple[str | None, bool]] | None = None
 
     def note(self, entries: Mapping[str, Any]) -> None:
         """Keep entries that the model itself does not take, for the next forward."""
@@ -34,32 +59,98 @@ class Entries:
         if not batch_rows(batch):
             return None
         entries = self._caller.entries(batch)
-        named = [self._mask, *(target.entry for target in self._targets)]
         self.note(entries)
-        return self._caller(batch, entries, frozenset(name for name in named if isinstance(name, str)))
+        return self._caller(batch, entries, self._reserved)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward on these arguments begins: they are entries too."""
-        try:
-            bound = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        except TypeError:
-            bound = {}
-        self._now = {**bound, **bound.pop("kwargs", {}), **self._noted}
-        self._noted = {}
+        """A forward on these arguments begins: they are entries too.
 
-    def batch(self, layers: Sequence[Tensor], seen: int) -> RowBatch:
-        """The batch after ``seen`` sequences, whose layers' rows are ``layers[l]`` ``[B, T_l, d_l]``."""
-        first = layers[0]
-        keep, masked = row_masks(self._mask, self._now, first)
-        lengths = {x.shape[1]: k for k, x in enumerate(layers)}
-        return RowBatch(
-            layers,
-            [keep if x.shape[1] == first.shape[1] else None for x in layers],
-            masked,
+        Raises ValueError if it goes on from an earlier forward, as those of ``generate()`` do.
+        """
+        bound = self._caller.bound(args, kwargs)
+        if _is_generating(self._model) or _cached(bound):
+            raise ValueError(
+                "generate() cannot be probed: its forwards go over the same sequences again, or take one "
+                "token at a time from a cache; generate outside the probe, then run the model once on prompt "
+                "and generated tokens together"
+            )
+        self._now, self._noted = {**bound, **self._noted}, {}
+
+    def batch(self, activations: Sequence[Activation | None], taps: Sequence[int], seen: int) -> RowBatch:
+        """The batch after ``seen`` sequences, whose layers, of the taps ``taps[l]``, put out ``activations``.
+
+        Raises ValueError if a mask or a target does not fit, or an entry is missing.
+        """
+        by_tap = self._padding.entries(self._now, self._reserved)
+        names = [by_tap[tap] for tap in taps]
+        longest = max(a.rows.shape[1] for a in activations if a is not None)
+        activations = [None if a is None else a.longer(longest) for a in activations]
+        rows = [None if a is None else a.rows for a in activations]
+        own = [None if a is None else a.keep for a in activations]
+        # What a nested tensor leaves out is what its model's mask left out.
+        of_mask = [None if keep is not None else name for name, keep in zip(names, own, strict=True)]
+        keeps = [
+            mine if mine is not None else found
+            for mine, found in zip(own, self._padding.keeps(of_mask, self._now, rows), strict=True)
+        ]
+        self._padding.note_unread(names, self._now, longest, self._reserved)
+        first = next(x for x in rows if x is not None)
+        keys = [
+            (name, keep is not None, 0 if x is None else x.shape[1])
+            for name, keep, x in zip(names, own, rows, strict=True)
+        ]
+        batch = RowBatch(
+            rows,
+            keeps,
+            _masked(self._mask, self._now, first),
             [target.rows(self._now, seen, *first.shape[:2]).to(first.device) for target in self._targets],
-            [lengths[x.shape[1]] for x in layers],
+            places=[keys.index(key) for key in keys],
+            padded=any(name is not None for name in names) or any(keep is not None for keep in own),
+            notes=tuple(self._notes),
         )
+        return from_first_token(batch) if self._origin == "token" else batch
 
     def end(self) -> None:
         """The forward is over."""
         self._now = {}
+
+
+def _masked(mask: MaskSpec, entries: Mapping[str, Any], rows: Tensor) -> Tensor | None:
+    """Which tokens were hidden, ``[B, T]`` bool; None if there is no mask."""
+    if mask is None:
+        return None
+    if isinstance(mask, str):
+        if mask not in entries:
+            raise ValueError(f"mask: there is no entry {mask!r} in the batch ({', '.join(entries)})")
+        masked = entries[mask]
+    else:
+        masked = mask(entries)
+    masked = torch.as_tensor(masked, device=rows.device)
+    if masked.dtype != torch.bool or masked.shape != rows.shape[:2]:
+        raise ValueError(
+            f"mask must be bool {list(rows.shape[:2])}, got {str(masked.dtype).removeprefix('torch.')} "
+            f"{list(masked.shape)}"
+        )
+    found: Tensor = masked
+    return found
+
+
+def _is_generating(model: nn.Module) -> bool:
+    """Whether a method ``generate`` of the model, or of what wraps it, is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate":
+            owner = frame.f_locals.get("self")
+            if owner is model or (isinstance(owner, nn.Module) and any(m is model for m in owner.modules())):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _cached(entries: Mapping[str, Any]) -> bool:
+    """Whether a forward starts from keys and values of earlier tokens."""
+    past = entries.get("past_key_values")
+    if past is None:
+        return False
+    length = getattr(past, "get_seq_length", None)
+    return bool(length()) if length is not None else bool(isinstance(past, (tuple, list)) and past)

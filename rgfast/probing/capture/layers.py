@@ -6,51 +6,89 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
-__all__ = ["LayerSpec", "Tap", "resolve"]
+__all__ = ["LayerSpec", "Tap", "check_model", "resolve"]
 
 LayerSpec = str | int | re.Pattern[str]
 
 _INPUT = ":input"
+_SHOWN = 6  # of what a message lists
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One probed tensor: what a module returns, or (``side="input"``) what it is given."""
+    """One probed tensor: what a module returns, or (``side="input"``) what it is given.
+
+    ``once``: of a module that runs several times in a forward, the first run alone.
+    """
 
     name: str
     module: str
     side: Literal["input", "output"]
+    once: bool = False
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """A run of blocks of one kind in a container: a residual stream, as far as names tell."""
+    """A run of blocks of one kind in a container: a residual stream, as far as names tell.
+
+    ``container`` is the name of the module that holds these blocks and nothing else, or empty.
+    """
 
     blocks: tuple[str, ...]
     kind: str
+    container: str
 
     def taps(self) -> list[Tap]:
-        first = Tap(self.blocks[0] + _INPUT, self.blocks[0], "input")
+        first = Tap(self.blocks[0] + _INPUT, self.blocks[0], "input", once=True)
         return [first, *(Tap(name, name, "output") for name in self.blocks)]
 
     def __str__(self) -> str:
         return f"{self.blocks[0]} … {self.blocks[-1]} ({len(self.blocks)} × {self.kind})"
+
+    def asked(self) -> str:
+        """The ``layers=`` that takes this stream."""
+        if self.container:
+            return f"layers={self.container!r}"
+        return f"layers={[tap.name for tap in self.taps()]}"
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError for what is no module, and for code that does not run its modules."""
+    kind = type(model).__name__
+    why = ""
+    if isinstance(model, torch.export.ExportedProgram):
+        why = "an exported program"
+    elif isinstance(model, torch.jit.ScriptModule):
+        why = "a traced or scripted module"
+    elif isinstance(model, torch.fx.GraphModule) and not any(
+        n.op == "call_module" for n in model.graph.nodes
+    ):
+        why = "a graph whose modules were inlined"
+    if why:
+        raise TypeError(
+            f"model must run its modules one by one, and {why} does not; probe the model that it was made "
+            f"from (got {kind})"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind}")
 
 
 def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> tuple[list[Tap], str]:
     """The taps that ``layers`` asks for, in the model's order for patterns, and a sentence saying which.
 
     ``"auto"`` is the input of the first block and the output of every block of the model's only stack of
-    blocks. Otherwise a dotted module name (``name:input`` for what it is given), an index into the automatic
-    stream (0 its input, l the output of block l), a glob (``*`` stays within one dotted part, ``**`` does
-    not), a compiled regular expression or ``"re:..."`` matching the whole name, or a sequence of these.
+    blocks; the name of a stack of blocks (a ModuleList, or by itself a Sequential) is the same of that stack.
+    Otherwise a dotted module name (``name:input`` for what it is given), an index into the automatic stream
+    (0 its input, l the output of block l), a glob (``*`` stays within one dotted part, ``**`` does not), a
+    compiled regular expression or ``"re:..."`` matching the whole name, or a sequence of these.
 
-    Raises ValueError for what matches nothing, for a repeated layer, and for ``"auto"`` where there is no
-    stack of blocks or more than one; the message lists the candidates.
+    Raises ValueError for what matches nothing, for a repeated layer, and for ``"auto"`` if there is no stack
+    of blocks or more than one; the message lists the candidates.
     """
     if isinstance(layers, str) and layers == "auto":
         stream = _only_stream(model)
@@ -61,8 +99,9 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
         )
     specs = [layers] if isinstance(layers, (str, int, re.Pattern)) else list(layers)
     taps: list[Tap] = []
+    alone = isinstance(layers, str)
     for spec in specs:
-        taps += _resolve_one(model, spec)
+        taps += _resolve_one(model, spec, alone=alone)
     if not taps:
         raise ValueError("layers must name at least one layer, got none")
     names = [tap.name for tap in taps]
@@ -72,7 +111,7 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
     return taps, f"{len(taps)} layers: {', '.join(names)}"
 
 
-def _resolve_one(model: nn.Module, spec: LayerSpec) -> list[Tap]:
+def _resolve_one(model: nn.Module, spec: LayerSpec, *, alone: bool) -> list[Tap]:
     if isinstance(spec, bool) or not isinstance(spec, (str, int, re.Pattern)):
         raise TypeError(f"layers must hold names, indices or patterns, got {spec!r}")
     if isinstance(spec, int):
@@ -90,6 +129,11 @@ def _resolve_one(model: nn.Module, spec: LayerSpec) -> list[Tap]:
         name = spec.removesuffix(_INPUT)
         if name not in names:
             raise ValueError(f"layers: there is no module {name!r}; {_candidates(name, names)}")
+        # A Sequential among other layers is one of them, as the stages of a network are.
+        if alone or isinstance(model.get_submodule(spec.removesuffix(_INPUT)), nn.ModuleList):
+            for whole in _streams(model, ""):
+                if whole.container == spec:
+                    return whole.taps()
         return [_tap(spec)]
     side = _INPUT if isinstance(spec, str) and spec.endswith(_INPUT) else ""
     found = [_tap(name + side) for name in names if pattern.fullmatch(name)]
@@ -135,14 +179,34 @@ def _only_stream(model: nn.Module) -> _Stream:
     streams = list(_streams(model, ""))
     if len(streams) == 1:
         return streams[0]
-    names = [name for name, _ in model.named_children()]
     if not streams:
         raise ValueError(
-            "layers='auto' found no stack of blocks (a ModuleList or Sequential with modules of one kind in "
-            f"a row) in {type(model).__name__}; name the layers, the top modules are: {', '.join(names)}"
+            "layers='auto' found no stack of blocks (modules of one kind in a row, which have modules and "
+            f"weights of their own, in a ModuleList or Sequential) in {type(model).__name__}; "
+            + _looked_at(model)
         )
-    listed = "; ".join(str(stream) for stream in streams)
-    raise ValueError(f"layers='auto' is ambiguous, name one of these as a pattern: {listed}")
+    listed = "; ".join(f"{stream.asked()}: {stream}" for stream in streams)
+    raise ValueError(f"layers='auto' is ambiguous, take one of: {listed}")
+
+
+def _looked_at(model: nn.Module) -> str:
+    """What there was to look at for a stack of blocks, in words."""
+    looked = [
+        f"{name or 'the model'} ({type(module).__name__} of {', '.join(_kinds(module)) or 'nothing'})"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+    ]
+    more = f" and {len(looked) - _SHOWN} more" if len(looked) > _SHOWN else ""
+    seen = (
+        f"looked at {'; '.join(looked[:_SHOWN])}{more}" if looked else "there is no ModuleList or Sequential"
+    )
+    top = ", ".join(name for name, _ in model.named_children()) or "none"
+    return f"{seen}. Name the layers, the top modules are: {top}"
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    kinds = list(dict.fromkeys(type(child).__name__ for child in module.children()))
+    return kinds[:_SHOWN] + ["…"] * (len(kinds) > _SHOWN)
 
 
 def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
@@ -157,7 +221,9 @@ def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
             if run and type(child) is not type(run[0][1]):
                 if len(run) >= shortest:
                     inside |= {n for n, _ in run}
-                    yield _Stream(tuple(f"{prefix}{n}" for n, _ in run), type(run[0][1]).__name__)
+                    blocks = tuple(f"{prefix}{n}" for n, _ in run)
+                    whole = prefix.removesuffix(".") if len(run) == len(children) else ""
+                    yield _Stream(blocks, type(run[0][1]).__name__, whole)
                 run = []
             if _is_block(child):
                 run.append((name, child))
@@ -169,4 +235,7 @@ def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
 def _is_block(module: nn.Module) -> bool:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return False
-    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+    # Quantized modules have no parameters, but a state.
+    return any(True for _ in module.children()) and (
+        any(True for _ in module.parameters()) or bool(module.state_dict())
+    )

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.activations import find_tensor
+from rgfast.probing.capture.activations import find_tensor, unnested
 from rgfast.probing.capture.layers import Tap
 
-__all__ = ["Receiver", "StreamsTiles", "Watcher", "tile_streamer"]
+__all__ = ["Receiver", "Seen", "StreamsTiles", "Watcher", "tile_streamer"]
 
 
 class Receiver(Protocol):
@@ -29,8 +29,8 @@ class Receiver(Protocol):
     def tile(self, first: int, states: Tensor) -> None:
         """``states[l]`` are the layers' rows of the samples from ``first`` on, soon overwritten."""
 
-    def finished(self, activations: list[Tensor] | None) -> None:
-        """The forward is over; ``activations`` are the layers' outputs, None if they came as tiles."""
+    def finished(self, seen: Sequence[Seen] | None) -> None:
+        """The forward is over; ``seen`` are all layers, None if they came as tiles."""
 
 
 class StreamsTiles(Protocol):
@@ -45,10 +45,22 @@ class StreamsTiles(Protocol):
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A layer in one forward: its name, the tap that it comes from (one for every run of the tap's module),
+    and what it put out, None if it did not run. ``keep`` is of :class:`Activation`."""
+
+    name: str
+    tap: int
+    value: Tensor | None
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class _Captured:
     """An activation, the tensor it came as, and how often that had been written to."""
 
     value: Tensor
+    keep: Tensor | None
     original: Tensor
     version: int
 
@@ -60,7 +72,9 @@ class Watcher:
     no graph is kept alive. Compiled models and modules run eagerly while it is open, since compiled code does
     not call hooks.
 
-    A layer whose module runs more than once in a forward, or not at all, is an error of that forward.
+    A module that runs several times in a forward is as many layers, ``name#1``, ``name#2`` and so on, and the
+    layers are then in the order in which they ran. How many there are is known from the first forward in
+    which it runs; a layer that does not run in some forward is seen without a value.
     """
 
     def __init__(
@@ -68,8 +82,10 @@ class Watcher:
     ) -> None:
         self._model, self._taps, self._receiver, self._tile = model, taps, receiver, tile
         self._handles: list[Any] = []
-        self._held: dict[int, _Captured] = {}
-        self._copied, self._first = set(range(len(taps))), True
+        self._held: dict[tuple[int, int], _Captured] = {}
+        self._runs: dict[int, int] = {}
+        self._order: list[tuple[int, int]] = []
+        self._copied, self._first = {*range(len(taps))}, True
         self._tiles_began = False
         self._eager: Any = None
 
@@ -133,35 +149,55 @@ class Watcher:
         self._receiver.began(args, kwargs)
 
     def _capture(self, index: int, value: Any) -> None:
-        tap = self._taps[index]
-        if index in self._held:
+        tap, run = self._taps[index], sum(key[0] == index for key in self._held)
+        if run and tap.once:
+            return
+        if run >= self._runs.get(index, run + 1):
             raise ValueError(
-                f"layers: {tap.module!r} ran twice in one forward (shared weights?), so its output is "
-                "ambiguous; name modules that run once"
+                f"layers: {tap.module!r} ran {run + 1} times in this forward and {run} in an earlier one; "
+                "begin with the batch that needs most"
             )
         x = find_tensor(value, tap.name).detach()
-        self._held[index] = _Captured(x.clone() if index in self._copied else x, x, _version(x))
+        rows, keep = unnested(x, tap.name)
+        copied = rows.clone() if index in self._copied and rows is x else rows
+        self._held[index, run] = _Captured(copied, keep, x, _version(x))
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        missing = [tap.name for k, tap in enumerate(self._taps) if k not in self._held]
-        if missing:
-            raise ValueError(f"layers: {', '.join(missing)} did not run in this forward")
-        kept = [self._held[k] for k in range(len(self._taps))]
-        self._held = {}
-        self._check_unchanged(kept)
-        self._receiver.finished([x.value for x in kept])
+        held, self._held = self._held, {}
+        if not held:
+            raise ValueError(
+                f"layers: {', '.join(tap.name for tap in self._taps)} did not run in this forward (code that "
+                "was traced or exported does not run its modules)"
+            )
+        self._check_unchanged(held)
+        for index, run in held:
+            self._runs[index] = max(run + 1, self._runs.get(index, 0))
+        layers = [(k, run) for k in range(len(self._taps)) for run in range(self._runs.get(k, 1))]
+        if any(run for _, run in layers):
+            ran = [*dict.fromkeys([*self._order, *held])]
+            layers = self._order = ran + [layer for layer in layers if layer not in ran]
+        self._receiver.finished([self._seen(layer, held.get(layer)) for layer in layers])
 
-    def _check_unchanged(self, kept: list[_Captured]) -> None:
+    def _seen(self, layer: tuple[int, int], captured: _Captured | None) -> Seen:
+        index, run = layer
+        name = self._taps[index].name
+        name = f"{name}#{run + 1}" if self._runs.get(index, 1) > 1 else name
+        if captured is None:
+            return Seen(name, index, None)
+        return Seen(name, index, captured.value, captured.keep)
+
+    def _check_unchanged(self, held: Mapping[tuple[int, int], _Captured]) -> None:
         """Copies are made in the first forward, later of those layers only that the model then wrote to."""
-        written = {k for k, x in enumerate(kept) if _version(x.original) != x.version}
+        written = {k for (k, _), x in held.items() if _version(x.original) != x.version}
         if self._first:
             # Tensors of inference mode do not tell, nor do any that are written to through .data or numpy.
             silent = {
                 k
-                for k, x in enumerate(kept)
-                if x.original.is_inference() or not torch.equal(x.value, x.original)
+                for (k, _), x in held.items()
+                if x.original.is_inference() or not (x.original.is_nested or torch.equal(x.value, x.original))
             }
-            self._copied, self._first = written | silent, False
+            unseen = {*range(len(self._taps))} - {k for k, _ in held}
+            self._copied, self._first = written | silent | unseen, False
         elif written - self._copied:
             names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
             raise RuntimeError(

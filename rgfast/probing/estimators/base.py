@@ -23,8 +23,9 @@ class RowBatch:
 
     ``keeps[l]`` ``[B, T_l]`` bool says which rows of a layer count (None: all do), ``masked`` ``[B, T]``
     which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``places[l]``
-    numbers the places that a layer has its rows at. ``reused`` says that the layers' memory is about to be
-    overwritten.
+    numbers the places that a layer has its rows at. ``padded`` says that some entry tells the padding, and
+    ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory is
+    about to be overwritten.
     """
 
     layers: Sequence[Tensor | None]
@@ -32,6 +33,8 @@ class RowBatch:
     masked: Tensor | None = None
     targets: Sequence[Tensor] = ()
     places: Sequence[int] = ()
+    padded: bool = False
+    notes: tuple[str, ...] = ()
     reused: bool = False
 
     @property

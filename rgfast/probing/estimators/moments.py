@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.probing.capture.positions import columns_of
 from rgfast.probing.estimators.base import ByGroup, RowBatch
 from rgfast.probing.measures import Measured, measure, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
@@ -83,6 +84,12 @@ class Moments:
                 }
         self.plan = plan
 
+    def note(self, sentences: Sequence[str]) -> None:
+        """Let the result say these too."""
+        new = [sentence for sentence in sentences if sentence not in self.plan.notes]
+        if new:
+            self.plan = replace(self.plan, notes=(*self.plan.notes, *new))
+
     def _note_longer(self) -> None:
         rest = "count in the pooled view only" if "pooled" in self.plan.views else "are left out"
         note = f"the first batch had {self.plan.length} positions; further ones of longer sequences {rest}"
@@ -109,7 +116,8 @@ class Moments:
             whole = None if keep is None else keep.all(1)
             accumulator.update([x.flatten(1) for x in layers], whole, finite=True)
         elif held.kind == "rest":
-            _add_rest(accumulator, layers, keep, set(self.plan.positions))
+            followed = () if self.plan.from_end else self.plan.positions
+            _add_rest(accumulator, layers, keep, {*followed})
         else:
             self._add_positions(accumulator, held.kind, layers, keep, batch.masked)
 
@@ -122,20 +130,27 @@ class Moments:
         masked: Tensor | None,
     ) -> None:
         batch, length = layers[0].shape[:2]
-        rows = [self._followed(x).transpose(0, 1) for x in layers]  # [P, B, d]
-        if keep is None and max(self.plan.positions) >= length:
+        if keep is None and (self.plan.from_end or max(self.plan.positions) >= length):
             keep = torch.ones(batch, length, dtype=torch.bool, device=layers[0].device)
-        kept = None if keep is None else self._followed(keep).T
+        at = None if keep is None or not self.plan.from_end else columns_of(self.plan.positions, keep)
+        rows = [self._followed(x, at).transpose(0, 1) for x in layers]  # [P, B, d]
+        kept = None if keep is None else self._followed(keep, at).T
+        if at is not None and kept is not None:
+            kept = kept & (at.T >= 0) & (length > at.T)
         if kind != "rows":
             assert masked is not None
-            hidden = self._followed(masked).T
+            hidden = self._followed(masked, at).T
             wanted = hidden if kind == "hidden" else ~hidden
             kept = wanted if kept is None else wanted & kept
         accumulator.update(rows, kept, finite=True)
 
-    def _followed(self, x: Tensor) -> Tensor:
-        """The followed positions of ``[B, T, ...]``; what a shorter batch lacks is zero (and not kept)."""
+    def _followed(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """The followed positions of ``[B, T, ...]``, at the columns ``at[B, P]`` if there are any; what a
+        shorter batch lacks is zero (and not kept)."""
         length = x.shape[1]
+        if at is not None:
+            index = at.clamp(0, length - 1)
+            return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
         if len(self.plan.positions) == length == self.plan.length:
             return x
         inside = [t for t in self.plan.positions if t < length]
@@ -217,6 +232,8 @@ class Moments:
             return own["seen" if view == "visible" else "hidden"]
         if view == "position" and "rows" in own:
             return own["rows"]
+        if view == "pooled" and self.plan.from_end:
+            return own["rest"]  # tokens may stand at two of the positions
         any_kind = next(iter(own.values()))
         total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored if factors else ())
         for kind in (*SPLIT, *WHOLE):

@@ -1,0 +1,157 @@
+"""From a batch of any usual form to a call of the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing.capture.batches import as_tensor
+from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.padding import Padding, is_padding_name, looks_like_padding
+
+__all__ = ["Caller"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Caller:
+    """Calls a model on a batch: what its ``forward`` takes is passed, the rest of a mapping is not.
+
+    Of a tuple as many items are passed as ``forward`` requires, and a padding mask among the others, if
+    ``forward`` takes one. A forward of one argument that takes a mapping gets it whole.
+    """
+
+    def __init__(self, model: nn.Module, padding: Padding | None = None, notes: Notes | None = None) -> None:
+        self._model, self._padding, self._notes = model, padding, notes
+        self._signature = inspect.signature(model.forward)
+        parameters = self._signature.parameters.values()
+        kinds = {p.kind: p.name for p in parameters}
+        self._keywords = kinds.get(inspect.Parameter.VAR_KEYWORD)
+        self._variadic = inspect.Parameter.VAR_POSITIONAL in kinds
+        self._named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._ordered = [p.name for p in parameters if p.kind in _POSITIONAL]
+        self._required = sum(p.kind in _POSITIONAL and p.default is p.empty for p in parameters)
+        self._device = _device_of(model)
+        self._masks: dict[int, str | None] = {}
+
+    def entries(self, batch: Any) -> dict[str, Any]:
+        """What a batch holds, by name (``input``, ``input1``, … for what has none), on the model's device."""
+        if isinstance(batch, Mapping):
+            return {str(key): self._placed(value) for key, value in batch.items()}
+        items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        found: dict[str, Any] = {}
+        for k, item in enumerate(items):
+            if isinstance(item, Mapping):
+                found.update(self.entries(item))
+            else:
+                found["input" if not k else f"input{k}"] = self._placed(item)
+        return found
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward by name; a mapping among them is taken apart."""
+        try:
+            found = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        except TypeError:
+            found = dict(kwargs)
+        if self._keywords is not None:
+            found.update(found.pop(self._keywords, {}))
+        for value in [v for v in found.values() if isinstance(v, Mapping)]:
+            found = {**{str(key): item for key, item in value.items()}, **found}
+        return found
+
+    def __call__(self, batch: Any, entries: Mapping[str, Any], reserved: frozenset[str]) -> Any:
+        """The model's output. ``reserved`` names entries that a model with ``**kwargs`` does not get either.
+
+        Raises ValueError if a mapping holds nothing that ``forward`` takes.
+        """
+        if isinstance(batch, Mapping):
+            return self._on_mapping(entries, reserved)
+        items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        if items and isinstance(items[0], Mapping):
+            return self._on_mapping(self.entries(items[0]), reserved)
+        values = [entries[name] for name in entries]
+        if self._variadic:
+            return self._model(*values)
+        passed = max(1, self._required)
+        masks = {} if "input" in reserved else self._masks_of(values, passed, reserved)
+        return self._model(*values[:passed], **masks)
+
+    def _on_mapping(self, entries: Mapping[str, Any], reserved: frozenset[str]) -> Any:
+        passed = {
+            key: value
+            for key, value in entries.items()
+            if key in self._named or (self._keywords is not None and key not in reserved)
+        }
+        if passed:
+            return self._model(**passed)
+        kind = type(self._model).__name__
+        holds = ", ".join(entries) or "nothing"
+        if len(self._ordered) == 1 and entries:
+            try:
+                return self._model(dict(entries))
+            except (TypeError, AttributeError, IndexError, KeyError) as error:
+                raise ValueError(
+                    f"batches: {kind}.forward takes {self._ordered[0]}, and the batch holds {holds}; given "
+                    f"the whole mapping it fails ({type(error).__name__}: {error})"
+                ) from error
+        raise ValueError(
+            f"batches: {kind}.forward takes {', '.join(sorted(self._named)) or 'no named argument'}, and the "
+            f"batch holds {holds}"
+        )
+
+    def _masks_of(self, values: list[Any], passed: int, reserved: frozenset[str]) -> dict[str, Any]:
+        """The padding masks among the items that are not passed, by the argument that takes them.
+
+        What an item is is decided on the first batch: later ones may have no padding, or other kinds of it.
+        """
+        out: dict[str, Any] = {}
+        for k in range(passed, len(values)):
+            if k not in self._masks:
+                self._masks[k] = self._argument_for(k, values, reserved)
+            if (name := self._masks[k]) is not None:
+                out[name] = values[k]
+        return out
+
+    def _argument_for(self, k: int, values: list[Any], reserved: frozenset[str]) -> str | None:
+        entry = f"input{k}"
+        if entry in reserved or not looks_like_padding(values[k], values[0]):
+            return None
+        names = [name for name in self._named if is_padding_name(name)]
+        at_k = self._ordered[k] if k < len(self._ordered) else ""
+        name = at_k if at_k in names else "attention_mask" if "attention_mask" in names else ""
+        if not name and len(names) == 1:
+            name = names[0]
+        if name and (values[k].dtype == torch.bool or name.endswith("attention_mask")):
+            return name
+        if self._padding is not None and self._notes is not None:
+            self._padding.read_too(entry)
+            self._notes.add(
+                f"item {k} of a batch was read as a padding mask (1 counts), and not passed to forward, "
+                "which takes none; padding=None counts every position"
+            )
+        return None
+
+    def _placed(self, value: Any) -> Any:
+        value = as_tensor(value)
+        return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where a model takes its input; None if it does not say.
+
+    Weights that wait on ``meta`` are offloaded: the hook that brings them says where the model runs.
+    """
+    first = next(iter(model.parameters()), None)
+    if first is None:
+        return None
+    if first.device.type != "meta":
+        return first.device
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    return None

@@ -1,0 +1,57 @@
+"""Positions that are counted from a sequence's own tokens rather than from the first column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rgfast.probing.estimators.base import RowBatch
+
+__all__ = ["Origin", "columns_of", "from_first_token"]
+
+Origin = Literal["column", "token"]
+
+
+def from_first_token(batch: RowBatch) -> RowBatch:
+    """The batch with every sequence's first token that counts in column 0, and the columns before it last."""
+    shifts = {id(keep): _first(keep) for keep in batch.keeps if keep is not None}
+    if not any(bool(shift.any()) for shift in shifts.values()):
+        return batch
+
+    def moved(x: Tensor | None, keep: Tensor | None) -> Tensor | None:
+        if x is None or keep is None:
+            return x
+        index = (
+            shifts[id(keep)][:, None] + torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
+        ) % x.shape[1]
+        return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
+
+    keeps = list(batch.keeps)
+    first = keeps[0]
+    return replace(
+        batch,
+        layers=[moved(x, keep) for x, keep in zip(batch.layers, keeps, strict=True)],
+        keeps=[moved(keep, keep) for keep in keeps],
+        masked=moved(batch.masked, first),
+        targets=[y for target in batch.targets if (y := moved(target, first)) is not None],
+    )
+
+
+def _first(keep: Tensor) -> Tensor:
+    """The column of every sequence's first token that counts ``[B]``, int64."""
+    return keep.to(torch.uint8).argmax(1)
+
+
+def columns_of(positions: Sequence[int], keep: Tensor) -> Tensor:
+    """Where positions stand in each sequence ``[B, P]``, negative ones from its last token that counts.
+
+    Columns that a sequence does not have are negative or beyond its end.
+    """
+    every = torch.arange(keep.shape[1], dtype=torch.int64, device=keep.device)
+    last = torch.where(keep, every, -1).amax(1, keepdim=True)
+    wanted = torch.tensor(positions, dtype=torch.int64, device=keep.device)
+    return torch.where(wanted < 0, last + 1 + wanted, wanted)
