@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
-from rgfast.probing.capture.batches import batch_rows, iterate
+from rgfast.probing.capture.batches import batch_rows, iterate, shuffles
 from rgfast.probing.distributed import rank_path
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
@@ -34,14 +34,18 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         model: any module. Hooks, training flags and grad mode are as before when this returns or raises.
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
             which is cut into pieces of ``batch_size``. A batch is a mapping (what ``forward`` takes by name
-            is passed), a tuple (as many items as ``forward`` requires) or a tensor. An entry
-            ``attention_mask`` ``[B, T]`` says which positions count.
-        layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), names,
-            indices, globs or regular expressions, see :func:`rgfast.probing.capture.layers.resolve`. A
-            layer's output may be a tensor, or a tuple, mapping or dataclass holding one, ``[B, D]``,
-            ``[B, T, D]`` or ``[B, C, H, W]``.
-        positions: those followed one by one: indices, ``"all"``, or ``"auto"``: all if they fit ``memory``,
-            else log-spaced ones.
+            is passed; the whole mapping, if ``forward`` takes a single argument of another name), a tuple
+            (as many items as ``forward`` requires, and a padding mask among the others) or a tensor.
+        layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
+            name of a stack of blocks, names, indices, globs or regular expressions, see
+            :func:`rgfast.probing.capture.layers.resolve`. A layer's output may be a tensor, or a tuple,
+            mapping or dataclass holding one, ``[B, D]``, ``[B, T, D]`` or ``[B, C, H, W]``. A module that
+            runs several times in a forward is as many layers.
+        positions: those followed one by one: indices, ``"first"``, ``"last"``, ``"all"``, or ``"auto"``: all
+            if they fit ``memory``, else log-spaced ones. With padding, those from the end (``"last"``, −1)
+            are each sequence's own, and ``"first"`` is 0 with ``origin="token"``.
+        origin: where position 0 is with padding: ``"column"`` 0 of the batch, or each sequence's first
+            ``"token"`` that counts.
         measures: ``"all"``, or some of ``effective_rank``, ``effective_rank_variance``,
             ``participation_ratio``, ``stable_rank``, ``numerical_rank`` (singular values above 1e-7 of the
             largest), ``effective_rank_uncentred``, ``effective_rank_variance_uncentred``, ``kernel_drift``
@@ -50,6 +54,11 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         pairs: of which layers CKA is taken: ``"adjacent"``, ``"all"`` or index pairs.
         mask: the name of a batch entry, or a function of the batch's entries, that gives ``[B, T]`` bool:
             True where the token was hidden. It makes the views ``visible`` and ``masked``.
+        padding: which batch entry says what is padding: ``"auto"`` (``attention_mask`` and the like: whole
+            numbers and bool, scores to be added, ``…key_padding_mask`` with True for padding; a decoder's, an
+            encoder's and a tower's own), an entry's name, None (every position counts), or these by pattern
+            of layer names: ``{"decoder.*": "decoder_attention_mask", "vision.*": None}``. Rows that are
+            padding are never counted; ``result.notes`` says what was read otherwise than one may expect.
         targets: name -> what to predict linearly from each layer: an array over all sequences, the name of a
             batch entry, or a function of the entries; vectors ``[B, T, m]`` or ``[B, m]``, or integer labels
             ``[B, T]`` or ``[B]`` (one-hot). ``target_r2`` is the R² on held-out groups of the least squares
@@ -102,6 +111,7 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
     """
     spec = ProbeSpec(**options)
     path = None if spec.checkpoint is None else Path(spec.checkpoint)
+    _check_order(spec, batches)
     watched = opened(model, spec)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
     quiet = True if rank else None if spec.progress is None else not spec.progress
@@ -129,6 +139,16 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         if path is not None and last is not None and done % spec.checkpoint_every:
             _save(watched, path, done, last)
     return watched.result()
+
+
+def _check_order(spec: ProbeSpec, batches: Any) -> None:
+    """Raise ValueError if sequences come in another order than the targets."""
+    ordered = [target.name for target in spec.new_targets() if target.in_order]
+    if ordered and (sampler := shuffles(batches)):
+        raise ValueError(
+            f"targets[{ordered[0]!r}] must be in the order of the sequences, and the loader shuffles them "
+            f"({sampler}); let the batches hold the target and give its entry's name, or take shuffle=False"
+        )
 
 
 def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]], *, say: bool) -> int:

@@ -41,6 +41,11 @@ class Target:
             self.classes = int(source.max()) + 1 if source.numel() else 0
 
     @property
+    def in_order(self) -> bool:
+        """Whether it is an array over all sequences, in the order in which batches bring them."""
+        return isinstance(self._source, Tensor)
+
+    @property
     def entry(self) -> str | None:
         """The batch entry that it is read from, if it is one."""
         return self._source if isinstance(self._source, str) else None

@@ -111,9 +111,13 @@ X = torch.randn(20, 5, 4)
             r"mask must be bool \[20, 5\], got float32",
         ),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"positions": 3}, ValueError, "positions must be 'auto', 'all' or a sequence of indices, got 3"),
-        ({"positions": [1.5]}, ValueError, "positions must be 'auto', 'all' or a sequence of indices"),
-        ({"positions": []}, ValueError, "positions must be 'auto', 'all' or a sequence of indices"),
+        (
+            {"positions": 3},
+            ValueError,
+            "positions must be 'auto', 'all', 'first', 'last' or a sequence of indices, got 3",
+        ),
+        ({"positions": [1.5]}, ValueError, "positions must be 'auto', 'all', 'first', 'last' or a sequence"),
+        ({"positions": []}, ValueError, "positions must be 'auto', 'all', 'first', 'last' or a sequence"),
         ({"measures": None}, ValueError, "measures must be 'all' or a sequence"),
         ({"refine": "yes"}, TypeError, "refine must be True, False or None, got 'yes'"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be the path of a file, got int"),
@@ -270,18 +274,12 @@ def test_no_module_and_no_tensor():
         rgfast.probe(flat, X, layers=["0"], progress=False)
 
 
-@pytest.mark.parametrize("shape", [(20, 4), (20, 1, 5, 5)])
-def test_an_attention_mask_that_cannot_be_honoured_is_refused(shape):
+@pytest.mark.parametrize("shape", [(20, 4), (20, 1, 5, 4), (19, 5)])
+def test_an_attention_mask_that_cannot_be_honored_is_refused(shape):
     model = nn.Sequential(nn.Identity(), nn.Identity())
-    batch = {"input": X, "attention_mask": torch.ones(shape)}
-    with pytest.raises(ValueError, match=r"attention_mask must be \[20, 5\], as the layers are"):
+    batch = [{"input": X, "attention_mask": torch.ones(shape)}]
+    with pytest.raises(ValueError, match=r"attention_mask must be \[20, 5\], as layer '0' is, got shape"):
         rgfast.probe(model, batch, layers=["0", "1"], progress=False)
-
-
-def test_shared_modules_are_ambiguous():
-    block = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="ran twice in one forward"):
-        rgfast.probe(nn.Sequential(block, nn.ReLU(), block), X, layers=["0"], progress=False)
 
 
 def test_flattened_and_lengths():

@@ -90,7 +90,9 @@ def test_what_cannot_be_found_lists_candidates(token_model, kit):
         "encoder": nn.Sequential(kit.Residual(3), kit.Residual(3)),
         "decoder": nn.Sequential(kit.Residual(3), kit.Residual(3)),
     })  # fmt: skip
-    with pytest.raises(ValueError, match=r"ambiguous.*encoder\.0 … encoder\.1 \(2 × Residual\); decoder\.0"):
+    with pytest.raises(
+        ValueError, match=r"ambiguous, take one of: layers='encoder': encoder\.0 … .*; layers='decoder'"
+    ):
         names(two)
 
 

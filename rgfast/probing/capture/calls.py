@@ -35,6 +35,9 @@ class Caller:
         self._named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._ordered = [p.name for p in parameters if p.kind in _POSITIONAL]
         self._required = sum(p.kind in _POSITIONAL and p.default is p.empty for p in parameters)
+        self._takes_mapping = len(self._ordered) == 1 and _may_be_mapping(
+            self._signature.parameters[self._ordered[0]]
+        )
         self._device = _device_of(model)
         self._masks: dict[int, str | None] = {}
 
@@ -90,7 +93,7 @@ class Caller:
             return self._model(**passed)
         kind = type(self._model).__name__
         holds = ", ".join(entries) or "nothing"
-        if len(self._ordered) == 1 and entries:
+        if self._takes_mapping and entries:
             try:
                 return self._model(dict(entries))
             except (TypeError, AttributeError, IndexError, KeyError) as error:
@@ -138,6 +141,14 @@ class Caller:
     def _placed(self, value: Any) -> Any:
         value = as_tensor(value)
         return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
+
+
+def _may_be_mapping(parameter: inspect.Parameter) -> bool:
+    """Whether an argument may stand for a whole batch; ``input`` is torch.nn's word for a tensor."""
+    if parameter.annotation is not parameter.empty:
+        kind = str(parameter.annotation).lower()
+        return any(word in kind for word in ("dict", "mapping", "encoding", "any")) or kind == "batch"
+    return parameter.name != "input"
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -166,21 +166,23 @@ class Padding:
 
         Raises ValueError if a mask does not fit the layer that it is of.
         """
-        read: dict[str, Tensor | None] = {}
+        read: dict[str, Tensor] = {}
         out: list[Tensor | None] = []
         for layer, (name, x) in enumerate(zip(names, rows, strict=True)):
-            if name is None or x is None or x.shape[1] == 1:  # one position is what a sequence was reduced to
+            if name is None or x is None:
                 out.append(None)
                 continue
             if name not in read:
-                keep = as_keep(entries[name], name, self._binary).to(x.device)
-                read[name] = None if bool(keep.all()) and keep.shape == x.shape[:2] else keep
-            out.append(self._fitting(read[name], name, layer, x))
+                read[name] = as_keep(entries[name], name, self._binary)
+            keep = self._fitting(read[name].to(x.device), name, layer, x)
+            out.append(None if keep is None or bool(keep.all()) else keep)
         return out
 
-    def _fitting(self, keep: Tensor | None, name: str, layer: int, x: Tensor) -> Tensor | None:
-        if keep is None or keep.shape == x.shape[:2]:
+    def _fitting(self, keep: Tensor, name: str, layer: int, x: Tensor) -> Tensor | None:
+        if keep.shape == x.shape[:2]:
             return keep
+        if x.shape[1] == 1 and len(keep) == len(x):  # what a sequence was reduced to
+            return None
         raise ValueError(
             f"{name} must be {list(x.shape[:2])}, as layer {self._names[layer]!r} is, got shape "
             f"{list(keep.shape)}; padding={{{self._names[layer]!r}: None}} says that all its positions count"

@@ -320,6 +320,8 @@ def _part_of(
     old = next(o for o in olds if o.kind == held.kind and {*held.layers} <= {*o.layers})
     if old.layers == held.layers:
         return state[old.name]
+    if not state[old.name].widths:  # nothing was added yet
+        return _accumulator(held, pending)
     at = [old.layers.index(layer) for layer in held.layers]
     at += range(len(old.layers), len(old.widths))  # the targets
     return _accumulator(held, pending).merge(state[old.name].only(at))

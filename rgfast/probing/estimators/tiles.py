@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.watcher import tile_streamer
-from rgfast.probing.estimators.samples import LIMIT, Part, SampleState, at_once, measured_part
+from rgfast.probing.estimators import samples
+from rgfast.probing.estimators.samples import Part, SampleState, at_once, measured_part
 from rgfast.probing.plan import Plan
 
 __all__ = ["gather", "independent_stack", "measured_by_tiles"]
@@ -46,7 +47,7 @@ def gather(model: Any, batches: Iterator[Any]) -> tuple[Tensor | None, list[Any]
             return None, taken
         parts += [x] if len(x) else []
         n += len(x)
-        if n > LIMIT:
+        if n > samples.LIMIT:
             return None, taken
     return (_end_to_end(parts) if parts else None), taken
 
