@@ -15,8 +15,8 @@ from rgfast.native import unavailable_reason
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import FirstBatch, agree, all_reduce
-from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import enough, worthwhile

@@ -17,9 +17,9 @@ from rgfast.probing.capture.activations import Activation, as_rows
 from rgfast.probing.capture.entries import Entries
 from rgfast.probing.capture.layers import check_model, resolve
 from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
-from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult

@@ -17,7 +17,7 @@ from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, PaddingSpec
 from rgfast.probing.capture.positions import Origin, from_first_token
-from rgfast.probing.estimators.base import RowBatch
+from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.targets import Target
 
 __all__ = ["Entries", "MaskSpec"]

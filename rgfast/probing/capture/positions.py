@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rgfast.probing.estimators.base import RowBatch
+from rgfast.probing.capture.rows import RowBatch
 
 __all__ = ["Origin", "columns_of", "from_first_token"]
 

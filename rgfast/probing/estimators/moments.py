@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rgfast.probing.capture.positions import columns_of
-from rgfast.probing.estimators.base import ByGroup, RowBatch
+from rgfast.probing.capture.rows import RowBatch
+from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.measures import Measured, measure, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
-from rgfast.probing.estimators.base import RowBatch
 from rgfast.probing.estimators.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
 from rgfast.probing.plan import Plan
 

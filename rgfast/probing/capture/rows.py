@@ -1,0 +1,62 @@
+"""The rows of one batch, from the capture to the estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+__all__ = ["RowBatch"]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """The rows of one batch: ``layers[l]`` ``[B, T_l, d_l]``, None if the layer did not run, and what goes
+    with them.
+
+    ``keeps[l]`` ``[B, T_l]`` bool says which rows of a layer count (None: all do), ``masked`` ``[B, T]``
+    which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``places[l]``
+    numbers the places that a layer has its rows at. ``padded`` says that some entry tells the padding, and
+    ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory is
+    about to be overwritten.
+    """
+
+    layers: Sequence[Tensor | None]
+    keeps: Sequence[Tensor | None]
+    masked: Tensor | None = None
+    targets: Sequence[Tensor] = ()
+    places: Sequence[int] = ()
+    padded: bool = False
+    notes: tuple[str, ...] = ()
+    reused: bool = False
+
+    @property
+    def first(self) -> Tensor:
+        """The rows of the first layer that ran."""
+        return next(x for x in self.layers if x is not None)
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The rows of the layers that ran."""
+        return [x for x in self.layers if x is not None]
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.first.shape[0]
+
+    @property
+    def missing(self) -> list[int]:
+        """The layers that did not run."""
+        return [layer for layer, x in enumerate(self.layers) if x is None]
+
+    def some(self, part: slice) -> RowBatch:
+        """Some of the sequences."""
+
+        def of(xs: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [None if x is None else x[part] for x in xs]
+
+        masked = None if self.masked is None else self.masked[part]
+        targets = [target[part] for target in self.targets]
+        return replace(self, layers=of(self.layers), keeps=of(self.keeps), masked=masked, targets=targets)
