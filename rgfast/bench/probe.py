@@ -121,7 +121,14 @@ def stack(
     """A residual stack; ``collapsed`` layers are of rank one but for noise."""
     generator = torch.Generator().manual_seed(0)
     model = rgfast.ResidualStack(
-        width, depth, mixing=mixing, length=length, w2_scale=0.5, generator=generator
+        width,
+        depth,
+        mixing=mixing,
+        length=length,
+        w2_scale=0.5,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
     )
     if collapsed:
         with torch.no_grad():

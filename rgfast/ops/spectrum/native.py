@@ -97,7 +97,7 @@ def gram(
     The same four as `reference.gram` returns, formed in the same tiles.
     """
     b, n, d = x.shape
-    matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64)
+    matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64, device="cpu")
     return matrix, *_moments(x, centering, matrix, means)
 
 
@@ -115,7 +115,7 @@ def gram_spectrum(
     """
     m = min(x.shape[1:])
     if not _fits(torch.float64, m):
-        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64)
+        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64, device="cpu")
         matrix, accumulated, exponent, limit = gram(x, centering=centering, means=means)
         bad = ~torch.isfinite(accumulated)
         matrix[bad] = 0.0
@@ -126,7 +126,7 @@ def gram_spectrum(
                 lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=x.shape[1])
                 torch.linalg.eigvalsh(lifted, out=raw)
         return values, accumulated, exponent, limit
-    values = torch.empty((x.shape[0], m), dtype=torch.float64)
+    values = torch.empty((x.shape[0], m), dtype=torch.float64, device="cpu")
     return values, *_moments(x, centering, values, raw=raw)
 
 
@@ -142,9 +142,9 @@ def left_out_spectrum(
     b, n, d = x.shape
     if x.dtype == torch.float64 or not x.is_cpu or n - -(-n // groups) < d:
         return None
-    values = torch.empty((b * groups, d), dtype=torch.float64)
-    accumulated = torch.empty(b * groups, dtype=torch.float64)
-    exponent, limit = torch.empty((2, b * groups), dtype=torch.int64)
+    values = torch.empty((b * groups, d), dtype=torch.float64, device="cpu")
+    accumulated = torch.empty(b * groups, dtype=torch.float64, device="cpu")
+    exponent, limit = torch.empty((2, b * groups), dtype=torch.int64, device="cpu")
     info = (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr(), 0)
     found = native.load().left_out_moments(
         native.tensor(x.detach()),
@@ -174,8 +174,8 @@ def effective_ranks(
     m = min(n, d)
     if not _fits(torch.float64, m):
         return None
-    rank = torch.empty(b, dtype=torch.float64)
-    scratch = torch.empty(b * (4 + m), dtype=torch.float64)
+    rank = torch.empty(b, dtype=torch.float64, device="cpu")
+    scratch = torch.empty(b * (4 + m), dtype=torch.float64, device="cpu")
     index, trouble, worst = native.load().effective_ranks(
         native.tensor(x), centering == "mean", variance, rank.data_ptr(), scratch.data_ptr(), native.threads()
     )
@@ -197,8 +197,8 @@ def _moments(
     x: Tensor, centering: str, result: Tensor, means: Tensor | None = None, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
-    accumulated = torch.empty(len(x), dtype=torch.float64)
-    exponent, limit = torch.empty((2, len(x)), dtype=torch.int64)
+    accumulated = torch.empty(len(x), dtype=torch.float64, device="cpu")
+    exponent, limit = torch.empty((2, len(x)), dtype=torch.int64, device="cpu")
     index, trouble = native.load().moments(
         native.tensor(x),
         centering == "mean",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgfast.validation import as_tensor
+
 __all__ = ["MaskSpec", "row_masks"]
 
 MaskSpec = str | Callable[[Mapping[str, Any]], Tensor] | None
@@ -39,7 +41,7 @@ def row_masks(
         masked = entries[mask]
     else:
         masked = mask(entries)
-    masked = torch.as_tensor(masked, device=device)
+    masked = as_tensor(masked).to(device)
     if masked.dtype != torch.bool or tuple(masked.shape) != shape:
         raise ValueError(
             f"mask must be bool {list(shape)}, got {str(masked.dtype).removeprefix('torch.')} "
