@@ -52,6 +52,10 @@ def eigvalsh(a: Tensor) -> Tensor:
     a time, many side by side, which round differently. Raises `torch.linalg.LinAlgError`, naming the first
     such matrix, where one holds NaN or infinity or does not converge.
     """
+    double = a.dtype == torch.float64
+    if not (double or a.dtype == torch.float32) or not a.is_cpu:
+        kind = str(a.dtype).removeprefix("torch.")
+        raise TypeError(f"a must be float64 or float32 on the CPU, got {kind} on {a.device}")
     if a.dim() == 3 or a.dim() == 2:
         shape, strides = a.shape, a.stride()
         d = shape[-1]
@@ -59,7 +63,7 @@ def eigvalsh(a: Tensor) -> Tensor:
         values = a.new_empty((batch, d)) if len(shape) == 3 else a.new_empty(d)
         index, trouble = native.load().eigvalsh_plain(
             a.data_ptr(),
-            a.dtype == torch.float64,
+            double,
             *(batch, d, step, strides[-2], strides[-1]),
             values.data_ptr(),
             torch.get_num_threads(),
@@ -145,12 +149,17 @@ def left_out_spectrum(
     values = torch.empty((b * groups, d), dtype=torch.float64, device="cpu")
     accumulated = torch.empty(b * groups, dtype=torch.float64, device="cpu")
     exponent, limit = torch.empty((2, b * groups), dtype=torch.int64, device="cpu")
-    info = (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr(), 0)
+    info = (
+        native.address(accumulated, torch.float64, b * groups, "accumulated"),
+        native.address(exponent, torch.int64, b * groups, "exponent"),
+        native.address(limit, torch.int64, b * groups, "limit"),
+        0,
+    )
     found = native.load().left_out_moments(
         native.tensor(x.detach()),
         groups,
-        values.data_ptr(),
-        0 if raw is None else raw.data_ptr(),
+        native.address(values, torch.float64, b * groups * d, "values"),
+        native.address(raw, torch.float64, b * groups * d, "raw"),
         info,
         native.threads(),
     )
@@ -177,7 +186,12 @@ def effective_ranks(
     rank = torch.empty(b, dtype=torch.float64, device="cpu")
     scratch = torch.empty(b * (4 + m), dtype=torch.float64, device="cpu")
     index, trouble, worst = native.load().effective_ranks(
-        native.tensor(x), centering == "mean", variance, rank.data_ptr(), scratch.data_ptr(), native.threads()
+        native.tensor(x),
+        centering == "mean",
+        variance,
+        native.address(rank, torch.float64, b, "rank"),
+        native.address(scratch, torch.float64, b * (4 + m), "scratch"),
+        native.threads(),
     )
     if trouble == _NOT_CONVERGED:
         raise _stuck(index)
@@ -197,6 +211,7 @@ def _moments(
     x: Tensor, centering: str, result: Tensor, means: Tensor | None = None, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
+    b, m = len(x), min(x.shape[1:])
     accumulated = torch.empty(len(x), dtype=torch.float64, device="cpu")
     exponent, limit = torch.empty((2, len(x)), dtype=torch.int64, device="cpu")
     index, trouble = native.load().moments(
@@ -204,12 +219,12 @@ def _moments(
         centering == "mean",
         result.dim() == 2,
         native.tensor(result),
-        0 if raw is None else raw.data_ptr(),
+        native.address(raw, torch.float64, b * m, "raw"),
         (
-            accumulated.data_ptr(),
-            exponent.data_ptr(),
-            limit.data_ptr(),
-            0 if means is None else means.data_ptr(),
+            native.address(accumulated, torch.float64, b, "accumulated"),
+            native.address(exponent, torch.int64, b, "exponent"),
+            native.address(limit, torch.int64, b, "limit"),
+            native.address(means, torch.float64, b * x.shape[2], "means"),
         ),
         native.threads(),
     )
