@@ -36,8 +36,8 @@ def iid_mask(
     mask = torch.rand(n, length, dtype=torch.float64, device=device, generator=generator) < rate
     if at_least_one:
         # Drawn for every sequence, so that what follows from the generator does not depend on what was drawn.
-        spare = torch.randint(length, (n,), device=device, generator=generator)
-        mask[torch.arange(n, device=device), spare] |= ~mask.any(1)
+        spare = torch.randint(length, (n,), dtype=torch.int64, device=device, generator=generator)
+        mask[torch.arange(n, dtype=torch.int64, device=device), spare] |= ~mask.any(1)
     return mask
 
 
@@ -79,7 +79,7 @@ def balanced_mask(n: int, length: int, rate: float, generator: torch.Generator |
     _check_rate(rate, positive=True)
     device = _device(generator)
     each, extra = balanced_counts(n, length, rate)
-    counts = torch.full((length,), each, device=device)
+    counts = torch.full((length,), each, dtype=torch.int64, device=device)
     if (each, extra) != (math.floor(rate * n + 0.5), 0):
         counts = counts + (_ranks(1, length, generator, dim=1)[0] < extra)
     mask = _ranks(n, length, generator, dim=0) < counts
@@ -152,7 +152,7 @@ def corrupt(
         return tokens.masked_fill(mask, mask_token)
     device = tokens.device if generator is None else generator.device
     u = torch.rand(tokens.shape, dtype=torch.float64, device=device, generator=generator).to(tokens.device)
-    other = torch.randint(states, tokens.shape, device=device, generator=generator).to(
+    other = torch.randint(states, tokens.shape, dtype=torch.int64, device=device, generator=generator).to(
         tokens.device, tokens.dtype
     )
     out = tokens.masked_fill(mask & (u < 0.8), mask_token)

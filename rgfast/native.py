@@ -20,6 +20,7 @@ from rgfast.dispatch import ImplUnavailable
 __all__ = [
     "NativeTensor",
     "active_isa",
+    "address",
     "available_isas",
     "compiled_isas",
     "load",
@@ -100,7 +101,30 @@ def tensor(x: Tensor) -> NativeTensor:
 
     Nothing is copied, and nothing keeps ``x`` alive: hold it until the call returns.
     """
-    return x.data_ptr(), x.shape, x.stride(), _CODES[x.dtype]
+    code = _CODES.get(x.dtype)
+    if code is None or not x.is_cpu:
+        raise TypeError(
+            f"a kernel takes float64, float32, bfloat16 and float16 on the CPU, got {_described(x)}"
+        )
+    return x.data_ptr(), x.shape, x.stride(), code
+
+
+def address(x: Tensor | None, dtype: torch.dtype, count: int, name: str) -> int:
+    """The address of ``x``, whose memory a kernel takes for ``count`` contiguous numbers; 0 if it is None.
+
+    Raises TypeError unless that is what lies there: a kernel given an address cannot see it.
+    """
+    if x is None:
+        return 0
+    if x.dtype != dtype or not x.is_cpu or x.numel() != count or not x.is_contiguous():
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {count} contiguous {kind} numbers on the CPU, got {_described(x)}")
+    return x.data_ptr()
+
+
+def _described(x: Tensor) -> str:
+    layout = "" if x.is_contiguous() else ", not contiguous"
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}{layout}"
 
 
 def threads() -> int:

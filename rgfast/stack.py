@@ -46,18 +46,30 @@ MODEL_MIXINGS = ("mixer", "flat", "window", "none")
 EPS = 1e-5
 
 
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=generator).mul_(std))
+def _normal(
+    shape: tuple[int, ...],
+    std: float,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> nn.Parameter:
+    # Drawn in fp32 on the generator's device, so that a seed means one network in every dtype, everywhere.
+    source = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.randn(shape, dtype=torch.float32, device=source, generator=generator).mul_(std)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device).copy_(drawn))
 
 
 class _Normalisation(nn.Module):
     """LayerNorm, RMSNorm or nothing over the last dimension, with learned weight (and bias for LayerNorm)."""
 
-    def __init__(self, width: int, norm: Norm) -> None:
+    def __init__(
+        self, width: int, norm: Norm, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
         super().__init__()
         self.norm = norm
-        self.weight = nn.Parameter(torch.ones(width)) if norm else None
-        self.bias = nn.Parameter(torch.zeros(width)) if norm == "layer" else None
+        one, zero = (torch.full((width,), v, dtype=dtype, device=device) for v in (1.0, 0.0))
+        self.weight = nn.Parameter(one) if norm else None
+        self.bias = nn.Parameter(zero) if norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm == "layer":
@@ -79,15 +91,17 @@ class _MLP(nn.Module):
         activation: Activation,
         w2_scale: float,
         generator: torch.Generator | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.norm = _Normalisation(normalised, norm)
-        self.w1 = _normal((hidden, size), 1 / math.sqrt(size), generator)
-        self.b1 = nn.Parameter(torch.zeros(hidden))
+        self.norm = _Normalisation(normalised, norm, dtype, device)
+        self.w1 = _normal((hidden, size), 1 / math.sqrt(size), generator, dtype, device)
+        self.b1 = nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device))
         # Drawn even when scaled to zero, so that every w2_scale sees the same later draws.
-        self.w2 = _normal((size, hidden), w2_scale / math.sqrt(hidden), generator)
-        self.b2 = nn.Parameter(torch.zeros(size))
+        self.w2 = _normal((size, hidden), w2_scale / math.sqrt(hidden), generator, dtype, device)
+        self.b2 = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
 
 
 class FeatureMLP(_MLP):
@@ -151,7 +165,8 @@ class ResidualStack(nn.Module):
         norm: ``"layer"``, ``"rms"`` or None, before each MLP (pre-norm), eps 1e-5.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
         w2_scale: standard deviation of W2 in units of 1/sqrt(fan_in); 0 starts the stack as the identity.
-        generator: draws the weights; the global generator where None.
+        generator: draws the weights, in fp32 on its device; the CPU's global generator if None.
+        dtype, device: of the parameters; PyTorch's defaults if None, as for ``torch.nn.Linear``.
 
     Shapes: input and output ``[..., T, D]``, or ``[..., D]`` for ``"none"``; computes in the dtype
     of its parameters. ``stack.blocks[l]`` is layer l; its output is the stream after layer l + 1.
@@ -178,6 +193,9 @@ class ResidualStack(nn.Module):
         activation: Activation = "gelu",
         w2_scale: float = 0.0,
         generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_positive_int(width, "width")
@@ -198,16 +216,18 @@ class ResidualStack(nn.Module):
         self.width, self.depth, self.hidden, self.length = width, depth, hidden, length
         self.mixing, self.norm, self.activation, self.w2_scale = mixing, norm, activation, w2_scale
 
+        rest = (norm, activation, w2_scale, generator, dtype, device)
+
         def block() -> Block:
             mix: PositionMLP | None = None
             if mixing == "flat" and length is not None:
                 flat = length * width
-                mlp = FlatMLP(flat, length * hidden, flat, norm, activation, w2_scale, generator)
+                mlp = FlatMLP(flat, length * hidden, flat, *rest)
                 return Block(None, mlp)
             if mixing == "mixer" and length is not None:
                 mixing_hidden = max(1, round(hidden * length / width))
-                mix = PositionMLP(length, mixing_hidden, width, norm, activation, w2_scale, generator)
-            return Block(mix, FeatureMLP(width, hidden, width, norm, activation, w2_scale, generator))
+                mix = PositionMLP(length, mixing_hidden, width, *rest)
+            return Block(mix, FeatureMLP(width, hidden, width, *rest))
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self._consumers: OrderedDict[int, tuple[Consumer, int | None]] = OrderedDict()
@@ -343,7 +363,7 @@ class MaskedTokenModel(nn.Module):
         window: w, for ``mixing="window"`` alone.
         token_std, position_std: standard deviations of the embeddings at the start.
         final_norm: whether the stack's output is normalised before the head.
-        generator: draws all weights.
+        generator, dtype, device: as in :class:`ResidualStack`.
 
     ``forward(tokens)`` maps int64 ``[B, T]`` in ``0..V`` to logits ``[B, T, V]``; ``embed(tokens)`` is the
     stream that enters the stack. ``save(folder)`` and ``load(folder)`` use safetensors and JSON.
@@ -372,6 +392,9 @@ class MaskedTokenModel(nn.Module):
         position_std: float = 0.3,
         final_norm: bool = True,
         generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_positive_int(states, "states")
@@ -399,16 +422,25 @@ class MaskedTokenModel(nn.Module):
             hidden = (2 * self.window + 1) * hidden
         stacked: Mixing = "none" if mixing == "window" else mixing
         self.stack = ResidualStack(
-            stream, depth, hidden, stacked, length, norm, activation, w2_scale, generator
+            stream,
+            depth,
+            hidden,
+            stacked,
+            length,
+            norm,
+            activation,
+            w2_scale,
+            generator,
+            dtype=dtype,
+            device=device,
         )
         self.states, self.length = states, length
-        self.token_embedding = _normal((states + 1, width), token_std, generator)
-        self.position_embedding = _normal((length, width), position_std, generator)
-        self.final_norm = _Normalisation(stream, (norm or "layer") if final_norm else None)
-        self.head: nn.Linear = nn.utils.skip_init(nn.Linear, stream, states)  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self.head.weight.copy_(_normal((states, stream), 1 / math.sqrt(stream), generator))
-            self.head.bias.zero_()
+        self.token_embedding = _normal((states + 1, width), token_std, generator, dtype, device)
+        self.position_embedding = _normal((length, width), position_std, generator, dtype, device)
+        self.final_norm = _Normalisation(stream, (norm or "layer") if final_norm else None, dtype, device)
+        self.head = nn.Linear(stream, states, dtype=dtype, device="meta")  # draws nothing
+        self.head.weight = _normal((states, stream), 1 / math.sqrt(stream), generator, dtype, device)
+        self.head.bias = nn.Parameter(torch.zeros(states, dtype=dtype, device=device))
 
     @property
     def mask_token(self) -> int:
@@ -439,7 +471,7 @@ class MaskedTokenModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> MaskedTokenModel:
-        """The model that :meth:`save` wrote into ``folder``.
+        """The model that :meth:`save` wrote into ``folder``, on the CPU in the dtype it was saved in.
 
         Raises ValueError where ``model.json`` is of another format or does not fit the weights.
         """
@@ -450,9 +482,10 @@ class MaskedTokenModel(nn.Module):
             raise ValueError(
                 f"{folder / 'model.json'}: format must be 'rgfast.MaskedTokenModel/1', got {form!r}"
             )
-        model = cls(**config)
+        model = cls(**config, dtype=torch.float32, device="cpu")
+        state = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{folder / 'model.safetensors'} does not fit model.json: {error}") from error
         return model

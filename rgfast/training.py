@@ -107,11 +107,11 @@ class TrainingConfig:
             return exact_mask(n, length, min(length, max(1, round(self.mask_rate * length))), generator)
         if self.mask_rate_max is None:
             return iid_mask(n, length, self.mask_rate, generator)
-        low, high = self.mask_rate, self.mask_rate_max
-        rate = low + (high - low) * torch.rand(n, 1, dtype=torch.float64, generator=generator)
-        mask = torch.rand(n, length, dtype=torch.float64, generator=generator) < rate
-        spare = torch.randint(length, (n,), generator=generator)
-        mask[torch.arange(n), spare] |= ~mask.any(1)
+        low, high, device = self.mask_rate, self.mask_rate_max, generator.device
+        rate = low + (high - low) * torch.rand(n, 1, dtype=torch.float64, device=device, generator=generator)
+        mask = torch.rand(n, length, dtype=torch.float64, device=device, generator=generator) < rate
+        spare = torch.randint(length, (n,), dtype=torch.int64, device=device, generator=generator)
+        mask[torch.arange(n, dtype=torch.int64, device=device), spare] |= ~mask.any(1)
         return mask
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,7 +206,9 @@ def train(
         mask = config.draw_mask(config.batch, model.length, masks_from)
         targets = tokens
         if permute_targets:
-            targets = tokens[torch.randperm(config.batch, generator=targets_from)]
+            targets = tokens[
+                torch.randperm(config.batch, generator=targets_from, dtype=torch.int64, device="cpu")
+            ]
         for group in optimiser.param_groups:
             group["lr"] = config.lr_at(step)
         shown = corrupt(tokens, mask, model.mask_token, model.states, config.replacement, corruption)

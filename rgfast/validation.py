@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "FLOATS",
     "as_real_tensor",
+    "as_tensor",
     "check_choice",
     "check_integer",
     "check_positive_int",
@@ -39,6 +40,14 @@ def as_real_tensor(value: Any, name: str, *, min_dim: int = 0) -> Tensor:
     if value.dim() < min_dim:
         raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
     return value
+
+
+def as_tensor(value: Any) -> Tensor:
+    """``value`` if it is a tensor; else what it holds, on the CPU, in the dtype that numpy gives it.
+
+    ``torch.as_tensor`` would round floats to the default dtype, and move even tensors to the default device.
+    """
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
 
 
 def check_choice(value: Any, name: str, choices: Iterable[Any]) -> None:

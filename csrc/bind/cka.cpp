@@ -47,6 +47,7 @@ cka::Problem problem(const std::vector<Tensor>& layers, const std::vector<std::p
 template <class T>
 T* output(const Tensor& tensor, const char* name, std::int64_t count) {
   const View found = view(tensor, name, 1);
+  if (found.dtype != DType::f64) throw std::invalid_argument(std::string(name) + " must be float64");
   if (found.ndim != 1 || found.size(0) < count || (count > 1 && found.stride(0) != 1))
     throw std::invalid_argument(std::string(name) + " must be contiguous and hold " + std::to_string(count) +
                                 " elements, got " + std::to_string(found.size(0)));

@@ -33,10 +33,10 @@ class Case:
         """A residual stream: every layer adds to the one before, on top of an offset."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.positions, self.samples, self.width)
-        out = torch.empty(self.layers, *shape)
-        out[0] = torch.randn(shape, generator=generator) + 3.0
+        out = torch.empty(self.layers, *shape, dtype=torch.float32, device="cpu")
+        out[0] = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") + 3.0
         for layer in range(1, self.layers):
-            torch.randn(shape, generator=generator, out=out[layer])
+            out[layer].normal_(generator=generator)
             out[layer].mul_(0.5).add_(out[layer - 1])
         return out.to(device)
 

@@ -47,8 +47,10 @@ class Plain(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(mlp.w1.shape[1])
-        self.up, self.down = (nn.Linear(w.shape[1], w.shape[0]) for w in (mlp.w1, mlp.w2))
+        self.norm = nn.LayerNorm(mlp.w1.shape[1], dtype=torch.float32, device="cpu")
+        self.up, self.down = (
+            nn.Linear(w.shape[1], w.shape[0], dtype=torch.float32, device="cpu") for w in (mlp.w1, mlp.w2)
+        )
         with torch.no_grad():
             for linear, weight, bias in ((self.up, mlp.w1, mlp.b1), (self.down, mlp.w2, mlp.b2)):
                 linear.weight.copy_(weight)
@@ -74,7 +76,9 @@ class Case:
         model = stack(depth, length, width, device, mixing=mixing, collapsed=kind == "collapsed")
         if kind == "foreign":
             model = nn.Sequential(*(Plain(block.mlp) for block in model.blocks)).to(device).eval()
-        x = torch.randn(n, length, width, generator=torch.Generator().manual_seed(1)).to(device)
+        x = torch.randn(
+            n, length, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu"
+        ).to(device)
         options: dict[str, Any] = {"pairs": "adjacent" if kind == "foreign" else "all"}
         return cls(model, x, options | ({"groups": 8} if kind == "groups" else {}))
 
@@ -121,7 +125,14 @@ def stack(
     """A residual stack; ``collapsed`` layers are of rank one but for noise."""
     generator = torch.Generator().manual_seed(0)
     model = rgfast.ResidualStack(
-        width, depth, mixing=mixing, length=length, w2_scale=0.5, generator=generator
+        width,
+        depth,
+        mixing=mixing,
+        length=length,
+        w2_scale=0.5,
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
     )
     if collapsed:
         with torch.no_grad():

@@ -139,7 +139,7 @@ def leaves(rows: int, d: int, device: str = "cpu") -> Leaves:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     h = 4 * d
     drawn = (

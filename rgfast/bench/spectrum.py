@@ -76,7 +76,9 @@ def batch_of(d: int) -> int:
 
 def symmetric(batch: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Random symmetric matrices ``[batch, d, d]``."""
-    a = torch.randn(batch, d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+    a = torch.randn(
+        batch, d, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64, device="cpu"
+    )
     return (a + a.mT).to(device, dtype)
 
 
@@ -105,7 +107,9 @@ def check_ranks(x: Tensor, impl: str = "auto") -> Checked:
 
 
 def _rows(batch: int, n: int, d: int, device: str) -> Tensor:
-    return torch.randn(batch, n, d, generator=torch.Generator().manual_seed(d)).to(device)
+    return torch.randn(
+        batch, n, d, generator=torch.Generator().manual_seed(d), dtype=torch.float32, device="cpu"
+    ).to(device)
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rgfast.chains import kinds, modes, posterior, sampling
-from rgfast.validation import check_integer, kind_of
+from rgfast.validation import as_tensor, check_integer, kind_of
 
 __all__ = ["MarkovChain"]
 
@@ -212,7 +212,7 @@ class MarkovChain:
         >>> [round(c, 6) for c in chain.autocorrelation([0, 7, 14]).tolist()]
         [1.0, 0.367879, 0.135335]
         """
-        steps = torch.as_tensor(lags)
+        steps = as_tensor(lags)
         if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
             raise TypeError(f"lags must be integers, got {lags!r}")
         if steps.numel() and int(steps.min()) < 0:

@@ -27,7 +27,7 @@ def bayes_posterior(
     device = tokens.device
     if tokens.numel() == 0:
         return torch.zeros(n, length, states, dtype=torch.float64, device=device)
-    where = torch.arange(length, device=device)
+    where = torch.arange(length, dtype=torch.int64, device=device)
     shown = ~mask
     known = torch.where(mask, 0, tokens)
     left = torch.where(shown, where, -1).cummax(1).values  # [n, T]: last visible position <= t, or -1

@@ -114,4 +114,4 @@ def _walk_few(tables: AliasTables, column: Tensor, fraction: Tensor, state: Tens
             s = c if f < threshold[i] else alias[i]
             sequence.append(s)
         walked.append(sequence)
-    return torch.tensor(walked, device=column.device).T
+    return torch.tensor(walked, dtype=torch.int64, device=column.device).T

@@ -202,7 +202,7 @@ def _with_special_tokens(inputs: Inputs, model: Loaded) -> Inputs:
         tokenizer = load_tokenizer(model)
     except ValueError:
         return inputs
-    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64, device="cpu")
     fixed = torch.isin(inputs.batch[inputs.main], special)
     return replace(inputs, fixed=fixed, mask_token=tokenizer.mask_token_id)
 

@@ -232,9 +232,9 @@ def spaced_data(
     """Tokens, what is hidden of them, and what is hidden at the positions ``where``; ``[n, T]`` each."""
     generator = seeded_generator(seed, "probe")
     tokens = chain.sample(config.probe_sequences, config.length, generator)
-    asked = torch.zeros(tokens.shape, dtype=torch.bool)
+    asked = torch.zeros(tokens.shape, dtype=torch.bool, device="cpu")
     asked[:, where] = balanced_mask(len(tokens), len(where), PROBE_RATE, generator)
-    mask = torch.ones(tokens.shape, dtype=torch.bool)
+    mask = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
     mask[:, where] = asked[:, where]
     return tokens, mask, asked
 

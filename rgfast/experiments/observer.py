@@ -176,7 +176,9 @@ def observer_cka(
         layers = [model.embed(tokens.masked_fill(mask, model.mask_token))]
         for block in model.stack.blocks:
             layers.append(block(layers[-1]))
-    values = torch.full((tokens.shape[1], len(layers), len(radii)), math.nan, dtype=torch.float64)
+    values = torch.full(
+        (tokens.shape[1], len(layers), len(radii)), math.nan, dtype=torch.float64, device="cpu"
+    )
     for t in range(tokens.shape[1]):
         hidden = mask[:, t]
         seen = [posterior[hidden, t] for posterior in posteriors]

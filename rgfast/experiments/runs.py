@@ -113,6 +113,8 @@ def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
         position_std=config.position_std,
         final_norm=config.final_norm,
         generator=seeded_generator(seed, "weights"),
+        dtype=torch.float32,
+        device="cpu",
     )
 
 

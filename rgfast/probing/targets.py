@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rgfast.streaming import MomentAccumulator
 from rgfast.threads import one_thread
+from rgfast.validation import as_tensor
 
 __all__ = ["Target", "TargetSpec", "linear_r2", "make_targets"]
 
@@ -87,9 +88,9 @@ class Target:
                     f"targets[{self.name!r}]: there is no entry {self._source!r} in the batch "
                     f"({', '.join(entries)})"
                 )
-            return torch.as_tensor(entries[self._source])
+            return as_tensor(entries[self._source])
         assert callable(self._source)
-        return torch.as_tensor(self._source(entries))
+        return as_tensor(self._source(entries))
 
     def _one_hot(self, labels: Tensor) -> Tensor:
         labels = labels.to(torch.int64)

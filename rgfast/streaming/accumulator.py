@@ -247,7 +247,7 @@ class MomentAccumulator:
             "keep": keep.cpu().numpy().copy(),
         }
         for layer in range(len(self.widths)):
-            rows = held[layer] if self._block.filled else torch.zeros(0)
+            rows = held[layer] if self._block.filled else torch.zeros(0, dtype=torch.float64, device="cpu")
             arrays[f"rows.{layer}"] = rows.cpu().to(torch.float64).numpy().copy()
         arrays.update(self._sums.state_dict())
         return arrays

@@ -183,7 +183,11 @@ class Sums:
 
     def count(self) -> Tensor:
         """Number of rows that counted ``[P]``, fp64."""
-        return self.moment[0, 0][:, -1, -1] if self.moment else torch.zeros(0, dtype=torch.float64)
+        return (
+            self.moment[0, 0][:, -1, -1]
+            if self.moment
+            else torch.zeros(0, dtype=torch.float64, device=self.begun.device)
+        )
 
     def exponent(self, layer: int) -> int:
         """Exponent of the power of two that is a layer's unit."""
@@ -278,13 +282,14 @@ class Sums:
         for layer, x in enumerate(rows):
             fresh = x[new].to(torch.float64)  # [m, b, d]
             if keep is None:
-                first, number = fresh[:, :1], torch.tensor(float(x.shape[1]))
+                first, number = fresh[:, :1], torch.full((), x.shape[1], dtype=torch.float64, device=x.device)
                 off = fresh - first
             else:
                 kept = keep[new]
-                first = fresh[torch.arange(len(fresh), device=x.device), kept.to(torch.uint8).argmax(1)][
-                    :, None
-                ]
+                first = fresh[
+                    torch.arange(len(fresh), dtype=torch.int64, device=x.device),
+                    kept.to(torch.uint8).argmax(1),
+                ][:, None]
                 number = kept.sum(1, keepdim=True).to(torch.float64)
                 off = (fresh - first).masked_fill_(~kept[..., None], 0.0)
             self.shift[layer][part][new] = first[:, 0] + off.sum(1) / number.to(x.device)

@@ -17,6 +17,7 @@ class Draw:
 
     def __init__(self, seed, case):
         self.rng = np.random.default_rng([seed, case])
+        self._defaults = np.random.default_rng([seed, case, 1])  # so that they leave the other draws alone
 
     def chance(self, probability):
         return self.rng.random() < probability
@@ -32,6 +33,11 @@ class Draw:
 
     def dtype(self):
         return self.choose(DTYPES)
+
+    def defaults(self):
+        """A dtype and a device for PyTorch to make new tensors with; nothing may depend on them."""
+        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        return dtypes[self._defaults.integers(4)], "meta" if self._defaults.random() < 0.25 else "cpu"
 
     def normal(self, *shape):
         return self.rng.standard_normal(shape)

@@ -1,4 +1,4 @@
-"""Random shapes, strides, dtypes, masks and values through every public op, each against brute force.
+"""Random shapes, strides, dtypes, defaults, masks and values through every public op, against brute force.
 
     python tests/reliability/fuzz.py --cases 10000 --seed 1 --sanitized build/sanitize
 
@@ -86,15 +86,19 @@ def main():
         draw = Draw(options.seed, case)
         name, check = draw.choose(ops.CHECKS)
         torch.set_num_threads(draw.choose((1, 2)))
+        dtype, device = draw.defaults()
         isa = native.use_isa(draw.choose(isas)) if isas else contextlib.nullcontext()
         try:
-            with isa:
+            with isa, torch.device(device):
+                torch.set_default_dtype(dtype)
                 outcome, excess = check(draw)
         except Exception:
             failed += 1
             print(f"FAILED {name}: --seed {options.seed} --first {case} --cases 1", flush=True)
             traceback.print_exc()
             continue
+        finally:
+            torch.set_default_dtype(torch.float32)
         done[name, outcome] += 1
         worst[name] = max(worst[name], excess)
     seconds = time.monotonic() - start

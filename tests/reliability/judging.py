@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 import rgfast
+from rgfast.validation import as_tensor
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ILL = 1e7  # magnification of rounding errors beyond which a value says nothing
@@ -52,13 +53,13 @@ def tried(call, impl):
 
 def poisoned(draw, x):
     """A copy of ``x`` with NaN or infinity somewhere."""
-    bad = torch.as_tensor(x).clone(memory_format=torch.contiguous_format)
+    bad = as_tensor(x).clone(memory_format=torch.contiguous_format)
     bad.view(-1)[int(draw.rng.integers(bad.numel()))] = draw.choose((torch.nan, torch.inf, -torch.inf))
     return bad
 
 
 def judged(got, want, magnified, allowed, what):
     """As :func:`excess`; where the value is lost in rounding it may be anything, NaN included."""
-    got, lost = torch.as_tensor(got).double().numpy().copy(), magnified > ILL
+    got, lost = as_tensor(got).double().numpy().copy(), magnified > ILL
     got[lost], want = 0.0, np.where(lost, 0.0, want)
     return ("undefined" if lost.all() else "right"), excess(got, want, np.where(lost, 1.0, allowed), what)

@@ -31,7 +31,7 @@ def spectrum(draw):
     if draw.chance(0.05):
         return refused(lambda: function(poisoned(draw, x), centering=centering), ValueError, "finite")
     if draw.chance(0.02):
-        empty = torch.zeros(draw.choose(((0, 3), (3, 0), (2, 0, 5))))
+        empty = torch.zeros(draw.choose(((0, 3), (3, 0), (2, 0, 5))), dtype=torch.float32, device="cpu")
         return refused(lambda: function(empty), ValueError, "at least one")
     sigmas = [truths.sigma(m, centering == "mean") for m in truths.matrices(x)]
     lead = tuple(x.shape[:-2])
@@ -100,9 +100,15 @@ def eigvalsh(draw):
         if not bool(torch.isfinite(lower).all()):
             return refused(lambda: rgfast.eigvalsh(bad), ValueError, "finite")
     if draw.chance(0.02):
-        return refused(lambda: rgfast.eigvalsh(torch.zeros(d, d + 1)), ValueError, "square")
+        return refused(
+            lambda: rgfast.eigvalsh(torch.zeros(d, d + 1, dtype=torch.float32, device="cpu")),
+            ValueError,
+            "square",
+        )
     if draw.chance(0.02):
-        return refused(lambda: rgfast.eigvalsh(torch.zeros(d, d).bfloat16()), TypeError, "float")
+        return refused(
+            lambda: rgfast.eigvalsh(torch.zeros(d, d, dtype=torch.bfloat16, device="cpu")), TypeError, "float"
+        )
     got = tried(lambda i: rgfast.eigvalsh(a, impl=i), impl)
     assert got.dtype == kind_of(a)
     worst = 0.0

@@ -7,6 +7,7 @@ from judging import UNIT, impl_of, refused, tried
 
 import rgfast
 from rgfast.ops.residual_mlp.reference import residual_mlp_reference
+from rgfast.validation import as_tensor
 
 ORDER = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
@@ -29,7 +30,7 @@ def block_of(draw, d, dtype, norm):
 
 def draw_tensor(draw, x):
     """In some layout, as a tensor (gradients are wanted)."""
-    return torch.as_tensor(draw.laid_out(x))
+    return as_tensor(draw.laid_out(x))
 
 
 def in_dtype(tensors, dtype):
@@ -84,7 +85,7 @@ def residual_mlp(draw):
     tensors = {"x": draw_tensor(draw, values), **block_of(draw, size, dtype, norm)}
     for name in ("norm_weight", "norm_bias"):
         if tensors[name] is not None and across == "positions":
-            tensors[name] = torch.ones(d, dtype=dtype)
+            tensors[name] = torch.ones(d, dtype=dtype, device="cpu")
     impl = impl_of(draw)
 
     def public(t, i="auto"):
@@ -94,7 +95,7 @@ def residual_mlp(draw):
         )  # fmt: skip
 
     if draw.chance(0.03):
-        wrong = {**tensors, "w2": torch.zeros(size + 1, 3, dtype=dtype)}
+        wrong = {**tensors, "w2": torch.zeros(size + 1, 3, dtype=dtype, device="cpu")}
         return refused(lambda: public(wrong), ValueError, "w2")
 
     def reference(t):

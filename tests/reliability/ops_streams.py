@@ -10,6 +10,7 @@ from judging import excess, judged, poisoned, refused
 
 import rgfast
 from rgfast.streaming import MomentAccumulator
+from rgfast.validation import as_tensor
 
 
 def streamed(draw, make, layers, mask):
@@ -33,11 +34,11 @@ def masked_layers(draw, most=3):
     What does not count is NaN.
     """
     layers, extreme = layers_of(draw, most)
-    layers = [torch.as_tensor(x) for x in layers]
+    layers = [as_tensor(x) for x in layers]
     mask = draw.mask(tuple(layers[0].shape[:-1])) if draw.chance(0.7) else None
     if mask is not None:
         layers = [x.masked_fill(~mask[..., None], torch.nan) for x in layers]
-    keep = torch.ones(layers[0].shape[:-1], dtype=torch.bool) if mask is None else mask
+    keep = torch.ones(layers[0].shape[:-1], dtype=torch.bool, device="cpu") if mask is None else mask
     rows = [
         [m[k] for m, k in zip(truths.matrices(x), keep.reshape(-1, keep.shape[-1]).numpy(), strict=True)]
         for x in layers

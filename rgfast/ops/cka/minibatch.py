@@ -42,7 +42,7 @@ class MinibatchCKAAccumulator:
     def left_out(self) -> Tensor:
         """Rows ``[...]`` that would be in no batch if the stream ended here."""
         if self._rows is None:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device="cpu")
         filled = self._rows.filled
         return torch.where(filled < 4, filled, 0).reshape(self._rows.lead)
 
@@ -74,7 +74,7 @@ class MinibatchCKAAccumulator:
         mine, theirs = ((r.lead, r.widths) for r in (self._rows, other._rows))
         if mine != theirs:
             raise ValueError(f"other must have leading shape and widths {mine}, got {theirs}")
-        every = torch.arange(len(self._rows.filled), device=self._rows.filled.device)
+        every = torch.arange(len(self._rows.filled), dtype=torch.int64, device=self._rows.filled.device)
         self._sums.add(every, other._sums.cross, other._sums.floor, other._sums.exponent)
         if other._rows.most:
             self._add(*other._rows.contents())

@@ -52,12 +52,16 @@ def _wanted(task: str, first: tuple[int, ...], second: tuple[int, ...] | None) -
         pairs += [(i, i + 1) for i in near[:-1]]
     elif second is not None:
         pairs += [(i, count + j) for i in near for j in range(len(second))]
-        where = torch.arange(len(widths), len(pairs), device="cpu").reshape(count, -1)
+        where = torch.arange(len(widths), len(pairs), dtype=torch.int64, device="cpu").reshape(count, -1)
     else:
         pairs += [(i, j) for i in near for j in near[i + 1 :]]
         place = {pair: p for p, pair in enumerate(pairs)}
-        where = torch.tensor([[place[min(i, j), max(i, j)] for j in near] for i in near], device="cpu")
-    left, right = (torch.tensor([pair[side] for pair in pairs], device="cpu") for side in (0, 1))
+        where = torch.tensor(
+            [[place[min(i, j), max(i, j)] for j in near] for i in near], dtype=torch.int64, device="cpu"
+        )
+    left, right = (
+        torch.tensor([pair[side] for pair in pairs], dtype=torch.int64, device="cpu") for side in (0, 1)
+    )
     features = sum(float(widths[i]) * widths[j] * (1 if i == j else 2) for i, j in pairs)
     return _Wanted(pairs, (left, right), where, sum(widths) + 2.0 * len(pairs), features)
 
@@ -131,7 +135,7 @@ def run_alignment(layers: Sequence[Tensor], adjacent: bool, groups: int) -> Tens
     shared = _aligned(flat, adjacent, groups) if _worth_sharing(flat, adjacent, groups) else None
     if shared is not None:
         return shared
-    group = torch.arange(flat[0].shape[1], device="cpu") % groups
+    group = torch.arange(flat[0].shape[1], dtype=torch.int64, device="cpu") % groups
     parts = [_aligned(flat, adjacent, 1)]
     parts += [_aligned([x[:, group != g] for x in flat], adjacent, 1) for g in range(groups)]
     return None if any(part is None for part in parts) else torch.stack([p for p in parts if p is not None])
@@ -270,7 +274,7 @@ class _Products:
 
     def centred_enough(self, widths: Sequence[int]) -> bool:
         """Whether rows without a group are about as well centred and scaled as all are."""
-        level = self.trace / (self.samples * torch.tensor(widths, device="cpu"))
+        level = self.trace / (self.samples * torch.tensor(widths, dtype=torch.int64, device="cpu"))
         fair = (self.grand <= 0.1 * self.trace * self.samples) & (level > 1e-6) & (level < 1e6)
         return bool((fair | (self.trace == 0)).all())
 
@@ -284,7 +288,7 @@ def _products(
     samples: Tensor | int = n
     if groups > 1:
         left = [n, *(n - len(range(g, n, groups)) for g in range(groups))]
-        samples = torch.tensor(left, device="cpu")[:, None]
+        samples = torch.tensor(left, dtype=torch.int64, device="cpu")[:, None]
     shapes = [(*lead, len(pairs))] * 2 + [(*lead, len(layers))] * 2
     out = [torch.empty(shape, dtype=torch.float64, device="cpu") for shape in shapes]
     bytes_each = n * sum(x.shape[2] for x in layers) * (4 if single else 8)

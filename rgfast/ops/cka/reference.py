@@ -156,7 +156,7 @@ def matrix(
     weight = 1.0 if bounds is None else 1.0 / xs[0].shape[-2] ** 2
     own_x, varies_x = with_variance(xs, own_x, weight)
     own_y, varies_y = (own_x, varies_x) if other is None else with_variance(ys, own_y, weight)
-    where = torch.empty(len(xs), len(ys), dtype=torch.int64)
+    where = torch.empty(len(xs), len(ys), dtype=torch.int64, device="cpu")
     for p, (i, j) in enumerate(pairs):
         where[i, j] = p
         if other is None:
@@ -224,14 +224,14 @@ def alignment(layers: Sequence[Tensor], *, adjacent: bool, groups: int = 1) -> T
 
     V is 1, or 1 + ``groups``: of all samples, then without samples g, g + groups, ... for every g.
     """
-    group = torch.arange(layers[0].shape[-2], device=layers[0].device) % groups
+    group = torch.arange(layers[0].shape[-2], dtype=torch.int64, device=layers[0].device) % groups
     rest = [[x[..., group != g, :] for x in layers] for g in range(groups if groups > 1 else 0)]
     return torch.stack([_alignment(part, adjacent) for part in (layers, *rest)])
 
 
 def _alignment(layers: Sequence[Tensor], adjacent: bool) -> Tensor:
     out = torch.stack([matrix(layers, None, debiased=debiased) for debiased in (True, False)])
-    near = torch.arange(len(layers), device=out.device)
+    near = torch.arange(len(layers), dtype=torch.int64, device=out.device)
     far = (near[:, None] - near).abs() > 1
     for values, debiased in zip(out, (True, False), strict=True):
         close = 1.0 - drift(layers, debiased=debiased)

@@ -75,7 +75,9 @@ class RowStore:
                 else keep
             )
             at = (self.filled[:, None] + keep.cumsum(1) - 1)[keep]
-            position = torch.arange(len(self.filled), device=at.device)[:, None].expand_as(keep)[keep]
+            position = torch.arange(len(self.filled), dtype=torch.int64, device=at.device)[:, None].expand_as(
+                keep
+            )[keep]
             for kept, x in zip(self._rows, layers, strict=True):
                 kept[position, at] = x[keep].to(kept.dtype)
         self.filled = new
@@ -106,6 +108,6 @@ class RowStore:
     def contents(self) -> tuple[list[Tensor], Tensor | None]:
         """Everything as layers ``[P, n, d_l]`` with a mask ``[P, n]``, None where no position is short."""
         most = self.most
-        keep = torch.arange(most, device=self.filled.device) < self.filled[:, None]
+        keep = torch.arange(most, dtype=torch.int64, device=self.filled.device) < self.filled[:, None]
         # Rows past the end of a position were never written; nobody may read them.
         return [rows[:, :most] for rows in self._rows], None if bool(keep.all()) else keep

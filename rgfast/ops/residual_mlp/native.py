@@ -204,7 +204,9 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(ctx, saved, dy, wanted)
         else:
-            gradients = _run_backward(dy, Arguments(*saved, *ctx.options), ctx.by_library, wanted, sums)
+            arguments = Arguments(*saved, *ctx.options)
+            _check_memory(arguments, dy)  # parameters may have become others since, as by module.half()
+            gradients = _run_backward(dy, arguments, ctx.by_library, wanted, sums)
         return (*gradients, *(None,) * 7)
 
 
@@ -232,6 +234,28 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def _check_memory(arguments: Arguments, dy: Tensor | None = None) -> None:
+    """Raise TypeError unless every tensor is what the kernels, which get addresses, take it for."""
+    x, w1 = arguments.x, arguments.w1
+    hidden, width = w1.shape if w1.dim() == 2 else (0, 0)
+    features = x.size(-1) if x.dim() else 0
+    shapes = ((hidden, width), (hidden,), (width, hidden), (width,), (features,), (features,))
+    least = 2 if arguments.mixes else 1
+    fits = hidden > 0 and features > 0 and x.dim() >= least and x.size(-least) == width
+    fits = fits and (dy is None or dy.shape == x.shape)
+    for t, shape in zip(arguments.tensors[1:], shapes, strict=True):
+        fits = fits and (t is None or t.shape == shape)
+    tensors = [t for t in (*arguments.tensors, dy) if t is not None]
+    if not fits or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
+        got = ", ".join(
+            f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for t in tensors
+        )
+        raise TypeError(
+            f"residual_mlp must get x, its parameters and the gradient of its output as float32 on the CPU, "
+            f"in shapes that fit together, got {got}"
+        )
 
 
 class _Call(NamedTuple):
@@ -318,6 +342,7 @@ def _arguments(given: tuple[Any, ...]) -> tuple[Arguments, tuple[Any, ...]]:
 @torch.library.impl("rgfast::residual_mlp", "CPU")
 def _op_forward(*args: Any) -> Tensor:
     arguments, by_library = _arguments(args)
+    _check_memory(arguments)
     return _run_forward(arguments, by_library == (True,))
 
 
@@ -329,6 +354,7 @@ def _fake_forward(x: Tensor, *args: Any) -> Tensor:
 @torch.library.impl("rgfast::residual_mlp_backward", "CPU")
 def _op_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     arguments, (wanted, *by_library) = _arguments(args)
+    _check_memory(arguments, dy)
     found = _run_backward(dy, arguments, by_library == [True], wanted)
     return tuple(dy.new_empty(0) if g is None else g for g in found)
 

@@ -63,7 +63,7 @@ def residual_stack_native(
     hidden = [layer.w1.size(0) for layer in layers]
     in_all = x.numel() // width
     floats = module.residual_stack_floats(width, hidden, addresses, in_all)
-    packed = torch.empty(max(floats, 1))
+    packed = torch.empty(max(floats, 1), dtype=torch.float32, device="cpu")
     if floats:
         module.residual_stack_pack(width, hidden, addresses, in_all, packed.data_ptr(), threads)
 
@@ -92,7 +92,7 @@ def residual_stack_native(
         run(rows, stride, y.data_ptr(), 0, in_all)
         return y
     entry = x[:1].numel()
-    buffer = torch.empty((len(layers) + 1) * min(tile, max(x.size(0), 1)) * entry)
+    buffer = x.new_empty((len(layers) + 1) * min(tile, max(x.size(0), 1)) * entry)
     for begin in range(0, x.size(0), tile):
         piece = x[begin : begin + tile]
         size = piece.numel()

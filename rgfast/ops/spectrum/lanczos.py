@@ -101,7 +101,7 @@ def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean
     if iter(batches) is batches:
         raise TypeError("batches must be iterable more than once, got an iterator")
     first = None
-    total, count = torch.zeros(d, dtype=torch.float64), 0
+    total, count = torch.zeros(d, dtype=torch.float64, device="cpu"), 0
     for batch in batches:
         rows = as_real_tensor(batch, "batches", min_dim=2)
         if rows.shape[-1] != d:
@@ -180,7 +180,7 @@ def _estimate(
     good = _converged(value, residual[:deflate], top)
     value, vector = value[:good] / top, vector[:, :good]
     rest = size - good
-    start = torch.randn((size, probes), generator=draw, dtype=torch.float64).to(device)
+    start = torch.randn((size, probes), generator=draw, dtype=torch.float64, device="cpu").to(device)
     start = _off(start, vector)
     start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
     small = _lanczos(lambda v: _off(apply(v), vector) / top, start, min(steps, max(rest, 1)), workers)
@@ -235,7 +235,7 @@ def _leading(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values, descending, vectors and residuals of a block Krylov space of at most `_DEPTH` blocks."""
     width = min(_BLOCK, size)
-    block = torch.randn((size, width), generator=draw, dtype=torch.float64).to(device)
+    block = torch.randn((size, width), generator=draw, dtype=torch.float64, device="cpu").to(device)
     basis = torch.zeros((size, 0), dtype=torch.float64, device=device)
     image = torch.zeros((size, 0), dtype=torch.float64, device=device)
     for _ in range(_DEPTH if count else 1):
@@ -248,7 +248,8 @@ def _leading(
             break
         basis, block = torch.cat([basis, block], 1), apply(block)
         if not bool(torch.isfinite(block).all()):
-            return torch.tensor([math.nan]), basis, torch.tensor([math.nan])
+            nan = torch.full((1,), math.nan, dtype=torch.float64, device=device)
+            return nan, basis, nan
         image = torch.cat([image, block], 1)
     small = basis.mT @ image
     value, s = torch.linalg.eigh((small + small.mT) / 2)

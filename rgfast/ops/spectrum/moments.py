@@ -20,7 +20,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
-from rgfast.validation import as_real_tensor, check_choice
+from rgfast.validation import as_real_tensor, as_tensor, check_choice
 
 __all__ = ["rank_measures_from_moment", "singular_values_from_moment"]
 
@@ -115,7 +115,7 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Arr
     if scatter.shape[-1] != scatter.shape[-2] or scatter.shape[-1] == 0:
         raise ValueError(f"scatter must hold square matrices, got shape {tuple(scatter.shape)}")
     check_choice(centering, "centering", ("mean", "none"))
-    count = torch.as_tensor(n, device=scatter.device)
+    count = as_tensor(n).to(scatter.device)
     if count.dtype == torch.bool or count.is_floating_point() or count.is_complex():
         raise TypeError(f"n must be an integer or an integer tensor, got {count.dtype}")
     lead = scatter.shape[:-2]
@@ -138,7 +138,7 @@ def _solved(scatter: Tensor, count: Array, centering: str, accumulated: Any, imp
     variance = flat.diagonal(dim1=-2, dim2=-1).cpu().numpy()
     trace = variance.sum(-1)
     if accumulated is not None:
-        given = torch.as_tensor(accumulated, dtype=torch.float64).cpu()
+        given = as_tensor(accumulated).to(torch.float64).cpu()
         trace = np.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1).numpy())
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (variance > 0).sum(-1))

@@ -52,6 +52,10 @@ def eigvalsh(a: Tensor) -> Tensor:
     a time, many side by side, which round differently. Raises `torch.linalg.LinAlgError`, naming the first
     such matrix, where one holds NaN or infinity or does not converge.
     """
+    double = a.dtype == torch.float64
+    if not (double or a.dtype == torch.float32) or not a.is_cpu:
+        kind = str(a.dtype).removeprefix("torch.")
+        raise TypeError(f"a must be float64 or float32 on the CPU, got {kind} on {a.device}")
     if a.dim() == 3 or a.dim() == 2:
         shape, strides = a.shape, a.stride()
         d = shape[-1]
@@ -59,7 +63,7 @@ def eigvalsh(a: Tensor) -> Tensor:
         values = a.new_empty((batch, d)) if len(shape) == 3 else a.new_empty(d)
         index, trouble = native.load().eigvalsh_plain(
             a.data_ptr(),
-            a.dtype == torch.float64,
+            double,
             *(batch, d, step, strides[-2], strides[-1]),
             values.data_ptr(),
             torch.get_num_threads(),
@@ -97,7 +101,7 @@ def gram(
     The same four as `reference.gram` returns, formed in the same tiles.
     """
     b, n, d = x.shape
-    matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64)
+    matrix = torch.empty((b, min(n, d), min(n, d)), dtype=torch.float64, device="cpu")
     return matrix, *_moments(x, centering, matrix, means)
 
 
@@ -115,7 +119,7 @@ def gram_spectrum(
     """
     m = min(x.shape[1:])
     if not _fits(torch.float64, m):
-        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64)
+        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64, device="cpu")
         matrix, accumulated, exponent, limit = gram(x, centering=centering, means=means)
         bad = ~torch.isfinite(accumulated)
         matrix[bad] = 0.0
@@ -126,7 +130,7 @@ def gram_spectrum(
                 lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=x.shape[1])
                 torch.linalg.eigvalsh(lifted, out=raw)
         return values, accumulated, exponent, limit
-    values = torch.empty((x.shape[0], m), dtype=torch.float64)
+    values = torch.empty((x.shape[0], m), dtype=torch.float64, device="cpu")
     return values, *_moments(x, centering, values, raw=raw)
 
 
@@ -142,15 +146,20 @@ def left_out_spectrum(
     b, n, d = x.shape
     if x.dtype == torch.float64 or not x.is_cpu or n - -(-n // groups) < d:
         return None
-    values = torch.empty((b * groups, d), dtype=torch.float64)
-    accumulated = torch.empty(b * groups, dtype=torch.float64)
-    exponent, limit = torch.empty((2, b * groups), dtype=torch.int64)
-    info = (accumulated.data_ptr(), exponent.data_ptr(), limit.data_ptr(), 0)
+    values = torch.empty((b * groups, d), dtype=torch.float64, device="cpu")
+    accumulated = torch.empty(b * groups, dtype=torch.float64, device="cpu")
+    exponent, limit = torch.empty((2, b * groups), dtype=torch.int64, device="cpu")
+    info = (
+        native.address(accumulated, torch.float64, b * groups, "accumulated"),
+        native.address(exponent, torch.int64, b * groups, "exponent"),
+        native.address(limit, torch.int64, b * groups, "limit"),
+        0,
+    )
     found = native.load().left_out_moments(
         native.tensor(x.detach()),
         groups,
-        values.data_ptr(),
-        0 if raw is None else raw.data_ptr(),
+        native.address(values, torch.float64, b * groups * d, "values"),
+        native.address(raw, torch.float64, b * groups * d, "raw"),
         info,
         native.threads(),
     )
@@ -174,10 +183,15 @@ def effective_ranks(
     m = min(n, d)
     if not _fits(torch.float64, m):
         return None
-    rank = torch.empty(b, dtype=torch.float64)
-    scratch = torch.empty(b * (4 + m), dtype=torch.float64)
+    rank = torch.empty(b, dtype=torch.float64, device="cpu")
+    scratch = torch.empty(b * (4 + m), dtype=torch.float64, device="cpu")
     index, trouble, worst = native.load().effective_ranks(
-        native.tensor(x), centering == "mean", variance, rank.data_ptr(), scratch.data_ptr(), native.threads()
+        native.tensor(x),
+        centering == "mean",
+        variance,
+        native.address(rank, torch.float64, b, "rank"),
+        native.address(scratch, torch.float64, b * (4 + m), "scratch"),
+        native.threads(),
     )
     if trouble == _NOT_CONVERGED:
         raise _stuck(index)
@@ -197,19 +211,20 @@ def _moments(
     x: Tensor, centering: str, result: Tensor, means: Tensor | None = None, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
-    accumulated = torch.empty(len(x), dtype=torch.float64)
-    exponent, limit = torch.empty((2, len(x)), dtype=torch.int64)
+    b, m = len(x), min(x.shape[1:])
+    accumulated = torch.empty(len(x), dtype=torch.float64, device="cpu")
+    exponent, limit = torch.empty((2, len(x)), dtype=torch.int64, device="cpu")
     index, trouble = native.load().moments(
         native.tensor(x),
         centering == "mean",
         result.dim() == 2,
         native.tensor(result),
-        0 if raw is None else raw.data_ptr(),
+        native.address(raw, torch.float64, b * m, "raw"),
         (
-            accumulated.data_ptr(),
-            exponent.data_ptr(),
-            limit.data_ptr(),
-            0 if means is None else means.data_ptr(),
+            native.address(accumulated, torch.float64, b, "accumulated"),
+            native.address(exponent, torch.int64, b, "exponent"),
+            native.address(limit, torch.int64, b, "limit"),
+            native.address(means, torch.float64, b * x.shape[2], "means"),
         ),
         native.threads(),
     )

@@ -126,7 +126,9 @@ def singular_values(x: Tensor, *, centering: str = "mean") -> Tensor:
     y, exponent = scaled(x)
     y, _ = centred(y, centering)
     sigma = torch.linalg.svdvals(y)
-    kept = torch.arange(sigma.shape[-1], device=x.device) < rank_limit(y, centering)[:, None]
+    kept = (
+        torch.arange(sigma.shape[-1], dtype=torch.int64, device=x.device) < rank_limit(y, centering)[:, None]
+    )
     half = exponent // 2  # 2**exponent itself may not be a normal number
     low = ((1023 + half) << 52).view(torch.float64)[:, None]
     high = ((1023 + exponent - half) << 52).view(torch.float64)[:, None]

@@ -47,7 +47,7 @@ def spectra_without_groups(
     b, n, d = x.shape
     options = {"centering": "mean", "dtype": torch.float64}
     if SPECTRUM.select("auto", x.device, x, **options).name == "native":
-        raw = torch.empty(b * groups, d, dtype=torch.float64) if uncentred else None
+        raw = torch.empty(b * groups, d, dtype=torch.float64, device="cpu") if uncentred else None
         found = native.left_out_spectrum(x, groups, raw)
         if found is not None:
             return _of_variants(found, raw, n, groups)
@@ -77,7 +77,7 @@ def without_each(x: Tensor, groups: int) -> Iterator[Tensor]:
     Group after group, and all but the last again: what follows a group, up to itself again, is the rest.
     """
     n = x.shape[1]
-    order = torch.arange(n, device=x.device)
+    order = torch.arange(n, dtype=torch.int64, device=x.device)
     order = order[(order % groups).argsort(stable=True)]
     sizes = [len(range(g, n, groups)) for g in range(groups)]
     twice = x.index_select(1, torch.cat([order, order[: n - sizes[-1]]]))

@@ -23,7 +23,7 @@ def top_eigenpair(a: Tensor) -> tuple[Tensor, Tensor]:
     b, m, _ = a.shape
     value = torch.zeros(b, dtype=torch.float64, device=a.device)
     vector = torch.zeros((b, m), dtype=torch.float64, device=a.device)
-    todo = torch.arange(b, device=a.device)
+    todo = torch.arange(b, dtype=torch.int64, device=a.device)
     with one_thread():
         steps = min(m, 16)
         while len(todo):
@@ -40,7 +40,9 @@ def top_eigenpair(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _lanczos(a: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     b, m, _ = a.shape
-    start = torch.randn(m, generator=torch.Generator().manual_seed(1950), dtype=torch.float64).to(a.device)
+    start = torch.randn(
+        m, generator=torch.Generator().manual_seed(1950), dtype=torch.float64, device="cpu"
+    ).to(a.device)
     basis = torch.zeros((b, steps, m), dtype=torch.float64, device=a.device)
     small = torch.zeros((b, steps, steps), dtype=torch.float64, device=a.device)
     floor = 1e-15 * a.square().sum((-2, -1)).sqrt()
@@ -72,7 +74,7 @@ def _top_of_small(t: Tensor) -> tuple[Tensor, Tensor]:
         power = power / torch.where(norm > 0, norm, 1.0)
         power = power @ power
     column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    s = power[torch.arange(len(t), device=t.device), :, column]
+    s = power[torch.arange(len(t), dtype=torch.int64, device=t.device), :, column]
     norm = s.square().sum(-1, keepdim=True).sqrt()
     s = s / torch.where(norm > 0, norm, 1.0)
     return (s * (t @ s[:, :, None])[:, :, 0]).sum(-1), s

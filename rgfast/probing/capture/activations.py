@@ -91,4 +91,4 @@ def unnested(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         )
     lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=x.device)
     rows = pad_sequence(list(parts), batch_first=True)
-    return rows, torch.arange(rows.shape[1], device=x.device) < lengths[:, None]
+    return rows, torch.arange(rows.shape[1], dtype=torch.int64, device=x.device) < lengths[:, None]

@@ -19,6 +19,7 @@ from rgfast.probing.capture.padding import Padding, PaddingSpec
 from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.targets import Target
+from rgfast.validation import as_tensor
 
 __all__ = ["Entries", "MaskSpec"]
 
@@ -125,7 +126,7 @@ def _masked(mask: MaskSpec, entries: Mapping[str, Any], rows: Tensor) -> Tensor 
         masked = entries[mask]
     else:
         masked = mask(entries)
-    masked = torch.as_tensor(masked, device=rows.device)
+    masked = as_tensor(masked).to(rows.device)
     if masked.dtype != torch.bool or masked.shape != rows.shape[:2]:
         raise ValueError(
             f"mask must be bool {list(rows.shape[:2])}, got {str(masked.dtype).removeprefix('torch.')} "

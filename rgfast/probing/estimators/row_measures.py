@@ -39,7 +39,7 @@ def measure_rows(
     left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
     if whole is None or left is None:
         return None
-    group = torch.arange(n) % groups
+    group = torch.arange(n, dtype=torch.int64, device="cpu") % groups
     found = [_spectral(states, *whole, None)]
     found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
     aligned = alignment(list(states), adjacent=adjacent, groups=groups)

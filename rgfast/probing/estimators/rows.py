@@ -126,7 +126,7 @@ class Rows:
         step = at_once(plan, self.sequences, self._memory)
         one = (self.sequences, plan.widths[0])
         # One for all turns: fresh pages cost as much as a copy.
-        room = torch.empty(len(plan.names) * step * math.prod(one))
+        room = torch.empty(len(plan.names) * step * math.prod(one), dtype=torch.float32, device="cpu")
         for start in range(0, len(plan.positions), step):
             where = plan.positions[start : start + step]
             at = _slice_or_list(where)
