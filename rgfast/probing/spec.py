@@ -10,8 +10,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from rgfast.probing.capture.axes import AxesSpec, check_axes
 from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import LayerSpec
+from rgfast.probing.capture.outputs import OutputSpec, check_output
 from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
@@ -45,6 +47,8 @@ class WatchOptions(TypedDict, total=False):
     pairs: Pairs
     mask: MaskSpec
     padding: PaddingSpec
+    axes: AxesSpec
+    output: OutputSpec
     targets: Mapping[str, TargetSpec] | None
     groups: int
     progress: bool | None
@@ -85,6 +89,8 @@ class ProbeSpec:
     pairs: Pairs = "adjacent"
     mask: MaskSpec = None
     padding: PaddingSpec = "auto"
+    axes: AxesSpec = None
+    output: OutputSpec = None
     targets: Mapping[str, TargetSpec] | None = None
     groups: int = 1
     checkpoint: str | Path | None = None
@@ -110,6 +116,8 @@ class ProbeSpec:
             raise TypeError(f"refine must be True, False or None, got {self.refine!r}")
         make_targets(self.targets)
         check_padding(self.padding)
+        check_axes(self.axes)
+        check_output(self.output)
         check_choice(self.origin, "origin", ("column", "token"))
         self._set("positions", checked_positions(self.positions))
         if "first" in self.positions and not isinstance(self.positions, str):
@@ -149,6 +157,11 @@ class ProbeSpec:
         )
 
     @property
+    def reads_layers(self) -> bool:
+        """Whether it was said how the layers' tensors are to be read."""
+        return self.axes is not None or self.output is not None
+
+    @property
     def uncentred(self) -> bool:
         """Whether a rank of rows as they are was asked for."""
         return any(name.endswith("uncentred") for name in self.measures)
@@ -170,6 +183,8 @@ class ProbeSpec:
             "pairs": pairs if isinstance(pairs, str) else [list(pair) for pair in pairs],
             "origin": self.origin,
             "padding": dict(self.padding) if isinstance(self.padding, Mapping) else self.padding,
+            "axes": dict(self.axes) if isinstance(self.axes, Mapping) else self.axes,
+            "output": _plain(self.output),
             "mask": self.mask if isinstance(self.mask, str) else self.mask is not None,
             "targets": list(self.targets or ()),
             "groups": self.groups,
@@ -179,6 +194,12 @@ class ProbeSpec:
         }
         plain: dict[str, Any] = json.loads(json.dumps(asked))
         return plain
+
+
+def _plain(output: OutputSpec) -> Any:
+    if isinstance(output, Mapping):
+        return {pattern: _plain(choice) for pattern, choice in output.items()}
+    return "a function" if callable(output) else output
 
 
 def shows_options(options: type[Any]) -> Callable[[_F], _F]:

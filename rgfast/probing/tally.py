@@ -91,7 +91,7 @@ class Tally:
     ) -> tuple[ProbeResult | None, list[Any]]:
         """What :meth:`rgfast.Probe.by_samples` says."""
         spec, stack = self._spec, independent_stack(self._model, self._taps)
-        if self._no_samples or stack is None:
+        if self._no_samples or stack is None or spec.reads_layers:
             return None, []
         x, taken = gather(stack, batches)
         if x is None or not enough(len(x), spec.groups):

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.activations import Activation, as_rows
+from rgfast.probing.capture.activations import Activation
+from rgfast.probing.capture.axes import Axes, laid_out
 from rgfast.probing.capture.entries import Entries
 from rgfast.probing.capture.layers import check_model, resolve
 from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
@@ -93,6 +95,8 @@ class Probe:
         if say and spec.layers == "auto":
             print(f"probe: {chosen}")
         targets = spec.new_targets()
+        notes = Notes()
+        self._axes = Axes(spec.axes, self.model, self._taps, notes)
         self._entries = Entries(
             self.model,
             self._taps,
@@ -100,10 +104,17 @@ class Probe:
             padding=spec.padding,
             origin=spec.origin,
             targets=targets,
-            notes=Notes(),
+            notes=notes,
         )
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, say=say)
-        self._watcher = Watcher(self.model, self._taps, self, tile=_TILE * spec.groups)
+        self._watcher = Watcher(
+            self.model,
+            self._taps,
+            self,
+            Outputs(spec.output, self._taps),
+            tile=_TILE * spec.groups,
+            tiles=not spec.reads_layers,
+        )
         self._whole: RowBatch | None = None
 
     @property
@@ -127,6 +138,7 @@ class Probe:
         modes = [(module, module.training) for module in self.model.modules()]
         grad = torch.is_grad_enabled()
         self._watcher.__enter__()
+        self._axes.open()
         self._modes, self._grad = modes, grad
         return self
 
@@ -137,6 +149,7 @@ class Probe:
         trace: TracebackType | None,
     ) -> None:
         self._watcher.close()
+        self._axes.close()
         self._whole = None
         for module, training in self._modes:
             module.training = training
@@ -191,27 +204,31 @@ class Probe:
 
     def entered(self, x: Tensor) -> None:
         """:meta private:"""
-        rows = Activation(as_rows(x, self._taps[0].name))
+        rows = Activation(_of_stack(x, self._taps[0].name))
         every = range(len(self._taps))
         self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
 
     def tile(self, first: int, states: Tensor) -> None:
         """:meta private:"""
         assert self._whole is not None
-        rows = [as_rows(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
+        rows = [_of_stack(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
         part = self._whole.some(slice(first, first + len(rows[0])))
         self._tally.add(replace(part, layers=rows, reused=True))
 
     def finished(self, seen: Sequence[Seen] | None) -> None:
         """:meta private:"""
         if seen is not None:
-            rows = [None if x.value is None else Activation(as_rows(x.value, x.name), x.keep) for x in seen]
+            rows = self._axes.rows(seen, self._entries.now)
             if any(x is not None and len(x.rows) for x in rows):
                 self._tally.name_layers([x.name for x in seen])
                 of_taps = [x.tap for x in seen]
                 self._tally.add(self._entries.batch(rows, of_taps, self._tally.sequences))
         self._whole = None
         self._entries.end()
+
+
+def _of_stack(x: Tensor, name: str) -> Tensor:
+    return laid_out(x, "N D" if x.dim() == 2 else "N T D", name)
 
 
 def opened(model: nn.Module, spec: ProbeSpec) -> Probe:

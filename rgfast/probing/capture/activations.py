@@ -1,8 +1,8 @@
-"""What a module returned, as ``[B, T, D]``: finding the tensor and laying out its axes."""
+"""What a module returned: finding the tensor in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["Activation", "as_rows", "find_tensor", "unnested"]
+__all__ = ["Activation", "find_tensor", "locate", "unnested"]
 
 _PREFERRED = ("last_hidden_state", "hidden_states", "hidden_state", "logits")
+_WHOLE = "last_hidden_state"
 
 
 def find_tensor(value: Any, name: str) -> Tensor:
@@ -23,6 +24,12 @@ def find_tensor(value: Any, name: str) -> Tensor:
     ``last_hidden_state``, ``hidden_states``, ``hidden_state`` or ``logits``, else the first tensor.
     Raises TypeError where there is none.
     """
+    return locate(value, name)[0]
+
+
+def locate(value: Any, name: str) -> tuple[Tensor, list[Tensor]]:
+    """The activation as :func:`find_tensor` finds it, and the other floating tensors that are held beside it,
+    none if it goes by the name of a whole model's output."""
     found = _find(value)
     if found is None:
         raise TypeError(
@@ -31,19 +38,34 @@ def find_tensor(value: Any, name: str) -> Tensor:
     return found
 
 
-def _find(value: Any) -> Tensor | None:
+def _find(value: Any) -> tuple[Tensor, list[Tensor]] | None:
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
+        return (value, []) if value.is_floating_point() else None
     if isinstance(value, Mapping):
         entries = dict(value)
     elif is_dataclass(value) and not isinstance(value, type):
         entries = {field.name: getattr(value, field.name) for field in fields(value)}
     elif isinstance(value, (tuple, list)):
-        return next((t for t in (_find(item) for item in value) if t is not None), None)
+        return _first(value)
     else:
         return None
-    ordered = [*(entries[key] for key in _PREFERRED if key in entries), *entries.values()]
-    return next((t for t in (_find(item) for item in ordered) if t is not None), None)
+    if isinstance(x := entries.get(_WHOLE), Tensor) and x.is_floating_point():
+        return x, []
+    return _first([*(entries[key] for key in _PREFERRED if key in entries), *entries.values()])
+
+
+def _first(items: Sequence[Any]) -> tuple[Tensor, list[Tensor]] | None:
+    """The first tensor in ``items``, with the other items if it is one of them."""
+    for item in items:
+        if (found := _find(item)) is None:
+            continue
+        if found[0] is not item:
+            return found
+        others = {
+            id(x): x for x in items if isinstance(x, Tensor) and x.is_floating_point() and x is not item
+        }
+        return item, list(others.values())
+    return None
 
 
 @dataclass(frozen=True)
@@ -60,24 +82,6 @@ class Activation:
         if self.keep is None or lacking <= 0:
             return self
         return Activation(pad(self.rows, (0, 0, 0, lacking)), pad(self.keep, (0, lacking)))
-
-
-def as_rows(x: Tensor, name: str) -> Tensor:
-    """``[B, T, D]`` of an activation: ``[B, D]`` has one position, ``[B, C, H, W]`` has H·W.
-
-    Raises ValueError for any other number of dimensions, and if there are no positions or features.
-    """
-    rows = x
-    if x.dim() == 2:
-        rows = x[:, None]
-    elif x.dim() == 4:
-        rows = x.flatten(2).transpose(1, 2)
-    if rows.dim() != 3 or not rows.shape[1] or not rows.shape[2]:
-        raise ValueError(
-            f"layer {name!r} must be [B, D], [B, T, D] or [B, C, H, W] with none but B empty, got shape "
-            f"{tuple(x.shape)}"
-        )
-    return rows
 
 
 def unnested(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:

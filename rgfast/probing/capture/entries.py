@@ -51,6 +51,11 @@ class Entries:
         self._now: dict[str, Any] = {}
         self._places: list[tuple[str | None, bool]] | None = None
 
+    @property
+    def now(self) -> Mapping[str, Any]:
+        """The entries of the forward that is running."""
+        return self._now
+
     def note(self, entries: Mapping[str, Any]) -> None:
         """Keep entries that the model itself does not take, for the next forward."""
         self._noted.update(entries)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import find_tensor, unnested
 from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.outputs import Outputs
 
 __all__ = ["Receiver", "Seen", "StreamsTiles", "Watcher", "tile_streamer"]
 
@@ -75,12 +76,22 @@ class Watcher:
     A module that runs several times in a forward is as many layers, ``name#1``, ``name#2`` and so on, and the
     layers are then in the order in which they ran. How many there are is known from the first forward in
     which it runs; a layer that does not run in some forward is seen without a value.
+
+    ``outputs`` says which tensor of a layer's output is seen; ``tiles=False`` hooks our own stack, too.
     """
 
     def __init__(
-        self, model: nn.Module, taps: Sequence[Tap], receiver: Receiver, *, tile: int | None = None
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        receiver: Receiver,
+        outputs: Outputs,
+        *,
+        tile: int | None = None,
+        tiles: bool = True,
     ) -> None:
         self._model, self._taps, self._receiver, self._tile = model, taps, receiver, tile
+        self._outputs, self._tiles = outputs, tiles
         self._handles: list[Any] = []
         self._held: dict[tuple[int, int], _Captured] = {}
         self._runs: dict[int, int] = {}
@@ -98,7 +109,7 @@ class Watcher:
         if self._handles:
             raise RuntimeError("this Probe is watching already; its with block cannot be nested in itself")
         modules = dict(self._model.named_modules(remove_duplicate=False))
-        streamer = tile_streamer(modules, self._taps)
+        streamer = tile_streamer(modules, self._taps) if self._tiles else None
         try:
             if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
                 self._eager = torch.compiler.set_stance("force_eager")
@@ -138,9 +149,15 @@ class Watcher:
 
     def _hook(self, index: int, module: nn.Module) -> Any:
         if self._taps[index].side == "output":
-            return module.register_forward_hook(lambda m, args, output: self._capture(index, output))
+            return module.register_forward_hook(
+                lambda m, args, kwargs, output: self._capture(
+                    index, lambda: self._outputs.returned(index, output, args, kwargs, m)
+                ),
+                with_kwargs=True,
+            )
         return module.register_forward_pre_hook(
-            lambda m, args, kwargs: self._capture(index, [*args, *kwargs.values()]), with_kwargs=True
+            lambda m, args, kwargs: self._capture(index, lambda: self._outputs.given(index, args, kwargs, m)),
+            with_kwargs=True,
         )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +165,7 @@ class Watcher:
         self._tiles_began = False
         self._receiver.began(args, kwargs)
 
-    def _capture(self, index: int, value: Any) -> None:
+    def _capture(self, index: int, find: Callable[[], Tensor]) -> None:
         tap, run = self._taps[index], sum(key[0] == index for key in self._held)
         if run and tap.once:
             return
@@ -157,7 +174,7 @@ class Watcher:
                 f"layers: {tap.module!r} ran {run + 1} times in this forward and {run} in an earlier one; "
                 "begin with the batch that needs most"
             )
-        x = find_tensor(value, tap.name).detach()
+        x = find().detach()
         rows, keep = unnested(x, tap.name)
         copied = rows.clone() if index in self._copied and rows is x else rows
         self._held[index, run] = _Captured(copied, keep, x, _version(x))
