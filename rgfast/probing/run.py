@@ -39,8 +39,8 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
             name of a stack of blocks, names, indices, globs or regular expressions, see
             :func:`rgfast.probing.capture.layers.resolve`. A layer's output may be a tensor, or a tuple,
-            mapping or dataclass holding one, ``[B, D]``, ``[B, T, D]`` or ``[B, C, H, W]``. A module that
-            runs several times in a forward is as many layers.
+            mapping or dataclass holding one (see ``output``), with its axes in any order (see ``axes``). A
+            module that runs several times in a forward is as many layers.
         positions: those followed one by one: indices, ``"first"``, ``"last"``, ``"all"``, or ``"auto"``: all
             if they fit ``memory``, else log-spaced ones. With padding, those from the end (``"last"``, −1)
             are each sequence's own, and ``"first"`` is 0 with ``origin="token"``.
@@ -59,6 +59,16 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             encoder's and a tower's own), an entry's name, None (every position counts), or these by pattern
             of layer names: ``{"decoder.*": "decoder_attention_mask", "vision.*": None}``. Rows that are
             padding are never counted; ``result.notes`` says what was read otherwise than one may expect.
+        axes: the order of axes in the layers' tensors: a layout such as ``"N T D"``, ``"T N D"`` or
+            ``"N H W D"`` (N samples, D features, other letters positions, flattened in their order), or
+            layouts by pattern of layer names, ``{"encoder.*": "T N D"}``. By default ``[B, D]``,
+            ``[B, T, D]`` and ``[B, D, H, W]``, unless evidence moves that and none contradicts it:
+            ``batch_first=False`` in a layer, the batch's size on the second axis, the widths of norms, linear
+            maps and convolutions. Tokens in one row, ``[B·T, D]``, are laid out as ``[B, T, D]``.
+        output: which tensor of a block's return value is the stream: an index, a key, a function of the
+            return value, ``"sum"`` (adds a branch and its residual), or these by pattern of layer names. A
+            layer ``name:input`` follows ``"sum"`` and patterns that end in ``:input``. By default the first
+            tensor, unless a second one has the stream's shape.
         targets: name -> what to predict linearly from each layer: an array over all sequences, the name of a
             batch entry, or a function of the entries; vectors ``[B, T, m]`` or ``[B, m]``, or integer labels
             ``[B, T]`` or ``[B]`` (one-hot). ``target_r2`` is the R² on held-out groups of the least squares
@@ -98,9 +108,10 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
 
-    Raises ValueError for options out of range, layers that are not found, a budget that nothing fits (naming
-    the change to make), NaN or infinity (naming layer, position and count), fewer than 2 sequences; whatever
-    the model raises is passed on. With several ranks, :class:`rgfast.probing.RankError` (a RuntimeError)
+    Raises ValueError for options out of range, layers that are not found, layers whose axes or stream can be
+    read in two ways (naming ``axes`` or ``output``), a budget that nothing fits (naming the change to make),
+    NaN or infinity (naming layer, position and count), fewer than 2 sequences; whatever the model raises is
+    passed on. With several ranks, :class:`rgfast.probing.RankError` (a RuntimeError)
     where another one died or failed.
 
     >>> import torch, rgfast
