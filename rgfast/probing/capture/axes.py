@@ -123,8 +123,8 @@ class Axes:
             raise ValueError(_refusal(layer.name, x, (before, layout), why))
         if reading.note and before is None:
             self._notes.add(
-                f"layer {layer.name!r} of shape {tuple(x.shape)} was read as {layout}, since its block "
-                f"begins with a convolution; axes={{{_pattern(layer.name)!r}: 'N H W D'}} says otherwise"
+                "feature maps that are as wide as they have channels were read as N D H W, since their "
+                "blocks begin with a convolution; axes='N H W D', or by layer pattern, reads them otherwise"
             )
         self._decided[key] = layout
         return layout
