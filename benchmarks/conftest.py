@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from rgfast import native
 from rgfast.bench.suite import devices, quiet
 from rgfast.bench.timing import Absent, Contest, hold, on_one_thread, wait
 from rgfast.dispatch import ImplUnavailable, implementations
-from rgfast.environment import facts
+from rgfast.runtime import native
+from rgfast.runtime.environment import facts
 
 ONE_THREAD = " on one thread"
 

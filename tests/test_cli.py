@@ -132,7 +132,7 @@ def test_info_as_json_says_the_same(capsys):
     told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert {"versions", "cpu", "cores", "threads", "native", "gpus", "ops", "switches"} <= set(told)
     assert told["versions"]["rgfast"] == rgfast.__version__
-    assert told["native"]["active"] == rgfast.native.active_isa()
+    assert told["native"]["active"] == rgfast.runtime.native.active_isa()
 
 
 def test_the_version_is_that_of_the_package(capsys):

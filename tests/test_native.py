@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rgfast import native
+from rgfast.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ def test_every_isa_can_be_forced_from_python_and_from_the_environment(isa: str) 
     with native.use_isa(isa):
         assert native.active_isa() == isa
     assert native.active_isa() == before
-    done = run_python("from rgfast import native; print(native.active_isa())", RGFAST_ISA=isa)
+    done = run_python("from rgfast.runtime import native; print(native.active_isa())", RGFAST_ISA=isa)
     assert done.stdout.strip() == isa, done.stderr
 
 
@@ -63,7 +63,7 @@ def test_use_isa_nests_and_is_undone_by_an_exception() -> None:
 def test_an_isa_that_cannot_run_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"isa must be one of .*baseline.*got 'sse9'"):
         native.load().set_isa("sse9")
-    done = run_python("from rgfast import native; native.load()", RGFAST_ISA="sse9")
+    done = run_python("from rgfast.runtime import native; native.load()", RGFAST_ISA="sse9")
     assert done.returncode != 0
     assert "RGFAST_ISA must be one of" in done.stderr
     assert "got 'sse9'" in done.stderr
@@ -115,7 +115,7 @@ import warnings
 
 warnings.simplefilter("ignore")  # Python warns of fork beside threads, which is what this is about
 import torch
-from rgfast import native
+from rgfast.runtime import native
 
 module = native.load()
 want = [i * i for i in range(100)]
@@ -151,7 +151,7 @@ import sys
 
 sys.modules["rgfast._native"] = None
 import rgfast
-from rgfast import native
+from rgfast.runtime import native
 
 assert "rgfast._native" in native.unavailable_reason()
 assert native.active_isa() is None

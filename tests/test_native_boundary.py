@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rgfast
-from rgfast import native
 from rgfast.ops.spectrum import native as spectrum
+from rgfast.runtime import native
 
 if native.unavailable_reason() is not None:
     pytest.skip(str(native.unavailable_reason()), allow_module_level=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.threads import on_one_thread, one_thread
+from rgfast.runtime.threads import on_one_thread, one_thread
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from rgfast.bench import ROOMS
 from rgfast.bench.timing import Checked, Row, WrongResult, run_contest
 from rgfast.dispatch import FallbackWarning
-from rgfast.environment import facts
+from rgfast.runtime.environment import facts
 
 __all__ = ["BENCHMARKS", "Report", "check_all", "devices", "quiet", "run"]
 

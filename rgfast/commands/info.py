@@ -26,7 +26,7 @@ def add_info(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from rgfast.environment import describe, facts
+    from rgfast.runtime.environment import describe, facts
 
     if args.json:
         print_json(facts())

@@ -232,8 +232,8 @@ def _config(
     args: argparse.Namespace, options: dict[str, Any], model: Loaded, inputs: Inputs
 ) -> dict[str, Any]:
     """What decides the numbers, as JSON gives it back, and what they were made with."""
-    from rgfast.environment import facts
     from rgfast.probing.checkpoint import batch_digest, model_digest
+    from rgfast.runtime.environment import facts
 
     config = {
         "format": FORMAT,

@@ -14,10 +14,10 @@ import xarray as xr
 from joblib.parallel import SequentialBackend
 from tqdm import tqdm
 
-from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
 from rgfast.files import clear_leftovers, plain, write_text
+from rgfast.runtime.environment import versions
 from rgfast.validation import check_positive_int
 
 __all__ = ["Point", "numbers_of_run", "open_study", "parallel", "plain", "run_points"]

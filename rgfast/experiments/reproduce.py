@@ -15,7 +15,6 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from rgfast.environment import versions
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
 from rgfast.experiments.points import parallel
@@ -23,6 +22,7 @@ from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thr
 from rgfast.files import as_json, clear_leftovers, write_atomically, write_text
 from rgfast.flow import Verdict, judge
 from rgfast.report.definitions import missed
+from rgfast.runtime.environment import versions
 from rgfast.validation import check_positive_int
 
 __all__ = ["Reproduction", "reproduce", "verdict_table"]

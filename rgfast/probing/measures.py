@@ -16,8 +16,8 @@ from torch import Tensor
 from rgfast.ops.cka.streaming import cka_from_moments
 from rgfast.ops.spectrum import RankMeasures, isotropic_baseline, rank_measures_from_moment
 from rgfast.ops.spectrum.factors import rank_measures_from_factor
+from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
-from rgfast.threads import one_thread
 
 __all__ = [
     "BASELINES",

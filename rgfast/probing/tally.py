@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from rgfast.native import unavailable_reason
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.layers import Tap
@@ -27,6 +26,7 @@ from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
+from rgfast.runtime.native import unavailable_reason
 from rgfast.streaming import pair_keys
 
 __all__ = ["Tally"]

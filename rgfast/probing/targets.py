@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
-from rgfast.threads import one_thread
 from rgfast.validation import as_tensor
 
 __all__ = ["Target", "TargetSpec", "linear_r2", "make_targets"]

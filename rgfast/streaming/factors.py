@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 
 __all__ = ["TriangularFactors"]
 

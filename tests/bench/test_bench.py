@@ -10,7 +10,7 @@ from rgfast import cli
 from rgfast.bench import suite
 from rgfast.bench.timing import Absent, Checked, Contest, WrongResult, ratio, run_contest, turns
 from rgfast.commands import errors
-from rgfast.environment import versions
+from rgfast.runtime.environment import versions
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ def test_the_table_and_the_document(small, tmp_path, capsys, monkeypatch):
     document = json.loads((tmp_path / "a" / "b" / "bench.json").read_text(), parse_constant=pytest.fail)
     assert document["green"] is True
     assert document["machine"]["threads"] == 1
-    assert document["machine"]["native"]["active"] == rgfast.native.active_isa()
+    assert document["machine"]["native"]["active"] == rgfast.runtime.native.active_isa()
     assert document["machine"]["versions"] == versions()
     for row in document["rows"]:
         assert 0 < row["low"] <= row["high"]

@@ -12,7 +12,7 @@ import torch
 
 from rgfast import dispatch
 from rgfast.bench.timing import on_one_thread, threads
-from rgfast.environment import facts
+from rgfast.runtime.environment import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 

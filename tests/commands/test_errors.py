@@ -80,7 +80,7 @@ def failing(monkeypatch):
         def fail():
             raise error
 
-        monkeypatch.setattr("rgfast.environment.describe", fail)
+        monkeypatch.setattr("rgfast.runtime.environment.describe", fail)
 
     return arrange
 

@@ -5,7 +5,7 @@ from email import message_from_string
 from pathlib import Path
 
 import rgfast
-from rgfast import native
+from rgfast.runtime import native
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -73,7 +73,7 @@ def main():
     import ops
     from draws import Draw
 
-    from rgfast import native
+    from rgfast.runtime import native
 
     warnings.simplefilter("error")
     # Memory that an op leaves unwritten shows: torch.empty gives NaN.

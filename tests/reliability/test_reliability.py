@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rgfast import native
+from rgfast.runtime import native
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.cka import native, reference
 from rgfast.ops.cka.checks import as_layers, as_pair, check_finite, check_rows, check_same_rows
-from rgfast.threads import on_one_thread
+from rgfast.runtime.threads import on_one_thread
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = [

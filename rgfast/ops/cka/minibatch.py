@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.rows import RowStore, as_rows
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 from rgfast.validation import check_positive_int
 
 __all__ = ["MinibatchCKAAccumulator"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgfast import native
+from rgfast.runtime import native
 
 __all__ = ["broken", "isa", "run", "run_alignment", "supports"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rgfast.ops.cka.api import cka_matrix, kernel_drift
 from rgfast.ops.cka.rows import RowStore, as_rows
+from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
-from rgfast.threads import one_thread
 from rgfast.validation import check_choice, check_positive_int
 
 __all__ = ["CKAAccumulator", "CKAResult", "cka_from_moments"]

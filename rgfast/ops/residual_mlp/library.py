@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rgfast import native
+from rgfast.runtime import native
 
 __all__ = ["unavailable_reason"]
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rgfast import native
 from rgfast.ops.residual_mlp import library
+from rgfast.runtime import native
 
 __all__ = [
     "Arguments",

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rgfast import native
 from rgfast.ops.residual_mlp.native import (
     ACTIVATION_CODES,
     LEAST_WIDTH,
@@ -17,6 +16,7 @@ from rgfast.ops.residual_mlp.native import (
     as_rows,
     faster_by_library,
 )
+from rgfast.runtime import native
 
 __all__ = ["residual_stack_native", "supports"]
 

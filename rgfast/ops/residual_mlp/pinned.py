@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgfast.ops.residual_mlp.native import LEAST_WIDTH, TENSORS, Arguments
 from rgfast.ops.residual_mlp.reference import residual_mlp_reference
-from rgfast.threads import on_one_thread
+from rgfast.runtime.threads import on_one_thread
 
 __all__ = ["residual_mlp_pinned"]
 

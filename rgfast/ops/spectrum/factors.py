@@ -19,7 +19,7 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.solve import PATHS, Solved
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["rank_measures_from_factor"]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.compute import value
 from rgfast.ops.spectrum.top import top_eigenpair
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 
 __all__ = ["differentiable", "wants_gradient"]
 

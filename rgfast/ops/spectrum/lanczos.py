@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from rgfast import native
-from rgfast.threads import one_thread
+from rgfast.runtime import native
+from rgfast.runtime.threads import one_thread
 
 __all__ = [
     "effective_ranks",

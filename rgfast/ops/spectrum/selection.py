@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from rgfast.dispatch import Impl, Op
-from rgfast.native import active_isa, unavailable_reason
 from rgfast.ops.spectrum import native, reference
-from rgfast.threads import one_thread
+from rgfast.runtime.native import active_isa, unavailable_reason
+from rgfast.runtime.threads import one_thread
 
 __all__ = ["EIGVALSH", "GRAM", "SPECTRUM"]
 

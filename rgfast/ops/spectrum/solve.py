@@ -20,7 +20,7 @@ from rgfast.ops.spectrum.measures import (
     largest_entropy_error,
 )
 from rgfast.ops.spectrum.refine import gram_error, refined
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 
 __all__ = ["PATHS", "Solved", "from_eigenvalues", "refine", "settle", "solve"]
 

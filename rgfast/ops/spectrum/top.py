@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgfast.threads import one_thread
+from rgfast.runtime.threads import one_thread
 
 __all__ = ["top_eigenpair"]
 

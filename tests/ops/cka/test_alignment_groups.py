@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rgfast import native
 from rgfast.ops.cka import native as kernels
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.api import alignment
+from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason="the native module is not built"

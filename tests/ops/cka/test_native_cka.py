@@ -2,9 +2,9 @@ import pytest
 import torch
 
 import rgfast
-from rgfast import native
 from rgfast.ops.cka import native as kernels
 from rgfast.ops.cka import reference
+from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason="the native module is not built"

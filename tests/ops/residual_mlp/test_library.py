@@ -14,9 +14,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import rgfast
-from rgfast import native
 from rgfast.ops.residual_mlp import library
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
+from rgfast.runtime import native
 
 NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 THREADS = (1, 2, 3, 4, 8)

@@ -11,11 +11,11 @@ import torch
 from scipy.special import expit, ndtr
 
 import rgfast
-from rgfast import native
 from rgfast.ops.residual_mlp import library
 from rgfast.ops.residual_mlp import native as native_block
 from rgfast.ops.residual_mlp.native import LEAST_WIDTH
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
+from rgfast.runtime import native
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())

@@ -5,8 +5,8 @@ import torch
 from torch.library import opcheck
 
 import rgfast
-from rgfast import native
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS
+from rgfast.runtime import native
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())

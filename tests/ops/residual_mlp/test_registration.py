@@ -8,8 +8,8 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import rgfast
-from rgfast import native
-from rgfast.threads import one_thread
+from rgfast.runtime import native
+from rgfast.runtime.threads import one_thread
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast import native
+from rgfast.runtime import native
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rgfast import native
 from rgfast.ops.spectrum import native as room
 from rgfast.ops.spectrum.rows import spectra_of_rows, spectra_without_groups, without_each
+from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason="the native module is not built"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import rgfast
-from rgfast import native
 from rgfast.ops.spectrum import native as room
+from rgfast.runtime import native
 
 DTYPES = (torch.float64, torch.float32)
 CHOOSE, LANES, SINGLE = 0, 1, 2

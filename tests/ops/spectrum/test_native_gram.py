@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import rgfast
-from rgfast import native
 from rgfast.ops.spectrum import native as room
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.measures import effective_rank_of
 from rgfast.ops.spectrum.solve import from_eigenvalues
+from rgfast.runtime import native
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rgfast import dispatch, native
+from rgfast import dispatch
+from rgfast.runtime import native
 from rgfast.version import __version__
 
 __all__ = ["SWITCHES", "describe", "facts", "versions"]

@@ -1,0 +1,1 @@
+"""What the process runs on: the compiled module, threads, the environment."""
