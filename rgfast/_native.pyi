@@ -51,54 +51,9 @@ def eigvalsh_workspace(fp64: bool, batch: int, d: int) -> int: ...
 def residual_mlp_use_library(
     sgemm: int, set_threads: int, pack_size: int = 0, pack: int = 0, compute: int = 0
 ) -> bool: ...
-def residual_mlp_forward(
-    rows: int,
-    width: int,
-    hidden: int,
-    x: int,
-    x_stride: int,
-    w1: int,
-    b1: int,
-    w2: int,
-    b2: int,
-    norm_weight: int,
-    norm_bias: int,
-    norm: int,
-    activation: int,
-    scale: float,
-    eps: float,
-    mixed: int,
-    sums: int,
-    y: int,
-    threads: int,
-) -> None: ...
+def residual_mlp_forward(block: tuple[int | float, ...], y: int, threads: int, by_library: bool) -> None: ...
 def residual_mlp_backward(
-    rows: int,
-    width: int,
-    hidden: int,
-    x: int,
-    x_stride: int,
-    w1: int,
-    b1: int,
-    w2: int,
-    b2: int,
-    norm_weight: int,
-    norm_bias: int,
-    norm: int,
-    activation: int,
-    scale: float,
-    eps: float,
-    mixed: int,
-    sums: int,
-    dy: int,
-    dx: int,
-    dw1: int,
-    db1: int,
-    dw2: int,
-    db2: int,
-    d_norm_weight: int,
-    d_norm_bias: int,
-    threads: int,
+    block: tuple[int | float, ...], dy: int, gradients: list[int], threads: int, by_library: bool
 ) -> None: ...
 def residual_stack_floats(width: int, hidden: list[int], addresses: list[int], rows_in_all: int) -> int: ...
 def residual_stack_pack(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.ops.spectrum import native as spectrum
+from rgfast.ops.spectrum.impl import native as spectrum
 from rgfast.runtime import native
 
 if native.unavailable_reason() is not None:

@@ -2,9 +2,10 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
-
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bind/register.hpp"
@@ -31,10 +32,15 @@ int code(int value, int most, const char* name) {
   return value;
 }
 
-Block block(std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x,
-            std::int64_t x_stride, std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
-            std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-            float eps, std::int64_t mixed, std::uintptr_t sums) {
+// A block as Python hands it over, field by field as in `Block`: one argument, since it stands in every call.
+using Given =
+    std::tuple<std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
+               std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int, int, float,
+               float, std::int64_t, std::uintptr_t>;
+
+Block block(const Given& given) {
+  const auto& [rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation,
+               scale, eps, mixed, sums] = given;
   if (mixed < 0 || (mixed > 0 && rows % mixed != 0))
     throw std::invalid_argument("mixed must be 0 or divide rows, got " + std::to_string(mixed) + " and " +
                                 std::to_string(rows));
@@ -73,8 +79,8 @@ std::vector<Block> blocks(std::int64_t rows, std::int64_t width, const std::vect
   std::vector<Block> found;
   for (std::size_t l = 0; l < hidden.size(); ++l) {
     const std::uintptr_t* const at = addresses.data() + 6 * l;
-    found.push_back(block(0, width, hidden[l], 0, width, at[0], at[1], at[2], at[3], at[4], at[5], norm,
-                          activation, scale, eps, 0, 0));
+    found.push_back(block({0, width, hidden[l], 0, width, at[0], at[1], at[2], at[3], at[4], at[5], norm,
+                           activation, scale, eps, 0, 0}));
   }
   found.front().rows = rows;
   return found;
@@ -120,13 +126,9 @@ void register_residual_mlp(py::module_& m) {
       "these\naddresses, do what they should; only then are they used where by_library is true.");
   m.def(
       "residual_mlp_forward",
-      [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
-         std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
-         std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t y, int threads, bool by_library) {
-        const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps, mixed, sums);
-        if (y == 0 && rows > 0) throw std::invalid_argument("y must not be null");
+      [](const Given& given, std::uintptr_t y, int threads, bool by_library) {
+        const Block found = block(given);
+        if (y == 0 && found.rows > 0) throw std::invalid_argument("y must not be null");
         checked_threads(threads);
         if (by_library) {
           const residual_mlp::Library blas = checked_library(found);
@@ -137,19 +139,17 @@ void register_residual_mlp(py::module_& m) {
         const py::gil_scoped_release release;
         residual_mlp::forward(found, output(y), threads);
       },
-      "The residual block over rows of fp32 into y.");
+      "The residual block over rows of fp32 into y. block: rows, width, hidden, then x and its row stride, the\n"
+      "addresses of w1, b1, w2, b2, norm_weight, norm_bias, the codes of norm and activation, scale, eps, the\n"
+      "width of mixed rows or 0, and where the first product's sums are kept or 0.");
   m.def(
       "residual_mlp_backward",
-      [](std::int64_t rows, std::int64_t width, std::int64_t hidden, std::uintptr_t x, std::int64_t x_stride,
-         std::uintptr_t w1, std::uintptr_t b1, std::uintptr_t w2, std::uintptr_t b2,
-         std::uintptr_t norm_weight, std::uintptr_t norm_bias, int norm, int activation, float scale,
-         float eps, std::int64_t mixed, std::uintptr_t sums, std::uintptr_t dy, std::uintptr_t dx,
-         std::uintptr_t dw1, std::uintptr_t db1, std::uintptr_t dw2, std::uintptr_t db2,
-         std::uintptr_t d_norm_weight, std::uintptr_t d_norm_bias, int threads, bool by_library) {
-        const Block found = block(rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias,
-                                  norm, activation, scale, eps, mixed, sums);
-        if (dy == 0 && rows > 0) throw std::invalid_argument("dy must not be null");
+      [](const Given& given, std::uintptr_t dy, const std::array<std::uintptr_t, 7>& gradients, int threads,
+         bool by_library) {
+        const Block found = block(given);
+        if (dy == 0 && found.rows > 0) throw std::invalid_argument("dy must not be null");
         checked_threads(threads);
+        const auto& [dx, dw1, db1, dw2, db2, d_norm_weight, d_norm_bias] = gradients;
         const residual_mlp::Gradients wanted{output(dx),         output(dw1), output(db1),
                                              output(dw2),        output(db2), output(d_norm_weight),
                                              output(d_norm_bias)};
@@ -162,7 +162,7 @@ void register_residual_mlp(py::module_& m) {
         const py::gil_scoped_release release;
         residual_mlp::backward(found, input(dy), wanted, threads);
       },
-      "The gradients of the residual block, each unless its address is 0.");
+      "The gradients of the residual block, in the order of its tensors, each unless its address is 0.");
   m.def(
       "residual_stack_floats",
       [](std::int64_t width, const std::vector<std::int64_t>& hidden,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rgfast.ops.fast import why_slow
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.layers import Tap
@@ -26,7 +27,6 @@ from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
-from rgfast.runtime.native import unavailable_reason
 from rgfast.streaming import pair_keys
 
 __all__ = ["Tally"]
@@ -350,7 +350,7 @@ def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None) -> str:
         return "moments were asked for"
     if ranks is not None:
         return "several processes probe together"
-    if spec.route == "auto" and unavailable_reason() is not None:
+    if spec.route == "auto" and why_slow() is not None:
         return "moments take less time without compiled kernels"
     if spec.mask is not None or spec.targets or spec.refine is not None:
         return "it knows no mask, targets or refine"

@@ -81,7 +81,7 @@ def null():
 
 # A drift is half a squared distance of unit kernels: it keeps its own digits where it is small.
 for step, offset in ((1e-1, 0.0), (1e-3, 0.0), (1e-5, 0.0), (1e-9, 0.0), (1e-3, 1e4)):
-    for impl in ("native", "reference"):
+    for impl in ("auto", "reference"):
         add(
             f"drift/{step:g}/{offset:g}/{impl}",
             lambda step=step, offset=offset, impl=impl: {

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl, ImplName, Op, register
-from rgfast.ops.cka import native, reference
-from rgfast.ops.cka.checks import as_layers, as_pair, check_finite, check_rows, check_same_rows
+from rgfast.ops.cka import reference
+from rgfast.ops.cka.call import Call
+from rgfast.ops.cka.checks import as_layers, as_pair, check_call, check_rows, check_same_rows
+from rgfast.ops.cka.impl import native
 from rgfast.runtime.threads import on_one_thread
 from rgfast.validation import check_choice, check_positive_int
 
@@ -29,61 +30,33 @@ __all__ = [
 Kernel = Literal["linear", "rbf"]
 Precision = Literal["double", "single"]
 
-OP = Op("cka")
 
-
-def _reference(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-    for name, value in zip(names, args, strict=False):
-        if value is not None:
-            single = isinstance(value, Tensor)
-            check_finite([value] if single else value, name, stacked=not single)
-    kwargs.pop("precision", None)
-    return _pinned(task, *args, **kwargs)
-
-
-def _pinned(task: str, *args: Any, **kwargs: Any) -> Tensor:
+def _reference(call: Call) -> Tensor:
     """The reference on one thread: the library's bits depend on their number."""
-    given = [[value] if isinstance(value, Tensor) else value for value in args]
-    flat = [x for group in given if group is not None for x in group]
+    check_call(call)
+    given = (call.first, call.second)[: len(call.names)]
+    options = {name: value for name, value in call.options if name != "precision"}
 
     def run(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
-        groups = [None if group is None else [next(rest) for _ in group] for group in given]
-        value: Tensor = reference.run(
-            task,
-            *(g[0] if g and isinstance(a, Tensor) else g for g, a in zip(groups, args, strict=True)),
-            **kwargs,
-        )
+        sides = [
+            side if side is None else next(rest) if isinstance(side, Tensor) else [next(rest) for _ in side]
+            for side in given
+        ]
+        value: Tensor = reference.run(call.task, *sides, **options)
         return value
 
-    return on_one_thread(run, *flat)
+    return on_one_thread(run, *(x for side in call.sides for x in side))
 
 
-def _native(task: str, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-    found = (
-        native.run_alignment(*args, **kwargs) if task == "alignment" else native.run(task, *args, **kwargs)
-    )
-    if found is None:  # the reference tells NaN and Inf from fp64 at the end of its range
-        return _reference(task, names, *args, **kwargs)
-    if task == "drift" and kwargs["precision"] != "single":
-        _refine(found, args[0], kwargs["debiased"])
-    return found
-
-
-# Below this, 1 − CKA of fp64 products has lost three of the digits that ½‖K̂_l − K̂_{l+1}‖² still has.
-_TINY_DRIFT = 1e-8
-
-
-def _refine(drift: Tensor, layers: tuple[Tensor, ...], debiased: bool) -> None:
-    for step in range(drift.shape[-1]):
-        tiny = drift[..., step] < _TINY_DRIFT
-        if bool(tiny.any()):
-            both = [layers[step][tiny], layers[step + 1][tiny]]
-            drift[..., step][tiny] = _pinned("drift", both, debiased=debiased)[..., 0]
-
-
-OP.add(Impl("native", _native, native.supports, native.broken, native.isa))
-OP.add(Impl("reference", _reference, lambda *args, **kwargs: None))
+OP = Op(
+    "cka",
+    [
+        native.CKA,
+        # Passes over the data and fp64 products of PyTorch on one thread (README, "Against others").
+        Impl("reference", _reference, cost=lambda call: 5e-4 + call.multiplications() / 8e9),
+    ],
+)
 
 
 def alignment(
@@ -97,8 +70,8 @@ def alignment(
     for NaN or Inf.
     """
     checked = as_layers(layers, "layers")
-    options = {"adjacent": adjacent, "groups": groups}
-    value: Tensor = OP(impl, checked[0].device, "alignment", ("layers",), checked, **options)
+    options = (("adjacent", adjacent), ("groups", groups))
+    value: Tensor = OP(impl, Call("alignment", ("layers",), checked, options=options))
     return value
 
 
@@ -134,8 +107,7 @@ def cka(
     >>> round(float(rgfast.cka(x, y)), 10), round(float(rgfast.cka(x, y, debiased=False)), 10)
     (0.5134564895, 0.5576132566)
     """
-    device, args, kwargs = _prepare_pair(x, y, debiased, kernel, threshold, bandwidth, normalized=True)
-    value: Tensor = OP(impl, device, *args, **kwargs)
+    value: Tensor = OP(impl, _pair(x, y, debiased, kernel, threshold, bandwidth, normalized=True))
     return value
 
 
@@ -159,8 +131,7 @@ def hsic(
     >>> float(rgfast.hsic(x, x, debiased=False))
     1.0
     """
-    device, args, kwargs = _prepare_pair(x, y, debiased, kernel, threshold, bandwidth, normalized=False)
-    value: Tensor = OP(impl, device, *args, **kwargs)
+    value: Tensor = OP(impl, _pair(x, y, debiased, kernel, threshold, bandwidth, normalized=False))
     return value
 
 
@@ -190,10 +161,7 @@ def cka_matrix(
     >>> [round(float(value), 3) for value in rgfast.cka_matrix(layers).diagonal()]
     [1.0, 1.0, 1.0]
     """
-    device, args, kwargs = _prepare_matrix(
-        layers, other, debiased=debiased, sample_limit=sample_limit, precision=precision
-    )
-    value: Tensor = OP(impl, device, *args, **kwargs)
+    value: Tensor = OP(impl, _matrix(layers, other, debiased, sample_limit, precision))
     return value
 
 
@@ -213,8 +181,11 @@ def kernel_drift(
     >>> rgfast.kernel_drift([x, 2 * x])
     tensor([0.], dtype=torch.float64)
     """
-    device, args, kwargs = _prepare_drift(layers, debiased, precision)
-    value: Tensor = OP(impl, device, *args, **kwargs)
+    checked = as_layers(layers, "layers")
+    check_rows(checked[0].shape[-2], "layers", debiased)
+    check_choice(precision, "precision", (None, "double", "single"))
+    options = (("debiased", debiased), ("precision", precision))
+    value: Tensor = OP(impl, Call("drift", ("layers",), checked, options=options))
     return value
 
 
@@ -230,7 +201,7 @@ def kernel_change(layers: Any) -> Tensor:
     3.0
     """
     checked = as_layers(layers, "layers")
-    value: Tensor = OP("reference", checked[0].device, "change", ("layers",), checked)
+    value: Tensor = OP("reference", Call("change", ("layers",), checked))
     return value
 
 
@@ -252,15 +223,15 @@ def minibatch_cka(
     >>> torch.allclose(one, rgfast.cka_matrix(layers))
     True
     """
-    device, args, kwargs = _prepare_matrix(layers, other, debiased=True, sample_limit=4096)
+    call = _matrix(layers, other, True, 4096, None)
     check_positive_int(batch_size, "batch_size")
     if batch_size < 4:
         raise ValueError(f"batch_size must be at least 4, got {batch_size}")
-    n = args[2][0].shape[-2]
+    n = call.first[0].shape[-2]
     batches = max(min(math.ceil(n / batch_size), n // 4), 1)
-    bounds = [n * k // batches for k in range(batches + 1)]
-    args = ("minibatch", *args[1:])
-    value: Tensor = OP(impl, device, *args, **kwargs, bounds=bounds)
+    bounds = tuple(n * k // batches for k in range(batches + 1))
+    call = call._replace(task="minibatch", options=(*call.options, ("bounds", bounds)))
+    value: Tensor = OP(impl, call)
     return value
 
 
@@ -280,7 +251,7 @@ def cka_null(n: int, p1: int, p2: int) -> float:
     return 1.0 / math.sqrt((1.0 + n / p1) * (1.0 + n / p2))
 
 
-def _prepare_pair(
+def _pair(
     x: Any,
     y: Any,
     debiased: bool,
@@ -288,29 +259,21 @@ def _prepare_pair(
     threshold: float,
     bandwidth: float | None,
     normalized: bool,
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+) -> Call:
     check_choice(kernel, "kernel", ("linear", "rbf"))
     first, second = as_pair(x, y)
     check_rows(first.shape[-2], "x", debiased)
-    names = ("x", "y")
+    call = Call("cka" if normalized else "hsic", ("x", "y"), first, second, (("debiased", debiased),))
     if kernel == "linear":
-        task = "cka" if normalized else "hsic"
-        return first.device, (task, names, first, second), {"debiased": debiased}
+        return call
     for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
-    options = {"debiased": debiased, "threshold": threshold, "bandwidth": bandwidth, "normalized": normalized}
-    return first.device, ("rbf", names, first, second), options
+    more = (("threshold", threshold), ("bandwidth", bandwidth), ("normalized", normalized))
+    return call._replace(task="rbf", options=(*call.options, *more))
 
 
-def _prepare_matrix(
-    layers: Any,
-    other: Any = None,
-    *,
-    debiased: bool = True,
-    sample_limit: int = 4096,
-    precision: str | None = None,
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
+def _matrix(layers: Any, other: Any, debiased: bool, sample_limit: int, precision: str | None) -> Call:
     first = as_layers(layers, "layers")
     second = None if other is None else as_layers(other, "other")
     if second is not None:
@@ -318,26 +281,13 @@ def _prepare_matrix(
     check_rows(first[0].shape[-2], "layers", debiased)
     check_positive_int(sample_limit, "sample_limit")
     check_choice(precision, "precision", (None, "double", "single"))
-    options = {"debiased": debiased, "sample_limit": sample_limit, "precision": precision}
-    return first[0].device, ("matrix", ("layers", "other"), first, second), options
+    options = (("debiased", debiased), ("sample_limit", sample_limit), ("precision", precision))
+    return Call("matrix", ("layers", "other"), first, second, options)
 
 
-def _prepare_drift(
-    layers: Any, debiased: bool, precision: str | None
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    checked = as_layers(layers, "layers")
-    check_rows(checked[0].shape[-2], "layers", debiased)
-    check_choice(precision, "precision", (None, "double", "single"))
-    return checked[0].device, ("drift", ("layers",), checked), {"debiased": debiased, "precision": precision}
+def _either(x: Any, y: Any = None, **options: Any) -> Tensor:
+    """CKA of two representations, or of all pairs of layers."""
+    return cka_matrix(x, y, **options) if y is None or isinstance(x, (list, tuple)) else cka(x, y, **options)
 
 
-def _prepare(
-    x: Any, y: Any = None, *, kernel: str = "linear", threshold: float = 1.0, **options: Any
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    if y is None or isinstance(x, (list, tuple)):
-        return _prepare_matrix(x, y, **options)
-    bandwidth = options.get("bandwidth")
-    return _prepare_pair(x, y, options.get("debiased", True), kernel, threshold, bandwidth, normalized=True)
-
-
-register(OP, _prepare)
+register(OP, _either, cka, cka_matrix, hsic, kernel_drift, kernel_change, minibatch_cka)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgfast.ops.cka.call import Call
 from rgfast.validation import as_real_tensor
 
-__all__ = ["as_layers", "as_pair", "check_finite", "check_rows", "check_same_rows"]
+__all__ = ["as_layers", "as_pair", "check_call", "check_finite", "check_rows", "check_same_rows"]
 
 
 def as_layers(value: Any, name: str) -> tuple[Tensor, ...]:
@@ -68,6 +69,15 @@ def check_rows(n: int, name: str, debiased: bool) -> None:
     """Raise unless ``n`` samples are enough: HSIC_1 divides by n(n−3)."""
     if debiased and n < 4:
         raise ValueError(f"{name} must have at least 4 samples for a debiased estimate, got {n}")
+
+
+def check_call(call: Call) -> None:
+    """Raise naming argument, layer, position and count where a call holds NaN or Inf."""
+    for side, name in zip((call.first, call.second), call.names, strict=False):
+        if isinstance(side, Tensor):
+            check_finite([side], name, stacked=False)
+        elif side is not None:
+            check_finite(side, name)
 
 
 def check_finite(layers: Sequence[Tensor], name: str, *, stacked: bool = True) -> None:

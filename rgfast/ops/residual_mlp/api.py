@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from rgfast import dispatch
 from rgfast.dispatch import Impl, ImplName
-from rgfast.ops.residual_mlp import native
+from rgfast.ops.residual_mlp.call import Call
+from rgfast.ops.residual_mlp.impl import mkl, native
 from rgfast.ops.residual_mlp.pinned import residual_mlp_pinned
-from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
+from rgfast.ops.residual_mlp.reference import ACTIVATIONS
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["ACTIVATIONS", "NORMS", "OP", "Across", "Activation", "Norm", "residual_mlp", "validated"]
@@ -27,24 +27,50 @@ NORMS = ("layer", "rms", None)
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
 ACROSS = ("features", "positions")
 
-# Few widths are narrow or wide enough for the second, which needs a look at the first's reason.
-ORDER = {"cpu": ("native", "library", "reference"), "cuda": ("cuda", "triton", "reference")}
+# PyTorch's products and passes on one thread (README, "Library or ours?"); in fp64 half as many.
+_FLOPS = 80e9
 
-OP = dispatch.Op("residual_mlp", order=ORDER)
-for _name, _supports, _by_library in (
-    ("native", native.supports, False),
-    ("library", native.supports_by_library, True),
-):
-    OP.add(
+
+def _narrow(call: Call) -> bool:
+    return call.x.dtype != torch.float64 and call.x.device.type == "cpu" and call.too_narrow() is not None
+
+
+def _in_fp64(call: Call) -> Tensor:
+    """A block of few features or hidden units keeps the error budget in fp64.
+
+    Its gradients are sums over every row with no larger numbers beside them, whose rounding errors differ by
+    more than the budget allows between one order of adding and another.
+    """
+    y: Tensor = OP("reference", call.to(torch.float64))
+    return y.to(call.x.dtype)
+
+
+def _cost(call: Call) -> float:
+    return 4e-5 + call.flops() / (_FLOPS / 2 if call.x.dtype == torch.float64 else _FLOPS)
+
+
+OP = dispatch.Op(
+    "residual_mlp",
+    [
+        native.BLOCK,
+        mkl.BLOCK,
         Impl(
-            _name,
-            partial(native.residual_mlp_native, residual_mlp_reference, _by_library),
-            _supports,
-            broken=native.broken,
-            isa=native.active_isa,
-        )
-    )
-OP.add(Impl("reference", residual_mlp_pinned, lambda arguments, named: None))
+            "fp64",
+            _in_fp64,
+            lambda call: None if _narrow(call) else "it is for D or H below 8",
+            lambda call: 2 * _cost(call),
+            ("cpu",),
+            route=True,
+        ),
+        Impl(
+            "reference",
+            residual_mlp_pinned,
+            cost=_cost,
+            by_name_only=lambda call: call.too_narrow() if _narrow(call) else None,
+        ),
+    ],
+    also={"library": "mkl"},
+)
 
 
 def residual_mlp(
@@ -100,32 +126,17 @@ def residual_mlp(
     >>> torch.equal(rgfast.residual_mlp(x, w1, None, w2, None), x)
     True
     """
-    arguments = validated(
-        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
-    )
-    named = impl != "auto"
-    return OP.select(impl, arguments.x.device, arguments, named).run(arguments, named)  # type: ignore[no-any-return]
+    given = (x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across)
+    y: Tensor = OP(impl, validated(given))
+    return y
 
 
-def validated(
-    x: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    norm: Any,
-    activation: Any,
-    residual_scale: Any,
-    eps: Any,
-    across: Any,
-    at: str = "",
-) -> native.Arguments:
-    """The arguments as implementations take them: tensors that fit together, floats, known names.
+def validated(given: tuple[Any, ...], at: str = "") -> Call:
+    """The fields of a call as implementations take them: tensors that fit together, floats, known names.
 
     ``at`` is put behind the names of parameters in messages.
     """
+    x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across = given
     if across not in ACROSS:
         check_choice(across, "across", ACROSS)
     least = 2 if across == "positions" else 1
@@ -167,9 +178,7 @@ def validated(
     eps = _number(eps, "eps")
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    return native.Arguments(
-        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
-    )
+    return Call(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across)
 
 
 # Small blocks are called thousands of times a second: what nearly every argument is, is checked first.
@@ -216,25 +225,4 @@ def _kind(value: Any) -> str:
     return f"a value of shape {tuple(shape)}" if shape is not None else type(value).__name__
 
 
-def _prepare(
-    x: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    *,
-    norm: Any = "layer",
-    norm_weight: Any = None,
-    norm_bias: Any = None,
-    activation: Any = "gelu",
-    residual_scale: Any = 1.0,
-    eps: Any = 1e-5,
-    across: Any = "features",
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    arguments = validated(
-        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
-    )
-    return arguments.x.device, (arguments, False), {}
-
-
-dispatch.register(OP, _prepare)
+dispatch.register(OP, residual_mlp)

@@ -44,7 +44,7 @@ def residual_mlp_reference(
     norm: layer, Ba et al. 2016 (arXiv 1607.06450), biased variance; rms, Zhang & Sennrich 2019
     (arXiv 1910.07467). fp64 and fp32 compute in kind, bf16 and fp16 in fp32. Autocast does not reach inside.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _compute(
                 x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast import dispatch
-from rgfast.dispatch import Impl, ImplName
-from rgfast.ops.residual_mlp import native, native_stack
+from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.residual_mlp.api import OP as BLOCK
 from rgfast.ops.residual_mlp.api import Activation, Norm, validated
-from rgfast.ops.residual_mlp.native import Arguments
-from rgfast.ops.residual_mlp.pinned import residual_mlp_pinned
+from rgfast.ops.residual_mlp.call import Call, Consumer, StackCall
+from rgfast.ops.residual_mlp.impl import native
 from rgfast.validation import check_positive_int
 
 __all__ = ["OP", "Consumer", "PerLayer", "default_tile", "residual_stack"]
 
 Array = Tensor | np.ndarray[Any, Any]
 PerLayer = Array | Sequence[Array | None]
-Consumer = Callable[[int, Tensor], object]
 
 # What the stream of one tile may take unless told otherwise: a consumer finds it in cache.
 _TILE_BYTES = 4 << 20
 _TILE_ROWS = 128
-
-OP = dispatch.Op("residual_stack")
 
 
 def residual_stack(
@@ -104,9 +99,7 @@ def residual_stack(
         check_positive_int(tile, "tile")
     elif consumer is not None:
         tile = default_tile(stream, len(layers))
-    named = impl != "auto"
-    chosen = OP.select(impl, stream.device, layers, named)
-    y: Tensor = chosen.run(layers, named, consumer, tile or 1)
+    y: Tensor = OP(impl, StackCall(layers, consumer, tile or 1))
     return y
 
 
@@ -129,7 +122,7 @@ def _layers(
     activation: Any,
     residual_scale: Any,
     eps: Any,
-) -> list[Arguments]:
+) -> tuple[Call, ...]:
     """What every block is called with; the ``x`` of all is that of the first."""
     given = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
     depth = len(_each(w1, "w1", None))
@@ -139,10 +132,10 @@ def _layers(
     found = []
     options = (norm, activation, residual_scale, eps, "features")
     for layer, (up, up_bias, down, down_bias, weight, bias) in enumerate(zip(*each.values(), strict=True)):
-        block = validated(x, up, up_bias, down, down_bias, weight, bias, *options, at=f"[{layer}]")
+        block = validated((x, up, up_bias, down, down_bias, weight, bias, *options), f"[{layer}]")
         found.append(block)
         x = block.x
-    return found
+    return tuple(found)
 
 
 def _each(value: Any, name: str, depth: int | None) -> list[Any]:
@@ -164,19 +157,14 @@ def _each(value: Any, name: str, depth: int | None) -> list[Any]:
     return items
 
 
-def _one_by_one(layers: Sequence[Arguments], named: bool, consumer: Consumer | None, tile: int) -> Tensor:
-    """Each block by itself: the reference where that was asked for by name, else what is fastest for it."""
-
-    def block(arguments: Arguments) -> Tensor:
-        if named:
-            return residual_mlp_pinned(arguments, named)
-        y: Tensor = BLOCK("auto", arguments.x.device, arguments, False)
-        return y
+def _one_by_one(call: StackCall, impl: str) -> Tensor:
+    """Each block by itself."""
+    layers, consumer, tile = call
 
     def run(x: Tensor) -> list[Tensor]:
         stream = [x]
-        for arguments in layers:
-            stream.append(block(arguments._replace(x=stream[-1])))
+        for block in layers:
+            stream.append(BLOCK(impl, block._replace(x=stream[-1])))
             if consumer is None:
                 del stream[0]
         return stream
@@ -192,36 +180,22 @@ def _one_by_one(layers: Sequence[Arguments], named: bool, consumer: Consumer | N
     return torch.cat(parts) if parts else x.clone()
 
 
-OP.add(
-    Impl(
-        "native",
-        lambda layers, named, consumer, tile: native_stack.residual_stack_native(layers, consumer, tile),
-        native_stack.supports,
-        broken=native.broken,
-        isa=native.active_isa,
-    )
+OP = Op(
+    "residual_stack",
+    [
+        native.STACK,
+        Impl(
+            "blocks",
+            lambda call: _one_by_one(call, "auto"),
+            cost=lambda call: sum(BLOCK.cost(block) for block in call.layers),
+            route=True,
+        ),
+        Impl(
+            "reference",
+            lambda call: _one_by_one(call, "reference"),
+            cost=lambda call: sum(BLOCK.impls["reference"].cost(block) for block in call.layers),
+            by_name_only=lambda call: "each block is routed by itself",
+        ),
+    ],
 )
-OP.add(Impl("reference", _one_by_one, lambda layers, named: None))
-
-
-def _prepare(
-    x: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    *,
-    norm: Any = "layer",
-    norm_weight: Any = None,
-    norm_bias: Any = None,
-    activation: Any = "gelu",
-    residual_scale: Any = 1.0,
-    eps: Any = 1e-5,
-    consumer: Any = None,
-    tile: Any = None,
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    layers = _layers(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
-    return layers[0].x.device, (layers, False), {}
-
-
-dispatch.register(OP, _prepare)
+register(OP, residual_stack)

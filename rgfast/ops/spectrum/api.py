@@ -9,12 +9,11 @@ from torch import Tensor
 
 from rgfast.dispatch import register
 from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.call import Measure, Symmetric
 from rgfast.ops.spectrum.compute import (
-    check_options,
     checked,
     describe,
     estimated,
-    flat,
     measure_of,
     on_device,
     refuse_nonfinite,
@@ -22,7 +21,7 @@ from rgfast.ops.spectrum.compute import (
     tolerance,
     value,
 )
-from rgfast.ops.spectrum.gradients import differentiable, wants_gradient
+from rgfast.ops.spectrum.contract import differentiable, wants_gradient
 from rgfast.ops.spectrum.measures import (
     Array,
     effective_rank_of,
@@ -105,7 +104,7 @@ def singular_values(
     >>> rgfast.singular_values(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]]))
     tensor([4.2426, 0.0000], dtype=torch.float64)
     """
-    return _measured(x, "singular_values", centering, precision, rtol, method, impl, return_info)
+    return _measured(Measure(x, "singular_values", centering, precision, rtol, method, impl), return_info)
 
 
 @overload
@@ -167,7 +166,7 @@ def effective_rank(
     """
     check_choice(spectrum, "spectrum", ("singular", "variance"))
     measure = "effective_rank" if spectrum == "singular" else "effective_rank_variance"
-    return _measured(x, measure, centering, precision, rtol, method, impl, return_info)
+    return _measured(Measure(x, measure, centering, precision, rtol, method, impl), return_info)
 
 
 def participation_ratio(
@@ -182,7 +181,7 @@ def participation_ratio(
     >>> rgfast.participation_ratio(torch.eye(8), centering="none")
     tensor(8., dtype=torch.float64)
     """
-    return _measured(x, "participation_ratio", centering, precision, 1.0, "auto", impl, False)
+    return _value(Measure(x, "participation_ratio", centering, precision, 1.0, "auto", impl))
 
 
 def stable_rank(
@@ -197,7 +196,7 @@ def stable_rank(
     >>> rgfast.stable_rank(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), centering="none")
     tensor(1.2500, dtype=torch.float64)
     """
-    return _measured(x, "stable_rank", centering, precision, 1.0, "auto", impl, False)
+    return _value(Measure(x, "stable_rank", centering, precision, 1.0, "auto", impl))
 
 
 def numerical_rank(
@@ -222,7 +221,8 @@ def numerical_rank(
     """
     x = checked(x)
     tol = tolerance(tol, x)
-    x, solved, _ = spectra(x, centering, precision, rtol, method, impl, tol)
+    call = Measure(x, "numerical_rank", centering, precision, rtol, method, impl)
+    x, solved, _ = spectra(call, tol)
     return on_device(numerical_rank_of(solved.sigma, tol), x.shape[:-2], x.device)
 
 
@@ -249,7 +249,8 @@ def rank_measures(
     """
     x = checked(x)
     tol = tolerance(tol, x)
-    x, solved, name = spectra(x, centering, precision, rtol, method, impl, tol)
+    call = Measure(x, "rank_measures", centering, precision, rtol, method, impl)
+    x, solved, name = spectra(call, tol)
     info = describe(x, solved, name)
     lead = x.shape[:-2]
 
@@ -292,90 +293,34 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
     *_, rows, columns = a.shape
     if rows != columns:
         raise ValueError(f"a must hold square matrices, got shape {tuple(a.shape)}")
-    chosen = EIGVALSH.select(impl, a.device, a)
+    call = Symmetric(a)
+    chosen = EIGVALSH.select(impl, call)
     if a.numel() == 0:
         return torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
-    values: Tensor
     try:
-        values = chosen.run(a)
+        values: Tensor = EIGVALSH.run(chosen, call, named=impl != "auto")
     except RuntimeError:  # LinAlgError is one; its message names the matrix
         if bool(torch.isfinite(a).all()):
             raise
         refuse_nonfinite(a, "a")
-    # The compiled solver reports what it could not solve; LAPACK may return NaN for it without a word.
-    if chosen.name != "native" and not bool(torch.isfinite(values).all()):
-        refuse_nonfinite(a, "a")
     return values
 
 
-@overload
-def _measured(
-    x: Any,
-    measure: str,
-    centering: str,
-    precision: str,
-    rtol: float,
-    method: str,
-    impl: str,
-    return_info: Literal[False],
-) -> Tensor: ...
-@overload
-def _measured(
-    x: Any,
-    measure: str,
-    centering: str,
-    precision: str,
-    rtol: float,
-    method: str,
-    impl: str,
-    return_info: bool,
-) -> Tensor | tuple[Tensor, SpectrumInfo]: ...
-def _measured(
-    x: Any,
-    measure: str,
-    centering: str,
-    precision: str,
-    rtol: float,
-    method: str,
-    impl: str,
-    return_info: bool,
-) -> Tensor | tuple[Tensor, SpectrumInfo]:
-    if wants_gradient(x):
-        result = differentiable(x, measure, centering, precision, rtol, method, impl)
-        if not return_info:
-            return result
-    elif not return_info:
-        return value(x, measure, centering, precision, rtol, method, impl)
-    if method == "lanczos":
-        found, info = estimated(x, measure, centering, precision, impl)
+def _measured(call: Measure, return_info: bool) -> Tensor | tuple[Tensor, SpectrumInfo]:
+    if not return_info:
+        return _value(call)
+    if call.method == "lanczos":
+        found, info = estimated(call)
     else:
-        x, solved, name = spectra(x, centering, precision, rtol, method, impl)
-        found, info = measure_of(solved, measure, x.shape, x.device), describe(x, solved, name)
-    return (result if wants_gradient(x) else found), info
+        x, solved, name = spectra(call)
+        found, info = measure_of(solved, call.measure, x.shape, x.device), describe(x, solved, name)
+    return (differentiable(call) if wants_gradient(call.x) else found), info
 
 
-def _prepare(
-    x: Any, *, centering: str = "mean", precision: str = "double", method: str = "auto", **_: Any
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    x = checked(x)
-    dtype = check_options(centering, precision)
-    rows = flat(x)
-    return x.device, (rows,), {"centering": centering, "dtype": dtype, "method": method}
+def _value(call: Measure) -> Tensor:
+    return differentiable(call) if wants_gradient(call.x) else value(call)
 
 
-def _prepare_gram(
-    x: Any, *, centering: str = "mean", precision: str = "double"
-) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    device, args, kwargs = _prepare(x, centering=centering, precision=precision)
-    del kwargs["method"]
-    return device, args, kwargs
-
-
-def _prepare_eigvalsh(a: Any) -> tuple[torch.device, tuple[Any, ...], dict[str, Any]]:
-    a = as_real_tensor(a, "a", min_dim=2)
-    return a.device, (a,), {}
-
-
-register(SPECTRUM, _prepare)
-register(GRAM, _prepare_gram)
-register(EIGVALSH, _prepare_eigvalsh)
+register(SPECTRUM, effective_rank, singular_values, numerical_rank, rank_measures)
+register(GRAM, participation_ratio, stable_rank)
+register(EIGVALSH, eigvalsh)

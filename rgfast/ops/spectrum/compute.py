@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.dispatch import Impl
-from rgfast.ops.spectrum import native
+from rgfast.ops.spectrum.call import Measure, Rows
 from rgfast.ops.spectrum.lanczos import effective_rank_estimate
 from rgfast.ops.spectrum.measures import Array, default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
-from rgfast.ops.spectrum.selection import GRAM, SPECTRUM
-from rgfast.ops.spectrum.solve import PATHS, Solved, settle, solve
+from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
+from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
 from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.validation import as_real_tensor, check_choice
 
@@ -39,12 +38,11 @@ __all__ = [
 _REFINE_UNDER = 1e-7
 
 
-def value(
-    x: Any, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
-) -> Tensor:
+def value(call: Measure) -> Tensor:
     """One measure of `x[..., n, d]`: `[...]`, or `[..., min(n, d)]` for `"singular_values"`."""
+    measure = call.measure
     if measure in ("participation_ratio", "stable_rank"):
-        x, matrix = second_moments(x, centering, precision, impl)
+        x, matrix = second_moments(call)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if measure == "stable_rank":
             below, _ = top_eigenpair(matrix)
@@ -53,28 +51,27 @@ def value(
             above, below = trace.square(), matrix.square().sum((-2, -1))
         ratio: Tensor = above / torch.where(below > 0, below, 1.0)
         return ratio.reshape(x.shape[:-2])
-    if method == "lanczos":
-        return estimated(x, measure, centering, precision, impl)[0]
-    x, rows, dtype, chosen = _chosen(x, centering, precision, rtol, method, impl)
-    options: dict[str, Any] = {"centering": centering, "dtype": dtype, "method": method, "rtol": rtol}
-    found = None
-    if chosen.name == "native" and method == "auto" and measure != "singular_values":
+    if call.method == "lanczos":
+        return estimated(call)[0]
+    x, dtype = _checked_rows(call)
+    if call.method == "auto" and measure != "singular_values":
         variance = measure == "effective_rank_variance"
-        found = native.effective_ranks(rows, centering=centering, variance=variance, rtol=rtol)
-    if isinstance(found, Tensor):
-        return found if x.dim() == 3 else found.reshape(x.shape[:-2])
-    solved = solve(rows, chosen, **options) if found is None else settle(rows, found, **options)
-    if solved is None:
-        refuse_nonfinite(x, "x")
-    return measure_of(solved, measure, x.shape, x.device)
+        ranks = Rows(flat(x), call.centering, dtype, variance=variance, rtol=call.rtol)
+        fused = RANKS.find(call.impl, ranks)
+        if fused is not None:
+            found = RANKS.run(fused, ranks, named=call.impl != "auto")
+            if isinstance(found, Tensor):
+                return found if x.dim() == 3 else found.reshape(x.shape[:-2])
+            return measure_of(_finite(settle(ranks.x, found, call, dtype), x), measure, x.shape, x.device)
+    return measure_of(_solved(x, call, dtype)[0], measure, x.shape, x.device)
 
 
-def estimated(x: Any, measure: str, centering: str, precision: str, impl: str) -> tuple[Tensor, SpectrumInfo]:
+def estimated(call: Measure) -> tuple[Tensor, SpectrumInfo]:
     """An effective rank of `x[..., n, d]` by stochastic Lanczos quadrature on its second moment."""
-    if measure == "singular_values":
+    if call.measure == "singular_values":
         raise ValueError("method='lanczos' estimates effective ranks, not single values: take 'auto'")
-    x, matrix = second_moments(x, centering, precision, impl)
-    spectrum = "variance" if measure == "effective_rank_variance" else "singular"
+    x, matrix = second_moments(call)
+    spectrum = "variance" if call.measure == "effective_rank_variance" else "singular"
     found = [effective_rank_estimate(a, spectrum=spectrum) for a in matrix]
     lead, m = tuple(x.shape[:-2]), min(x.shape[-2:])
     rank = torch.tensor([e.value for e in found], dtype=torch.float64, device=x.device).reshape(lead)
@@ -89,7 +86,7 @@ def estimated(x: Any, measure: str, centering: str, precision: str, impl: str) -
         error_bound=bound if spectrum == "singular" else unknown,
         variance_error_bound=bound if spectrum == "variance" else unknown,
         singular_value_error=torch.full((*lead, m), torch.nan, dtype=torch.float64, device=x.device),
-        impl=impl,
+        impl=call.impl,
         n=x.shape[-2],
         d=x.shape[-1],
     )
@@ -136,45 +133,47 @@ def tolerance(tol: float | None, x: Tensor) -> float:
     return float(tol)
 
 
-def spectra(
-    x: Any,
-    centering: str,
-    precision: str,
-    rtol: float,
-    method: str,
-    impl: str,
-    tol: float | None = None,
-) -> tuple[Tensor, Solved, str]:
-    x, rows, dtype, chosen = _chosen(x, centering, precision, rtol, method, impl)
-    sharp = tol if tol is not None and tol < _REFINE_UNDER else None
-    solved = solve(rows, chosen, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=sharp)
+def spectra(call: Measure, tol: float | None = None) -> tuple[Tensor, Solved, str]:
+    """The data, their spectra, and the implementation that ran."""
+    x, dtype = _checked_rows(call)
+    return x, *_solved(x, call, dtype, tol if tol is not None and tol < _REFINE_UNDER else None)
+
+
+def _solved(x: Tensor, call: Measure, dtype: torch.dtype, tol: float | None = None) -> tuple[Solved, str]:
+    rows = flat(x)
+    if call.method == "svd":
+        dense = Rows(rows, call.centering, rtol=call.rtol)
+        chosen = SVD.select(call.impl, dense)
+        finite = bool(torch.isfinite(rows).all())
+        return _finite(SVD.run(chosen, dense, named=True) if finite else None, x), "lapack"
+    moments = Rows(rows, call.centering, dtype)
+    chosen = SPECTRUM.select(call.impl, moments)
+    found = SPECTRUM.run(chosen, moments, named=call.impl != "auto")
+    return _finite(settle(rows, found, call, dtype, tol), x), chosen.name
+
+
+def _finite(solved: Solved | None, x: Tensor) -> Solved:
     if solved is None:
         refuse_nonfinite(x, "x")
-    return x, solved, "lapack" if method == "svd" else chosen.name
+    return solved
 
 
-def _chosen(
-    x: Any, centering: str, precision: str, rtol: float, method: str, impl: str
-) -> tuple[Tensor, Tensor, torch.dtype, Impl]:
-    """The data, the same as `[b, n, d]`, the dtype to compute in, and the implementation to run."""
-    x = checked(x)
-    dtype = check_options(centering, precision)
-    check_choice(method, "method", ("auto", "gram", "svd"))
-    if not (isinstance(rtol, (int, float)) and 0 < rtol < math.inf):
-        raise ValueError(f"rtol must be a positive number, got {rtol!r}")
-    if method == "svd" and precision == "single":
+def _checked_rows(call: Measure) -> tuple[Tensor, torch.dtype]:
+    """The data and the dtype to compute in."""
+    x = checked(call.x)
+    dtype = check_options(call.centering, call.precision)
+    check_choice(call.method, "method", ("auto", "gram", "svd"))
+    if not (isinstance(call.rtol, (int, float)) and 0 < call.rtol < math.inf):
+        raise ValueError(f"rtol must be a positive number, got {call.rtol!r}")
+    if call.method == "svd" and call.precision == "single":
         raise ValueError("method='svd' computes in fp64: precision must be 'double', got 'single'")
-    rows = flat(x)
-    chosen = SPECTRUM.select(impl, x.device, rows, centering=centering, dtype=dtype, method=method)
-    return x, rows, dtype, chosen
+    return x, dtype
 
 
-def second_moments(x: Any, centering: str, precision: str, impl: str) -> tuple[Tensor, Tensor]:
-    x = checked(x)
-    dtype = check_options(centering, precision)
-    rows = flat(x)
-    chosen = GRAM.select(impl, x.device, rows, centering=centering, dtype=dtype)
-    matrix, accumulated, _, _ = chosen.run(rows, centering=centering, dtype=dtype)
+def second_moments(call: Measure) -> tuple[Tensor, Tensor]:
+    x = checked(call.x)
+    dtype = check_options(call.centering, call.precision)
+    matrix, accumulated, _, _ = GRAM(call.impl, Rows(flat(x), call.centering, dtype))
     if not bool(torch.isfinite(accumulated).all()):
         refuse_nonfinite(x, "x")
     wide: Tensor = matrix.double()

@@ -1,4 +1,4 @@
-"""Gradients of the measures by formula, and their registration for autograd and `torch.compile`.
+"""Gradients of the measures by formula.
 
 With x_c = U diag(sigma) V^T, d f / d x_c = U diag(df/dsigma) V^T for every function of the singular values;
 the sum over equal singular values is the same for every basis, so that none is preferred.
@@ -6,59 +6,19 @@ the sum over equal singular values is the same for every basis, so that none is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.compute import value
 from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.runtime.threads import one_thread
 
-__all__ = ["differentiable", "wants_gradient"]
+__all__ = ["gradient"]
 
 _U = 2.0**-53
 
 
-def wants_gradient(x: Any) -> bool:
-    """Whether the call is to be seen by autograd or by the compiler."""
-    if torch.compiler.is_compiling():
-        return True
-    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
-
-
-def differentiable(
-    x: Any, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
-) -> Tensor:
-    """`compute.value` with a gradient."""
-    result: Tensor = _Measure.apply(  # type: ignore[no-untyped-call]
-        x, measure, centering, precision, rtol, method, impl
-    )
-    return result
-
-
-class _Measure(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.what = (measure, centering)
-        result: Tensor = torch.ops.rgfast.spectrum_measure(
-            x, measure, centering, precision, rtol, method, impl
-        )
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return torch.ops.rgfast.spectrum_gradient(x, grad, *ctx.what), None, None, None, None, None, None
-
-
-def _gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
+def gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
     """Gradient `[..., n, d]` in the dtype of x, computed in fp64, matrix by matrix."""
     n, d = x.shape[-2:]
     rows = x.detach().reshape(-1, n, d)
@@ -121,39 +81,3 @@ def _spectral_slope(y: Tensor, limit: int, measure: str, weight: Tensor) -> Tens
             slope = 2 * s * slope
     total: Tensor = ((q @ u[:, live]) * slope) @ vh[live]
     return total
-
-
-def _fake_measure(
-    x: Tensor, measure: str, centering: str, precision: str, rtol: float, method: str, impl: str
-) -> Tensor:
-    last = (min(x.shape[-2], x.shape[-1]),) if measure == "singular_values" else ()
-    return torch.empty((*x.shape[:-2], *last), dtype=torch.float64, device=x.device)
-
-
-def _fake_gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _register() -> torch.library.Library:
-    library = torch.library.Library("rgfast", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for schema, function, fake in (
-        (
-            "spectrum_measure(Tensor x, str measure, str centering, str precision, float rtol, str method, "
-            "str impl) -> Tensor",
-            value,
-            _fake_measure,
-        ),
-        (
-            "spectrum_gradient(Tensor x, Tensor grad, str measure, str centering) -> Tensor",
-            _gradient,
-            _fake_gradient,
-        ),
-    ):
-        name = schema.partition("(")[0]
-        library.define(schema)  # type: ignore[no-untyped-call]
-        library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"rgfast::{name}", fake, lib=library)
-    return library
-
-
-_LIBRARY = _register()  # the operators live as long as it does

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
+from rgfast.ops.spectrum.call import Symmetric
 from rgfast.ops.spectrum.compute import on_device
 from rgfast.ops.spectrum.measures import (
     Array,
@@ -142,5 +143,5 @@ def _solved(scatter: Tensor, count: Array, centering: str, accumulated: Any, imp
         trace = np.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1).numpy())
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (variance > 0).sum(-1))
-    values = EIGVALSH.select(impl, flat.device, flat).run(flat)
+    values = EIGVALSH(impl, Symmetric(flat))
     return from_eigenvalues(values, trace, np.zeros_like(count), limit, samples=count)

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rgfast.ops.spectrum import native
+from rgfast.dispatch import HandOff, Impl, Op
+from rgfast.ops.spectrum.call import Groups, Rows
+from rgfast.ops.spectrum.impl import native
 from rgfast.ops.spectrum.measures import Array
 from rgfast.ops.spectrum.selection import SPECTRUM
-from rgfast.ops.spectrum.solve import Solved, from_eigenvalues, refine
+from rgfast.ops.spectrum.solve import REFINE, Solved, from_eigenvalues
 
 __all__ = ["refine_spectra", "spectra_of_rows", "spectra_without_groups", "without_each"]
 
@@ -23,18 +25,15 @@ def spectra_of_rows(x: Tensor, *, uncentred: bool) -> tuple[Solved, Solved | Non
     From second moments in fp64: what these lose is to be had from `refine_spectra`.
     """
     n, d = x.shape[1:]
-    options = {"centering": "mean", "dtype": torch.float64}
-    chosen = SPECTRUM.select("auto", x.device, x, **options)
     lifted = torch.empty(len(x), d, dtype=torch.float64, device=x.device) if uncentred and n >= d else None
-    values, trace, exponent, limit = _arrays(chosen.run(x, raw=lifted, **options))
+    values, trace, exponent, limit = _arrays(SPECTRUM("auto", Rows(x, raw=lifted)))
     if not np.isfinite(trace).all():
         return None
     centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
     if not uncentred:
         return centred, None
     if lifted is None:
-        options["centering"] = "none"
-        values, *rest = _arrays(chosen.run(x, **options))
+        values, *rest = _arrays(SPECTRUM("auto", Rows(x, "none")))
         return centred, from_eigenvalues(values, *rest, samples=max(n, d))
     whole = np.maximum(trace, lifted.sum(-1).cpu().numpy())
     return centred, from_eigenvalues(lifted, whole, exponent, np.minimum(limit + 1, d), samples=n)
@@ -44,15 +43,33 @@ def spectra_without_groups(
     x: Tensor, groups: int, *, uncentred: bool
 ) -> list[tuple[Solved, Solved | None]] | None:
     """`spectra_of_rows(x)` without samples g, g + groups, ... for every g; None for NaN or infinity."""
-    b, n, d = x.shape
-    options = {"centering": "mean", "dtype": torch.float64}
-    if SPECTRUM.select("auto", x.device, x, **options).name == "native":
-        raw = torch.empty(b * groups, d, dtype=torch.float64, device="cpu") if uncentred else None
-        found = native.left_out_spectrum(x, groups, raw)
-        if found is not None:
-            return _of_variants(found, raw, n, groups)
-    each = [spectra_of_rows(rest, uncentred=uncentred) for rest in without_each(x, groups)]
+    found: list[tuple[Solved, Solved | None]] | None = WITHOUT_GROUPS("auto", Groups(x, groups, uncentred))
+    return found
+
+
+def _from_one_moment(call: Groups) -> list[tuple[Solved, Solved | None]] | None:
+    b, n, d = call.x.shape
+    raw = torch.empty(b * call.groups, d, dtype=torch.float64, device="cpu") if call.uncentred else None
+    found = native.left_out_spectrum(call.x, call.groups, raw)
+    if found is None:
+        raise HandOff(f"matrices of {d} rows are too large for its lanes", lambda run: run(call))
+    return _of_variants(found, raw, n, call.groups)
+
+
+def _one_by_one(call: Groups) -> list[tuple[Solved, Solved | None]] | None:
+    each = [spectra_of_rows(rest, uncentred=call.uncentred) for rest in without_each(call.x, call.groups)]
     return None if any(part is None for part in each) else [part for part in each if part is not None]
+
+
+# The one gain is the moment, paid once and not for every group: that needs no model of the time.
+WITHOUT_GROUPS = Op(
+    "spectra without groups",
+    [
+        native.without_groups(_from_one_moment),
+        Impl("each group", _one_by_one, cost=lambda call: 1.0, route=True),
+    ],
+    part_of="spectrum",
+)
 
 
 def _of_variants(
@@ -89,7 +106,7 @@ def without_each(x: Tensor, groups: int) -> Iterator[Tensor]:
 
 def refine_spectra(x: Tensor, solved: Solved, at: NDArray[np.intp], *, centering: str) -> None:
     """Overwrite the spectra of matrices `at` by what is computed from their rows `x[len(at), n, d]`."""
-    solved.put(at, refine(x, centering, 1e-6))
+    solved.put(at, REFINE("library", Rows(x, centering)))
 
 
 def _arrays(found: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Array, Array, Array]:

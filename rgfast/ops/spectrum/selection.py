@@ -1,45 +1,89 @@
-"""The three ops of this room and their implementations.
+"""The ops of this room and their implementations.
 
-`spectrum` and `gram` take `x[b, n, d]` and return (eigenvalues `[b, m]` or Gram matrix `[b, m, m]`,
-accumulated trace `[b]`, exponent `[b]`, rank limit `[b]`) as described in `reference.py`; `eigvalsh` takes
-`a[..., d, d]`.
+`spectrum` and `gram` take a call `Rows` and return (eigenvalues `[b, m]` or Gram matrix `[b, m, m]`,
+accumulated trace `[b]`, exponent `[b]`, rank limit `[b]`) as described in `reference.py`; `eigvalsh` takes a
+`Symmetric`. `RANKS` is the fused variant of `spectrum` that goes on to effective ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from rgfast.dispatch import Impl, Op
-from rgfast.ops.spectrum import native, reference
-from rgfast.runtime.native import active_isa, unavailable_reason
-from rgfast.runtime.threads import one_thread
+from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.spectrum.impl import library, native
+from rgfast.runtime.threads import on_one_thread, one_thread
 
-__all__ = ["EIGVALSH", "GRAM", "SPECTRUM"]
+__all__ = ["EIGVALSH", "GRAM", "RANKS", "SPECTRUM"]
 
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
-def _pinned(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: torch.Tensor, **kwargs: Any) -> Any:
-        kwargs.pop("method", None)
-        with one_thread():
-            return function(x, **kwargs)
-
-    return run
+# fp64 products of PyTorch on one thread, and how much longer its passes over the data take (README, "Speed").
+_PRODUCTS, _PASSES = 12e9, 30.0
 
 
-def _anything(*args: Any, **kwargs: Any) -> str | None:
-    return None
+def _reference_gram(call: Rows) -> Found:
+    with one_thread():  # the library's bits depend on the number of threads
+        return reference.gram(call.x, centering=call.centering, dtype=call.dtype, means=call.means)
 
 
-SPECTRUM = Op("spectrum")
-GRAM = Op("gram")
-EIGVALSH = Op("eigvalsh")
+def _reference_spectrum(call: Rows) -> Found:
+    with one_thread():
+        return reference.gram_spectrum(call.x, centering=call.centering, dtype=call.dtype, raw=call.raw)
 
-SPECTRUM.add(Impl("reference", _pinned(reference.gram_spectrum), _anything))
-GRAM.add(Impl("reference", _pinned(reference.gram), _anything))
-EIGVALSH.add(Impl("reference", _pinned(reference.eigvalsh), _anything))
-EIGVALSH.add(Impl("native", native.eigvalsh, native.eigvalsh_supports, unavailable_reason, active_isa))
-SPECTRUM.add(Impl("native", native.gram_spectrum, native.gram_supports, unavailable_reason, active_isa))
-GRAM.add(Impl("native", native.gram, native.gram_supports, unavailable_reason, active_isa))
+
+def _gram_cost(call: Rows) -> float:
+    return 1e-4 + call.x.numel() * (call.side + _PASSES) / _PRODUCTS
+
+
+def _solving_cost(call: Rows) -> float:
+    return library.seconds(len(call.x), call.side, call.dtype)
+
+
+def _reference_eigvalsh(call: Symmetric) -> Tensor:
+    return library.finite(on_one_thread(reference.eigvalsh, call.a))
+
+
+def _in_parts(call: Rows) -> Found:
+    """The moment, then its eigenvalues, each by the fastest for it: for matrices too large for one pass."""
+    means = None
+    if call.raw is not None:
+        means = torch.empty((len(call.x), call.side), dtype=torch.float64, device=call.device)
+    matrix, accumulated, exponent, limit = GRAM("auto", call._replace(raw=None, means=means))
+    bad = ~torch.isfinite(accumulated)
+    matrix[bad] = 0.0
+    values = EIGVALSH("auto", Symmetric(matrix))
+    if call.raw is not None and means is not None:
+        means[bad] = 0.0
+        lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=call.x.shape[1])
+        call.raw.copy_(EIGVALSH("auto", Symmetric(lifted)))
+    return values, accumulated, exponent, limit
+
+
+EIGVALSH = Op(
+    "eigvalsh",
+    [
+        native.EIGVALSH,
+        library.EIGVALSH,
+        Impl("reference", _reference_eigvalsh, cost=library.EIGVALSH.cost),
+    ],
+)
+GRAM = Op("gram", [native.GRAM, Impl("reference", _reference_gram, cost=_gram_cost)])
+SPECTRUM = Op(
+    "spectrum",
+    [
+        native.SPECTRUM,
+        Impl(
+            "parts",
+            _in_parts,
+            lambda call: "precision='single' is the reference's" if call.dtype != torch.float64 else None,
+            lambda call: 1e-5 + GRAM.cost(call) + _solving_cost(call),
+            ("cpu",),
+            route=True,
+        ),
+        Impl("reference", _reference_spectrum, cost=lambda call: _gram_cost(call) + _solving_cost(call)),
+    ],
+)
+RANKS = Op("effective ranks", [native.RANKS], part_of="spectrum")

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rgfast.dispatch import Impl
+from rgfast.dispatch import Impl, Op
 from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.call import Measure, Rows
 from rgfast.ops.spectrum.measures import (
     TINY,
     UNIT_ROUNDOFF,
@@ -22,7 +23,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.runtime.threads import one_thread
 
-__all__ = ["PATHS", "Solved", "from_eigenvalues", "refine", "settle", "solve"]
+__all__ = ["PATHS", "REFINE", "SVD", "Solved", "from_eigenvalues", "settle"]
 
 PATHS = ("gram", "refined", "svd")
 _FIELDS = ("sigma", "error", "exponent", "rank_limit", "path")
@@ -101,38 +102,18 @@ def from_eigenvalues(
     return Solved(sigma, error, exponent, rank_limit, np.zeros(b, dtype=np.int8))
 
 
-def solve(
+def settle(
     x: Tensor,
-    chosen: Impl,
-    *,
-    centering: str,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    call: Measure,
     dtype: torch.dtype,
-    method: str,
-    rtol: float,
     tol: float | None = None,
 ) -> Solved | None:
-    """Spectra of `x[b, n, d]`; None where the data hold NaN or infinity.
+    """Spectra of `x[b, n, d]` from what the op `spectrum` has found; None where data hold NaN or infinity.
 
     With `method="auto"` in fp64, a matrix whose effective rank may be off by more than `rtol`, or whose
     rank at `tol` is open, is solved again from the data.
     """
-    if method == "svd":
-        return _from_svd(x, centering) if bool(torch.isfinite(x).all()) else None
-    found = chosen.run(x, centering=centering, dtype=dtype)
-    return settle(x, found, centering=centering, dtype=dtype, method=method, rtol=rtol, tol=tol)
-
-
-def settle(
-    x: Tensor,
-    found: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    centering: str,
-    dtype: torch.dtype,
-    method: str,
-    rtol: float,
-    tol: float | None = None,
-) -> Solved | None:
-    """What `solve` returns, from what the op `spectrum` has found."""
     values, accumulated, exponent, limit = found
     trace = accumulated.cpu().numpy()
     if not np.isfinite(trace).all():
@@ -140,17 +121,17 @@ def settle(
     solved = from_eigenvalues(
         values, trace, exponent.cpu().numpy(), limit.cpu().numpy(), samples=max(x.shape[-2:])
     )
-    if method == "auto" and dtype == torch.float64:
-        again = solved.unsettled(rtol, tol)
-        if len(again):
-            solved.put(again, refine(x[torch.from_numpy(again)], centering, rtol))
-            again = solved.unsettled(rtol, tol)
-        if len(again):
-            solved.put(again, _from_svd(x[torch.from_numpy(again)], centering))
+    if call.method == "auto" and dtype == torch.float64:
+        for op in (REFINE, SVD):
+            again = solved.unsettled(call.rtol, tol)
+            if not len(again):
+                break
+            rows = x[torch.from_numpy(again)]
+            solved.put(again, op("library", Rows(rows, call.centering, rtol=call.rtol)))
     return solved
 
 
-def refine(x: Tensor, centering: str, rtol: float) -> Solved:
+def _refine(x: Tensor, centering: str, rtol: float) -> Solved:
     """Spectra of `x[b, n, d]` with small singular values recovered, one matrix at a time."""
     result = _empty(x, "refined")
     with one_thread():
@@ -194,3 +175,10 @@ def _tall(x: Tensor, i: int, centering: str, result: Solved) -> tuple[Tensor, Te
     result.exponent[i] = int(exponent[0])
     result.rank_limit[i] = int(reference.rank_limit(y, centering)[0])
     return (y[0] if y.shape[1] >= y.shape[2] else y[0].mT), accumulated[0]
+
+
+# Both are torch's LAPACK whatever implementation found the eigenvalues, and are recorded as such.
+REFINE = Op("refine", [Impl("library", lambda call: _refine(call.x, call.centering, call.rtol))])
+SVD = Op(
+    "svd", [Impl(name, lambda call: _from_svd(call.x, call.centering)) for name in ("library", "reference")]
+)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rgfast.ops.fast import made_for
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.samples import Part, SampleState, at_once, enough, measured_part, worthwhile
@@ -43,7 +44,7 @@ class Rows:
             return "a layer did not run"
         if any(keep is not None for keep in batch.keeps):
             return "positions are left out"
-        if any(not x.is_cpu or x.dtype != torch.float32 for x in rows):
+        if any(not made_for(x) or x.dtype != torch.float32 for x in rows):
             return "it is for fp32 on the CPU"
         if any(x.shape != shape for x in rows):
             return "every layer must have the same width, and every batch the same positions"

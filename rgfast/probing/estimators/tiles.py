@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rgfast.ops.fast import made_for
 from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.watcher import tile_streamer
@@ -34,14 +35,14 @@ def gather(model: Any, batches: Iterator[Any]) -> tuple[Tensor | None, list[Any]
     """All batches as one ``[n, T, D]``, or None if they are not few and alike; and what was taken."""
     taken: list[Any] = []
     parts: list[Tensor] = []
-    if not all(w.is_cpu and w.dtype == torch.float32 for w in model.parameters()):
+    if not all(made_for(w) and w.dtype == torch.float32 for w in model.parameters()):
         return None, taken
     n = 0
     for batch in batches:
         taken.append(batch)
         items = batch_items(batch)
         x = items[0] if len(items) == 1 else None
-        if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_cpu or x.dtype != torch.float32:
+        if not isinstance(x, Tensor) or x.dim() != 3 or not made_for(x) or x.dtype != torch.float32:
             return None, taken
         if x.shape[2] != model.width or (parts and x.shape[1:] != parts[0].shape[1:]):
             return None, taken

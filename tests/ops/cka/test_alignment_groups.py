@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rgfast.ops.cka import native as kernels
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.api import alignment
+from rgfast.ops.cka.impl import native as kernels
 from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(

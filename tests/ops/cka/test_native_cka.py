@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.ops.cka import native as kernels
 from rgfast.ops.cka import reference
+from rgfast.ops.cka.impl import native as kernels
 from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(
@@ -182,7 +182,7 @@ def test_small_drifts_are_read_again(make):
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     layers = torch.stack([x, x + 3e-5 * step, x + 0.3 * step, x + 0.3 * step])
     assert layers.numel() * 64 > kernels._TRIVIAL_FLOPS
-    got = rgfast.kernel_drift(layers, impl="native")
+    got = rgfast.kernel_drift(layers)
     expected = reference.drift(list(layers), debiased=False)
     assert 1e-12 < expected[:, 0].min() < expected[:, 0].max() < 1e-8
     assert ((got - expected).abs() <= 1e-4 * expected).all()
@@ -211,8 +211,25 @@ def test_what_the_kernels_refuse(make):
         assert rgfast.cka(x.clone().requires_grad_(), y, impl="native").isfinite()
     with pytest.raises(ValueError, match="y must be finite, got 1 NaN"):
         rgfast.cka(x, torch.where(y == y.max(), torch.nan, y), impl="native")
-    meta = [x.to("meta"), y.to("meta")]
-    assert "the kernels run on the CPU" in str(kernels.supports("matrix", (), meta))
+    with pytest.raises(rgfast.ImplUnavailable, match="it runs on the cpu, not on meta"):
+        rgfast.cka(x.to("meta"), y.to("meta"), impl="native")
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_a_drift_without_digits_is_handed_to_the_reference_by_auto_alone(make, debiased):
+    layers = make(4, 3, 20, 6)
+    layers[1, 1] = layers[0, 1] * (1 + 1e-7 * torch.linspace(0, 1, 6))
+    want = rgfast.kernel_drift(layers, debiased=debiased, impl="reference")
+    assert want[1, 0] < 1e-8
+    with rgfast.record() as log:
+        got = rgfast.kernel_drift(layers, debiased=debiased)
+        rgfast.kernel_drift(layers[1:], debiased=debiased)
+    assert got[1, 0] == want[1, 0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert [(r.impl, [n.impl for n in r.nested]) for r in log] == [("native", ["reference"]), ("native", [])]
+    with pytest.raises(rgfast.ImplUnavailable, match="a drift is below 1e-08"):
+        rgfast.kernel_drift(layers, debiased=debiased, impl="native")
+    rgfast.kernel_drift(layers, debiased=debiased, precision="single", impl="native")
 
 
 def test_auto_takes_the_kernels(make):
@@ -225,7 +242,11 @@ def test_auto_takes_the_kernels(make):
 def test_fp64_at_the_end_of_its_range_goes_to_the_reference(make):
     x, y = make(2, 20, 4)
     x = x / x.abs().max() * 1.7e308
-    assert float(rgfast.cka(x, y)) == pytest.approx(float(rgfast.cka(x / 1e300, y)), abs=1e-10)
+    with rgfast.record() as log:
+        assert float(rgfast.cka(x, y)) == pytest.approx(float(rgfast.cka(x / 1e300, y)), abs=1e-10)
+    assert [(r.impl, [n.impl for n in r.nested]) for r in log] == [("native", ["reference"]), ("native", [])]
+    with pytest.raises(rgfast.ImplUnavailable, match="its products leave the range of fp64"):
+        rgfast.cka(x, y, impl="native")
 
 
 def test_single_products_of_few_samples_keep_their_bound_where_u_centring_cancels(make):

@@ -11,9 +11,9 @@ import torch
 from scipy.special import expit, ndtr
 
 import rgfast
-from rgfast.ops.residual_mlp import library
-from rgfast.ops.residual_mlp import native as native_block
-from rgfast.ops.residual_mlp.native import LEAST_WIDTH
+from rgfast.ops.residual_mlp import contract
+from rgfast.ops.residual_mlp.call import LEAST_WIDTH
+from rgfast.ops.residual_mlp.impl import mkl
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 from rgfast.runtime import native
 
@@ -165,7 +165,7 @@ def test_sums_that_were_kept_give_the_bits_of_sums_formed_again(monkeypatch, sha
     dy = torch.randn(shape[0], shape[1], generator=torch.Generator().manual_seed(5))
     found = []
     for kept_from in (1, 1 << 40):
-        monkeypatch.setattr(native_block, "KEPT_FROM", kept_from)
+        monkeypatch.setattr(contract, "KEPT_FROM", kept_from)
         found.append(run(public(("layer", "gelu", 0.7, 1e-5)), tensors, dy, torch.float32))
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
@@ -328,7 +328,7 @@ def test_routes():
     assert [(r.impl, r.isa) for r in log] == [
         ("native", native.active_isa()),
         ("reference", None),
-        ("reference", None),
+        ("fp64", None),
     ]
 
 
@@ -344,28 +344,43 @@ def test_refusals_say_why():
 
 def told(rows, d, *, recorded=False, h=8):
     args = torch.zeros(rows, d), torch.zeros(h, d, requires_grad=recorded), None, torch.zeros(d, h), None
-    return dict(rgfast.explain("residual_mlp", *args).candidates)["native"]
+    return rgfast.explain("residual_mlp", *args)
 
 
-@pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
-def test_where_the_library_is_faster_it_is_taken():
-    assert told(2, 3, h=9) == "D=3, H=9 is too narrow for its vectors"
-    assert told(49, 2048) == "the library's products are faster for 49 rows at D=2048"
-    assert told(9999, 512, recorded=True) == "with gradients the library's products are faster at D=512"
-    for rows, d in ((1023, 511), (17, 256)):
-        assert told(rows, d, recorded=True) == (
-            f"with gradients the library's products are faster for {rows} rows at D={d}"
-        )
-    for rows, d, recorded in (
-        (48, 4096, False),
-        (49, 2047, False),
-        (16, 511, True),
-        (1024, 511, True),
-        (1, 255, True),
+@needs_native
+def test_blocks_too_narrow_for_the_budget_go_through_fp64():
+    explained = told(2, 3, h=9)
+    assert explained.chosen == "fp64"
+    assert dict(explained.candidates)["native"] == "D=3, H=9 is too narrow for its vectors"
+    with rgfast.record() as log:
+        public(("layer", "gelu", 1.0, 1e-5), "auto")(block(6, 40, 3, 12))
+    assert [(r.impl, [n.impl for n in r.nested]) for r in log] == [("fp64", ["reference"])]
+
+
+@needs_native
+@pytest.mark.skipif(mkl.unavailable_reason() is not None, reason=str(mkl.unavailable_reason()))
+def test_where_mkl_is_faster_it_is_taken_and_nothing_is_refused_for_its_time():
+    for rows, d, recorded, chosen in (
+        (49, 2048, False, "mkl"),
+        (48, 4096, False, "native"),
+        (49, 2047, False, "native"),
+        (9999, 512, True, "mkl"),
+        (1023, 511, True, "mkl"),
+        (17, 256, True, "mkl"),
+        (0, 512, True, "mkl"),
+        (16, 511, True, "native"),
+        (1024, 511, True, "native"),
+        (1, 255, True, "native"),
+        (0, 64, False, "native"),
     ):
-        assert told(rows, d, recorded=recorded) is None
+        explained = told(rows, d, recorded=recorded)
+        assert explained.chosen == chosen, (rows, d, recorded)
+        able = [name for name, reason in explained.candidates if reason is None]
+        assert able == ["native", "mkl", "reference"]
+        costs = dict(zip((name for name, _ in explained.candidates), explained.costs, strict=True))
+        assert costs[chosen] == min(costs[name] for name in able)
     with torch.no_grad():
-        assert told(4, 512, recorded=True) is None
+        assert told(4, 512, recorded=True).chosen == "native"
 
 
 @needs_native

@@ -127,7 +127,16 @@ def test_other_types_take_the_blocks_one_by_one(dtype):
     x, p = torch.randn(30, 16).to(dtype), {k: t.to(dtype) for k, t in parameters(2, 16, 24).items()}
     assert torch.equal(stack(x, p), stream(x, p)[-1])
     told = rgfast.explain("residual_stack", x, *(p[k] for k in NAMES))
-    assert told.chosen == "reference"
+    assert told.chosen == "blocks"
+    assert dict(told.candidates)["native"].startswith("it keeps the stream in fp32")
+    with rgfast.record() as log:
+        stack(x, p)
+        stack(x, p, impl="reference")
+    one = "reference" if dtype == torch.float64 else "native"
+    assert [(r.impl, [(n.op, n.impl) for n in r.nested]) for r in log] == [
+        ("blocks", [("residual_mlp", one)] * 2),
+        ("reference", [("residual_mlp", "reference")] * 2),
+    ]
 
 
 def test_autocast_leaves_it_in_fp32():

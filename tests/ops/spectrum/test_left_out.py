@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rgfast.ops.spectrum import native as room
+import rgfast
+from rgfast.dispatch import walk
+from rgfast.ops.spectrum.impl import native as room
 from rgfast.ops.spectrum.rows import spectra_of_rows, spectra_without_groups, without_each
 from rgfast.runtime import native
 
@@ -117,13 +119,22 @@ def test_bits_do_not_depend_on_threads_or_neighbours():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((3, 80, 300), torch.float32), ((3, 40, 33), torch.float64), ((3, 40, 35), torch.float32)],
+    ("shape", "dtype", "ran"),
+    [
+        ((3, 80, 300), torch.float32, ["each group"]),
+        ((3, 40, 33), torch.float64, ["each group"]),
+        ((3, 40, 35), torch.float32, ["each group"]),
+        ((1, 400, 280), torch.float32, ["native", "each group"]),  # too large for lanes, as the kernel says
+    ],
 )
-def test_what_is_not_done_by_groups_is_done_by_rows(shape, dtype):
+def test_what_is_not_done_by_groups_is_done_by_rows_and_recorded(shape, dtype, ran):
     x = data(*shape).to(dtype)
-    assert room.left_out_spectrum(x, 4) is None
-    found = spectra_without_groups(x, 4, uncentred=True)
+    with rgfast.record() as log:
+        found = spectra_without_groups(x, 4, uncentred=True)
+    entries = list(walk(log))
+    assert [r.op for r in entries] == ["spectrum"] * len(entries)
+    assert [r.impl for r in entries[: len(ran)]] == ran
+    assert [r.impl for r in entries[len(ran) :]] == ["native"] * (4 if shape[1] * 3 // 4 >= shape[2] else 8)
     group = torch.arange(shape[1]) % 4
     for g, parts in enumerate(found):
         want = spectra_of_rows(x[:, group != g].contiguous(), uncentred=True)

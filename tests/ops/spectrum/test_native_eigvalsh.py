@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import rgfast
-from rgfast.ops.spectrum import native as room
+from rgfast.ops.spectrum.impl import native as room
 from rgfast.runtime import native
 
 DTYPES = (torch.float64, torch.float32)
@@ -369,12 +369,35 @@ def test_the_binding_checks(a: Tensor, values: Tensor, threads: int, said: str) 
         native.load().eigvalsh(native.tensor(a), native.tensor(values), threads)
 
 
-def test_what_is_not_supported_says_why() -> None:
-    assert room.eigvalsh_supports(torch.zeros(3, 3)) is None
-    assert "float16" in str(room.eigvalsh_supports(torch.zeros(3, 3, dtype=torch.float16)))
-    assert "meta" in str(room.eigvalsh_supports(torch.zeros(3, 3, device="meta")))
-    assert "16 dimensions" in str(room.eigvalsh_supports(torch.zeros([1] * 15 + [3, 3])))
-    assert "LAPACK is faster" in str(room.eigvalsh_supports(torch.zeros(1).expand(1 << 14, 1 << 14)))
+@pytest.mark.parametrize(
+    ("a", "reason"),
+    [
+        (torch.zeros(3, 3, device="meta"), "it runs on the cpu, not on meta"),
+        (torch.zeros([1] * 15 + [3, 3]), "it takes up to 16 dimensions, a has 17"),
+    ],
+)
+def test_what_is_not_supported_says_why(a: Tensor, reason: str) -> None:
+    with pytest.raises(rgfast.ImplUnavailable, match=reason):
+        rgfast.eigvalsh(a, impl="native")
+    told = rgfast.explain("eigvalsh", a)
+    assert told.candidates[0] == ("native", reason)
+    assert told.chosen == "library"
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float64, 1144), (torch.float32, 1619)])
+def test_auto_leaves_large_matrices_to_lapack_for_the_time_they_take(dtype, largest) -> None:
+    for d, chosen in ((largest, "native"), (largest + 1, "library")):
+        for lead in ((), (5,)):
+            told = rgfast.explain(rgfast.eigvalsh, torch.zeros(1, dtype=dtype).expand(*lead, d, d))
+            assert told.candidates == (("native", None), ("library", None), ("reference", None))
+            assert told.chosen == chosen
+
+
+def test_by_name_it_solves_large_matrices_too() -> None:
+    a = symmetric(1, 1150, 1150)[0]
+    with rgfast.record() as log:
+        assert error(rgfast.eigvalsh(a, impl="native"), a, torch.linalg.eigvalsh(a)) <= 1
+    assert [(r.impl, r.nested) for r in log] == [("native", [])]
 
 
 def test_auto_takes_the_compiled_solver_and_says_so() -> None:
@@ -424,7 +447,7 @@ import warnings
 
 warnings.simplefilter("ignore")
 import torch
-from rgfast.ops.spectrum import native
+from rgfast.ops.spectrum.impl import native
 
 torch.set_num_threads(2)
 a = torch.randn(64, 12, 12)

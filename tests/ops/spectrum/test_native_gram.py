@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import rgfast
-from rgfast.ops.spectrum import native as room
 from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.impl import native as room
 from rgfast.ops.spectrum.measures import effective_rank_of
 from rgfast.ops.spectrum.solve import from_eigenvalues
 from rgfast.runtime import native
@@ -286,11 +286,37 @@ def test_half_precision_is_widened_exactly() -> None:
 
 def test_what_is_not_supported_says_why() -> None:
     x = data(2, 5, 3)
-    assert room.gram_supports(x) is None
-    assert "float32" in str(room.gram_supports(x, dtype=torch.float32))
-    assert "meta" in str(room.gram_supports(x.to("meta")))
-    with pytest.raises(rgfast.ImplUnavailable, match="precision='single'"):
-        rgfast.effective_rank(x, precision="single", impl="native")
+    for function in (rgfast.effective_rank, rgfast.rank_measures, rgfast.stable_rank):
+        with pytest.raises(rgfast.ImplUnavailable, match="precision='single'"):
+            function(x, precision="single", impl="native")
+        with pytest.raises(rgfast.ImplUnavailable, match="it runs on the cpu, not on meta"):
+            function(x.to("meta"), impl="native")
+    with pytest.raises(rgfast.ImplUnavailable, match="svd: there is no 'native' implementation"):
+        rgfast.effective_rank(x, method="svd", impl="native")
+
+
+def test_large_moments_are_solved_by_lapack_and_record_says_so() -> None:
+    x = data(1, 1150, 1150, dtype=torch.float32)[0]
+    assert rgfast.explain(rgfast.effective_rank, x).chosen == "parts"
+    assert rgfast.explain(rgfast.effective_rank, x[:1144]).chosen == "native"
+    with rgfast.record() as log:
+        rank = rgfast.effective_rank(x)
+    (entry,) = log
+    assert (entry.op, entry.impl) == ("spectrum", "parts")
+    assert [(r.op, r.impl) for r in entry.nested] == [("gram", "native"), ("eigvalsh", "library")]
+    with rgfast.record() as log:
+        torch.testing.assert_close(rgfast.effective_rank(x, impl="native"), rank, rtol=1e-9, atol=0)
+    assert [(r.impl, r.nested) for r in log] == [("native", [])]
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_what_is_refined_is_recorded_as_lapack(impl: str) -> None:
+    x = data(3, 40, 8) * torch.tensor([1.0] * 7 + [1e-9], dtype=torch.float64)
+    with rgfast.record() as log:
+        rgfast.effective_rank(x, impl=impl)
+        rgfast.effective_rank(x, impl="auto", method="svd")
+    ran = "native" if impl == "auto" else impl
+    assert [(r.op, r.impl) for r in log] == [("spectrum", ran), ("refine", "library"), ("svd", "library")]
 
 
 def test_auto_takes_the_compiled_path_and_agrees_with_the_reference() -> None:

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import rgfast
-from rgfast.ops.residual_mlp import library
+from rgfast.ops.residual_mlp.impl import mkl
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 from rgfast.runtime import native
 
@@ -22,9 +22,7 @@ NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 THREADS = (1, 2, 3, 4, 8)
 UNIT = 2.0**-24
 
-needs_library = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason=str(library.unavailable_reason())
-)
+needs_library = pytest.mark.skipif(mkl.unavailable_reason() is not None, reason=str(mkl.unavailable_reason()))
 
 
 def block(shape, *, norm="layer", biases=True, dtype=torch.float32, seed=0):
@@ -135,10 +133,10 @@ def test_same_bits_in_any_precision(shape, dtype):
     for_each_count(lambda: [call(tensors)])
 
 
-@pytest.mark.parametrize("impl", ["native", "library", "reference"])
+@pytest.mark.parametrize("impl", ["native", "mkl", "reference"])
 @pytest.mark.parametrize("shape", [(300, 96, 200), (100, 512, 600), (33, 1000, 300)])
 def test_same_bits_from_each_implementation(impl, shape):
-    missing = {"native": native.unavailable_reason(), "library": library.unavailable_reason()}.get(impl)
+    missing = {"native": native.unavailable_reason(), "mkl": mkl.unavailable_reason()}.get(impl)
     if missing is not None:
         pytest.skip(missing)
     tensors = block(shape)
@@ -201,7 +199,7 @@ def test_same_bits_from_steps_of_training(mixing, width):
     for_each_count(trained)
 
 
-def over_budget(shape, norm="layer", activation="gelu", biases=True, scale=1.0, impl="library"):
+def over_budget(shape, norm="layer", activation="gelu", biases=True, scale=1.0, impl="mkl"):
     """Which results err by more than 2x the fp32 reference's own error + 4u of the truth."""
     tensors = block(shape, norm=norm, biases=biases, seed=sum(shape))
     options = {"norm": norm, "activation": activation, "residual_scale": scale}
@@ -266,8 +264,8 @@ def test_several_chunks_of_rows_add_up():
     rows = 2 * (1 << 23) // hidden // 100 * 100 + 17  # just above the most that pass at once
     tensors = block((rows, 8, hidden))
     assert over_budget((rows, 8, hidden)) == []
-    once = call(tensors, "library")
-    assert torch.equal(once, call(tensors, "library"))
+    once = call(tensors, "mkl")
+    assert torch.equal(once, call(tensors, "mkl"))
 
 
 @needs_library
@@ -284,11 +282,11 @@ def test_every_output_is_written():
 @needs_library
 def test_gradients_only_where_wanted():
     tensors = block((60, 40, 72))
-    everything = dict(zip(("y", *NAMES), outcome(partial(call, impl="library"), tensors), strict=True))
+    everything = dict(zip(("y", *NAMES), outcome(partial(call, impl="mkl"), tensors), strict=True))
     dy = torch.randn(60, 40, generator=torch.Generator().manual_seed(9))
     for wanted in NAMES:
         leaves = {k: t.clone().requires_grad_(k == wanted) for k, t in tensors.items()}
-        call(leaves, "library").backward(dy)
+        call(leaves, "mkl").backward(dy)
         assert {k for k, t in leaves.items() if t.grad is not None} == {wanted}
         assert torch.equal(leaves[wanted].grad, everything[wanted])
 
@@ -296,21 +294,21 @@ def test_gradients_only_where_wanted():
 @needs_library
 def test_any_layout_of_x():
     tensors = block((40, 24, 50))
-    want = outcome(partial(call, impl="library"), tensors)
+    want = outcome(partial(call, impl="mkl"), tensors)
     apart = dict(tensors, x=torch.cat([tensors["x"], tensors["x"]], -1)[:, :24])
     expanded = dict(tensors, x=tensors["x"][:1].expand(40, 24))
     dense = dict(tensors, x=expanded["x"].contiguous())
     with torch.no_grad():
-        assert torch.equal(call(apart, "library"), want[0])
-        assert torch.equal(call(expanded, "library"), call(dense, "library"))
+        assert torch.equal(call(apart, "mkl"), want[0])
+        assert torch.equal(call(expanded, "mkl"), call(dense, "mkl"))
 
 
 @needs_library
 def test_nan_stays_in_its_row():
     tensors = block((600, 64, 96))
-    clean = call(tensors, "library")
+    clean = call(tensors, "mkl")
     tensors["x"][7, 3] = float("nan")
-    got = call(tensors, "library")
+    got = call(tensors, "mkl")
     assert got[7].isnan().all()
     keep = torch.arange(600) != 7
     assert torch.equal(got[keep], clean[keep])
@@ -339,10 +337,10 @@ def test_compiled_in_one_graph(shape):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("impl", ["library", "reference"])
+@pytest.mark.parametrize("impl", ["mkl", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inside_the_rest_of_autograd(impl, dtype):
-    if impl == "library" and (library.unavailable_reason() or dtype == torch.float64):
+    if impl == "mkl" and (mkl.unavailable_reason() or dtype == torch.float64):
         pytest.skip("it computes in fp32, where there is one")
     tensors = block((30, 24, 40), dtype=dtype)
     run = partial(call, impl=impl)
@@ -386,19 +384,20 @@ def test_routes_and_refusals():
     with rgfast.record() as log:
         call(leaves)
         call(tensors)
-        call(block((20, 16, 16)), "library")
-    assert [r.impl for r in log] == ["library", "native", "library"]
+        call(block((20, 16, 16)), "mkl")
+        call(block((20, 16, 16)), "library")  # its name in 0.1
+    assert [r.impl for r in log] == ["mkl", "native", "mkl", "mkl"]
     told = rgfast.explain("residual_mlp", *(leaves[k] for k in NAMES[:5]))
-    assert [name for name, _ in told.candidates] == ["native", "library", "reference"]
-    assert told.chosen == "library"
+    assert [name for name, _ in told.candidates] == ["native", "mkl", "fp64", "reference"]
+    assert told.chosen == "mkl"
     with pytest.raises(rgfast.ImplUnavailable, match="x is float64"):
-        call(block((4, 16, 16), dtype=torch.float64), "library")
+        call(block((4, 16, 16), dtype=torch.float64), "mkl")
     x, w = torch.zeros(2, 8, 9), torch.zeros(8, 8)
     with pytest.raises(rgfast.ImplUnavailable, match="does not mix positions"):
-        rgfast.residual_mlp(x, w, None, w, None, across="positions", impl="library")
+        rgfast.residual_mlp(x, w, None, w, None, across="positions", impl="mkl")
     meta = torch.zeros(8, 8, device="meta")
     with pytest.raises(rgfast.ImplUnavailable, match="not on meta"):
-        rgfast.residual_mlp(meta, meta, None, meta, None, impl="library")
+        rgfast.residual_mlp(meta, meta, None, meta, None, impl="mkl")
 
 
 HIDDEN = """
@@ -422,8 +421,8 @@ ctypes.CDLL = Without
 if how == "mkl":
     torch.backends.mkl.is_available = lambda: False
 import rgfast
-from rgfast.ops.residual_mlp import library
-print(library.unavailable_reason())
+from rgfast.ops.residual_mlp.impl import mkl
+print(mkl.unavailable_reason())
 generator = torch.Generator().manual_seed(0)
 w1, w2 = (torch.randn(*s, generator=generator).requires_grad_() for s in ((600, 512), (512, 600)))
 x = torch.randn(300, 512, generator=generator)
@@ -433,14 +432,14 @@ with rgfast.record() as log:
         torch.set_num_threads(threads)
         y = rgfast.residual_mlp(x, w1, None, w2, None)
         found.append([y, *torch.autograd.grad(y.sum(), (w1, w2))])
-assert {r.impl for r in log} == {"library" if how == "packing" else "native"}, log
+assert {r.impl for r in log} == {"mkl" if how == "packing" else "native"}, log
 assert all(torch.equal(a, b) for other in found for a, b in zip(other, found[0]))
 if how == "packing":
     sys.exit()
 try:
-    rgfast.residual_mlp(x, w1, None, w2, None, impl="library")
+    rgfast.residual_mlp(x, w1, None, w2, None, impl="mkl")
 except rgfast.ImplUnavailable as error:
-    assert library.unavailable_reason() in str(error)
+    assert mkl.unavailable_reason() in str(error)
 else:
     raise AssertionError("no error")
 """
@@ -474,7 +473,7 @@ def test_the_library_gets_its_number_of_threads_back():
         "set_threads = ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local\n"
         "set_threads(5)\n"
         "x, w = torch.randn(30, 64), torch.randn(64, 64)\n"
-        "rgfast.residual_mlp(x, w, None, w, None, impl='library')\n"
+        "rgfast.residual_mlp(x, w, None, w, None, impl='mkl')\n"
         "assert set_threads(0) == 5\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -9,39 +9,55 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from rgfast.dispatch import Impl
+from rgfast.ops.spectrum.call import Groups, Rows, Symmetric
 from rgfast.runtime import native
-from rgfast.runtime.threads import one_thread
 
-__all__ = [
-    "effective_ranks",
-    "eigvalsh",
-    "eigvalsh_supports",
-    "gram",
-    "gram_spectrum",
-    "gram_supports",
-    "left_out_spectrum",
-]
+__all__ = ["effective_ranks", "eigvalsh", "gram", "gram_spectrum", "left_out_spectrum", "without_groups"]
 
 _NOT_CONVERGED = 2
-# Beyond it the reduction, which reads the whole matrix at every step, loses to LAPACK's blocked one.
+# Beyond so many bytes a matrix the reduction, which reads all of it at every step, waits for memory.
 _LARGEST = 10 << 20
+# Seconds a call and a matrix, and rates on one thread of an AVX-512 core (README, "Speed").
+_CALL, _EACH = 1e-5, 2e-7
+_PRODUCTS, _FLOPS, _FLOPS_FROM_MEMORY = 35e9, 17e9, 13e9
 
 
-def _fits(dtype: torch.dtype, d: int) -> bool:
-    return d * d * dtype.itemsize <= _LARGEST
-
-
-def eigvalsh_supports(a: Tensor, **_: Any) -> str | None:
-    """None, or why the compiled solver does not take `a[..., d, d]`."""
-    if not a.is_cpu:
-        return f"it runs on the CPU, a is on {a.device.type}"
+def _eigvalsh_refusal(call: Symmetric) -> str | None:
+    a = call.a
     if a.dtype not in (torch.float64, torch.float32):
         return f"it takes float64 and float32, a is {str(a.dtype).removeprefix('torch.')}"
-    if a.dim() > 16:
-        return f"it takes up to 16 dimensions, a has {a.dim()}"
-    if not _fits(a.dtype, a.shape[-1]):
-        return f"LAPACK is faster on matrices of {a.shape[-1]} rows"
-    return None
+    return f"it takes up to 16 dimensions, a has {a.dim()}" if a.dim() > 16 else None
+
+
+def _rows_refusal(call: Rows) -> str | None:
+    single = call.dtype != torch.float64
+    return "it computes in float64, and precision='single' asks for float32" if single else None
+
+
+def _groups_refusal(call: Groups) -> str | None:
+    n, d = call.x.shape[1:]
+    if call.x.dtype == torch.float64:
+        return "it takes fewer bits than float64"
+    left = n - -(-n // call.groups)
+    return f"without a group {left} samples are fewer than {d} features" if left < d else None
+
+
+def _solving(d: int, itemsize: int) -> float:
+    rate = _FLOPS if d * d * itemsize <= _LARGEST else _FLOPS_FROM_MEMORY
+    return _EACH + 4 / 3 * d**3 * itemsize / 8 / rate
+
+
+def _eigvalsh_cost(call: Symmetric) -> float:
+    return _CALL + call.matrices * _solving(call.side, call.a.dtype.itemsize)
+
+
+def _gram_cost(call: Rows) -> float:
+    return _CALL + call.x.numel() * call.side / _PRODUCTS
+
+
+def _rows_cost(call: Rows) -> float:
+    return _gram_cost(call) + len(call.x) * _solving(call.side, 8)
 
 
 def eigvalsh(a: Tensor) -> Tensor:
@@ -79,22 +95,8 @@ def eigvalsh(a: Tensor) -> Tensor:
     return values
 
 
-def gram_supports(x: Tensor, *, dtype: torch.dtype = torch.float64, **_: Any) -> str | None:
-    """None, or why the compiled second moment does not take `x[b, n, d]`."""
-    if not x.is_cpu:
-        return f"it runs on the CPU, x is on {x.device.type}"
-    if dtype != torch.float64:
-        return "it computes in float64, and precision='single' asks for float32"
-    return None
-
-
 def gram(
-    x: Tensor,
-    *,
-    centering: str = "mean",
-    dtype: torch.dtype = torch.float64,
-    means: Tensor | None = None,
-    **_: Any,
+    x: Tensor, *, centering: str = "mean", means: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Second moments `[b, m, m]`, m = min(n, d), of `x[b, n, d]` and what bounds their error.
 
@@ -106,31 +108,13 @@ def gram(
 
 
 def gram_spectrum(
-    x: Tensor,
-    *,
-    centering: str = "mean",
-    dtype: torch.dtype = torch.float64,
-    raw: Tensor | None = None,
-    **_: Any,
+    x: Tensor, *, centering: str = "mean", raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns.
 
-    `raw` as in `reference.gram_spectrum`; where the compiled solver runs, from the same tridiagonal form.
+    `raw` as in `reference.gram_spectrum`, from the same tridiagonal form.
     """
-    m = min(x.shape[1:])
-    if not _fits(torch.float64, m):
-        means = None if raw is None else torch.empty((len(x), m), dtype=torch.float64, device="cpu")
-        matrix, accumulated, exponent, limit = gram(x, centering=centering, means=means)
-        bad = ~torch.isfinite(accumulated)
-        matrix[bad] = 0.0
-        with one_thread():  # LAPACK's bits depend on the number of threads
-            values = torch.linalg.eigvalsh(matrix)
-            if raw is not None and means is not None:
-                means[bad] = 0.0
-                lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=x.shape[1])
-                torch.linalg.eigvalsh(lifted, out=raw)
-        return values, accumulated, exponent, limit
-    values = torch.empty((x.shape[0], m), dtype=torch.float64, device="cpu")
+    values = torch.empty((x.shape[0], min(x.shape[1:])), dtype=torch.float64, device="cpu")
     return values, *_moments(x, centering, values, raw=raw)
 
 
@@ -140,12 +124,9 @@ def left_out_spectrum(
     """What `gram_spectrum` returns of `x[b, n, d]` without samples g, g + groups, ... for every g.
 
     Eigenvalues `[b groups, d]`, from one moment a group: those of a matrix follow each other. `raw` is of
-    their shape. None where that is not done: for fp64, fewer samples left than features, matrices too large
-    for lanes.
+    their shape. None where matrices are too large for lanes.
     """
-    b, n, d = x.shape
-    if x.dtype == torch.float64 or not x.is_cpu or n - -(-n // groups) < d:
-        return None
+    b, _, d = x.shape
     values = torch.empty((b * groups, d), dtype=torch.float64, device="cpu")
     accumulated = torch.empty(b * groups, dtype=torch.float64, device="cpu")
     exponent, limit = torch.empty((2, b * groups), dtype=torch.int64, device="cpu")
@@ -172,17 +153,15 @@ def left_out_spectrum(
 
 def effective_ranks(
     x: Tensor, *, centering: str, variance: bool, rtol: float
-) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor] | None:
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Effective ranks `[b]` of `x[b, n, d]` where their error is known to be within `rtol`.
 
     In one call, for many small matrices. Where the bound on the relative error of a singular effective rank,
     as `solve.from_eigenvalues` leads to it, exceeds `rtol`, or data are not finite: what `gram_spectrum`
-    returns. None for matrices that are too large.
+    returns.
     """
     b, n, d = x.shape
     m = min(n, d)
-    if not _fits(torch.float64, m):
-        return None
     rank = torch.empty(b, dtype=torch.float64, device="cpu")
     scratch = torch.empty(b * (4 + m), dtype=torch.float64, device="cpu")
     index, trouble, worst = native.load().effective_ranks(
@@ -231,3 +210,31 @@ def _moments(
     if trouble == _NOT_CONVERGED:
         raise _stuck(index)
     return accumulated, exponent, limit
+
+
+def _leave_to_parts(call: Rows) -> str | None:
+    wide = call.side**2 * 8 > _LARGEST
+    return f"the eigenvalues of {call.side} rows take less time apart from the moment" if wide else None
+
+
+def _impl(run: Any, can_run: Any, cost: Any, by_name_only: Any = lambda call: None) -> Impl:
+    missing, isa = native.unavailable_reason, native.active_isa
+    return Impl("native", run, can_run, cost, ("cpu",), missing, by_name_only, isa)
+
+
+EIGVALSH = _impl(lambda call: eigvalsh(call.a), _eigvalsh_refusal, _eigvalsh_cost)
+GRAM = _impl(lambda call: gram(call.x, centering=call.centering, means=call.means), _rows_refusal, _gram_cost)
+SPECTRUM = _impl(
+    lambda call: gram_spectrum(call.x, centering=call.centering, raw=call.raw), _rows_refusal, _rows_cost
+)
+RANKS = _impl(
+    lambda call: effective_ranks(call.x, centering=call.centering, variance=call.variance, rtol=call.rtol),
+    _rows_refusal,
+    _rows_cost,
+    _leave_to_parts,
+)
+
+
+def without_groups(run: Any) -> Impl:
+    """The fused form of spectra without each group: `run(call)` makes its result of `left_out_spectrum`."""
+    return _impl(run, _groups_refusal, lambda call: 0.0)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from rgfast.dispatch import HandOff, Impl
+from rgfast.ops.cka.call import Call
+from rgfast.ops.cka.checks import check_call
 from rgfast.runtime import native
 
-__all__ = ["broken", "isa", "run", "run_alignment", "supports"]
+__all__ = ["CKA", "run"]
+
+# Below this, 1 − CKA of fp64 products has lost three of the digits that ½‖K̂_l − K̂_{l+1}‖² still has.
+_TINY_DRIFT = 1e-8
 
 # Panels of the positions in one call; more would only leave the caches.
 _WORK_BYTES = 48 << 20
@@ -66,44 +72,52 @@ def _wanted(task: str, first: tuple[int, ...], second: tuple[int, ...] | None) -
     return _Wanted(pairs, (left, right), where, sum(widths) + 2.0 * len(pairs), features)
 
 
-def broken() -> str | None:
-    """Why the compiled kernels can run nothing here, or None."""
-    return native.unavailable_reason()
+def _can_run(call: Call) -> str | None:
+    if call.task not in ("cka", "matrix", "drift", "alignment"):
+        return f"only CKA and drift of linear kernels have compiled kernels, not {call.task!r}"
+    return "a gradient is wanted" if call.recorded() else None
 
 
-def isa() -> str | None:
-    """The instruction set in use."""
-    return native.active_isa()
+def run(call: Call) -> Tensor:
+    """What the task of that name returns.
+
+    Raises ValueError for NaN or Inf, and hands fp64 data whose products leave the range to another
+    implementation, as well as drifts that 1 − CKA of fp64 products has no digits for.
+    """
+    options = dict(call.options)
+    precision = options.get("precision")
+    if call.task == "alignment":
+        found = _alignment(call.sides[0], **options)
+    else:
+        found = _task(call.task, call.sides, **options)
+    if found is None:
+        check_call(call)
+        raise HandOff("its products leave the range of fp64", lambda others: others(call))
+    if call.task == "drift" and precision != "single" and bool((found < _TINY_DRIFT).any()):
+        reason = f"a drift is below {_TINY_DRIFT}, where 1 - CKA has lost digits"
+        raise HandOff(reason, lambda others: _refined(found, call, others))
+    return found
 
 
-def supports(task: str, names: Any, first: Any, second: Any = None, **options: Any) -> str | None:
-    """None, or why the kernels cannot do this."""
-    if task not in ("cka", "matrix", "drift", "alignment"):
-        return f"only CKA and drift of linear kernels have compiled kernels, not {task!r}"
-    tensors = [x for side in (first, second) if side is not None for x in _sequence(side)]
-    if any(x.device.type != "cpu" for x in tensors):
-        return f"the kernels run on the CPU, the data is on {tensors[0].device}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return "a gradient is wanted"
-    return None
+def _refined(drift: Tensor, call: Call, others: Callable[[Call], Tensor]) -> Tensor:
+    for step, both in enumerate(pairwise(call.first)):
+        tiny = drift[..., step] < _TINY_DRIFT
+        if bool(tiny.any()):
+            part = call._replace(first=tuple(x[tiny] for x in both))
+            drift[..., step][tiny] = others(part)[..., 0]
+    return drift
 
 
-def _sequence(value: Any) -> Sequence[Tensor]:
-    return (value,) if isinstance(value, Tensor) else tuple(value)
-
-
-def run(
+def _task(
     task: str,
-    first: Any,
-    second: Any = None,
+    sides: tuple[tuple[Tensor, ...], ...],
     *,
     debiased: bool,
     sample_limit: int = 4096,
     precision: str | None = None,
 ) -> Tensor | None:
-    """What the task of that name returns; None where NaN, Inf or an overflow was met."""
-    xs = _sequence(first)
-    ys = () if second is None else _sequence(second)
+    """None where NaN, Inf or an overflow was met."""
+    xs, ys = sides[0], sides[1] if len(sides) > 1 else ()
     lead = xs[0].shape[:-2]
     positions = math.prod(lead)
     flat = [x.detach().reshape(positions, *x.shape[-2:]) for x in (*xs, *ys)]
@@ -122,7 +136,7 @@ def run(
     return matrix[..., 0, 0] if task == "cka" else matrix
 
 
-def run_alignment(layers: Sequence[Tensor], adjacent: bool, groups: int) -> Tensor | None:
+def _alignment(layers: Sequence[Tensor], adjacent: bool, groups: int) -> Tensor | None:
     """Debiased and biased CKA ``[V, 2, P, L, L]`` of ``layers[l][P, n, d]`` from the same products, or None.
 
     Positions with close neighbours have their neighbours read again with fp64 products. V is 1, or with
@@ -326,3 +340,17 @@ def _readable(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         x = x.to(torch.float32)
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+# A call, and products a second of one thread of an AVX-512 core, packing included (README, "Against others").
+_CALL, _PRODUCTS = 8e-5, 60e9
+
+CKA = Impl(
+    "native",
+    run,
+    _can_run,
+    lambda call: _CALL + call.multiplications() / _PRODUCTS,
+    ("cpu",),
+    native.unavailable_reason,
+    isa=native.active_isa,
+)

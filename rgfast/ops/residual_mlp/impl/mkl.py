@@ -1,4 +1,4 @@
-"""The library's own product, handed to the compiled module: PyTorch brings MKL, and exports it.
+"""The block on the products of MKL, which PyTorch brings and exports, handed to the compiled module.
 
 Nothing is linked and no second copy loaded: the addresses come from the file that the process has open. The
 compiled module multiplies small matrices with them first, and without a right result they are not used.
@@ -13,9 +13,15 @@ from pathlib import Path
 
 import torch
 
+from rgfast.dispatch import Impl
+from rgfast.ops.residual_mlp import contract
+from rgfast.ops.residual_mlp.call import SECONDS_PER_CALL, Call
 from rgfast.runtime import native
 
-__all__ = ["unavailable_reason"]
+__all__ = ["BLOCK", "unavailable_reason"]
+
+# Products a second on one AVX-512 core, both factors packed (README, "Library or ours?").
+_FLOPS, _FLOPS_RECORDED = 122e9, 118e9
 
 # Fortran's single precision product, and the C function that sets (and returns) the calling thread's number
 # of threads; of the latter's names those in small letters take a pointer.
@@ -51,3 +57,27 @@ def unavailable_reason() -> str | None:
     if not native.load().residual_mlp_use_library(*addresses, *packing):
         return "the library's product gave a wrong result"
     return None
+
+
+# Settled on import: a traced graph reads constants, where it could not follow the attempt to load.
+_BROKEN, _NO_LIBRARY = native.unavailable_reason(), unavailable_reason()
+
+
+def _can_run(call: Call) -> str | None:
+    if call.x.dtype == torch.float64:
+        return "it computes in fp32, and x is float64"
+    if _NO_LIBRARY is not None:
+        return _NO_LIBRARY
+    return "it does not mix positions" if call.mixes else None
+
+
+BLOCK = Impl(
+    "mkl",
+    lambda call: contract.run(call, by_library=True),
+    _can_run,
+    lambda call: SECONDS_PER_CALL + call.flops() / (_FLOPS_RECORDED if call.recorded() else _FLOPS),
+    ("cpu",),
+    lambda: _BROKEN,
+    Call.too_narrow,
+    native.active_isa,
+)

@@ -1,0 +1,58 @@
+"""The validated call of this room's op: what an implementation gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import is_plain
+
+__all__ = ["Call"]
+
+Side = Tensor | tuple[Tensor, ...]
+
+
+class Call(NamedTuple):
+    """A task on representations `[..., n, d]`, one or a tuple of layers a side; errors call them `names`."""
+
+    task: str
+    names: tuple[str, ...]
+    first: Side
+    second: Side | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def sides(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(_layers(side) for side in (self.first, self.second) if side is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return _layers(self.first)[0].device
+
+    def recorded(self) -> bool:
+        """Whether autograd has to know of this call."""
+        return torch.is_grad_enabled() and any(x.requires_grad for side in self.sides for x in side)
+
+    def multiplications(self) -> float:
+        """About how many a computation by samples or by features takes, whichever are fewer."""
+        sides = self.sides
+        widths = [x.shape[-1] for side in sides for x in side]
+        *lead, n, _ = sides[0][0].shape
+        near = self.task in ("drift", "change")
+        pairs = len(widths) - 1 if near else len(sides[0]) * len(sides[-1])
+        by_samples = n * n * (sum(widths) + 2 * pairs)
+        by_features = n * (pairs + len(widths)) * (sum(widths) / len(widths)) ** 2
+        return math.prod(lead) * min(by_samples, by_features)
+
+    def shape_class(self) -> Hashable | None:
+        # Sizes are not part of it: they change costs, but not which implementation has the least.
+        first = _layers(self.first)[0]
+        return (self.task, first.device.type, self.recorded()) if is_plain(first) else None
+
+
+def _layers(side: Side) -> tuple[Tensor, ...]:
+    return (side,) if isinstance(side, Tensor) else side

@@ -1,0 +1,95 @@
+"""The validated calls of this room's ops: what an implementation gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import is_plain
+
+__all__ = ["Groups", "Measure", "Rows", "Symmetric"]
+
+
+class Measure(NamedTuple):
+    """One measure of `x[..., n, d]`, as public functions ask for it; validated where it is computed."""
+
+    x: Tensor
+    measure: str
+    centering: str
+    precision: str
+    rtol: float
+    method: str
+    impl: str
+
+
+class Rows(NamedTuple):
+    """Second moments of `x[b, n, d]`, their spectra, or effective ranks good to `rtol`, computed in `dtype`.
+
+    Where given, `raw[b, d]` gets the spectra of the data as they are (for n >= d and `centering="mean"`), and
+    `means[b, d]` the column means of what the moments are of. `variance` asks for ranks of variances.
+    """
+
+    x: Tensor
+    centering: str = "mean"
+    dtype: torch.dtype = torch.float64
+    raw: Tensor | None = None
+    means: Tensor | None = None
+    variance: bool = False
+    rtol: float = 1e-6
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def side(self) -> int:
+        """Rows of a second moment."""
+        return min(self.x.shape[1:])
+
+    def shape_class(self) -> Hashable | None:
+        x = self.x
+        return (x.device.type, x.dtype, x.shape, self.dtype) if is_plain(x) else None
+
+
+class Groups(NamedTuple):
+    """Spectra of `x[b, n, d]` without samples g, g + groups, ... for every g, also uncentred if wanted."""
+
+    x: Tensor
+    groups: int
+    uncentred: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def shape_class(self) -> Hashable | None:
+        x = self.x
+        return (x.device.type, x.dtype, x.shape, self.groups) if is_plain(x) else None
+
+
+class Symmetric(NamedTuple):
+    """Eigenvalues of `a[..., d, d]`."""
+
+    a: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.a.device
+
+    @property
+    def side(self) -> int:
+        """Rows of a matrix."""
+        return self.a.shape[-1]
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices there are."""
+        return math.prod(self.a.shape[:-2])
+
+    def shape_class(self) -> Hashable | None:
+        a = self.a
+        return (a.device.type, a.dtype, a.shape) if is_plain(a) else None
