@@ -1,9 +1,10 @@
-"""Library calls whose bits depend on the thread count run at a fixed one."""
+"""Library calls on one thread, where their bits depend on how many, and in the precision they name."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["on_one_thread", "one_thread"]
+__all__ = ["all_on_one_thread", "no_autocast", "on_one_thread", "one_thread"]
+
+# What a function of several results, some of which may not exist, returns.
+Tensors = tuple[Tensor | None, ...]
 
 _LOCK = threading.RLock()
 
@@ -34,20 +38,48 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """``function(*args)`` on one thread of the CPU, and so its backward pass; as it is on other devices.
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Run the block in the precision it names, whatever ``torch.autocast`` surrounds it."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
 
-    A graph that is being traced, and the transforms of ``torch.func``, see through: these run what they made
-    of it when and how they like.
+
+def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """``function(*args)`` on one thread of the CPU and outside autocast, and so its backward passes.
+
+    On other devices only autocast is kept out. A graph that is being traced, and the transforms of
+    ``torch.func``, see through: these run what they made of it when and how they like.
     """
+    (found,) = all_on_one_thread(lambda *given: (function(*given),), *args)
+    assert found is not None
+    return found
+
+
+def all_on_one_thread(function: Callable[..., Tensors], *args: Tensor | None) -> Tensors:
+    """:func:`on_one_thread` for a function that returns several tensors."""
     tensors = [t for t in args if t is not None]
-    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+    kind = tensors[0].device.type
+    if torch.compiler.is_compiling() or (kind != "cpu" and not torch.is_autocast_enabled(kind)):
         return function(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
-        y: Tensor = _OnOneThread.apply(function, *args)  # type: ignore[no-untyped-call]
-        return y
-    with one_thread():
+        found: Tensors = _Apart.apply(function, kind, *args)  # type: ignore[no-untyped-call]
+        return found
+    with _apart(kind):
         return function(*args)
+
+
+@contextmanager
+def _apart(kind: str) -> Iterator[None]:
+    with no_autocast(kind):
+        if kind == "cpu":
+            with one_thread():
+                yield
+        else:
+            yield
 
 
 def _transformed(tensors: list[Tensor]) -> bool:
@@ -55,29 +87,63 @@ def _transformed(tensors: list[Tensor]) -> bool:
     return forward_ad._current_level >= 0 or any(wrapped(t) for t in tensors)
 
 
-class _OnOneThread(torch.autograd.Function):
-    """The graph of the function is made in the forward pass and kept for the backward one."""
+class _Apart(torch.autograd.Function):
+    """The graph of the function is made in the forward pass and kept for the backward one.
+
+    A backward pass that is to be differentiated itself is a function of this kind again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensors], kind: str, *args: Tensor | None) -> Tensors:
         leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
-        with one_thread(), torch.enable_grad():
-            y = function(*leaves)
+        with _apart(kind), torch.enable_grad():
+            found = function(*leaves)
         ctx.save_for_backward(*args)
-        ctx.function, ctx.leaves, ctx.inner = function, leaves, y
-        return y.detach()
+        ctx.function, ctx.kind, ctx.leaves, ctx.inner = function, kind, leaves, found
+        return tuple(None if y is None else y.detach() for y in found)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        args, y = ctx.leaves, ctx.inner
-        with one_thread(), torch.enable_grad():
-            if again:
-                args = ctx.saved_tensors
-                y = ctx.function(*args)
-            wanted = [t for t, want in zip(args, ctx.needs_input_grad[1:], strict=True) if want]
-            found = torch.autograd.grad(
-                y, wanted, dy, retain_graph=True, create_graph=again, allow_unused=True
-            )
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            function, count = ctx.function, len(wanted)
+
+            def gradients(*given: Tensor | None) -> Tensors:
+                return _pulled(function(*given[:count]), given[:count], wanted, given[count:], again=True)
+
+            found = all_on_one_thread(gradients, *ctx.saved_tensors, *dys)
+        else:
+            with _apart(ctx.kind):
+                found = _pulled(ctx.inner, ctx.leaves, wanted, dys, again=False)
         rest = iter(found)
-        return (None, *(next(rest) if want else None for want in ctx.needs_input_grad[1:]))
+        return (None, None, *(next(rest) if want else None for want in wanted))
+
+
+def _pulled(
+    ys: Sequence[Tensor | None],
+    args: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    dys: Sequence[Tensor | None],
+    *,
+    again: bool,
+) -> Tensors:
+    """Gradients of Σ ys · dys in the arguments that are wanted, None where nothing depends on one."""
+    inputs = [t for t, want in zip(args, wanted, strict=True) if want and t is not None]
+    pairs = [(y, dy) for y, dy in zip(ys, dys, strict=True) if y is not None and y.requires_grad]
+    if not pairs:
+        return (None,) * len(inputs)
+    outputs, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, weights, retain_graph=True, create_graph=again, allow_unused=True
+    )
+
+
+def _after_fork() -> None:
+    """A forked child lacks the threads of GNU OpenMP's teams, and every parallel loop would wait for them."""
+    global _LOCK
+    _LOCK = threading.RLock()  # a thread that the child lacks may have had it
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rgfast.ops.residual_mlp.call import Call
 from rgfast.runtime import native
 
-__all__ = ["ACTIVATION_CODES", "NORM_CODES", "as_rows", "backward", "check_memory", "forward"]
+__all__ = ["ACTIVATION_CODES", "NORM_CODES", "as_rows", "backward", "check_memory", "forward", "readable"]
 
 # The codes of csrc/kernels/residual_mlp.hpp.
 NORM_CODES = {None: 0, "layer": 1, "rms": 2}
@@ -20,12 +20,19 @@ ACTIVATION_CODES = {"gelu": 0, "gelu_tanh": 1, "relu": 2, "silu": 3, "tanh": 4}
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """``x`` as rows of adjacent features, copied only if need be: what to hold, and the row stride."""
     width = x.size(-1)
+    if x.is_neg():
+        x = x.resolve_neg()
     if x.is_contiguous():
         return x, width
     rows = x.reshape(-1, width)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def readable(t: Tensor) -> Tensor:
+    """``t`` as kernels read its memory: contiguous, and without a lazy negation, which the memory lacks."""
+    return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
 def check_memory(call: Call, dy: Tensor | None = None) -> None:
@@ -53,8 +60,8 @@ def check_memory(call: Call, dy: Tensor | None = None) -> None:
 def _block(call: Call, sums: Tensor | None) -> tuple[tuple[float, ...], list[Tensor | None]]:
     """The block as both kernels take it, and what has to be held while they do."""
     x, w1 = call.x, call.w1
-    rows, stride = (x.contiguous(), 0) if call.mixes else as_rows(x)
-    held = [rows, *(None if t is None else t.contiguous() for t in call.tensors[1:])]
+    rows, stride = (readable(x), 0) if call.mixes else as_rows(x)
+    held = [rows, *(None if t is None else readable(t) for t in call.tensors[1:])]
     block = (
         call.rows,
         w1.size(1),
@@ -88,7 +95,7 @@ def backward(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(call.tensors, wanted, strict=True)
     )
-    dy = dy.contiguous()
+    dy = readable(dy)
     block, _held = _block(call, sums)
     addresses = [0 if g is None else g.data_ptr() for g in gradients]
     native.load().residual_mlp_backward(block, dy.data_ptr(), addresses, torch.get_num_threads(), by_library)

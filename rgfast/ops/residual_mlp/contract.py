@@ -17,6 +17,7 @@ from rgfast.dispatch import is_plain, schema
 from rgfast.ops.residual_mlp.call import TENSORS, Call
 from rgfast.ops.residual_mlp.compiled import backward, check_memory, forward
 from rgfast.ops.residual_mlp.reference import residual_mlp_reference
+from rgfast.runtime.threads import all_on_one_thread
 
 __all__ = ["run"]
 
@@ -88,8 +89,12 @@ def _differentiable_gradients(
         return y
 
     chosen = [t for t, want in zip(saved, wanted, strict=True) if want]
-    pull = torch.func.vjp(of_wanted, *chosen)[1]
-    found = iter(pull(dy))
+
+    def pulled(dy: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = torch.func.vjp(of_wanted, *values)[1](dy)
+        return gradients
+
+    found = iter(all_on_one_thread(pulled, dy, *chosen))
     return tuple(next(found) if want else None for want in wanted)
 
 

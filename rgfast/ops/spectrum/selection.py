@@ -14,7 +14,7 @@ from rgfast.dispatch import Impl, Op
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.ops.spectrum.impl import library, native
-from rgfast.runtime.threads import on_one_thread, one_thread
+from rgfast.runtime.threads import no_autocast, on_one_thread, one_thread
 
 __all__ = ["EIGVALSH", "GRAM", "RANKS", "SPECTRUM"]
 
@@ -25,12 +25,12 @@ _PRODUCTS, _PASSES = 12e9, 30.0
 
 
 def _reference_gram(call: Rows) -> Found:
-    with one_thread():  # the library's bits depend on the number of threads
+    with one_thread(), no_autocast(call.device.type):  # the library's bits depend on the number of threads
         return reference.gram(call.x, centering=call.centering, dtype=call.dtype, means=call.means)
 
 
 def _reference_spectrum(call: Rows) -> Found:
-    with one_thread():
+    with one_thread(), no_autocast(call.device.type):
         return reference.gram_spectrum(call.x, centering=call.centering, dtype=call.dtype, raw=call.raw)
 
 

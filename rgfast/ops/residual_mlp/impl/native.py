@@ -8,7 +8,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl, is_plain
 from rgfast.ops.residual_mlp import contract
 from rgfast.ops.residual_mlp.call import LEAST_WIDTH, SECONDS_PER_CALL, TENSORS, Call, StackCall
-from rgfast.ops.residual_mlp.compiled import ACTIVATION_CODES, NORM_CODES, as_rows
+from rgfast.ops.residual_mlp.compiled import ACTIVATION_CODES, NORM_CODES, as_rows, readable
 from rgfast.runtime import native
 
 __all__ = ["BLOCK", "STACK"]
@@ -76,7 +76,7 @@ def _run_stack(call: StackCall) -> Tensor:
     x, first = layers[0].x, layers[0]
     module, threads, width = native.load(), torch.get_num_threads(), x.size(-1)
     parameters = [
-        None if t is None else t.to(torch.float32).contiguous()
+        None if t is None else readable(t.to(torch.float32))
         for layer in layers
         for t in layer.tensors[1:TENSORS]
     ]
