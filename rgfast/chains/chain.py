@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rgfast.chains import kinds, modes, posterior, sampling
-from rgfast.validation import as_tensor, check_integer, kind_of
+from rgfast.chains import gaps, kinds, modes, posterior, sampling
+from rgfast.validation import as_floats, as_tensor, check_integer, kind_of, refuse_masked
 
 __all__ = ["MarkovChain"]
+
+# Eigenvalues err by 1e-16 and more: a smaller gap has lost half its digits.
+_NEAR = 1e-8
 
 
 class MarkovChain:
@@ -174,23 +178,39 @@ class MarkovChain:
         values = torch.from_numpy(self._spectrum.copy())
         return values if bool((values.imag != 0).any()) else values.real.clone()
 
-    @property
-    def _slowest(self) -> float:
-        modulus = float(abs(self._spectrum[1]))
-        # A periodic chain has further eigenvalues on the unit circle, computed to rounding.
-        return 1.0 if 1 - modulus <= 4 * self.states * np.finfo(np.float64).eps else modulus
+    @cached_property
+    def _gap(self) -> float:
+        """1 - |lambda_2|; 0 if periodic."""
+        gap = 1 - float(abs(self._spectrum[1]))
+        near = max(_NEAR, 4 * self.states * float(np.finfo(np.float64).eps))
+        if gap > near or self._formula is not None:
+            return gap
+        if gaps.period(self._matrix, self._stationary) > 1:
+            return 0.0
+        # Nearly reducible or nearly periodic: the eigenvalue is 1 to rounding, the way out of a class is not.
+        return gaps.slowest_gap(self._matrix, self._stationary, self._spectrum, near)
 
     @property
     def correlation_length(self) -> float:
-        """xi = -1/ln|lambda_2| in steps, lambda_2 second by modulus; 0 if i.i.d., inf if periodic."""
-        slow = self._slowest
-        return 0.0 if slow == 0 else math.inf if slow == 1 else -1 / math.log(slow)
+        """xi = -1/ln|lambda_2| in steps, lambda_2 second by modulus; 0 if i.i.d., inf if periodic.
+
+        Finite for a chain that is nearly reducible or nearly periodic, however slow: see
+        :attr:`relaxation_time`.
+        """
+        modulus, gap = float(abs(self._spectrum[1])), self._gap
+        if gap > 0.5:  # a small modulus has its digits, 1 less it has not
+            return 0.0 if modulus == 0 else -1 / math.log(modulus)
+        return math.inf if gap == 0 else min(-1 / math.log1p(-gap), sys.float_info.max)
 
     @property
     def relaxation_time(self) -> float:
-        """1/(1 - |lambda_2|) in steps; 1 if i.i.d., inf if periodic."""
-        slow = self._slowest
-        return math.inf if slow == 1 else 1 / (1 - slow)
+        """1/(1 - |lambda_2|) in steps; 1 if i.i.d., inf if periodic.
+
+        Where lambda_2 rounds to 1 it comes from the transition probabilities between the nearly closed
+        classes, not from the eigenvalue, and keeps its digits: a chain that leaves a class once in 1e16 steps
+        relaxes in about 1e16. Beyond the range of fp64 it is the largest number there.
+        """
+        return math.inf if self._gap == 0 else min(1 / self._gap, sys.float_info.max)
 
     def autocorrelation(
         self,
@@ -212,7 +232,7 @@ class MarkovChain:
         >>> [round(c, 6) for c in chain.autocorrelation([0, 7, 14]).tolist()]
         [1.0, 0.367879, 0.135335]
         """
-        steps = as_tensor(lags)
+        steps = as_tensor(lags, "lags")
         if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
             raise TypeError(f"lags must be integers, got {lags!r}")
         if steps.numel() and int(steps.min()) < 0:
@@ -221,7 +241,7 @@ class MarkovChain:
         if observable is None:
             found = (self._spectrum[1] ** flat).real
         else:
-            f = np.asarray(observable, dtype=np.float64)
+            f = as_floats(observable, "observable")
             if f.shape != (self.states,) or not np.isfinite(f).all():
                 raise ValueError(f"observable must be {self.states} finite numbers, got {observable!r}")
             f = f - self._stationary @ f
@@ -361,12 +381,16 @@ def _as_stochastic(transition: Tensor | ArrayLike) -> NDArray[np.float64]:
     if isinstance(transition, Tensor):
         if transition.dtype == torch.bfloat16:
             raise TypeError("transition must hold real numbers (fp32 or fp64), got dtype bfloat16")
-        transition = transition.detach().cpu().numpy()
+        if transition.layout != torch.strided:
+            raise TypeError(f"transition must be a dense (strided) tensor, got layout {transition.layout}")
+        transition = transition.detach().cpu().resolve_neg().numpy()
+    refuse_masked(transition, "transition")
     try:
         given = np.asarray(transition)
     except ValueError:
         raise ValueError("transition must be a square matrix, got rows of different lengths") from None
-    if given.dtype.kind not in "fiu" or given.dtype == np.float16:
+    half, single = (given.dtype.kind == "f" and given.dtype.itemsize == size for size in (2, 4))
+    if given.dtype.kind not in "fiu" or half:
         raise TypeError(f"transition must hold real numbers (fp32 or fp64), got dtype {given.dtype}")
     if given.ndim != 2 or given.shape[0] != given.shape[1]:
         raise ValueError(f"transition must be a square matrix, got shape {given.shape}")
@@ -380,7 +404,7 @@ def _as_stochastic(transition: Tensor | ArrayLike) -> NDArray[np.float64]:
             f"transition must be finite and nonnegative, got {matrix[i, j]} at row {i}, column {j}"
         )
     sums = matrix.sum(1)
-    slack = 1e-6 if given.dtype == np.float32 else 1e-9
+    slack = 1e-6 if single else 1e-9
     worst = int(np.abs(sums - 1).argmax())
     if abs(sums[worst] - 1) > slack:
         raise ValueError(
