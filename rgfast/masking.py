@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from rgfast.validation import check_choice, check_integer, kind_of
+from rgfast.validation import check_choice, check_integer, check_number, kind_of
 
 __all__ = ["balanced_counts", "balanced_mask", "corrupt", "exact_mask", "iid_mask"]
 
@@ -177,8 +177,7 @@ def _check(n: int, length: int, generator: torch.Generator | None) -> None:
 
 
 def _check_rate(rate: float, *, positive: bool) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise TypeError(f"rate must be a number, got {rate!r}")
+    check_number(rate, "rate")
     if not (rate > 0 if positive else rate >= 0) or rate > 1:
         raise ValueError(
             f"rate must {'be above 0 and' if positive else 'be at least 0 and'} at most 1, got {rate!r}"

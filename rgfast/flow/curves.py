@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from rgfast.validation import as_floats
+
 __all__ = [
     "Descent",
     "DriftShape",
@@ -47,7 +49,7 @@ class Descent:
 
 def descent(values: ArrayLike) -> Descent:
     """The :class:`Descent` of ``values[layer]`` (at least two finite values, else every number is NaN)."""
-    v = np.asarray(values, dtype=float)
+    v = as_floats(values, "values")
     if v.ndim != 1 or v.size < 2:
         raise ValueError(f"values must be one-dimensional with at least two layers, got shape {v.shape}")
     if not np.isfinite(v).all():
@@ -62,7 +64,7 @@ def descent(values: ArrayLike) -> Descent:
 
 def top_share(drift: ArrayLike, k: int = 2) -> float:
     """The share of the total that the ``k`` largest transitions hold."""
-    v = np.sort(np.asarray(drift, dtype=float))[::-1]
+    v = np.sort(as_floats(drift, "drift"))[::-1]
     total = float(v.sum())
     return float(v[:k].sum()) / total if total > 0 else math.nan
 
@@ -78,7 +80,7 @@ def broken_stick_share(transitions: int, k: int = 2) -> float:
 
 def effective_transitions(drift: ArrayLike) -> float:
     """N_eff = (Σv)²/Σv²: how many transitions share the drift."""
-    v = np.asarray(drift, dtype=float)
+    v = as_floats(drift, "drift")
     square = float((v**2).sum())
     return float(v.sum()) ** 2 / square if square > 0 else math.nan
 
@@ -114,7 +116,7 @@ def _rss(y: NDArray[np.float64], fit: NDArray[np.float64]) -> float:
 
 def drift_shape(drift: ArrayLike) -> DriftShape | None:
     """The :class:`DriftShape` of ``drift[transition]``; None below four values or if one is not positive."""
-    v = np.asarray(drift, dtype=float)
+    v = as_floats(drift, "drift")
     if v.ndim != 1:
         raise ValueError(f"drift must be one-dimensional, got shape {v.shape}")
     if v.size < 4 or not np.isfinite(v).all() or (v <= 0).any():
@@ -163,7 +165,7 @@ class Interval:
 
 def paired_interval(values: ArrayLike, *, least: int = 5) -> Interval:
     """The :class:`Interval` of ``values``, one per seed; for paired differences this is the paired t."""
-    v = np.asarray(values, dtype=float)
+    v = as_floats(values, "values")
     v = v[np.isfinite(v)]
     if v.size == 0:
         return Interval(math.nan, math.nan, math.nan, 0)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rgfast.files import write_atomically
 from rgfast.probing.capture.batches import batch_items
+from rgfast.validation import from_array
 
-__all__ = ["batch_digest", "checked_path", "clear_stale", "model_digest", "read", "write"]
+__all__ = ["batch_digest", "checked_path", "clear_stale", "fingerprint", "model_digest", "read", "write"]
 
 FORMAT, VERSION = "rgfast.checkpoint", 1
 _HEADER = "header"
@@ -81,12 +82,20 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(model: nn.Module) -> str | None:
+    """:func:`model_digest` for comparing results, None for weights that cannot be read (offloaded ones)."""
+    try:
+        return model_digest(model)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+        return None
+
+
 def batch_digest(batch: Any) -> str:
     """A digest of the arrays in a batch."""
     digest = hashlib.blake2b(digest_size=16)
     for item in batch_items(batch):
         if isinstance(item, np.ndarray):
-            item = torch.from_numpy(item)
+            item = from_array(item, "batches")
         if isinstance(item, Tensor):
             _update(digest, item)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
-from rgfast.validation import as_tensor
+from rgfast.validation import as_tensor, kind_and_way
 
 __all__ = ["Target", "TargetSpec", "linear_r2", "make_targets"]
 
@@ -29,13 +29,15 @@ class Target:
     """
 
     def __init__(self, name: str, source: TargetSpec) -> None:
-        if isinstance(source, np.ndarray):
-            source = torch.from_numpy(source)
+        if isinstance(source, (np.ndarray, list)):
+            source = as_tensor(source, f"targets[{name!r}]")
         if not (isinstance(source, (str, Tensor)) or callable(source)):
             raise TypeError(
                 f"targets[{name!r}] must be an array, the name of a batch entry or a callable, got "
-                f"{type(source).__name__}"
+                f"{kind_and_way(source)}"
             )
+        if isinstance(source, Tensor):
+            _check_kind(source, name)
         self.name, self._source = name, source
         self.classes: int | None = None
         if isinstance(source, Tensor) and not source.is_floating_point():
@@ -88,9 +90,13 @@ class Target:
                     f"targets[{self.name!r}]: there is no entry {self._source!r} in the batch "
                     f"({', '.join(entries)})"
                 )
-            return as_tensor(entries[self._source])
-        assert callable(self._source)
-        return as_tensor(self._source(entries))
+            found = entries[self._source]
+        else:
+            assert callable(self._source)
+            found = self._source(entries)
+        found = as_tensor(found, f"targets[{self.name!r}]")
+        _check_kind(found, self.name)
+        return found
 
     def _one_hot(self, labels: Tensor) -> Tensor:
         labels = labels.to(torch.int64)
@@ -103,6 +109,14 @@ class Target:
                 f"or the first batch; give one-hot vectors otherwise), got {low if low < 0 else high}"
             )
         return torch.nn.functional.one_hot(labels, self.classes).to(torch.float64)
+
+
+def _check_kind(target: Tensor, name: str) -> None:
+    if target.is_complex() or target.layout != torch.strided:
+        what = target.layout if target.layout != torch.strided else target.dtype
+        raise TypeError(f"targets[{name!r}] must be dense and of real numbers or labels, got {what}")
+    if target.dim() == 0:
+        raise ValueError(f"targets[{name!r}] must have a row for every sequence, got a single number")
 
 
 def make_targets(targets: Mapping[str, TargetSpec] | None) -> list[Target]:

@@ -19,7 +19,7 @@ from rgfast.streaming.finite import check_finite
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.sizes import BLOCK_ROWS, Pairs, as_pairs, block_rows, first_block, pair_keys
 from rgfast.streaming.sums import Sums
-from rgfast.validation import as_real_tensor, check_choice
+from rgfast.validation import as_bool_mask, as_real_tensor, check_choice
 
 __all__ = ["MomentAccumulator"]
 
@@ -300,6 +300,8 @@ class MomentAccumulator:
     def _checked(
         self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None, finite: bool
     ) -> tuple[list[Tensor], Tensor | None]:
+        if not isinstance(layers, (list, tuple)):
+            layers = as_real_tensor(layers, "layers", min_dim=3).unbind(0)
         seq = [as_real_tensor(x, f"layers[{k}]", min_dim=2) for k, x in enumerate(layers)]
         if not seq:
             raise ValueError("layers must hold at least one layer, got none")
@@ -317,10 +319,7 @@ class MomentAccumulator:
                 f"got {lead} and {widths}"
             )
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(
-                    f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}"
-                )
+            mask = as_bool_mask(mask, "mask")
             if tuple(mask.shape) != (*lead, rows):
                 raise ValueError(f"mask must have shape {(*lead, rows)}, got {tuple(mask.shape)}")
             mask = mask.to(seq[0].device)

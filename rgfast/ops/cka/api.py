@@ -14,7 +14,7 @@ from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import as_layers, as_pair, check_call, check_rows, check_same_rows
 from rgfast.ops.cka.impl import native
 from rgfast.runtime.threads import on_one_thread
-from rgfast.validation import check_choice, check_positive_int
+from rgfast.validation import check_choice, check_number, check_positive_int
 
 __all__ = [
     "alignment",
@@ -239,13 +239,14 @@ def cka_null(n: int, p1: int, p2: int) -> float:
     """Biased linear CKA that independent Gaussian noise of ``n`` samples and ``p1``, ``p2`` features shows.
 
     [(1 + n/p1)(1 + n/p2)]^(-1/2), its limit at large n and p: 0.94 at n=256, p=4096. Report it beside a
-    biased value. Raises ValueError unless all three are positive.
+    biased value. Raises TypeError or ValueError unless all three are positive numbers.
 
     >>> import rgfast
     >>> round(rgfast.cka_null(256, 4096, 4096), 2)
     0.94
     """
     for name, value in (("n", n), ("p1", p1), ("p2", p2)):
+        check_number(value, name)
         if not value > 0 or not math.isfinite(value):
             raise ValueError(f"{name} must be positive, got {value!r}")
     return 1.0 / math.sqrt((1.0 + n / p1) * (1.0 + n / p2))
@@ -267,7 +268,10 @@ def _pair(
     if kernel == "linear":
         return call
     for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is None:
+            continue
+        check_number(value, name)
+        if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
     more = (("threshold", threshold), ("bandwidth", bandwidth), ("normalized", normalized))
     return call._replace(task="rbf", options=(*call.options, *more))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.cka.checks import as_layers, check_finite
+from rgfast.validation import as_bool_mask
 
 __all__ = ["RowStore", "as_rows"]
 
@@ -19,9 +20,7 @@ def as_rows(layers: Any, mask: Any) -> tuple[tuple[int, ...], list[Tensor], Tens
     seq = as_layers(layers, "layers")
     lead, rows = tuple(seq[0].shape[:-2]), seq[0].shape[-2]
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, got {kind}")
+        mask = as_bool_mask(mask, "mask")
         if mask.shape != seq[0].shape[:-1]:
             raise ValueError(f"mask must have shape {(*lead, rows)}, got {tuple(mask.shape)}")
         mask = mask.to(seq[0].device)

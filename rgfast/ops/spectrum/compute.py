@@ -17,7 +17,7 @@ from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
 from rgfast.ops.spectrum.top import top_eigenpair
-from rgfast.validation import as_real_tensor, check_choice
+from rgfast.validation import as_real_tensor, check_choice, check_number
 
 __all__ = [
     "check_options",
@@ -128,6 +128,7 @@ def check_options(centering: str, precision: str) -> torch.dtype:
 def tolerance(tol: float | None, x: Tensor) -> float:
     if tol is None:
         return default_tolerance(x.shape[-2], x.shape[-1], x.dtype)
+    check_number(tol, "tol")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
     return float(tol)
@@ -163,7 +164,8 @@ def _checked_rows(call: Measure) -> tuple[Tensor, torch.dtype]:
     x = checked(call.x)
     dtype = check_options(call.centering, call.precision)
     check_choice(call.method, "method", ("auto", "gram", "svd"))
-    if not (isinstance(call.rtol, (int, float)) and 0 < call.rtol < math.inf):
+    check_number(call.rtol, "rtol")
+    if not 0 < call.rtol < math.inf:
         raise ValueError(f"rtol must be a positive number, got {call.rtol!r}")
     if call.method == "svd" and call.precision == "single":
         raise ValueError("method='svd' computes in fp64: precision must be 'double', got 'single'")

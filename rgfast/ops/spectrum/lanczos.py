@@ -119,7 +119,7 @@ def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean
     def apply(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch in batches:
-            y = batch.detach().reshape(-1, d).double() - mean
+            y = as_real_tensor(batch, "batches").detach().reshape(-1, d).double() - mean
             result += y.mT @ (y @ v)
         return result
 

@@ -21,7 +21,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
-from rgfast.validation import as_real_tensor, as_tensor, check_choice
+from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
 __all__ = ["rank_measures_from_moment", "singular_values_from_moment"]
 
@@ -81,6 +81,7 @@ def rank_measures_from_moment(
     >>> float(m.participation_ratio), bool(m.error_bound < 1e-6)
     (4.0, True)
     """
+    check_number(tol, "tol")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
     scatter, count = _checked(scatter, n, centering)
@@ -116,7 +117,7 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Arr
     if scatter.shape[-1] != scatter.shape[-2] or scatter.shape[-1] == 0:
         raise ValueError(f"scatter must hold square matrices, got shape {tuple(scatter.shape)}")
     check_choice(centering, "centering", ("mean", "none"))
-    count = as_tensor(n).to(scatter.device)
+    count = as_tensor(n, "n").to(scatter.device)
     if count.dtype == torch.bool or count.is_floating_point() or count.is_complex():
         raise TypeError(f"n must be an integer or an integer tensor, got {count.dtype}")
     lead = scatter.shape[:-2]
@@ -139,8 +140,10 @@ def _solved(scatter: Tensor, count: Array, centering: str, accumulated: Any, imp
     variance = flat.diagonal(dim1=-2, dim2=-1).cpu().numpy()
     trace = variance.sum(-1)
     if accumulated is not None:
-        given = as_tensor(accumulated).to(torch.float64).cpu()
-        trace = np.maximum(trace, given.expand(scatter.shape[:-2]).reshape(-1).numpy())
+        given, lead = as_floats(accumulated, "accumulated"), tuple(scatter.shape[:-2])
+        if given.shape not in ((), lead):
+            raise ValueError(f"accumulated must be one number or have shape {lead}, got {given.shape}")
+        trace = np.maximum(trace, np.broadcast_to(given, lead).reshape(-1))
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (variance > 0).sum(-1))
     values = EIGVALSH(impl, Symmetric(flat))

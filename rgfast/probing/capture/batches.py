@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -16,7 +15,18 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-__all__ = ["as_tensor", "batch_items", "batch_rows", "iterate", "shuffles"]
+from rgfast.validation import from_array, is_shared, kind_and_way, refuse_masked
+
+__all__ = [
+    "as_entry",
+    "batch_items",
+    "batch_rows",
+    "entry_name",
+    "is_array",
+    "iterate",
+    "only_numbers",
+    "shuffles",
+]
 
 
 def iterate(batches: Any, batch_size: int) -> Iterator[Any]:
@@ -25,35 +35,67 @@ def iterate(batches: Any, batch_size: int) -> Iterator[Any]:
     Raises TypeError for what cannot be iterated, ValueError where entries of one mapping differ in length.
     """
     if isinstance(batches, Mapping):
-        whole = {key: as_tensor(value) for key, value in batches.items()}
-        lengths = {
-            key: len(value) for key, value in whole.items() if isinstance(value, Tensor) and value.dim()
-        }
+        whole = {key: _shared(value, entry_name(key)) for key, value in batches.items()}
+        lengths = {key: len(value) for key, value in whole.items() if is_array(value) and value.ndim}
         if not lengths:
             raise ValueError("batches must hold at least one array, got a mapping without any")
         if len(set(lengths.values())) != 1:
             raise ValueError(f"batches: entries must have the same number of rows, got {lengths}")
         for start in range(0, next(iter(lengths.values())), batch_size):
             yield {
-                key: value[start : start + batch_size] if key in lengths else value
+                key: as_entry(value[start : start + batch_size], entry_name(key)) if key in lengths else value
                 for key, value in whole.items()
             }
-    elif isinstance(batches, (Tensor, np.ndarray)):
-        array = as_tensor(batches)
+    elif is_array(batches):
+        array = _shared(batches, "batches")
         for start in range(0, len(array), batch_size):
-            yield array[start : start + batch_size]
-    elif isinstance(batches, Iterable) and not isinstance(batches, (str, bytes)):
+            yield as_entry(array[start : start + batch_size], "batches")
+    elif isinstance(batches, Iterable) and not (
+        isinstance(batches, (str, bytes)) or hasattr(batches, "to_numpy")
+    ):
         yield from batches
     else:
         raise TypeError(
             f"batches must be an iterable of batches, a mapping of arrays or an array, got "
-            f"{type(batches).__name__}"
+            f"{kind_and_way(batches)}"
         )
 
 
-def as_tensor(value: Any) -> Any:
-    """numpy arrays as tensors, everything else as it is."""
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def entry_name(key: Any) -> str:
+    """What messages call an entry of a batch."""
+    return f"batches[{key!r}]"
+
+
+def as_entry(value: Any, name: str) -> Any:
+    """numpy arrays as tensors that a model may write to, everything else as it is.
+
+    Raises TypeError for tables of other libraries and what :func:`rgfast.validation.from_array` refuses.
+    """
+    if isinstance(value, np.ndarray):
+        return from_array(value, name, writable=True)
+    if hasattr(value, "to_numpy"):
+        raise TypeError(f"{name} must be a tensor or an array, got {kind_and_way(value)}")
+    return value
+
+
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is a tensor or a numpy array."""
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def only_numbers(value: Any) -> bool:
+    """Whether ``value`` is a number, or nested lists of them."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and only_numbers(value[0])
+    return isinstance(value, (int, float, np.number))
+
+
+def _shared(value: Any, name: str) -> Any:
+    """:func:`as_entry` of a whole array, but if that would copy it: its batches are copied, one by one."""
+    if isinstance(value, np.ndarray):
+        refuse_masked(value, name)
+        return from_array(value, name) if is_shared(value) else value
+    return as_entry(value, name)
 
 
 def batch_items(batch: Any) -> list[Any]:

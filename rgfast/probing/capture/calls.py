@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgfast.probing.capture.batches import as_tensor
+from rgfast.probing.capture.batches import as_entry, batch_items, entry_name, is_array, only_numbers
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, is_padding_name, looks_like_padding
 
@@ -42,16 +42,24 @@ class Caller:
         self._masks: dict[int, str | None] = {}
 
     def entries(self, batch: Any) -> dict[str, Any]:
-        """What a batch holds, by name (``input``, ``input1``, … for what has none), on the model's device."""
+        """What a batch holds, by name (``input``, ``input1``, … for what has none), on the model's device.
+
+        Raises TypeError for a batch of plain numbers, and what :func:`as_entry` does.
+        """
+        held = batch_items(batch)
+        if not any(map(is_array, held)) and any(map(only_numbers, held)):
+            raise TypeError(f"batches must hold tensors or arrays, got a {type(batch).__name__} of numbers")
         if isinstance(batch, Mapping):
-            return {str(key): self._placed(value) for key, value in batch.items()}
-        items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+            return {str(key): self._placed(value, entry_name(key)) for key, value in batch.items()}
+        whole = not isinstance(batch, (tuple, list))
+        items = [batch] if whole else list(batch)
         found: dict[str, Any] = {}
         for k, item in enumerate(items):
             if isinstance(item, Mapping):
                 found.update(self.entries(item))
             else:
-                found["input" if not k else f"input{k}"] = self._placed(item)
+                name = "batches" if whole else entry_name(k)
+                found["input" if not k else f"input{k}"] = self._placed(item, name)
         return found
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,8 +146,8 @@ class Caller:
             )
         return None
 
-    def _placed(self, value: Any) -> Any:
-        value = as_tensor(value)
+    def _placed(self, value: Any, name: str) -> Any:
+        value = as_entry(value, name)
         return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
 
 

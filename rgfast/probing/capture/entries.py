@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import Activation
-from rgfast.probing.capture.batches import batch_rows
+from rgfast.probing.capture.batches import as_entry, batch_rows, only_numbers
 from rgfast.probing.capture.calls import Caller
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.notes import Notes
@@ -58,7 +58,9 @@ class Entries:
 
     def note(self, entries: Mapping[str, Any]) -> None:
         """Keep entries that the model itself does not take, for the next forward."""
-        self._noted.update(entries)
+        for name, value in entries.items():
+            listed = isinstance(value, (list, tuple)) and only_numbers(value)
+            self._noted[name] = as_tensor(value, name) if listed else as_entry(value, name)
 
     def run(self, batch: Any) -> Any:
         """The output of the model on a batch; an empty batch gives None."""
@@ -131,14 +133,13 @@ def _masked(mask: MaskSpec, entries: Mapping[str, Any], rows: Tensor) -> Tensor 
         masked = entries[mask]
     else:
         masked = mask(entries)
-    masked = as_tensor(masked).to(rows.device)
+    masked = as_tensor(masked, "mask").to(rows.device)
     if masked.dtype != torch.bool or masked.shape != rows.shape[:2]:
         raise ValueError(
             f"mask must be bool {list(rows.shape[:2])}, got {str(masked.dtype).removeprefix('torch.')} "
             f"{list(masked.shape)}"
         )
-    found: Tensor = masked
-    return found
+    return masked
 
 
 def _is_generating(model: nn.Module) -> bool:
