@@ -13,7 +13,10 @@ from rgfast.probing.measures import DRIFTS, PAIRWISE
 
 __all__ = ["as_long_form", "positions_of"]
 
-_COLUMNS = ("view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited")
+_COLUMNS = (
+    "view", "measure", "layer", "layer_name", "other_layer", "other_layer_name", "position", "value", "n",
+    "sample_limited",
+)  # fmt: skip
 
 
 def positions_of(data: xr.Dataset, view: str) -> NDArray[np.int64]:
@@ -36,6 +39,9 @@ def as_long_form(data: xr.Dataset, measures: Sequence[str], spectra: bool) -> pd
         for view in map(str, data.view.values)
     ]
     whole: pd.DataFrame = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    names = dict(enumerate(map(str, data.layer_name.values)))
+    whole["layer_name"] = whole["layer"].map(names)
+    whole["other_layer_name"] = whole["other_layer"].map({-1: "", **names})
     for column, missing in more.items():
         whole[column] = whole[column].fillna(missing).astype(type(missing))
     ordered: pd.DataFrame = whole[[name for name in (*_COLUMNS, "se", *more) if name in whole]]

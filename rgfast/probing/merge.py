@@ -11,6 +11,19 @@ from rgfast.probing.result import ProbeResult
 
 __all__ = ["merged"]
 
+# What must agree in the provenance of both results, as far as both have it.
+_SAME = {
+    "model": "a model of the same class",
+    "parameters": "a model of as many parameters",
+    "dtype": "a model of the same dtype",
+    "weights": "a model with the same weights (fingerprint)",
+    "mask": "the same mask",
+    "padding": "the same padding",
+    "origin": "the same origin",
+    "axes": "the same axes",
+    "output": "the same output",
+}
+
 
 def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     """The result of both samples; see :meth:`rgfast.ProbeResult.merge`."""
@@ -28,6 +41,14 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
             raise ValueError(
                 f"other must have the same {name}: {getattr(plan, name)}, got {getattr(theirs, name)}"
             )
+    mine, others = result.provenance, other.provenance
+    for name, what in _SAME.items():
+        if name in mine and name in others and mine[name] != others[name]:
+            if name == "weights" and None in (mine[name], others[name]):
+                continue
+            raise ValueError(f"other must be of {what}: {mine[name]}, got {others[name]}")
+    if None in (mine.get("weights"), others.get("weights")):
+        mine = {**mine, "weights": None}
     if plan.refine != theirs.refine:  # what one of them lacks, both lack together
         plan = replace(plan, refine=False)
     theirs = replace(theirs, refine=plan.refine)
@@ -36,5 +57,5 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     added.load(other.moments)
     state.merge(added)
     measures = [name for name in result.measures if name in other.measures]
-    dataset = assemble(state, measures, result.provenance)
+    dataset = assemble(state, measures, mine)
     return ProbeResult(dataset, state.state(), writes=result.writes and other.writes)

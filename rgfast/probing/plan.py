@@ -250,6 +250,8 @@ def make_plan(
     With ``refine=None`` factors give way to positions, and are left out where they do not fit. Raises
     ValueError, naming the change to make, where what was asked for does not fit.
     """
+    if not isinstance(positions, str) and aligned:  # of views without positions, too
+        _check_indices(positions, length)
     defaults = _default_views(length, masked, aligned)
     plan = Plan(
         names=tuple(names),
@@ -381,10 +383,17 @@ def _index(position: int | str) -> int:
     return {"first": 0, "last": -1}[position] if isinstance(position, str) else int(position)
 
 
-def _with_indices(plan: Plan, positions: Sequence[int | str]) -> Plan:
-    length, wanted = plan.length, {_index(t) for t in positions}
+def _check_indices(positions: Sequence[int | str], length: int) -> set[int]:
+    """The positions as numbers. Raises ValueError unless ``length`` positions have them all."""
+    wanted = {_index(t) for t in positions}
     if not wanted or not -length <= min(wanted) <= max(wanted) < length:
-        raise ValueError(f"positions must be indices from 0 to {length - 1}, got {list(positions)}")
+        allowed = "0, the only position of these layers" if length == 1 else f"indices from 0 to {length - 1}"
+        raise ValueError(f"positions must be {allowed}, got {list(positions)}")
+    return wanted
+
+
+def _with_indices(plan: Plan, positions: Sequence[int | str]) -> Plan:
+    length, wanted = plan.length, _check_indices(positions, plan.length)
     columns = sorted({t if t >= 0 else length + t for t in wanted})
     if not plan.from_end:
         return replace(plan, positions=tuple(columns))

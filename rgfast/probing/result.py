@@ -195,13 +195,14 @@ class ProbeResult(Accessor):
     def to_dataframe(self, *, spectra: bool = False) -> pd.DataFrame:
         """A table with one row per value.
 
-        Its columns are view, measure, layer, other_layer, position, value, n and sample_limited.
+        Its columns are view, measure, layer, layer_name, other_layer, other_layer_name, position, value, n
+        and sample_limited.
 
         ``layer`` of a drift is the transition's first layer and ``other_layer`` its second; of a CKA they are
-        the pair (i < j); of a rank ``other_layer`` is −1. With groups there is a column ``se``. What was
-        probed with targets has a column ``target``, and rows of the measure ``target_r2`` where it is not
-        empty. With ``spectra`` there is a column ``component``, and rows of the measure ``singular_value``,
-        descending from component 0; it is −1 elsewhere.
+        the pair (i < j); of a rank ``other_layer`` is −1 and ``other_layer_name`` empty. With groups there is
+        a column ``se``. What was probed with targets has a column ``target``, and rows of the measure
+        ``target_r2`` where it is not empty. With ``spectra`` there is a column ``component``, and rows of the
+        measure ``singular_value``, descending from component 0; it is −1 elsewhere.
         """
         return as_long_form(self.dataset, self.measures, spectra)
 
@@ -219,8 +220,11 @@ class ProbeResult(Accessor):
         Those of ``other`` come last: its groups continue where these end.
 
         Raises TypeError for anything but a result, ValueError if the two did not probe the same layers,
-        positions, views and pairs in the same number of groups, or if one of them has no moments (it was
-        saved without).
+        positions, views and pairs in the same number of groups, if their models differ in class, size, dtype
+        or weights, if their masks, padding or origin do, or if one of them has no moments (it was saved
+        without). Weights are compared by a fingerprint in the provenance. Files of rgfast 0.1, and probes of
+        models whose weights cannot be read (offloaded ones), lack it: then only the rest is compared, and the
+        result lacks it too.
         """
         result: ProbeResult = lent("merged")(self, other)
         return result

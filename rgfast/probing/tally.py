@@ -229,7 +229,7 @@ class Tally:
             target.classes = width
         if self._ranks is not None:
             self._agreed(FirstBatch.from_json(header["first"]))
-        self._provenance = dict(header["provenance"])
+        self._provenance = {**header["provenance"], "weights": header["model"]}
 
     def _asked(self) -> dict[str, Any]:
         ranks = None if self._ranks is None else [self._ranks.rank, self._ranks.size]
@@ -309,7 +309,8 @@ class Tally:
             padded=first.padded,
             targets=[(name, width) for name, width, _ in first.targets],
         )
-        self._announce(plan, str(plan))
+        # Hashing takes a second per GB, and what is measured at once can never be merged.
+        self._announce(plan, str(plan), weights=checkpoints.fingerprint(self._model))
         return Moments(plan, masked=first.masked)
 
     def _plan(
@@ -329,13 +330,19 @@ class Tally:
             **found,
         )
 
-    def _announce(self, plan: Plan, text: str) -> None:
+    def _announce(self, plan: Plan, text: str, **found: Any) -> None:
         if self._say:
             print(f"probe: {text}")
             sys.stdout.flush()
         ranks = {} if self._ranks is None else {"ranks": self._ranks.size}
+        asked = self._spec.to_json(self._names)
         self._provenance = provenance(
-            self._model, layers=list(plan.names), measures=list(self._spec.measures), **ranks
+            self._model,
+            layers=list(plan.names),
+            measures=list(self._spec.measures),
+            **{name: asked[name] for name in ("mask", "padding", "origin", "axes", "output")},
+            **ranks,
+            **found,
         )
 
 

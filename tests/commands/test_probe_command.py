@@ -228,6 +228,25 @@ def test_wrong_arrays_are_one_sentence(name, own_folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("kind", [">i8", "u2", ">u4"])
+def test_files_of_every_byte_order_and_width(kind, done, own_folder, own_tokens, tmp_path, no_pictures):
+    path, out = tmp_path / "tokens.npy", tmp_path / "out"
+    np.save(path, np.load(own_tokens).astype(kind))
+    assert run(own_folder, "--inputs", path, "--pairs", "all", "--groups", 2, "--out", out) == errors.DONE
+    found, want = (rgfast.ProbeResult.load(folder / "result.nc").dataset for folder in (out, done))
+    xr.testing.assert_identical(found.effective_rank, want.effective_rank)
+
+
+def test_positions_are_checked_on_inputs_without_any(tmp_path, capsys):
+    path, own_folder = tmp_path / "rows.npy", tmp_path / "model"
+    generator = torch.Generator().manual_seed(0)
+    rgfast.MaskedTokenModel(5, 4, width=8, depth=2, mixing="none", generator=generator).save(own_folder)
+    np.save(path, np.random.default_rng(0).normal(size=(50, 8)).astype(">f4"))
+    words = ["--inputs", path, "--positions", "3", "--out", tmp_path / "out"]
+    assert run(own_folder, *words) == errors.WRONG
+    assert "positions must be 0, the only position of these layers, got [3]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -243,6 +262,7 @@ def test_wrong_arrays_are_one_sentence(name, own_folder, tmp_path, capsys):
         (["--layers", "9"], "layers must be an index from 0 to 3, got 9"),
         (["--layers", "stack.block.1"], "near it: stack.blocks.1"),
         (["--positions", "4"], "positions must be indices from 0 to 3"),
+        (["--positions", "4", "--views", "pooled"], "positions must be indices from 0 to 3"),
         (["--positions", "first"], "positions must be auto, all or indices, got first"),
         (["--pairs", "0-9"], "pairs must name layers 0 to 3"),
         (["--pairs", "some"], "pairs must be adjacent, all or such as 0-3 2-5, got some"),

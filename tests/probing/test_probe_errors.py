@@ -84,6 +84,32 @@ def test_padding_may_hold_nan_but_not_rows_that_count():
         rgfast.probe(model, {"input": x}, layers=["0", "1"], progress=False)
 
 
+@pytest.mark.parametrize("route", ["auto", "moments"])
+@pytest.mark.parametrize("positions", [[1], [0, 3], [-2], [7]])
+def test_positions_out_of_range_are_refused_without_positions_too(positions, route):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    x = torch.randn(20, 4)
+    options = {"layers": ["0", "1"], "positions": positions, "route": route, "progress": False}
+    with pytest.raises(ValueError, match="positions must be 0, the only position of these layers, got"):
+        rgfast.probe(model, x, **options)
+    with (
+        pytest.raises(ValueError, match="positions must be 0"),
+        rgfast.Probe(model, **{**options, "views": ["mean_pooled"]}),
+    ):
+        model(x)
+    for fine in ([0], [-1], [0, -1]):
+        found = rgfast.probe(model, x, **{**options, "positions": fine})
+        assert found.dataset.n.values.tolist() == [[20]]
+
+
+def test_positions_out_of_range_are_refused_by_views_without_any_and_by_samples():
+    model = rgfast.ResidualStack(width=4, depth=2, mixing="none")
+    x = torch.randn(20, 5, 4)
+    for options in ({"views": ["pooled"]}, {"views": ["position"], "route": "samples"}):
+        with pytest.raises(ValueError, match=r"positions must be indices from 0 to 4, got \[0, 5\]"):
+            rgfast.probe(model, x, positions=[0, 5], progress=False, **options)
+
+
 X = torch.randn(20, 5, 4)
 
 

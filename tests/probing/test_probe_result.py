@@ -1,5 +1,7 @@
 """The result object: saving, refusing, long form, pictures, notebook form."""
 
+import json
+
 import h5py
 import matplotlib as mpl
 import numpy as np
@@ -62,7 +64,8 @@ def test_newer_other_and_missing_files_are_refused(result, tmp_path):
 def test_long_form(result):
     frame = result.to_dataframe()
     assert list(frame.columns) == [
-        "view", "measure", "layer", "other_layer", "position", "value", "n", "sample_limited", "se",
+        "view", "measure", "layer", "layer_name", "other_layer", "other_layer_name", "position", "value", "n",
+        "sample_limited", "se",
     ]  # fmt: skip
     row = frame.query("view == 'visible' and measure == 'effective_rank' and layer == 2 and position == 3")
     assert len(row) == 1
@@ -72,8 +75,15 @@ def test_long_form(result):
     drift = frame.query("measure == 'kernel_drift' and view == 'pooled'")
     assert drift.layer.tolist() == [0, 1, 2]
     assert drift.other_layer.tolist() == [1, 2, 3]
+    assert drift.layer_name.tolist() == list(result.layers[:3])
+    assert drift.other_layer_name.tolist() == list(result.layers[1:])
     pairs = frame.query("measure == 'cka' and view == 'pooled'")
     assert len(pairs) == 6
+    names = [(result.layers[i], result.layers[j]) for i in range(4) for j in range(i + 1, 4)]
+    assert list(zip(pairs.layer_name, pairs.other_layer_name, strict=True)) == names
+    ranks = frame.query("measure == 'stable_rank' and view == 'pooled'")
+    assert ranks.layer_name.tolist() == list(result.layers)
+    assert (ranks.other_layer_name == "").all()
     assert set(frame.query("view == 'pooled'").position) == {-1}
     assert set(frame.query("view == 'position'").position) == set(range(6))
     assert frame.query("view == 'flattened' and measure == 'stable_rank'").sample_limited.all()
@@ -99,6 +109,81 @@ def test_long_form_of_targets_and_spectra(token_model, token_data):
     plain = result.to_dataframe()
     assert "component" not in plain
     assert (frame.measure != "singular_value").sum() == len(plain)
+
+
+class Stream(torch.nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = torch.nn.Linear(4, 6), torch.nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class OtherStream(Stream):
+    pass
+
+
+def probed(model, **options):
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1)).to(model.first.weight.dtype)
+    batch = {
+        "x": x,
+        "hidden": torch.zeros(40, 1, dtype=torch.bool),
+        "seen": torch.ones(40, 1, dtype=torch.bool),
+    }
+    return rgfast.probe(model, batch, layers=["first", "last"], views=["pooled"], progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "words"),
+    [
+        (
+            lambda: Stream(1),
+            {},
+            r"other must be of a model with the same weights \(fingerprint\): \w+, got \w+",
+        ),
+        (OtherStream, {}, "other must be of a model of the same class: Stream, got OtherStream"),
+        (lambda: Stream().double(), {}, "other must be of a model of the same dtype: float32, got float64"),
+        (Stream, {"mask": "hidden"}, "other must be of the same mask: seen, got hidden"),
+    ],
+)
+def test_results_of_different_models_or_masks_are_not_merged(other, options, words):
+    result = probed(Stream(), mask="seen")
+    with pytest.raises(ValueError, match=words):
+        result.merge(probed(other(), **{"mask": "seen", **options}))
+    assert result.merge(probed(Stream(), mask="seen")).dataset.n.values.tolist() == [[80]]
+
+
+def test_a_single_weight_tells_models_apart():
+    one, two = Stream(), Stream()
+    with torch.no_grad():
+        two.last.bias[3] += 1e-6
+    assert probed(one).provenance["weights"] == probed(Stream()).provenance["weights"]
+    with pytest.raises(ValueError, match="same weights"):
+        probed(one).merge(probed(two))
+
+
+def test_files_without_a_fingerprint_merge_with_any_weights_of_the_same_model(tmp_path):
+    result, path = probed(Stream()), tmp_path / "old.nc"
+    old = {k: v for k, v in result.provenance.items() if k not in ("weights", "mask")}
+    result.dataset.attrs["provenance"] = json.dumps(old)
+    result.save(path)
+    loaded = rgfast.ProbeResult.load(path)
+    both = loaded.merge(probed(Stream(1)))
+    assert both.dataset.n.values.tolist() == [[80]]
+    assert both.provenance["weights"] is None
+    assert probed(Stream(1)).merge(loaded).provenance["weights"] is None
+    with pytest.raises(ValueError, match="of the same class"):
+        loaded.merge(probed(OtherStream()))
+
+
+def test_weights_that_cannot_be_read_have_no_fingerprint():
+    model = Stream()
+    model.spare = torch.nn.Linear(3, 3, device="meta")
+    result = probed(model)
+    assert result.provenance["weights"] is None
+    assert result.merge(probed(model)).dataset.n.values.tolist() == [[80]]
 
 
 def test_unknown_names_are_refused(result):
