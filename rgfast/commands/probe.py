@@ -300,7 +300,8 @@ def _write(out: Path, result: ProbeResult, config: dict[str, Any], *, moments: b
 
     def fill(folder: Path) -> None:
         result.save(folder / "result.nc", moments=moments)
-        result.to_dataframe().to_csv(folder / "summary.csv", index=False, lineterminator="\n")
+        table = result.to_dataframe().to_csv(index=False, lineterminator="\n")
+        write_text(folder / "summary.csv", table)
         for name, draw in _figures(result).items():
             _draw(folder / f"{name}.png", draw)
         result.report(folder / "report.html")
@@ -321,11 +322,13 @@ def _figures(result: ProbeResult) -> dict[str, Callable[[Axes], object]]:
 
 
 def _draw(path: Path, draw: Callable[[Axes], object]) -> None:
-    from matplotlib.figure import Figure
+    from rgfast.report.canvas import canvas, figure_of, save_figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    draw(figure.subplots())
-    figure.savefig(path, dpi=150)
+    axes = canvas(None, 1, columns=1, size=(7, 4.1))
+    figure = figure_of(axes)
+    figure.set_layout_engine("constrained")
+    draw(axes[0])
+    save_figure(figure, path)
 
 
 def _tell(args: argparse.Namespace, result: ProbeResult, out: Path, what: str) -> None:
