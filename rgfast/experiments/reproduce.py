@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import parallel
+from rgfast.experiments.points import in_parallel, resumable
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thread, plan, views_of
 from rgfast.files import as_json, clear_leftovers, write_text
 from rgfast.flow import Verdict, judge
@@ -94,10 +94,11 @@ def reproduce(
     _claim(folder, chosen)
 
     runs = plan(chosen)
-    _execute_all(chosen, runs, folder, jobs, progress)
-    dataset = _assemble(chosen, runs, folder)
-    verdicts = {chain: judge(dataset, chain) for chain in chosen.chains}
-    _write(folder, chosen, dataset, verdicts)
+    with resumable(folder):
+        _execute_all(chosen, runs, folder, jobs, progress)
+        dataset = _assemble(chosen, runs, folder)
+        verdicts = {chain: judge(dataset, chain) for chain in chosen.chains}
+        _write(folder, chosen, dataset, verdicts)
     return Reproduction(chosen, dataset, verdicts, folder)
 
 
@@ -167,8 +168,8 @@ def _execute_all(
         disable=None if progress is None else not progress,
     )
     with bar, one_thread():
-        tasks = (joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing)
-        for name in parallel(jobs, len(missing))(tasks):
+        tasks = [joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing]
+        for name in in_parallel(jobs, tasks):
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 

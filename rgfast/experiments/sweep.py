@@ -14,7 +14,7 @@ import pandas as pd
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, run_points
+from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, resumable, run_points
 from rgfast.files import write_text
 from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
 from rgfast.training import TrainingConfig
@@ -147,7 +147,8 @@ def sweep(
     table = table.sort_values(["chain", "xi", "width", "seed"], ignore_index=True)
     test = relevance_test(table) if chosen.name.startswith("relevance") else None
     done = Sweep(chosen, table, test, folder)
-    _write(done)
+    with resumable(folder):
+        _write(done)
     return done
 
 
