@@ -5,7 +5,9 @@ HDF5 cannot close a file whose last bytes found no room, and takes the process w
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 
 import h5netcdf
@@ -33,9 +35,12 @@ def write_netcdf(path: str | Path, dataset: xr.Dataset, **groups: xr.Dataset) ->
 def read_netcdf(path: str | Path, group: str | None = None) -> xr.Dataset:
     """The dataset, or one group, of the file that :func:`write_netcdf` wrote to ``path``, in memory.
 
-    Raises ValueError, naming the file, if it is truncated or of another kind.
+    Raises FileNotFoundError if there is no file, and ValueError, naming it, if it is truncated or of another
+    kind.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         with xr.open_dataset(path, group=group, engine="h5netcdf") as file:
             dataset: xr.Dataset = file.load()

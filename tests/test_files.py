@@ -296,6 +296,8 @@ def test_a_truncated_result_is_a_sentence_with_its_name(result, tmp_path):
         (tmp_path / "a.nc").write_bytes(whole[:part])
         with pytest.raises(ValueError, match=r"a\.nc is truncated"):
             rgfast.ProbeResult.load(tmp_path / "a.nc")
+        with pytest.raises(ValueError, match=r"a\.nc is truncated"):
+            rgfast.flow.judge(tmp_path / "a.nc")
         with pytest.raises(ValueError, match=r"a\.nc is damaged"):
             rgfast.report.write_report(tmp_path / "a.nc")
 

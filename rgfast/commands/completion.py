@@ -16,8 +16,8 @@ _SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 _FILES, _FOLDERS = ("FILE", "LABEL", "SOURCE"), ("DIR", "MODEL")
 
 
-def add_completion(commands: Any, build_parser: Callable[[], Parser]) -> None:
-    """Add the subcommand to ``commands`` (what ``add_subparsers`` returned); ``build_parser`` makes the whole."""
+def add_completion(commands: Any, build: Callable[[], Parser]) -> None:
+    """Add the subcommand to ``commands`` (from ``add_subparsers``); ``build`` makes the whole parser."""
     completion = commands.add_parser(
         "completion",
         help="print a script that completes commands and options in a shell",
@@ -28,13 +28,13 @@ def add_completion(commands: Any, build_parser: Callable[[], Parser]) -> None:
         "  rgfast completion fish > ~/.config/fish/completions/rgfast.fish",
     )
     completion.add_argument("shell", choices=_SHELLS, help="the shell to complete in")
-    completion.set_defaults(run=partial(_completion, build_parser))
+    completion.set_defaults(run=partial(_completion, build))
 
 
-def _completion(build_parser: Callable[[], Parser], args: argparse.Namespace) -> None:
+def _completion(build: Callable[[], Parser], args: argparse.Namespace) -> None:
     import shtab
 
-    parser = build_parser()
+    parser = build()
     for command in (parser, *parser.commands().values()):
         _describe(command)
     print(shtab.complete(parser, args.shell))
