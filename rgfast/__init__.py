@@ -3,6 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rgfast import interrupts
+
+if interrupts.is_command():
+    interrupts.leave_quietly_while_importing()
+
+# ruff: isort: split
 from rgfast import wiring
 from rgfast.chains import MarkovChain
 from rgfast.dispatch import FallbackWarning, ImplUnavailable, explain, record

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
+from rgfast import interrupts
 from rgfast.commands.errors import DONE, EXIT_CODES, INTERRUPTED, READER_GONE, UNEXPECTED, WRONG, sentence
 from rgfast.commands.parser import Parser, parse
 
@@ -33,7 +36,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"rgfast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     add_probe(commands)
     add_reproduce(commands)
     add_studies(commands)
@@ -41,36 +44,64 @@ def build_parser() -> Parser:
     add_bench(commands)
     add_info(commands)
     add_completion(commands, build_parser)
+    for command in parser.commands().values():  # before or after the subcommand
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Greek is no reason to fail
-            stream.reconfigure(errors="replace")
-    args = parse(build_parser(), argv)
+    try:
+        with interrupts.heeded(to_the_end=argv is None):
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):  # a terminal without Greek is no reason to fail
+                    stream.reconfigure(errors="replace")
+            parser = build_parser()
+            args = parse(parser, argv)
+            if args.command is None:
+                parser.print_help()
+                return _flushed(DONE)
+            return _run(args)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, interrupts.Terminated)
+        told = f"; {stop}" if str(stop) else ""
+        print(f"rgfast: {'terminated' if terminated else 'interrupted'}{told}", file=sys.stderr)
+        return _flushed(stop.code if isinstance(stop, interrupts.Terminated) else INTERRUPTED)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         code = args.run(args)
-        sys.stdout.flush()
-        return DONE if code is None else int(code)
-    except KeyboardInterrupt as stop:
-        print(f"rgfast: interrupted; {str(stop) or 'what was finished is kept'}", file=sys.stderr)
-        return INTERRUPTED
+        return _flushed(DONE if code is None else int(code))
     except BrokenPipeError:
-        # Whoever reads our output has closed it; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return READER_GONE
+        return _flushed(READER_GONE)
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         told = sentence(error)
         if told is not None:
             print(f"rgfast: {' '.join(told.split())}", file=sys.stderr)
-            return WRONG
+            return _flushed(WRONG)
         told = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"rgfast: unexpected {told} (--debug shows where it comes from)", file=sys.stderr)
-        return UNEXPECTED
+        return _flushed(UNEXPECTED)
+
+
+def _flushed(code: int) -> int:
+    """The exit code, ``code`` if stdout takes all that was printed."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at exit, and complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            return READER_GONE
+        if code == DONE:
+            print(f"rgfast: stdout: {error.strerror}", file=sys.stderr)
+            return WRONG
+    return code
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.modules import module as _EVERYWHERE
 from torch.utils.hooks import RemovableHandle
 
-from rgfast.files import write_atomically
+from rgfast.files import write_bytes, write_text
 from rgfast.ops.residual_mlp import residual_mlp, residual_stack
 from rgfast.ops.residual_mlp.api import ACTIVATIONS as ACTIVATIONS
 from rgfast.ops.residual_mlp.api import NORMS as NORMS
@@ -461,29 +462,40 @@ class MaskedTokenModel(nn.Module):
         return self.head(self.final_norm(self.stack(self.embed(tokens))))  # type: ignore[no-any-return]
 
     def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``model.json`` into ``folder`` (made where missing)."""
+        """Write ``model.safetensors`` and ``model.json`` into ``folder`` (made where missing).
+
+        Raises OSError, naming the file, if one cannot be written; the old one is then as it was.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path))
+        write_bytes(folder / "model.safetensors", save(state))
         text = json.dumps({"format": "rgfast.MaskedTokenModel/1", **self.config}, indent=2) + "\n"
-        write_atomically(folder / "model.json", lambda path: path.write_text(text))
+        write_text(folder / "model.json", text)
 
     @classmethod
     def load(cls, folder: str | Path) -> MaskedTokenModel:
         """The model that :meth:`save` wrote into ``folder``, on the CPU in the dtype it was saved in.
 
-        Raises ValueError where ``model.json`` is of another format or does not fit the weights.
+        Raises ValueError if a file is damaged, or ``model.json`` is of another format or does not fit the
+        weights.
         """
         folder = Path(folder)
-        config = json.loads((folder / "model.json").read_text())
-        form = config.pop("format", None)
+        try:
+            config = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'model.json'} is damaged: {error}") from error
+        form = config.pop("format", None) if isinstance(config, dict) else None
         if form != "rgfast.MaskedTokenModel/1":
             raise ValueError(
                 f"{folder / 'model.json'}: format must be 'rgfast.MaskedTokenModel/1', got {form!r}"
             )
         model = cls(**config, dtype=torch.float32, device="cpu")
-        state = {name: value.clone() for name, value in load_file(folder / "model.safetensors").items()}
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from error
+        state = {name: value.clone() for name, value in weights.items()}
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:

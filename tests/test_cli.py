@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,14 +48,27 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(words, message, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["reproduce", "--xi", "one"], "argument --xi: invalid float value: 'one'"),
         (["reproduce", "--preset", "slow"], "argument --preset: invalid choice: 'slow'"),
         (["reproduce", "--preset", "ful"], "(did you mean full?)"),
         (["sing"], "invalid choice: 'sing'"),
         (["reprodce"], "(did you mean reproduce?)"),
-        (["sweep", "--seed", "3"], "unrecognized arguments: --seed 3 (did you mean --seeds?)"),
+        (["sweep", "--seed", "3"], "unrecognized arguments: --seed (did you mean --seeds?)"),
         (["sweep", "--desing=xi"], "(did you mean --design?)"),
+        (["probe", "m", "--tex", "a.txt"], "unrecognized arguments: --tex (did you mean --text?)"),
+        (["probe", "--lenght", "3"], "unrecognized arguments: --lenght (did you mean --length?)"),
+        (["probe", "m", "--GROUPS", "3"], "(did you mean --groups?)"),
+        (["probe", "m", "--batch_size=3"], "(did you mean --batch-size?)"),
+        (["probe", "m", "--g", "3"], "(did you mean --groups?)"),
+        (
+            ["probe", "m", "--input", "a", "--ot", "b"],
+            "--input (did you mean --inputs?), --ot (did you mean --out?)",
+        ),
+        (["bench", "--only", "cak"], "(did you mean cka?)"),
+        (["completion", "bsh"], "(did you mean bash?)"),
+        (["--debgu", "info"], "unrecognized arguments: --debgu (did you mean --debug?)"),
+        (["--versoin"], "(did you mean --version?)"),
+        (["--json", "info"], "unrecognized arguments: --json (it goes after info)"),
         (["info", "everything"], "unrecognized arguments: everything"),
         (["reproduce", "--preset", "full", "--config", "x.json"], "not allowed with argument --preset"),
     ],
@@ -67,6 +81,62 @@ def test_wrong_usage_is_exit_code_2_with_the_usage_of_the_command(words, hint, c
     own = words[0] if words and words[0] in COMMANDS else ""
     assert told.startswith(f"usage: rgfast {own}".strip())
     assert hint in told.splitlines()[-1]
+
+
+def test_values_that_begin_with_a_dash_are_no_options():
+    words = ["probe", "m", "--text", "-my file", "--layers", "-1", "--positions", "-3", "-1"]
+    args = parse(cli.build_parser(), words)
+    assert (args.text, args.layers, args.positions) == ("-my file", ["-1"], ["-3", "-1"])
+
+
+@pytest.mark.parametrize("words", [[], ["--debug"]])
+def test_without_a_command_it_prints_the_help(words, capsys):
+    assert cli.main(words) == errors.DONE
+    told = capsys.readouterr()
+    assert told.out == cli.build_parser().format_help()
+    assert told.err == ""
+
+
+WITHOUT = (
+    "import sys; sys.argv[1:] = {words!r}\n"
+    "from rgfast import cli\n"
+    "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+    "assert 'matplotlib' not in sys.modules and 'pandas' not in sys.modules, 'imported'\n"
+)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["info"],
+        ["info", "--json"],
+        ["completion", "bash"],
+        *([c, "--help"] for c in COMMANDS),
+    ],
+)
+def test_helps_and_info_import_no_matplotlib_and_mind_no_notebook(words):
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(words=words)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence():
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is of Linux")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rgfast", "info"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False,
+        )  # fmt: skip
+    assert done.returncode == errors.WRONG
+    assert done.stderr == "rgfast: stdout: No space left on device\n"
 
 
 def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path, capsys):

@@ -78,8 +78,9 @@ def _bench(args: argparse.Namespace) -> int:
                 for row in suite.run(report, only, seconds=seconds, tell=_aside):
                     if not args.json:
                         print(suite.row_line(row), flush=True)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt("nothing was written") from None
+            except KeyboardInterrupt as stop:
+                stop.args = ("nothing was written",)
+                raise
     write_text(out / "bench.json", as_json(report.to_dict()))
     if report.green:
         write_text(out / "bench.md", report.markdown())

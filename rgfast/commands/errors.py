@@ -16,7 +16,7 @@ EXIT_CODES = """exit codes:
        stderr says which
   70   unexpected: a defect, or something wrong with the machine or with the
        model that was probed; --debug shows the traceback
-  130  interrupted; what was finished is kept"""
+  130  interrupted (143: terminated); what was finished is kept"""
 
 _RAISE = dis.opmap["RAISE_VARARGS"]
 

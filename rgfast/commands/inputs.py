@@ -62,7 +62,7 @@ def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int
             f"{len(texts)}"
         )
     tokenizer = load_tokenizer(model)
-    most = min(tokenizer.model_max_length, model.longest or _LENGTH)
+    most = min(tokenizer.model_max_length, model.longest or tokenizer.model_max_length)
     if length is not None and length > most:
         raise ValueError(f"length must be at most {most}, what the model takes, got {length}")
     least = tokenizer.num_special_tokens_to_add() + 1
@@ -86,7 +86,7 @@ def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int
         raise ValueError(f"text must hold tokens, and the tokenizer of {model.folder} finds none in {path}")
     batch = {name: value for name, value in found.items() if name != "special_tokens_mask"}
     inputs = Inputs(batch, "input_ids", None, found["special_tokens_mask"] != 0, tokenizer.mask_token_id)
-    return _checked(inputs, model, str(path))
+    return _checked(inputs, model.for_inputs(batch), str(path))
 
 
 def read_arrays(path: str | Path, model: Loaded, *, limit: int | None) -> Inputs:
@@ -101,6 +101,7 @@ def read_arrays(path: str | Path, model: Loaded, *, limit: int | None) -> Inputs
     arrays = _load(path)
     if not arrays:
         raise ValueError(f"inputs must hold at least one array, and {path} holds none")
+    model = model.for_inputs(arrays)
     taken = _arguments(model)
     if len(arrays) == 1 and not set(arrays) & taken:
         (value,) = arrays.values()

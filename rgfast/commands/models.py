@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ class Loaded:
     vocabulary: int | None
     mask_token: int | None
     longest: int | None
+
+    def for_inputs(self, names: Iterable[str]) -> Loaded:
+        """This model, or its encoder alone if ``names`` has nothing for the decoder of an encoder-decoder."""
+        find_encoder: Any = getattr(self.module, "get_encoder", None)
+        decodes = find_encoder is not None and hasattr(self.module, "decoder")
+        if not decodes or any(name.startswith("decoder_") for name in names):
+            return self
+        return replace(self, module=find_encoder())
 
 
 def load_model(folder: str | Path, *, allow_pickle: bool = False, seed: int = 0) -> Loaded:
@@ -129,7 +138,10 @@ def _hugging_face(folder: Path, allow_pickle: bool, seed: int) -> Loaded:
             )
     except Exception as error:  # each kind of model fails in its own way
         raise ValueError(f"MODEL: transformers cannot load {folder}: {_first_line(error)}") from error
-    lacking = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    unused: tuple[str, ...] = ("pooler.",)
+    if _encoder_alone(model, info["missing_keys"]):
+        model, unused = model.get_encoder(), (*unused, "decoder.")
+    lacking = sorted(name for name in info["missing_keys"] if not name.startswith(unused))
     if lacking or info["mismatched_keys"]:
         names = ", ".join([*lacking, *(str(key) for key in info["mismatched_keys"])][:3])
         raise ValueError(f"MODEL: the weights in {folder} do not fit its config.json (wanting {names})")
@@ -147,6 +159,12 @@ def _hugging_face(folder: Path, allow_pickle: bool, seed: int) -> Loaded:
         None,
         getattr(text, "max_position_embeddings", None),
     )
+
+
+def _encoder_alone(model: Any, missing: Iterable[str]) -> bool:
+    """Whether a folder's weights lack a whole decoder, as T5EncoderModel's do (embeddings are tied)."""
+    own = {name for name in model.state_dict() if name.startswith("decoder.") and "embed" not in name}
+    return bool(own) and own <= set(missing)
 
 
 def _transformers() -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ def add_probe(commands: Any) -> None:
         "of its residual stream: effective rank and other ranks, drift, CKA, spectra.\n\n"
         "MODEL is a folder: a Hugging Face folder (config.json and safetensors; needs\n"
         "transformers), or what MaskedTokenModel.save left (model.json). Nothing is\n"
-        "downloaded, nothing is unpickled, no code of the folder is run.\n\n"
+        "downloaded, nothing is unpickled, no code of the folder is run. Of an\n"
+        "encoder-decoder (T5, BART) the encoder is probed, unless --inputs has\n"
+        "decoder_input_ids.\n\n"
         "Leaves in DIR: result.nc, summary.csv, figures, report.html and config.json;\n"
         "DIR is complete or not there. With --checkpoint, a run that was stopped goes\n"
         "on where it was when the same command is given again. Under torchrun each\n"
@@ -132,9 +135,13 @@ def _probe(args: argparse.Namespace) -> None:
         inputs = read_text(args.text, model, limit=args.limit, length=args.length)
     else:
         inputs = read_arrays(args.inputs, model, limit=args.limit)
+    whole, model = model, model.for_inputs(inputs.batch)
     inputs = hide(inputs, model, args.mask, args.seed)
     config = _config(args, options, model, inputs)
     rank, ranks = _rank()
+    if model is not whole and rank == 0:
+        told = f"the encoder of {type(whole.module).__name__} is probed"
+        print(f"rgfast: {told} (--inputs with decoder_input_ids runs the decoder, too)", file=sys.stderr)
     if held is not None:
         if any(held.get(name) != config[name] for name in ("model", "inputs", "options")):
             raise ValueError(
@@ -147,9 +154,11 @@ def _probe(args: argparse.Namespace) -> None:
     try_one(inputs, module)
     if rank == 0:
         check_new_folder(out)
-    result = _run(args, module, inputs.share(rank, ranks), options)
+    with _resumable(args.checkpoint):
+        result = _run(args, module, inputs.share(rank, ranks), options)
+        if rank == 0:
+            _write(out, result, config, moments=args.moments)
     if rank == 0:
-        _write(out, result, config, moments=args.moments)
         _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
 
 
@@ -271,28 +280,35 @@ def _run(args: argparse.Namespace, module: Any, inputs: Inputs, options: dict[st
     from rgfast.probing import probe
 
     watched = sys.stderr.isatty() and not args.json
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
+        return probe(
+            module,
+            inputs.batch,
+            mask=inputs.mask,
+            batch_size=args.batch_size,
+            checkpoint=args.checkpoint,
+            checkpoint_every=args.checkpoint_every,
+            progress=None if watched else False,
+            **options,
+        )
+
+
+@contextlib.contextmanager
+def _resumable(checkpoint: str | None) -> Iterator[None]:
+    """Inside, an interrupt says whether the same command would go on from a checkpoint."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
-            return probe(
-                module,
-                inputs.batch,
-                mask=inputs.mask,
-                batch_size=args.batch_size,
-                checkpoint=args.checkpoint,
-                checkpoint_every=args.checkpoint_every,
-                progress=None if watched else False,
-                **options,
-            )
-    except KeyboardInterrupt:
-        if args.checkpoint is None:
+        yield
+    except KeyboardInterrupt as stop:
+        if checkpoint is None:
             told = "nothing was kept (with --checkpoint FILE the same command goes on)"
         elif any(
-            Path(args.checkpoint).parent.glob(f"{Path(args.checkpoint).name}*")
+            Path(checkpoint).parent.glob(f"{glob.escape(Path(checkpoint).name)}*")
         ):  # each rank has its own
-            told = f"the same command goes on from {args.checkpoint}"
+            told = f"the same command goes on from {checkpoint}"
         else:
-            told = f"{args.checkpoint} was not written yet (--checkpoint-every says how often)"
-        raise KeyboardInterrupt(told) from None
+            told = f"{checkpoint} was not written yet (--checkpoint-every says how often)"
+        stop.args = (told,)
+        raise
 
 
 def _write(out: Path, result: ProbeResult, config: dict[str, Any], *, moments: bool) -> None:
@@ -300,7 +316,8 @@ def _write(out: Path, result: ProbeResult, config: dict[str, Any], *, moments: b
 
     def fill(folder: Path) -> None:
         result.save(folder / "result.nc", moments=moments)
-        result.to_dataframe().to_csv(folder / "summary.csv", index=False, lineterminator="\n")
+        table = result.to_dataframe().to_csv(index=False, lineterminator="\n")
+        write_text(folder / "summary.csv", table)
         for name, draw in _figures(result).items():
             _draw(folder / f"{name}.png", draw)
         result.report(folder / "report.html")
@@ -321,11 +338,13 @@ def _figures(result: ProbeResult) -> dict[str, Callable[[Axes], object]]:
 
 
 def _draw(path: Path, draw: Callable[[Axes], object]) -> None:
-    from matplotlib.figure import Figure
+    from rgfast.report.canvas import canvas, figure_of, save_figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    draw(figure.subplots())
-    figure.savefig(path, dpi=150)
+    axes = canvas(None, 1, columns=1, size=(7, 4.1))
+    figure = figure_of(axes)
+    figure.set_layout_engine("constrained")
+    draw(axes[0])
+    save_figure(figure, path)
 
 
 def _tell(args: argparse.Namespace, result: ProbeResult, out: Path, what: str) -> None:

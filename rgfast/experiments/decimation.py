@@ -22,7 +22,7 @@ from torch import Tensor
 from rgfast.chains import MarkovChain, captured_fraction
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import FiniteSample
-from rgfast.experiments.points import Point, open_study, plain, run_points
+from rgfast.experiments.points import Point, open_study, plain, resumable, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
 from rgfast.experiments.survival import FROM_LAYER, mode_survival, posterior_rank
 from rgfast.files import write_text
@@ -165,7 +165,8 @@ def decimate(
                 ]
     curves = pd.DataFrame(long)
     done = Decimation(chosen, table, curves, _slopes(table), folder)
-    _write(done)
+    with resumable(folder):
+        _write(done)
     return done
 
 

@@ -17,10 +17,10 @@ from scipy import stats
 
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import Point, open_study, plain, run_numbers, run_points
+from rgfast.experiments.points import Point, open_study, plain, resumable, run_numbers, run_points
 from rgfast.experiments.runs import RANKS, Run, build_model, one_thread, probe_data, probe_run, train_run
 from rgfast.experiments.survival import FROM_LAYER, mode_survival
-from rgfast.files import write_atomically, write_text
+from rgfast.files import write_text
 from rgfast.flow import broken_stick_share, paired_interval, top_share
 from rgfast.flow.relevance import CAPTURED
 from rgfast.probing import probe
@@ -164,7 +164,8 @@ def multiverse(
     open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
     results = run_points(points, folder, numbers_with_jackknife, jobs=jobs, progress=progress)
     done = _collected(chosen, results, folder)
-    _write(done)
+    with resumable(folder):
+        _write(done)
     return done
 
 
@@ -332,7 +333,7 @@ def _write(done: Multiverse) -> None:
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def multiverse_text(done: Multiverse) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.decimation import RANDOM_MASKS
-from rgfast.experiments.points import Point, open_study, plain, run_points
+from rgfast.experiments.points import Point, open_study, plain, resumable, run_points
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
 from rgfast.files import write_text
 from rgfast.flow import Interval, paired_interval
@@ -135,7 +135,8 @@ def observe(
     work = _Work(chosen.radii, chosen.hidden_share)
     results = run_points(points, folder, work, jobs=jobs, progress=progress)
     done = _collected(chosen, points, results, folder)
-    _write(done)
+    with resumable(folder):
+        _write(done)
     return done
 
 

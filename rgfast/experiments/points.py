@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import joblib
 import xarray as xr
+from joblib.externals.loky.backend import resource_tracker
 from joblib.parallel import SequentialBackend
 from tqdm import tqdm
 
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
 from rgfast.files import clear_leftovers, plain, write_text
+from rgfast.interrupts import shielded
 from rgfast.runtime.environment import versions
 from rgfast.validation import check_positive_int
 
-__all__ = ["Point", "numbers_of_run", "open_study", "parallel", "plain", "run_points"]
+__all__ = [
+    "Point",
+    "in_parallel",
+    "numbers_of_run",
+    "open_study",
+    "parallel",
+    "plain",
+    "resumable",
+    "run_points",
+]
 
 FORMAT = "rgfast.point/1"
 
@@ -90,11 +103,44 @@ def run_points(
         unit="point",
         disable=None if progress is None else not progress,
     )
-    with bar, one_thread():
-        tasks = (joblib.delayed(_compute)(point, work, files) for point in missing)
-        for _ in parallel(jobs, len(missing))(tasks):
+    with bar, one_thread(), resumable(folder):
+        for _ in in_parallel(jobs, [joblib.delayed(_compute)(point, work, files) for point in missing]):
             bar.update()
     return [read_point(files / f"{point.name}.json", point) for point in points]
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Inside, an interrupt says that what is finished is in ``folder`` and that the study goes on from it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (f"what is finished is in {folder}, and the same command goes on from there",)
+        raise
+
+
+def in_parallel(jobs: int | None, tasks: Sequence[Any]) -> Iterator[Any]:
+    """What joblib's delayed ``tasks`` return, whichever is ready first; see :func:`parallel`.
+
+    Ctrl-C reaches this process alone, which then ends its workers: they would print a traceback each.
+    """
+    runs = parallel(jobs, len(tasks))
+    if not runs.return_generator:
+        yield from runs(tasks)
+        return
+    # Starting it later, with the first worker, would lift the shield from the others.
+    resource_tracker.ensure_running()
+    results: Any = None
+    try:
+        with shielded():
+            results = runs(tasks)
+        for result in results:  # noqa: UP028 (the warning comes where an inner generator is closed)
+            yield result
+    finally:
+        if results is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*have been cancelled", UserWarning)
+                results.close()
 
 
 def parallel(jobs: int | None, tasks: int) -> joblib.Parallel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from tqdm import tqdm
 
 from rgfast.experiments.config import ReproduceConfig, as_floats
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import parallel
+from rgfast.experiments.points import in_parallel, resumable
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thread, plan, views_of
-from rgfast.files import as_json, clear_leftovers, write_atomically, write_text
+from rgfast.files import as_json, clear_leftovers, write_text
 from rgfast.flow import Verdict, judge
+from rgfast.netcdf import read_netcdf, write_netcdf
 from rgfast.report.definitions import missed
 from rgfast.runtime.environment import versions
 from rgfast.validation import check_positive_int
@@ -92,10 +94,11 @@ def reproduce(
     _claim(folder, chosen)
 
     runs = plan(chosen)
-    _execute_all(chosen, runs, folder, jobs, progress)
-    dataset = _assemble(chosen, runs, folder)
-    verdicts = {chain: judge(dataset, chain) for chain in chosen.chains}
-    _write(folder, chosen, dataset, verdicts)
+    with resumable(folder):
+        _execute_all(chosen, runs, folder, jobs, progress)
+        dataset = _assemble(chosen, runs, folder)
+        verdicts = {chain: judge(dataset, chain) for chain in chosen.chains}
+        _write(folder, chosen, dataset, verdicts)
     return Reproduction(chosen, dataset, verdicts, folder)
 
 
@@ -165,8 +168,8 @@ def _execute_all(
         disable=None if progress is None else not progress,
     )
     with bar, one_thread():
-        tasks = (joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing)
-        for name in parallel(jobs, len(missing))(tasks):
+        tasks = [joblib.delayed(_execute)(config, run, files / f"{run.name}.nc") for run in missing]
+        for name in in_parallel(jobs, tasks):
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
@@ -178,10 +181,7 @@ def _execute(config: ReproduceConfig, run: Run, path: Path) -> str:
 
 def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Dataset:
     """All runs as one labelled dataset, in the configuration's order; what was not run is NaN."""
-    parts = []
-    for run in runs:
-        with xr.open_dataset(folder / "runs" / f"{run.name}.nc", engine="h5netcdf") as part:
-            parts.append(part.load())
+    parts = [read_netcdf(folder / "runs" / f"{run.name}.nc") for run in runs]
     merged = xr.merge(parts, join="outer", compat="no_conflicts", combine_attrs="drop")
     # What was read remembers the string length of its own file, which would cut longer labels.
     merged = merged.drop_encoding()
@@ -261,15 +261,12 @@ def _write(
     # matplotlib is slow to import and only needed here.
     from rgfast.report import figures, write_report
 
-    write_atomically(folder / "result.nc", lambda path: dataset.to_netcdf(path, engine="h5netcdf"))
-
-    def write_summary(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(SUMMARY_COLUMNS)
-            writer.writerows(summary_rows(dataset))
-
-    write_atomically(folder / "summary.csv", write_summary)
+    write_netcdf(folder / "result.nc", dataset)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(SUMMARY_COLUMNS)
+    writer.writerows(summary_rows(dataset))
+    write_text(folder / "summary.csv", table.getvalue())
     document = {
         "format": "rgfast.verdict/1",
         "setup": SETUP if _is_default(config) else "in the set-up that config.json records",

@@ -18,8 +18,8 @@ from torch import Tensor
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.survival import PROCESSES, mode_survival, posterior_rank
-from rgfast.files import write_atomically
 from rgfast.masking import balanced_mask
+from rgfast.netcdf import write_netcdf
 from rgfast.probing import ProbeResult, probe
 from rgfast.stack import MaskedTokenModel
 from rgfast.training import TrainingLog, captured, seeded_generator, train
@@ -129,8 +129,7 @@ def run_dataset(config: ReproduceConfig, run: Run, *, pairs: bool = False) -> xr
 
 def execute(config: ReproduceConfig, run: Run, path: Path) -> None:
     """Train and probe one run and write its numbers to ``path`` (NetCDF, atomically)."""
-    combined = run_dataset(config, run, pairs=True)
-    write_atomically(path, lambda temporary: combined.to_netcdf(temporary, engine="h5netcdf"))
+    write_netcdf(path, run_dataset(config, run, pairs=True))
 
 
 def train_run(config: ReproduceConfig, run: Run, model: MaskedTokenModel) -> TrainingLog | None:

@@ -14,8 +14,8 @@ import pandas as pd
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, run_points
-from rgfast.files import write_atomically, write_text
+from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, resumable, run_points
+from rgfast.files import write_text
 from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice
@@ -147,7 +147,8 @@ def sweep(
     table = table.sort_values(["chain", "xi", "width", "seed"], ignore_index=True)
     test = relevance_test(table) if chosen.name.startswith("relevance") else None
     done = Sweep(chosen, table, test, folder)
-    _write(done)
+    with resumable(folder):
+        _write(done)
     return done
 
 
@@ -200,9 +201,7 @@ def _write(done: Sweep) -> None:
     from rgfast.report import write_report
     from rgfast.report.figures import plot_posterior_rank, plot_relevance, plot_xi, save_figure
 
-    write_atomically(
-        done.out / "table.csv", lambda path: done.table.to_csv(path, index=False, lineterminator="\n")
-    )
+    write_text(done.out / "table.csv", done.table.to_csv(index=False, lineterminator="\n"))
     if done.test is not None:
         document = {"format": "rgfast.relevance/1", **plain(done.test.to_dict())}
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

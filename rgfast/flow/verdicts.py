@@ -28,6 +28,7 @@ from rgfast.flow.curves import (
     paired_interval,
     top_share,
 )
+from rgfast.netcdf import read_netcdf
 
 __all__ = ["Check", "Thresholds", "Verdict", "curve", "judge"]
 
@@ -410,11 +411,10 @@ def judge(
     Finding (i) and (iii) are judged at the smallest ξ, (ii) between the smallest and the largest; with a
     single ξ there is no (ii). A run under ``bars.captured`` gets no verdict and is left out of the others.
 
-    Raises ValueError where the chain or a variable that is needed is not in ``result``.
+    Raises ValueError if the chain or a variable that is needed is not in ``result``, or the file is damaged.
     """
     if isinstance(result, (str, Path)):
-        with xr.open_dataset(result, engine="h5netcdf") as opened:
-            return judge(opened.load(), chain, bars)
+        return judge(read_netcdf(result), chain, bars)
     chains = [str(c) for c in result.chain.values]
     if chain is None and len(chains) == 1:
         chain = chains[0]

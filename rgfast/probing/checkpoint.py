@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import zipfile
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgfast.files import write_atomically
+from rgfast.files import leftovers, write_stream
 from rgfast.probing.capture.batches import batch_items
 from rgfast.validation import from_array
 
@@ -28,12 +27,9 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     """Replace ``path`` by these arrays and a header of JSON values; whoever reads it sees all or nothing."""
     text = json.dumps({"format": FORMAT, "format_version": VERSION, **header})
 
-    def fill(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            everything: dict[str, Any] = {_HEADER: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
-            np.savez(file, **everything)
-
-    write_atomically(path, fill)
+    everything: dict[str, Any] = {_HEADER: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
+    # Moments may take most of the memory: they go to the file array by array.
+    write_stream(path, lambda file: np.savez(file, **everything))
 
 
 def checked_path(path: Any) -> Path:
@@ -50,7 +46,7 @@ def checked_path(path: Any) -> Path:
 
 def clear_stale(path: Path) -> None:
     """Remove what a process killed while writing ``path`` left beside it. A checkpoint has one writer."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+    for stale in leftovers(path):
         stale.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.files import write_atomically
+from rgfast.netcdf import read_netcdf, write_netcdf
 from rgfast.probing.accessor import Accessor
 from rgfast.probing.frame import as_long_form, positions_of
 from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS
@@ -231,17 +231,16 @@ class ProbeResult(Accessor):
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its
-        result cannot be merged. If several ranks probed together, rank 0 alone writes."""
+        result cannot be merged. If several ranks probed together, rank 0 alone writes.
+
+        The file is made in memory first. Raises OSError, naming ``path``, for a full disk or quota, no such
+        folder, and whatever may not be written to; nothing is left behind then.
+        """
         if not self._writes:
             return
         state = self._moments if moments else None
-
-        def write(temporary: Path) -> None:
-            self.dataset.assign_attrs(moments=int(bool(state))).to_netcdf(temporary, engine="h5netcdf")
-            if state:
-                _packed(state).to_netcdf(temporary, mode="a", group="moments", engine="h5netcdf")
-
-        write_atomically(path, write)
+        groups = {"moments": _packed(state)} if state else {}
+        write_netcdf(path, self.dataset.assign_attrs(moments=int(bool(state))), **groups)
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeResult:
@@ -253,11 +252,7 @@ class ProbeResult(Accessor):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"path must be a probe result, and there is no file {path}")
-        try:
-            with xr.open_dataset(path, engine="h5netcdf") as file:
-                dataset = file.load()
-        except Exception as error:
-            raise ValueError(f"{path} is truncated or not a NetCDF file: {error}") from error
+        dataset = read_netcdf(path)
         if dataset.attrs.get("format") != FORMAT:
             raise ValueError(f"{path} is a NetCDF file but not a probe result (no format {FORMAT!r} in it)")
         version = int(dataset.attrs.get("format_version", 0))
@@ -268,8 +263,7 @@ class ProbeResult(Accessor):
         moments = None
         try:
             if dataset.attrs.get("moments"):
-                with xr.open_dataset(path, group="moments", engine="h5netcdf") as file:
-                    moments = _unpacked(file.load())
+                moments = _unpacked(read_netcdf(path, "moments"))
         except Exception as error:
             raise ValueError(f"{path} is truncated: {error}") from error
         return cls(dataset, moments)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from rgfast.probing.result import DRIFTS, PAIRWISE, RANKS, ProbeResult
+from rgfast.report.backend import new_axes
 from rgfast.report.canvas import draw_chart, styled
 from rgfast.report.probe_charts import (
     cka_chart,
@@ -93,6 +93,6 @@ def views_of(result: ProbeResult, views: Sequence[str] | None) -> list[str]:
 @styled
 def _draw(chart: Chart, ax: Axes | None) -> Axes:
     if ax is None:
-        ax = plt.subplots(figsize=(6, 4), layout="constrained")[1]
+        ax = new_axes((6, 4))
     draw_chart(chart, ax)
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.axis import Axis as Ticked
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from rgfast.files import write_atomically
+from rgfast.files import write_bytes
 from rgfast.report.palette import BASELINE, HEAT, STYLE
 from rgfast.report.spec import Array, Axis, Chart, Heat, Panel, Series
 
@@ -231,4 +232,6 @@ def _legend(panel: Panel, axes: Axes, at: Any) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write ``figure`` to ``path`` as PNG at 150 dpi, atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_bytes(path, picture.getbuffer())

@@ -139,11 +139,19 @@ def _study(folder: Path, kind: str, design: dict[str, Any]) -> Study:
         path = folder / f"{name}.csv"
         if not path.is_file():
             raise ValueError(f"source must be a finished study, and {folder} has no {path.name} yet")
-        tables[name] = pd.read_csv(path)
+        tables[name] = _table(path)
     summary = next(
         (folder / name for name in ("summary.json", "verdict.json") if (folder / name).is_file()), None
     )
     return Study(kind, tables, {} if summary is None else _json(summary), design, folder)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        found: pd.DataFrame = pd.read_csv(path)
+    except ValueError as error:  # pandas' own errors of parsing are ValueErrors, too
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return found
 
 
 def _setup(folder: Path) -> str:

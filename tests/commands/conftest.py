@@ -80,6 +80,48 @@ def bert_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def seq2seq_folders(tmp_path_factory):
+    """Small encoder-decoders by name and the encoder of one alone, with a tokenizer without a mask token."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    t5 = transformers.T5Config(
+        vocab_size=len(vocabulary),
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    bart = transformers.BartConfig(
+        vocab_size=len(vocabulary), d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("seq2seq")
+    models = {
+        "t5": transformers.T5ForConditionalGeneration(t5),
+        "bart": transformers.BartForConditionalGeneration(bart),
+        "encoder": transformers.T5EncoderModel(t5),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in models}
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """Sixty lines of three to eleven words."""
     rng = np.random.default_rng(0)

@@ -115,4 +115,4 @@ def test_debug_keeps_the_code_of_wrong_input(tmp_path, capsys):
 def test_an_interrupt_is_130(failing, capsys):
     failing(KeyboardInterrupt())
     assert cli.main(["info"]) == errors.INTERRUPTED
-    assert capsys.readouterr().err == "rgfast: interrupted; what was finished is kept\n"
+    assert capsys.readouterr().err == "rgfast: interrupted\n"

@@ -291,7 +291,7 @@ def test_wrong_options_are_one_sentence(
         (["--inputs", "a.npy", "--text", "a.txt"], "not allowed with argument"),
         (["--inputs", "a.npy", "--views", "hidden"], "invalid choice: 'hidden'"),
         (["--inputs", "a.npy", "--limit", "many"], "invalid int value: 'many'"),
-        (["--input", "a.npy"], "one of the arguments"),
+        (["--input", "a.npy"], "--input (did you mean --inputs?)"),
     ],
 )
 def test_wrong_usage(words, message, own_folder, capsys):

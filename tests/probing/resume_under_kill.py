@@ -12,7 +12,6 @@ import pathlib
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -99,7 +98,7 @@ def arm(spot, model, countdown):
         block = model.stack.blocks[1]
         block.register_forward_hook(dying(lambda *args: None, countdown, before=True))
     elif spot == "temporary file made":
-        tempfile.mkstemp = dying(tempfile.mkstemp, countdown, before=False)
+        np.savez = dying(np.savez, countdown, before=True)
     elif spot == "half written":
         np.savez = half(np.savez, countdown)
     elif spot == "not yet on disk":
