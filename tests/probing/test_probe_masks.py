@@ -255,6 +255,27 @@ def test_entries_that_look_like_masks_are_not_dropped_in_silence():
     assert probe(model, [{"input_ids": IDS, **labels}]).notes == ()
 
 
+class Required(Tokens):
+    """Requires its mask, so that of a tuple it is passed by position."""
+
+    def forward(self, tokens, key_padding_mask):
+        return self.stream(tokens)
+
+
+def test_a_mask_that_was_read_is_not_said_to_be_unread():
+    result = probe(seeded(Required), [(IDS, ~KEEP)])
+    assert_pooled(result, stream(seeded(Required)), KEEP)
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("name", ["memory_key_padding_mask", "cross_attention_mask", "global_attention_mask"])
+def test_a_mask_of_no_layers_rows_is_left_alone(name):
+    for mask in (KEEP, KEEP.long()):
+        result = probe(seeded(Tokens), [{"input_ids": IDS, name: mask, "attention_mask": KEEP}])
+        assert_pooled(result, stream(seeded(Tokens)), KEEP)
+        assert result.notes == ()
+
+
 class Seq2Seq(nn.Module):
     def __init__(self):
         super().__init__()
