@@ -73,7 +73,7 @@ class Entries:
 
         Raises ValueError if it goes on from an earlier forward, as those of ``generate()`` do.
         """
-        bound = self._caller.bound(args, kwargs)
+        bound = self._caller.bound(args, kwargs, self._reserved)
         if _is_generating(self._model) or _cached(bound):
             raise ValueError(
                 "generate() cannot be probed: its forwards go over the same sequences again, or take one "
