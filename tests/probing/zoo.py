@@ -274,7 +274,8 @@ def main():
             failed += 1
             print(f"| {each.name} | {each.fed} | FAILED | {type(error).__name__} | {str(error)[:600]} |")
         else:
-            print(f"| {each.name} | {each.fed} | {shown(layers)} | {worst:.0e} | {'; '.join(notes)} |")
+            said = "; ".join(note for note in notes if not note.startswith("position "))
+            print(f"| {each.name} | {each.fed} | {shown(layers)} | {worst:.0e} | {said} |")
         print(f"{each.name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     print(f"\n{len(chosen)} models, {failed} failed; torch {torch.__version__}")
     sys.exit(bool(failed))

@@ -139,7 +139,17 @@ def lora():
     for layer in model.model.layers:
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
         layer.self_attn.v_proj = Adapted(layer.self_attn.v_proj)
-    case = Case(Wrapper(model).eval(), batch, cut(batch), numbered("base_model.model.model.layers"), keep)
+    return Case(Wrapper(model).eval(), batch, cut(batch), numbered("base_model.model.model.layers"), keep)
+
+
+@entry("LoRA on a BERT", "tuples, padding on the right")
+def lora_of_tuples():
+    case = bert()
+    for layer in case.model.encoder.layer:
+        layer.attention.self.query = Adapted(layer.attention.self.query)
+    case.model = Wrapper(case.model).eval()
+    case.given = [tuple(kwargs.values()) for _, kwargs in case.calls]
+    case.blocks = numbered("base_model.model.encoder.layer")
     return case
 
 
