@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "opened"]
 
 _P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Sequences of a stack that hands over tiles that are taken through all its layers, and summed, at once: as
 # many rows per position as an accumulator sums in one product.
@@ -55,6 +56,11 @@ def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
             raise
 
     return wrapped
+
+
+def _without_grad(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``method`` without gradients and out of inference mode: what it keeps is summed after the loop."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class Probe:
@@ -202,12 +208,14 @@ class Probe:
         self._whole = None
         self._entries.begin(args, kwargs)
 
+    @_without_grad
     def entered(self, x: Tensor) -> None:
         """:meta private:"""
         rows = Activation(_of_stack(x, self._taps[0].name))
         every = range(len(self._taps))
         self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
 
+    @_without_grad
     def tile(self, first: int, states: Tensor) -> None:
         """:meta private:"""
         assert self._whole is not None
@@ -215,6 +223,7 @@ class Probe:
         part = self._whole.some(slice(first, first + len(rows[0])))
         self._tally.add(replace(part, layers=rows, reused=True))
 
+    @_without_grad
     def finished(self, seen: Sequence[Seen] | None) -> None:
         """:meta private:"""
         if seen is not None:

@@ -96,6 +96,23 @@ def test_what_cannot_be_found_lists_candidates(token_model, kit):
         names(two)
 
 
+def test_a_stack_of_several_kinds_is_a_stream_if_it_is_named(kit):
+    """Hybrids of attention and state spaces take turns, so that no two blocks of a kind are neighbors."""
+
+    class Other(kit.Residual):
+        pass
+
+    kinds = [kit.Residual, Other, kit.Residual, Other]
+    model = nn.ModuleDict({"layers": nn.ModuleList(kind(3) for kind in kinds), "norm": nn.LayerNorm(3)})
+    with pytest.raises(ValueError, match="several kinds is taken by layers='layers'"):
+        names(model)
+    stream = ["layers.0:input", *(f"layers.{k}" for k in range(4))]
+    assert names(model, "layers") == stream
+    assert names(model, ["layers", "norm"]) == [*stream, "norm"]
+    model["layers"].append(nn.Linear(3, 3))  # no block
+    assert names(model, "layers") == ["layers"]
+
+
 def test_what_was_chosen_is_printed(token_model, token_data, capsys):
     rgfast.probe(token_model, token_data, progress=None)
     printed = capsys.readouterr().out

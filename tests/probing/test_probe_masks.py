@@ -255,6 +255,62 @@ def test_entries_that_look_like_masks_are_not_dropped_in_silence():
     assert probe(model, [{"input_ids": IDS, **labels}]).notes == ()
 
 
+class Required(Tokens):
+    """Requires its mask, so that of a tuple it is passed by position."""
+
+    def forward(self, tokens, key_padding_mask):
+        return self.stream(tokens)
+
+
+def test_a_mask_that_was_read_is_not_said_to_be_unread():
+    result = probe(seeded(Required), [(IDS, ~KEEP)])
+    assert_pooled(result, stream(seeded(Required)), KEEP)
+    assert result.notes == ()
+
+
+class HandsOn(nn.Module):
+    """What adapters make of a model: a forward that names no argument, of a model one or two levels down."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.add_module(name, model)
+        self.name = name
+
+    def forward(self, *args, **kwargs):
+        return getattr(self, self.name)(*args, **kwargs)
+
+
+WRAPPED = {
+    "adapter": lambda model: HandsOn(HandsOn(model, "model"), "base_model"),
+    "data parallel": nn.DataParallel,
+    "of another name": lambda model: HandsOn(model, "its_own"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("side", [KEEP, LEFT], ids=["right", "left"])
+def test_masks_by_position_through_a_wrapper(wrapper, side):
+    model = WRAPPED[wrapper](seeded(Tokens)).eval()
+    rows = stream(seeded(Tokens))
+    result = probe(model, [(IDS, side.long())])
+    assert_pooled(result, rows, side)
+    said = ["item 1 of a batch was read as a padding mask" in note for note in result.notes]
+    assert said == ([True] if wrapper == "of another name" else [])
+    with rgfast.Probe(model, progress=False) as watched, torch.no_grad():
+        model(IDS, side.long())
+    assert_pooled(watched.result(), rows, side)
+    assert_pooled(probe(model, [(IDS,)]), rows, torch.ones_like(KEEP))
+    assert_pooled(probe(model, {"input_ids": IDS, "attention_mask": side}), rows, side)
+
+
+@pytest.mark.parametrize("name", ["memory_key_padding_mask", "cross_attention_mask", "global_attention_mask"])
+def test_a_mask_of_no_layers_rows_is_left_alone(name):
+    for mask in (KEEP, KEEP.long()):
+        result = probe(seeded(Tokens), [{"input_ids": IDS, name: mask, "attention_mask": KEEP}])
+        assert_pooled(result, stream(seeded(Tokens)), KEEP)
+        assert result.notes == ()
+
+
 class Seq2Seq(nn.Module):
     def __init__(self):
         super().__init__()

@@ -255,3 +255,38 @@ def test_generating_inside_a_probe_is_refused(cached):
         model.generate(ids, cached)
     whole = model.generate(ids, cached)
     assert probe(model, [whole]).dataset.attrs["length"] == 8
+
+
+def test_a_loop_in_inference_mode_can_be_read_and_continued():
+    """What the probe keeps is no tensor of inference mode, whatever is probed and however it ends."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 5, 4)
+    for model, layers in (
+        (rgfast.ResidualStack(4, 2, mixing="none"), "auto"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)), ["0", "2"]),
+    ):
+        want = rgfast.probe(model, x, layers=layers, route="moments", progress=False)
+        with rgfast.Probe(model, layers=layers, progress=False) as watched:
+            with torch.inference_mode():
+                for part in x[:256].split(128):
+                    model(part)
+            first = watched.result().dataset
+            assert first.n.max() == 256 * 5
+            with torch.no_grad():
+                model(x[256:])
+        found = watched.result().dataset
+        for name in ("effective_rank", "kernel_drift"):
+            assert torch.allclose(
+                torch.from_numpy(found[name].values), torch.from_numpy(want.dataset[name].values),
+                rtol=1e-9, atol=1e-12, equal_nan=True,
+            )  # fmt: skip
+
+
+def test_a_target_of_weights_keeps_no_graph():
+    """A function of the entries that uses weights of the model."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    targets = {"first": lambda entries: model[0](entries["input"])}
+    result = rgfast.probe(model, torch.randn(300, 4), layers=["0", "2"], targets=targets, progress=False)
+    r2 = result.dataset.target_r2.isel(target=0, view=0, position=0)
+    assert float(r2[0]) == pytest.approx(1.0, abs=1e-6)

@@ -66,11 +66,15 @@ def main():
     parser.add_argument(
         "--sanitized", metavar="FOLDER", help="build folder with the module under ASan and UBSan"
     )
+    parser.add_argument(
+        "--probe", action="store_true", help="masks, batches and axes of a probe instead of the ops"
+    )
     options = parser.parse_args()
     if options.sanitized:
         sanitized(options.sanitized)
         load_module(options.sanitized)
     import ops
+    import ops_probe
     from draws import Draw
 
     from rgfast.runtime import native
@@ -80,11 +84,12 @@ def main():
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*deterministic")
     isas = native.available_isas()
+    checks = ops_probe.CHECKS if options.probe else ops.CHECKS
     done, worst, failed = collections.Counter(), collections.defaultdict(float), 0
     start = time.monotonic()
     for case in range(options.first, options.first + options.cases):
         draw = Draw(options.seed, case)
-        name, check = draw.choose(ops.CHECKS)
+        name, check = draw.choose(checks)
         torch.set_num_threads(draw.choose((1, 2)))
         dtype, device = draw.defaults()
         isa = native.use_isa(draw.choose(isas)) if isas else contextlib.nullcontext()
@@ -94,7 +99,8 @@ def main():
                 outcome, excess = check(draw)
         except Exception:
             failed += 1
-            print(f"FAILED {name}: --seed {options.seed} --first {case} --cases 1", flush=True)
+            family = "--probe " if options.probe else ""
+            print(f"FAILED {name}: {family}--seed {options.seed} --first {case} --cases 1", flush=True)
             traceback.print_exc()
             continue
         finally:

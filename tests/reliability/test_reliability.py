@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ops_probe
 import pytest
+import torch
+from draws import Draw
 
+from rgfast.probing.capture import padding
 from rgfast.runtime import native
 
 HERE = Path(__file__).parent
@@ -35,6 +39,37 @@ def test_random_cases_through_every_op():
     # Most cases compare a number, not only that an error came.
     assert sum(right for right, _, _ in found.values()) >= 280
     assert sum(refused for _, refused, _ in found.values()) >= 10
+
+
+def test_random_masks_batches_and_axes_through_the_probe():
+    *lines, last = run("fuzz.py", "--probe", "--cases", "40", "--seed", "5")
+    assert last.startswith("40 cases, 0 failed")
+    found = {line.split()[0]: [int(number) for number in line.split()[1:4]] for line in lines[1:]}
+    assert sum(sum(counts) for counts in found.values()) == 40
+    assert found["probe_masks"][0] >= 15
+    assert found["probe_refused"][1] >= 2
+
+
+@pytest.mark.parametrize("wrong", ["counts padding", "drops the first column"])
+def test_the_fuzzer_fails_where_padding_is_read_wrongly(monkeypatch, wrong):
+    def read(value, name, binary):
+        if wrong == "counts padding":
+            return torch.ones_like(value, dtype=torch.bool)
+        keep = right(value, name, binary)
+        keep[..., 0] = False
+        return keep
+
+    right = padding._elementwise
+    check = dict(ops_probe.CHECKS)["probe_masks"]
+    check(Draw(5, 0))
+    monkeypatch.setattr(padding, "_elementwise", read)
+    failed = 0
+    for case in range(12):
+        try:
+            check(Draw(5, case))
+        except (AssertionError, ValueError):
+            failed += 1
+    assert failed >= 6
 
 
 def test_the_fuzzer_fails_where_a_number_is_wrong(tmp_path):

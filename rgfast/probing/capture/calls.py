@@ -17,6 +17,9 @@ __all__ = ["Caller"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
+# What wrappers call the model inside them.
+_INSIDE = ("base_model", "module", "model", "_orig_mod")
+
 
 class Caller:
     """Calls a model on a batch: what its ``forward`` takes is passed, the rest of a mapping is not.
@@ -28,6 +31,7 @@ class Caller:
     def __init__(self, model: nn.Module, padding: Padding | None = None, notes: Notes | None = None) -> None:
         self._model, self._padding, self._notes = model, padding, notes
         self._signature = inspect.signature(model.forward)
+        self._inner = _inner_signature(model)
         parameters = self._signature.parameters.values()
         kinds = {p.kind: p.name for p in parameters}
         self._keywords = kinds.get(inspect.Parameter.VAR_KEYWORD)
@@ -59,17 +63,29 @@ class Caller:
                 found.update(self.entries(item))
             else:
                 name = "batches" if whole else entry_name(k)
-                found["input" if not k else f"input{k}"] = self._placed(item, name)
+                found[_unnamed(k + 1)[k]] = self._placed(item, name)
         return found
 
-    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward by name; a mapping among them is taken apart."""
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reserved: frozenset[str]
+    ) -> dict[str, Any]:
+        """The arguments of a forward by name; a mapping among them is taken apart.
+
+        What a wrapper hands on as it is has the names that the model inside gives it, else ``input``,
+        ``input1`` and so on.
+        """
         try:
-            found = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+            found = dict(self._inner.bind_partial(*args, **kwargs).arguments)
         except TypeError:
             found = dict(kwargs)
-        if self._keywords is not None:
-            found.update(found.pop(self._keywords, {}))
+        for parameter in self._inner.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found.update(found.pop(parameter.name, {}))
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                values = found.pop(parameter.name, ())
+                names = _unnamed(len(args))[len(args) - len(values) :]
+                found.update(zip(names, values, strict=True))
+                self._read_unnamed(args, names, reserved)
         for value in [v for v in found.values() if isinstance(v, Mapping)]:
             found = {**{str(key): item for key, item in value.items()}, **found}
         return found
@@ -138,17 +154,45 @@ class Caller:
             name = names[0]
         if name and (values[k].dtype == torch.bool or name.endswith("attention_mask")):
             return name
-        if self._padding is not None and self._notes is not None:
-            self._padding.read_too(entry)
-            self._notes.add(
-                f"item {k} of a batch was read as a padding mask (1 counts), and not passed to forward, "
-                "which takes none; padding=None counts every position"
-            )
+        self._read_too(k, ", and not passed to forward, which takes none")
         return None
+
+    def _read_unnamed(self, args: tuple[Any, ...], names: list[str], reserved: frozenset[str]) -> None:
+        """Have those of the last arguments read that can only be padding masks; decided when first seen."""
+        for k, name in enumerate(names, start=len(args) - len(names)):
+            if k and k not in self._masks:
+                self._masks[k] = None
+                if name not in reserved and looks_like_padding(args[k], args[0]):
+                    self._read_too(k, "")
+
+    def _read_too(self, k: int, more: str) -> None:
+        if self._padding is not None and self._notes is not None:
+            self._padding.read_too(f"input{k}")
+            self._notes.add(
+                f"item {k} of a batch was read as a padding mask (1 counts){more}; padding=None counts every "
+                "position"
+            )
 
     def _placed(self, value: Any, name: str) -> Any:
         value = as_entry(value, name)
         return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
+
+
+def _unnamed(number: int) -> list[str]:
+    """The names of so many items without names."""
+    return ["input" if not k else f"input{k}" for k in range(number)]
+
+
+def _inner_signature(model: nn.Module) -> inspect.Signature:
+    """That of ``forward``; if it hands all on (adapters, DataParallel), that of the model inside."""
+    signature = inspect.signature(model.forward)
+    hands_on = {p.kind for p in signature.parameters.values()} <= {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+    children = dict(model.named_children())
+    inner = next((children[name] for name in _INSIDE if name in children), None)
+    return _inner_signature(inner) if hands_on and inner is not None else signature
 
 
 def _may_be_mapping(parameter: inspect.Parameter) -> bool:

@@ -75,7 +75,7 @@ class Entries:
 
         Raises ValueError if it goes on from an earlier forward, as those of ``generate()`` do.
         """
-        bound = self._caller.bound(args, kwargs)
+        bound = self._caller.bound(args, kwargs, self._reserved)
         if _is_generating(self._model) or _cached(bound):
             raise ValueError(
                 "generate() cannot be probed: its forwards go over the same sequences again, or take one "
@@ -92,6 +92,10 @@ class Entries:
         by_tap = self._padding.entries(self._now, self._reserved)
         names = [by_tap[tap] for tap in taps]
         longest = max(a.rows.shape[1] for a in activations if a is not None)
+        # A nested tensor ends with the longest sequence, the mask that it comes from with the last column.
+        for name, a in zip(names, activations, strict=True):
+            if name is not None and a is not None and a.keep is not None and not self._now[name].is_nested:
+                longest = max(longest, self._now[name].shape[-1])
         activations = [None if a is None else a.longer(longest) for a in activations]
         rows = [None if a is None else a.rows for a in activations]
         own = [None if a is None else a.keep for a in activations]

@@ -82,10 +82,11 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
     """The taps that ``layers`` asks for, in the model's order for patterns, and a sentence saying which.
 
     ``"auto"`` is the input of the first block and the output of every block of the model's only stack of
-    blocks; the name of a stack of blocks (a ModuleList, or by itself a Sequential) is the same of that stack.
-    Otherwise a dotted module name (``name:input`` for what it is given), an index into the automatic stream
-    (0 its input, l the output of block l), a glob (``*`` stays within one dotted part, ``**`` does not), a
-    compiled regular expression or ``"re:..."`` matching the whole name, or a sequence of these.
+    blocks; the name of a stack of blocks (a ModuleList, of several kinds too, or by itself a Sequential) is
+    the same of that stack. Otherwise a dotted module name (``name:input`` for what it is given), an index
+    into the automatic stream (0 its input, l the output of block l), a glob (``*`` stays within one dotted
+    part, ``**`` does not), a compiled regular expression or ``"re:..."`` matching the whole name, or a
+    sequence of these.
 
     Raises ValueError for what matches nothing, for a repeated layer, and for ``"auto"`` if there is no stack
     of blocks or more than one; the message lists the candidates.
@@ -130,8 +131,9 @@ def _resolve_one(model: nn.Module, spec: LayerSpec, *, alone: bool) -> list[Tap]
         if name not in names:
             raise ValueError(f"layers: there is no module {name!r}; {_candidates(name, names)}")
         # A Sequential among other layers is one of them, as the stages of a network are.
-        if alone or isinstance(model.get_submodule(spec.removesuffix(_INPUT)), nn.ModuleList):
-            for whole in _streams(model, ""):
+        module = model.get_submodule(name)
+        if alone or isinstance(module, nn.ModuleList):
+            for whole in [*_streams(model, ""), *_mixed(module, name)]:
                 if whole.container == spec:
                     return whole.taps()
         return [_tap(spec)]
@@ -200,6 +202,9 @@ def _looked_at(model: nn.Module) -> str:
     seen = (
         f"looked at {'; '.join(looked[:_SHOWN])}{more}" if looked else "there is no ModuleList or Sequential"
     )
+    mixed = [stream for name, module in model.named_modules() for stream in _mixed(module, name) if name]
+    if mixed:
+        seen += "; a stack of several kinds is taken by " + " or ".join(s.asked() for s in mixed[:_SHOWN])
     top = ", ".join(name for name, _ in model.named_children()) or "none"
     return f"{seen}. Name the layers, the top modules are: {top}"
 
@@ -230,6 +235,14 @@ def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
     for name, child in module.named_children():
         if name not in inside:
             yield from _streams(child, f"{prefix}{name}.")
+
+
+def _mixed(module: nn.Module, name: str) -> list[_Stream]:
+    """The stream through a ModuleList of blocks of several kinds, which is one only if it is asked for."""
+    children = list(module.named_children())
+    if not isinstance(module, nn.ModuleList) or not children or not all(_is_block(c) for _, c in children):
+        return []
+    return [_Stream(tuple(f"{name}.{n}" for n, _ in children), " or ".join(_kinds(module)), name)]
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -40,12 +40,22 @@ def is_padding_name(name: str) -> bool:
 
 
 def _word(name: str) -> str | None:
-    """What stands before ``attention_mask`` and the like; None for other names."""
+    """What stands before ``attention_mask`` and the like; None for other names, and if it is of no rows."""
+    word = _before_suffix(name)
+    return None if word is None or _ROLES.get(word, word) is None else word
+
+
+def _before_suffix(name: str) -> str | None:
     for suffix in _SUFFIXES:
         if name == suffix or name.endswith(f"_{suffix}"):
-            word = name.removesuffix(suffix).strip("_").lower()
-            return None if _ROLES.get(word, word) is None else word
+            return name.removesuffix(suffix).strip("_").lower()
     return None
+
+
+def _is_of_others(name: str) -> bool:
+    """Whether a padding mask is of a stream that is not probed, or of no stream's rows."""
+    word = _before_suffix(name)
+    return word is not None and _ROLES.get(word, word) in ("encoder", "decoder", None)
 
 
 def looks_like_padding(value: Any, first: Any) -> bool:
@@ -196,12 +206,13 @@ class Padding:
         reserved: frozenset[str],
     ) -> None:
         """Say which entries look like masks and were not read as padding."""
+        read = {id(entries[name]) for name in names if name is not None}  # an item of a tuple has two names
         for name, value in entries.items():
-            if name in names or name in reserved or any(word in name.lower() for word in _OTHER):
+            if id(value) in read or name in reserved or any(word in name.lower() for word in _OTHER):
                 continue
             if not isinstance(value, Tensor) or value.is_nested or value.dim() != 2:
                 continue
-            if value.shape[1] < 2 or value.shape[1] != length or _word(name) in ("encoder", "decoder"):
+            if value.shape[1] < 2 or value.shape[1] != length or _is_of_others(name):
                 continue
             called = "mask" in name.lower()
             if value.dtype == torch.bool or (called and bool(((value == 0) | (value == 1)).all())):
