@@ -100,10 +100,10 @@ def measure_of(solved: Solved, measure: str, shape: torch.Size, device: torch.de
     return on_device(effective_rank_of(solved.sigma, spectrum=spectrum), shape[:-2], device)
 
 
-def on_device(value: Array, shape: Sequence[int], device: torch.device) -> Tensor:
+def on_device(value: Array | Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
     """A result as a tensor of this shape beside the data."""
-    made = torch.from_numpy(np.ascontiguousarray(value).reshape(tuple(shape)))
-    return made if device.type == "cpu" else made.to(device)
+    made = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    return made.reshape(tuple(shape)).to(device)
 
 
 def checked(value: Any) -> Tensor:
@@ -183,7 +183,7 @@ def second_moments(call: Measure) -> tuple[Tensor, Tensor]:
 def describe(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
     lead = x.shape[:-2]
     return SpectrumInfo(
-        path=np.array(PATHS)[solved.path].reshape(tuple(lead)),
+        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
         error_bound=on_device(solved.bound(), lead, x.device),
         variance_error_bound=on_device(solved.bound("variance"), lead, x.device),
         singular_value_error=on_device(solved.singular_value_error(), (*lead, min(x.shape[-2:])), x.device),

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.probing.measures import Measured
+from rgfast.probing.measured import Measured
 from rgfast.probing.plan import Plan
 
 __all__ = ["ByGroup", "Estimator", "Findings"]
 
 
 # Measures without each group, and R² of every target [targets, layers, P] with its standard error.
-ByGroup = tuple[list[Measured], tuple[NDArray[np.float64], NDArray[np.float64]] | None]
+ByGroup = tuple[list[Measured], tuple[Tensor, Tensor] | None]
 
 
 class Findings(Protocol):

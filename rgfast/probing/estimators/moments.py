@@ -13,7 +13,8 @@ from torch import Tensor
 from rgfast.probing.capture.positions import columns_of
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators.base import ByGroup
-from rgfast.probing.measures import Measured, measure, spread
+from rgfast.probing.estimators.moment_measures import measure_moments
+from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
 from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
@@ -181,7 +182,7 @@ class Moments:
         return self._spread(
             view,
             [
-                measure(_layers_of(moments, len(members)), spectra=view != "flattened")
+                measure_moments(_layers_of(moments, len(members)), spectra=view != "flattened")
                 for members, moments in self._moments(view)
             ],
         )
@@ -194,14 +195,21 @@ class Moments:
             folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
             rest = list(_all_but_one(folds, []))
             left_out.append(
-                [measure(_layers_of(part, len(members)), spectra=False, refine=False) for part in rest]
+                [
+                    measure_moments(_layers_of(part, len(members)), spectra=False, refine=False)
+                    for part in rest
+                ]
             )
             if targets and view != "flattened":
                 if r2 is None:
                     shape = (targets, len(self.plan.names), folds[0].count.numel())
-                    r2 = np.full(shape, np.nan), np.full(shape, np.nan)
+                    unknown = torch.full(shape, torch.nan, dtype=torch.float64, device=folds[0].count.device)
+                    r2 = unknown, unknown.clone()
                 if len(folds[0].widths) > len(members):
-                    r2[0][:, members], r2[1][:, members] = linear_r2(folds, rest, len(members), targets)
+                    for all_layers, some in zip(
+                        r2, linear_r2(folds, rest, len(members), targets), strict=True
+                    ):
+                        all_layers[:, list(members)] = some
         return [self._spread(view, list(parts)) for parts in zip(*left_out, strict=True)], r2
 
     def _spread(self, view: str, parts: list[Measured]) -> Measured:
