@@ -45,10 +45,10 @@ SHARES = {
 ADDED = {
     "products": ("baddbmm_",),
     "shift and widen": ("_extended", "_settle_shift"),
-    "NaN check": ("_check_finite",),
+    "NaN check": ("check_finite",),
     "factors": ("_triangle", "_well_conditioned"),
-    "eigenvalues": ("rank_measures_from_moment",),
-    "SVD of factors": ("rank_measures_from_factor",),
+    "eigenvalues": ("solved_moment",),
+    "SVD of factors": ("solved_factor",),
     "baselines": ("baselines",),
     "CKA of moments": ("cka_from_moments", "_changes"),
     "merge views": ("moments",),

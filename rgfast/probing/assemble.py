@@ -11,16 +11,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rgfast.probing.estimators.base import Findings
-from rgfast.probing.measures import (
-    BASELINES,
-    BOUNDED,
-    DRIFTS,
-    LABELS,
-    PAIRWISE,
-    RANKS,
-    Measured,
-    baselines,
-)
+from rgfast.probing.measured import baselines, to_host
+from rgfast.probing.measures import MEASURES, Kind
 from rgfast.probing.plan import POSITIONAL
 from rgfast.probing.result import FORMAT, VERSION
 
@@ -28,11 +20,12 @@ __all__ = ["assemble"]
 
 SAMPLES_PER_FEATURE = 16
 
-_DIMS = (
-    dict.fromkeys(RANKS, ("view", "layer", "position"))
-    | dict.fromkeys(DRIFTS, ("view", "transition", "position"))
-    | dict.fromkeys(PAIRWISE, ("view", "layer", "other_layer", "position"))
-)
+_RANK_DIMS = ("view", "layer", "position")
+_DIMS: dict[Kind, tuple[str, ...]] = {
+    "rank": _RANK_DIMS,
+    "drift": ("view", "transition", "position"),
+    "pair": ("view", "layer", "other_layer", "position"),
+}
 
 
 def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any]) -> xr.Dataset:
@@ -55,52 +48,52 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
         return np.full([sizes[d] for d in dims], fill)
 
     for name in measures:
-        data[name] = (_DIMS[name], empty(_DIMS[name]))
+        dims = _DIMS[MEASURES[name].kind]
+        data[name] = (dims, empty(dims))
         if plan.groups > 1:
-            data[f"{name}_se"] = (_DIMS[name], empty(_DIMS[name]))
-        if name in BASELINES:
-            data[f"{name}_baseline"] = (_DIMS[name], empty(_DIMS[name]))
-    rank_dims = ("view", "layer", "position")
-    for name in BOUNDED:
-        data[f"{name}_bound"] = (rank_dims, empty(rank_dims))
-    data["refined"] = (rank_dims, empty(rank_dims, False))
-    data["sample_limited"] = (rank_dims, empty(rank_dims, False))
+            data[f"{name}_se"] = (dims, empty(dims))
+        if MEASURES[name].baseline is not None:
+            data[f"{name}_baseline"] = (dims, empty(dims))
+    bounded = [f"{name}_bound" for name, measure in MEASURES.items() if measure.bound is not None]
+    for name in bounded:
+        data[name] = (_RANK_DIMS, empty(_RANK_DIMS))
+    for name in ("refined", "sample_limited"):
+        data[name] = (_RANK_DIMS, empty(_RANK_DIMS, False))
     data["n"] = (("view", "position"), empty(("view", "position"), 0))
-    data["n_by_layer"] = (rank_dims, empty(rank_dims, 0))
+    data["n_by_layer"] = (_RANK_DIMS, empty(_RANK_DIMS, 0))
     if plan.targets:
         sizes["target"] = len(plan.targets)
         for name in ("target_r2", "target_r2_se"):
             dims = ("view", "target", "layer", "position")
             data[name] = (dims, empty(dims))
     sizes["component"] = max(plan.widths)
-    spectra = (*rank_dims, "component")
+    spectra = (*_RANK_DIMS, "component")
     data["singular_values"] = (spectra, empty(spectra))
 
     for v, view in enumerate(views):
         positional = view in POSITIONAL
         at = [i for i, t in enumerate(where) if (t >= 0) == positional]
-        found = state.measured(view)
+        found = to_host(state.measured(view))
+        count = found["n_by_layer"]
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
-        data["n"][1][v, at] = found.count.max(0)
-        data["n_by_layer"][1][v][:, at] = found.count
+        data["n"][1][v, at] = count.max(0)
         limit = SAMPLES_PER_FEATURE * np.array(widths)
-        data["sample_limited"][1][v][:, at] = found.count < limit[:, None]
-        for name in BOUNDED:
-            data[f"{name}_bound"][1][v][:, at] = found.bounds[name]
-        data["refined"][1][v][:, at] = found.refined
+        data["sample_limited"][1][v][:, at] = count < limit[:, None]
         if view != "flattened":
-            data["singular_values"][1][v][:, at] = found.spectrum
-        expected = baselines(found.count, widths)
-        for name in measures:
-            data[name][1][v][..., at] = _values(found, name)
-            if name in BASELINES:
-                data[f"{name}_baseline"][1][v][:, at] = expected[name]
+            data["singular_values"][1][v][:, at] = found["singular_values"]
+        for name in ("n_by_layer", "refined", *bounded, *measures):
+            data[name][1][v][..., at] = found[name]
+        for name, expected in baselines(count, widths).items():
+            if name in measures:
+                data[f"{name}_baseline"][1][v][:, at] = expected
         if plan.groups > 1:
             left_out, r2 = state.by_group(view)
-            for name, error in _jackknife(left_out, measures).items():
-                data[f"{name}_se"][1][v][..., at] = error
+            without = [to_host(found) for found in left_out]
+            for name in measures:
+                data[f"{name}_se"][1][v][..., at] = _jackknife(np.stack([part[name] for part in without]))
             if r2 is not None:
-                data["target_r2"][1][v][..., at], data["target_r2_se"][1][v][..., at] = r2
+                for name, value in zip(("target_r2", "target_r2_se"), r2, strict=True):
+                    data[name][1][v][..., at] = value.cpu().numpy()
 
     if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
         del data["n_by_layer"]
@@ -130,22 +123,13 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
             "provenance": json.dumps(provenance),
         },
     )
-    for name, label in LABELS.items():
-        if name in dataset:
-            dataset[name].attrs["long_name"] = label
+    for name in measures:
+        dataset[name].attrs["long_name"] = MEASURES[name].label
     return dataset
 
 
-def _values(found: Measured, name: str) -> NDArray[np.float64]:
-    return (found.ranks | found.drifts | found.pairs)[name]
-
-
-def _jackknife(left_out: Sequence[Measured], measures: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """Standard errors by leaving out one group of sequences at a time: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
-    groups = len(left_out)
-    out = {}
-    for name in measures:
-        values = np.stack([_values(found, name) for found in left_out])
-        spread = values - values.mean(0)
-        out[name] = np.sqrt((groups - 1) / groups * (spread**2).sum(0))
-    return out
+def _jackknife(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard errors of ``values[G, ...]`` without one of G groups: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
+    spread = values - values.mean(0)
+    found: NDArray[np.float64] = np.sqrt((len(values) - 1) / len(values) * (spread**2).sum(0))
+    return found

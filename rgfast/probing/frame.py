@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.probing.measures import DRIFTS, PAIRWISE
+from rgfast.probing.measures import named
 
 __all__ = ["as_long_form", "positions_of"]
 
@@ -54,10 +54,10 @@ def _part(data: xr.Dataset, measure: str, variable: str, view: str) -> pd.DataFr
     frame: pd.DataFrame = values.rename("value").reset_coords(drop=True).to_series().reset_index()
     if f"{variable}_se" in data:
         frame["se"] = data[f"{variable}_se"].values.reshape(-1)
-    if measure in DRIFTS:
+    if measure in named("drift"):
         frame = frame.rename(columns={"transition": "layer"})
         frame["other_layer"] = frame["layer"] + 1
-    elif measure in PAIRWISE:
+    elif measure in named("pair"):
         frame = frame[(frame["layer"] < frame["other_layer"]) & frame["value"].notna()].copy()
     else:
         frame["other_layer"] = -1

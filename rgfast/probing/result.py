@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from rgfast.netcdf import read_netcdf, write_netcdf
 from rgfast.probing.accessor import Accessor
 from rgfast.probing.frame import as_long_form, positions_of
-from rgfast.probing.measures import BASELINES, DRIFTS, LABELS, PAIRWISE, RANKS
+from rgfast.probing.measures import MEASURES, named
 from rgfast.wiring import lent
 
-__all__ = ["BASELINES", "DRIFTS", "FORMAT", "LABELS", "PAIRWISE", "RANKS", "VERSION", "ProbeResult"]
+__all__ = ["FORMAT", "MEASURES", "VERSION", "ProbeResult", "named"]
 
 FORMAT, VERSION = "rgfast.probe", 1
 
@@ -70,7 +70,7 @@ class ProbeResult(Accessor):
     @property
     def measures(self) -> tuple[str, ...]:
         """The measures that the result has."""
-        return tuple(name for name in LABELS if name in self.dataset)
+        return tuple(name for name in MEASURES if name in self.dataset)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class ProbeResult(Accessor):
 
         Raises ValueError for a measure without a baseline and for an unknown view.
         """
-        known = [name for name in BASELINES if name in self.measures]
+        known = [name for name in self.measures if MEASURES[name].baseline]
         if measure not in known:
             raise ValueError(f"measure must be one with a baseline ({', '.join(known)}), got {measure!r}")
         return _mean(self.variable(f"{measure}_baseline", view))

@@ -17,7 +17,7 @@ from rgfast.probing.capture.outputs import OutputSpec, check_output
 from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
-from rgfast.probing.measures import DRIFTS, PAIRWISE, asked_measures
+from rgfast.probing.measures import MEASURES, asked_measures
 from rgfast.probing.plan import check_views, checked_positions, parse_memory
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
@@ -147,7 +147,7 @@ class ProbeSpec:
     @property
     def compared(self) -> Pairs:
         """``pairs``, or none if no measure compares layers."""
-        return self.pairs if set(self.measures) & {*DRIFTS, *PAIRWISE} else ()
+        return self.pairs if any(MEASURES[name].needs == "kernels" for name in self.measures) else ()
 
     @property
     def counts_from_end(self) -> bool:
@@ -164,7 +164,7 @@ class ProbeSpec:
     @property
     def uncentred(self) -> bool:
         """Whether a rank of rows as they are was asked for."""
-        return any(name.endswith("uncentred") for name in self.measures)
+        return any(MEASURES[name].needs == "uncentred" for name in self.measures)
 
     def new_targets(self) -> list[Target]:
         """The targets, which learn their number of labels from the batches of one run."""

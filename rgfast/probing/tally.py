@@ -17,6 +17,7 @@ from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import FirstBatch, agree, all_reduce
+from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import enough, worthwhile
@@ -61,7 +62,7 @@ class Tally:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
         self._early: list[RowBatch] = []
-        self._rows: Rows | None = None
+        self._rows: HoldsRows | None = None
         self._first_batch: FirstBatch | None = None
         self._summed: tuple[Moments | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rgfast.ops.spectrum.measures import numpy_on_cpu
 from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
 from rgfast.validation import as_tensor, kind_and_way
@@ -130,7 +132,7 @@ def make_targets(targets: Mapping[str, TargetSpec] | None) -> list[Target]:
 
 def linear_r2(
     folds: Sequence[MomentAccumulator], rest: Sequence[MomentAccumulator], layers: int, targets: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Tensor, Tensor]:
     """R² ``[targets, layers, P]`` of least squares from each layer, and its standard error over folds.
 
     ``rest[g]`` are the moments of all but ``folds[g]``: the map and the mean come from there, the error is
@@ -138,7 +140,9 @@ def linear_r2(
     NaN where the target does not vary or a training set has fewer than two rows.
     """
     lead = rest[0].count.reshape(-1).shape[0]
-    errors = np.zeros((2, len(folds), targets, layers, lead))
+    errors = torch.zeros(
+        2, len(folds), targets, layers, lead, dtype=torch.float64, device=rest[0].count.device
+    )
     with one_thread():  # bits of eigh and of products depend on the number of threads
         for g, (fold, train) in enumerate(zip(folds, rest, strict=True)):
             if fold.widths == () or train.widths == ():
@@ -147,14 +151,23 @@ def linear_r2(
                 inverse = _pseudo_inverse(_flat(train.scatter(layer)))
                 for k in range(targets):
                     errors[:, g, k, layer] = _errors(fold, train, inverse, layer, layers + k)
+    found: tuple[Tensor, Tensor] = _over_folds(errors)
+    return found
+
+
+@numpy_on_cpu
+def _over_folds(errors: Any) -> Any:
+    """R² of all folds and its standard error, of ``errors[2, G, ...]``."""
+    library: Any = torch if isinstance(errors, Tensor) else np
     residual, total = errors
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(total.sum(0) > 0, 1 - residual.sum(0) / total.sum(0), np.nan)
-        each = np.where(total > 0, 1 - residual / total, np.nan)
-    used = np.isfinite(each).sum(0)
-    centre = np.where(np.isfinite(each), each - np.nan_to_num(each).sum(0) / np.maximum(used, 1), 0.0)
-    spread = np.sqrt((centre**2).sum(0) / np.maximum(used - 1, 1) / np.maximum(used, 1))
-    return value, np.where(used >= 2, spread, np.nan)
+        value = library.where(total.sum(0) > 0, 1 - residual.sum(0) / total.sum(0), math.nan)
+        each = library.where(total > 0, 1 - residual / total, math.nan)
+    used = library.isfinite(each).sum(0)
+    off = each - library.nan_to_num(each).sum(0) / used.clip(1)
+    centre = library.where(library.isfinite(each), off, 0.0)
+    spread = library.sqrt((centre**2).sum(0) / (used - 1).clip(1) / used.clip(1))
+    return value, library.where(used >= 2, spread, math.nan)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -171,7 +184,7 @@ def _pseudo_inverse(scatter: Tensor) -> Tensor:
 
 def _errors(
     fold: MomentAccumulator, train: MomentAccumulator, inverse: Tensor, layer: int, target: int
-) -> NDArray[np.float64]:
+) -> Tensor:
     """Squared error of the map and of the training mean, on a fold ``[2, P]``."""
     count = fold.count.reshape(-1).to(torch.float64)
     trained = train.count.reshape(-1)
@@ -186,5 +199,4 @@ def _errors(
     total = yy + count * off_y.square().sum(1)
     both = torch.stack([residual, total])
     both = torch.where(count > 0, both, 0.0)
-    both = torch.where(trained >= 2, both, torch.nan)
-    return np.asarray(both.cpu().numpy(), dtype=np.float64)
+    return torch.where(trained >= 2, both, torch.nan)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from rgfast.probing.result import DRIFTS, PAIRWISE, RANKS, ProbeResult
+from rgfast.probing.result import ProbeResult, named
 from rgfast.report.backend import new_axes
 from rgfast.report.canvas import draw_chart, styled
 from rgfast.report.probe_charts import (
@@ -38,7 +38,7 @@ def plot_rank(
     ax: Axes | None = None,
 ) -> Axes:
     """See :meth:`rgfast.ProbeResult.plot_rank`."""
-    check_measure(measure, RANKS)
+    check_measure(measure, named("rank"))
     return _draw(rank_chart(result, measure, views_of(result, views), relative=relative), ax)
 
 
@@ -49,7 +49,7 @@ def plot_drift(
     ax: Axes | None = None,
 ) -> Axes:
     """See :meth:`rgfast.ProbeResult.plot_drift`; the fits are drawn for a view alone."""
-    check_measure(measure, DRIFTS)
+    check_measure(measure, named("drift"))
     chosen = views_of(result, views)
     return _draw(drift_chart(result, measure, chosen, fits=len(chosen) == 1), ax)
 
@@ -58,7 +58,7 @@ def plot_cka(
     result: ProbeResult, measure: str = "cka", view: str | None = None, ax: Axes | None = None
 ) -> Axes:
     """See :meth:`rgfast.ProbeResult.plot_cka`."""
-    check_measure(measure, PAIRWISE)
+    check_measure(measure, named("pair"))
     return _draw(cka_chart(result, measure, [result.view_or_first(view)]), ax)
 
 
@@ -66,7 +66,7 @@ def plot_heat_map(
     result: ProbeResult, measure: str = "effective_rank", view: str | None = None, ax: Axes | None = None
 ) -> Axes:
     """See :meth:`rgfast.ProbeResult.plot_heat_map`."""
-    check_measure(measure, (*RANKS, *DRIFTS))
+    check_measure(measure, named("rank", "drift"))
     return _draw(heat_chart(result, measure, [result.view_or_first(view)]), ax)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rgfast.probing.result import DRIFTS, RANKS, ProbeResult
+from rgfast.probing.result import ProbeResult, named
 from rgfast.report import experiment_charts, probe_charts
 from rgfast.report.accessor import check_measure, views_of
 from rgfast.report.canvas import Canvas, draw_chart
@@ -104,7 +104,7 @@ def plot_heat_map(
     """
     found = load(source)
     if isinstance(found, ProbeResult):
-        check_measure(measure, (*RANKS, *DRIFTS))
+        check_measure(measure, named("rank", "drift"))
         known = [view for view in found.views if found.is_positional(view)]
         if not known:
             raise ValueError("source must have a view with positions for a heat map, and holds none")

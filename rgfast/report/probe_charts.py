@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rgfast.probing.result import BASELINES, DRIFTS, LABELS, RANKS, ProbeResult
+from rgfast.probing.result import MEASURES, ProbeResult, named
 from rgfast.report.extract import mean_of
 from rgfast.report.palette import VIEW_COLOURS, VIEW_MARKERS, kind_colours
 from rgfast.report.parts import (
@@ -81,7 +81,7 @@ def _first(values: Any) -> float:
 
 
 def _titled(measure: str) -> str:
-    return LABELS[measure][:1].upper() + LABELS[measure][1:]
+    return MEASURES[measure].label[:1].upper() + MEASURES[measure].label[1:]
 
 
 def rank_chart(result: ProbeResult, measure: str, views: Sequence[str], *, relative: bool = False) -> Chart:
@@ -91,13 +91,14 @@ def rank_chart(result: ProbeResult, measure: str, views: Sequence[str], *, relat
         values = result.order_parameter(view, measure)
         unit = _first(values.values) if relative else 1.0
         series.append(_series(result, measure, view, unit=unit))
-    for view in views if measure in BASELINES and not relative else ():
+    for view in views if MEASURES[measure].baseline and not relative else ():
         x, y = series[0].x, np.asarray(result.baseline(view, measure).values)
         name, facts = f"isotropic, {plain(view)}", _facts(result, view)
         line = Series(name, x, y, VIEW_COLOURS[view], facts=facts, dash=":", width=1.2, size=1.5)
         series.append(replace(line, group="isotropic, same n"))
-    label = f"{LABELS[measure]}\nover the first layer's" if relative else f"{LABELS[measure]}, dimensions"
-    panel = Panel(_layers(result), Axis(LABELS[measure], label, low=0), series=tuple(series))
+    name = MEASURES[measure].label
+    label = f"{name}\nover the first layer's" if relative else f"{name}, dimensions"
+    panel = Panel(_layers(result), Axis(name, label, low=0), series=tuple(series))
     caption = (
         "The mean over positions; dotted, what isotropic Gaussian rows of the same n and width would give."
     )
@@ -123,7 +124,7 @@ def heat_chart(result: ProbeResult, measure: str, views: Sequence[str]) -> Chart
         axes: dict[str, Any] = {"x": ("position", values.position.values), "y": (along, values[along].values)}
         axes |= {"title": plain(view), "note": _count(result, view)}
         counts = result.variable("n", view).values
-        panels.append(heat_panel(cells, name=LABELS[measure], counts=counts, **axes))
+        panels.append(heat_panel(cells, name=MEASURES[measure].label, counts=counts, **axes))
     caption = "An even row means that positions agree, and that the mean over them hides nothing."
     return Chart(f"{_titled(measure)} by layer and position", caption, tuple(panels))
 
@@ -138,7 +139,7 @@ def drift_chart(result: ProbeResult, measure: str, views: Sequence[str], *, fits
             first, drift = int(defined[0]), np.asarray(result.order_parameter(view, measure).values)
             series += fit_series(drift[first:], first, VIEW_COLOURS[view], plain(view))
     x = transition_axis(result.dataset.sizes["transition"])
-    panel = Panel(x, Axis(LABELS[measure], log=True), series=tuple(series))
+    panel = Panel(x, Axis(MEASURES[measure].label, log=True), series=tuple(series))
     caption = "How far each block moves the representation, with two descriptions of its decay."
     return Chart(f"{_titled(measure)} by transition", caption, (panel,), size=_SINGLE)
 
@@ -151,7 +152,9 @@ def cka_chart(result: ProbeResult, measure: str, views: Sequence[str]) -> Chart:
         layers = result.dataset.layer.values
         axes: dict[str, Any] = {"x": ("layer", layers), "y": ("layer", layers), "limits": (0.0, 1.0)}
         more: dict[str, Any] = {"title": plain(view), "note": _count(result, view)}
-        panels.append(heat_panel(values, name=LABELS[measure], facts=_facts(result, view), **axes, **more))
+        panels.append(
+            heat_panel(values, name=MEASURES[measure].label, facts=_facts(result, view), **axes, **more)
+        )
     caption = (
         "1 is the same representation up to rotation and scale. Pairs that were not asked for are blank."
     )
@@ -202,7 +205,7 @@ def _relative_chart(result: ProbeResult, ranks: Sequence[str], views: Sequence[s
         for measure in ranks:
             values = result.order_parameter(view, measure)
             x, y = values.layer.values.astype(float), values.values / _first(values.values)
-            series.append(Series(LABELS[measure], x, y, colors[measure], facts=_facts(result, view)))
+            series.append(Series(MEASURES[measure].label, x, y, colors[measure], facts=_facts(result, view)))
         axis = Axis("over the first layer", "rank over the first layer's", low=0)
         panels.append(Panel(_layers(result), axis, plain(view), tuple(series)))
     return Chart("Every rank, over its first layer", "Do they tell the same story?", tuple(panels))
@@ -211,14 +214,14 @@ def _relative_chart(result: ProbeResult, ranks: Sequence[str], views: Sequence[s
 def probe_charts(result: ProbeResult) -> list[Chart]:
     """Every chart that the result has data for."""
     names, narrow, charts = result.measures, narrow_views(result), []
-    ranks, drifts = ([name for name in kind if name in names] for kind in (RANKS, DRIFTS))
+    ranks, drifts = ([name for name in named(kind) if name in names] for kind in ("rank", "drift"))
     if ranks:
         charts.append(rank_chart(result, ranks[0], narrow))
         if positional := [view for view in result.views if result.is_positional(view)]:
             charts.append(heat_chart(result, ranks[0], positional))
     if drifts and len(result.layers) > 1:
         charts.append(drift_chart(result, drifts[0], narrow))
-    charts += [cka_chart(result, name, narrow) for name in ("cka", "cka_biased") if name in names][:1]
+    charts += [cka_chart(result, name, narrow) for name in named("pair") if name in names][:1]
     if result.views[0] != "flattened":
         charts.append(spectra_chart(result, narrow))
     if result.targets:

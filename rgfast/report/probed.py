@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from rgfast.flow.probed import ViewFlow
-from rgfast.probing.result import BASELINES, LABELS, RANKS, ProbeResult
+from rgfast.probing.result import MEASURES, ProbeResult, named
 from rgfast.report.definitions import HINT, number
 from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, bullets, join, table, tag
@@ -115,17 +115,17 @@ def _with_error(result: ProbeResult, measure: str, view: str, layer: int) -> str
 
 def _robustness(result: ProbeResult) -> Markup:
     rows = []
-    for measure in (name for name in RANKS if name in result.measures):
+    for measure in (name for name in named("rank") if name in result.measures):
         for view in result.views:
             values = np.asarray(result.order_parameter(view, measure).values)
             positive = np.flatnonzero(values > 0)
             start = int(positive[0]) if positive.size else 0
             ratio = values[-1] / values[start] if positive.size else math.nan
-            expected = "" if measure not in BASELINES else number(float(result.baseline(view, measure)[-1]))
+            expected = number(float(result.baseline(view, measure)[-1])) if MEASURES[measure].baseline else ""
             limited = result.sample_limited(view)
             ends = [_with_error(result, measure, view, k) for k in (start, len(values) - 1)]
             n = f"{count_text(result, view)}{' (sample limited)' if limited else ''}"
-            rows.append((LABELS[measure], plain(view), *ends, number(ratio), expected, n))
+            rows.append((MEASURES[measure].label, plain(view), *ends, number(ratio), expected, n))
     heads = ("measure", "view", "first", "last", "R", "isotropic, same n", "n")
     caption = "Views and rank definitions: the first layer with a rank, the last, and last over first."
     return table(heads, rows, caption=caption) if rows else tag("p", "No rank was measured.")

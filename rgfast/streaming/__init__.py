@@ -1,7 +1,7 @@
 """Streaming second and cross moments of many layers at once, and triangular factors where moments lose."""
 
 from rgfast.streaming.accumulator import MomentAccumulator
-from rgfast.streaming.finite import NonFiniteError, check_finite
+from rgfast.streaming.finite import NonFiniteError, check_finite, count_nonfinite
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.sizes import Pairs, as_pairs, block_rows, first_block, pair_keys, state_bytes
 
@@ -13,6 +13,7 @@ __all__ = [
     "as_pairs",
     "block_rows",
     "check_finite",
+    "count_nonfinite",
     "first_block",
     "pair_keys",
     "state_bytes",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rgfast.runtime.waiting import waits_for
+
 __all__ = ["OpenBlock"]
 
 
@@ -14,7 +16,7 @@ class OpenBlock:
     """Up to ``size`` rows of every layer, ``[P, size, d_l]``, and which of them count ``[P, size]``."""
 
     def __init__(self, widths: Sequence[int], positions: int, size: int, device: torch.device) -> None:
-        self.size, self.filled = size, 0
+        self.size, self.filled, self._whole = size, 0, True
         self._widths, self._positions, self._device = tuple(widths), positions, device
         self._rows: list[Tensor] = []
         self._keep = torch.zeros(positions, 0, dtype=torch.bool, device=device)
@@ -37,6 +39,7 @@ class OpenBlock:
             self._rows[layer] = self._rows[layer].to(torch.promote_types(self._rows[layer].dtype, x.dtype))
             self._rows[layer][:, take] = x
         self._keep[:, take] = True if keep is None else keep
+        self._whole = keep is None and (self._whole or not self.filled)
         self.filled = take.stop
 
     def contents(self) -> tuple[list[Tensor], Tensor]:
@@ -47,4 +50,5 @@ class OpenBlock:
         """The same, with None where all count; the block is empty afterwards, its memory is used again."""
         rows, keep = self.contents()
         self.filled = 0
-        return rows, None if bool(keep.all()) else keep
+        every = self._whole if waits_for(self._device) else bool(keep.all())
+        return rows, None if every else keep

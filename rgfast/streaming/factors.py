@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import waits_for
 
 __all__ = ["TriangularFactors"]
 
@@ -58,6 +59,10 @@ class TriangularFactors:
         """Add the rows ``z[m, b, :d]`` less their shift, with ``z[..., -1]`` 1 (0 where a row does not
         count), at the positions ``part``."""
         if layer not in self._r:
+            return
+        if waits_for(z.device):  # where a factor is kept is read by `advance` alone
+            r = self._r[layer][part]
+            r.copy_(_triangle(torch.cat([r, torch.cat([z[..., -1:], z[..., :-2]], 2)], 1)))
             return
         if not self._seen and z.shape[1] >= 2 * self._width[layer]:
             self._kept[layer][part] &= ~_plainly_well_conditioned(z[..., :-2])

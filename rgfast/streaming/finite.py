@@ -1,11 +1,11 @@
-"""Looking for NaN and infinity among the rows that count."""
+"""Looking for NaN and infinity among the rows that count, at once or later."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteError", "check_finite"]
+__all__ = ["NonFiniteError", "check_finite", "count_nonfinite"]
 
 
 class NonFiniteError(ValueError):
@@ -32,3 +32,14 @@ def check_finite(x: Tensor, mask: Tensor | None, layer: int) -> None:
     per_position = bad.flatten(-2).sum(-1)  # [*]
     worst = tuple(int(v) for v in per_position.nonzero()[0]) if per_position.dim() else ()
     raise NonFiniteError(layer, worst, int(per_position[worst]))
+
+
+def count_nonfinite(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The first position of ``x[B, T, d]`` with values that are not finite in rows that ``keep[B, T]`` keeps
+    (−1 if T is 1), and how many it has, 0 if there is none: ``[2]`` int64. Nothing is read on the host."""
+    bad = ~torch.isfinite(x)
+    if keep is not None:
+        bad &= keep[..., None]
+    by_position = bad.sum((0, 2))
+    first = (by_position > 0).to(torch.uint8).argmax(0, keepdim=True)
+    return torch.cat([first if x.shape[1] > 1 else first - 1, by_position.gather(0, first)])

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming.algebra import (
     centred_cross,
     centred_norm_product,
@@ -52,6 +53,7 @@ class Sums:
     shift: list[Tensor]
     moment: dict[tuple[int, int], Tensor]
     factors: TriangularFactors | None
+    settled: bool = False  # whether it is known without looking that all positions have begun
 
     @classmethod
     def empty(
@@ -105,6 +107,7 @@ class Sums:
                 for layer, extended in enumerate(z):
                     self.factors.update(layer, extended, part)
         self.begun |= True if keep is None else keep.any(1)
+        self.settled = self.settled or keep is None
         if self.factors is not None:
             self.factors.advance(b)
 
@@ -274,25 +277,19 @@ class Sums:
 
     def _settle_shift(self, rows: list[Tensor], keep: Tensor | None, part: slice) -> None:
         """Shift of positions that see their first rows: the mean of these, exact for constant columns."""
+        if self.settled:
+            return
         new = ~self.begun[part]
         if keep is not None:
             new = new & keep.any(1)
-        if not bool(new.any()):
-            return
-        for layer, x in enumerate(rows):
-            fresh = x[new].to(torch.float64)  # [m, b, d]
-            if keep is None:
-                first, number = fresh[:, :1], torch.full((), x.shape[1], dtype=torch.float64, device=x.device)
-                off = fresh - first
-            else:
-                kept = keep[new]
-                first = fresh[
-                    torch.arange(len(fresh), dtype=torch.int64, device=x.device),
-                    kept.to(torch.uint8).argmax(1),
-                ][:, None]
-                number = kept.sum(1, keepdim=True).to(torch.float64)
-                off = (fresh - first).masked_fill_(~kept[..., None], 0.0)
-            self.shift[layer][part][new] = first[:, 0] + off.sum(1) / number.to(x.device)
+        if waits_for(new.device):  # means of all positions, since which ones are new is not known here
+            for layer, x in enumerate(rows):
+                shift = self.shift[layer][part]
+                shift.copy_(torch.where(new[:, None], _first_mean(x, keep), shift))
+        elif bool(new.any()):
+            for layer, x in enumerate(rows):
+                kept = None if keep is None else keep[new]
+                self.shift[layer][part][new] = _first_mean(x[new], kept)
 
     def _extended(self, layer: int, rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:
         """``[x − shift, |x − shift|², 1]`` of a block in the layer's units, rows not kept zero."""
@@ -310,6 +307,18 @@ class Sums:
             body.mul_(math.ldexp(1.0, -self.exponent(layer)))
         torch.sum(body.square(), -1, out=z[..., d])
         return z
+
+
+def _first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """The mean of ``rows[m, b, d]`` that ``keep[m, b]`` keeps, fp64, exact for constant columns."""
+    fresh = rows.to(torch.float64)
+    if keep is None:
+        first = fresh[:, :1]
+        return first[:, 0] + (fresh - first).sum(1) / float(rows.shape[1])
+    at = keep.to(torch.uint8).argmax(1)
+    first = fresh[torch.arange(len(fresh), dtype=torch.int64, device=rows.device), at][:, None]
+    off = (fresh - first).masked_fill_(~keep[..., None], 0.0)
+    return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
 
 
 def _times_power(x: Tensor, exponent: int) -> Tensor:

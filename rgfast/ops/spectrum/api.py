@@ -15,7 +15,6 @@ from rgfast.ops.spectrum.compute import (
     describe,
     estimated,
     measure_of,
-    on_device,
     refuse_nonfinite,
     spectra,
     tolerance,
@@ -23,7 +22,6 @@ from rgfast.ops.spectrum.compute import (
 )
 from rgfast.ops.spectrum.contract import differentiable, wants_gradient
 from rgfast.ops.spectrum.measures import (
-    Array,
     effective_rank_of,
     numerical_rank_of,
     participation_ratio_of,
@@ -223,7 +221,8 @@ def numerical_rank(
     tol = tolerance(tol, x)
     call = Measure(x, "numerical_rank", centering, precision, rtol, method, impl)
     x, solved, _ = spectra(call, tol)
-    return on_device(numerical_rank_of(solved.sigma, tol), x.shape[:-2], x.device)
+    rank: Tensor = numerical_rank_of(solved.sigma, tol)
+    return rank.reshape(x.shape[:-2])
 
 
 def rank_measures(
@@ -254,8 +253,8 @@ def rank_measures(
     info = describe(x, solved, name)
     lead = x.shape[:-2]
 
-    def shaped(value: Array) -> Tensor:
-        return on_device(value, lead, x.device)
+    def shaped(value: Tensor) -> Tensor:
+        return value.reshape(lead)
 
     return RankMeasures(
         effective_rank=shaped(effective_rank_of(solved.sigma)),
@@ -263,7 +262,7 @@ def rank_measures(
         participation_ratio=shaped(participation_ratio_of(solved.sigma)),
         stable_rank=shaped(stable_rank_of(solved.sigma)),
         numerical_rank=shaped(numerical_rank_of(solved.sigma, tol)),
-        singular_values=on_device(solved.singular_values(), (*lead, min(x.shape[-2:])), x.device),
+        singular_values=solved.singular_values().reshape(*lead, min(x.shape[-2:])),
         error_bound=info.error_bound,
         variance_error_bound=info.variance_error_bound,
         path=info.path,
@@ -313,7 +312,7 @@ def _measured(call: Measure, return_info: bool) -> Tensor | tuple[Tensor, Spectr
         found, info = estimated(call)
     else:
         x, solved, name = spectra(call)
-        found, info = measure_of(solved, call.measure, x.shape, x.device), describe(x, solved, name)
+        found, info = measure_of(solved, call.measure, x.shape), describe(x, solved, name)
     return (differentiable(call) if wants_gradient(call.x) else found), info
 
 

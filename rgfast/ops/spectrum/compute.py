@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rgfast.ops.spectrum.call import Measure, Rows
 from rgfast.ops.spectrum.lanczos import effective_rank_estimate
-from rgfast.ops.spectrum.measures import Array, default_tolerance, effective_rank_of
+from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
@@ -26,7 +25,6 @@ __all__ = [
     "estimated",
     "flat",
     "measure_of",
-    "on_device",
     "refuse_nonfinite",
     "second_moments",
     "spectra",
@@ -62,8 +60,8 @@ def value(call: Measure) -> Tensor:
             found = RANKS.run(fused, ranks, named=call.impl != "auto")
             if isinstance(found, Tensor):
                 return found if x.dim() == 3 else found.reshape(x.shape[:-2])
-            return measure_of(_finite(settle(ranks.x, found, call, dtype), x), measure, x.shape, x.device)
-    return measure_of(_solved(x, call, dtype)[0], measure, x.shape, x.device)
+            return measure_of(_finite(settle(ranks.x, found, call, dtype), x), measure, x.shape)
+    return measure_of(_solved(x, call, dtype)[0], measure, x.shape)
 
 
 def estimated(call: Measure) -> tuple[Tensor, SpectrumInfo]:
@@ -92,18 +90,13 @@ def estimated(call: Measure) -> tuple[Tensor, SpectrumInfo]:
     )
 
 
-def measure_of(solved: Solved, measure: str, shape: torch.Size, device: torch.device) -> Tensor:
+def measure_of(solved: Solved, measure: str, shape: torch.Size) -> Tensor:
     """A measure of a solved spectrum, in the leading shape of the data of this `shape`."""
     if measure == "singular_values":
-        return on_device(solved.singular_values(), (*shape[:-2], min(shape[-2:])), device)
+        return solved.singular_values().reshape(*shape[:-2], min(shape[-2:]))
     spectrum = "variance" if measure == "effective_rank_variance" else "singular"
-    return on_device(effective_rank_of(solved.sigma, spectrum=spectrum), shape[:-2], device)
-
-
-def on_device(value: Array, shape: Sequence[int], device: torch.device) -> Tensor:
-    """A result as a tensor of this shape beside the data."""
-    made = torch.from_numpy(np.ascontiguousarray(value).reshape(tuple(shape)))
-    return made if device.type == "cpu" else made.to(device)
+    value: Tensor = effective_rank_of(solved.sigma, spectrum=spectrum)
+    return value.reshape(shape[:-2])
 
 
 def checked(value: Any) -> Tensor:
@@ -185,10 +178,10 @@ def second_moments(call: Measure) -> tuple[Tensor, Tensor]:
 def describe(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
     lead = x.shape[:-2]
     return SpectrumInfo(
-        path=np.array(PATHS)[solved.path].reshape(tuple(lead)),
-        error_bound=on_device(solved.bound(), lead, x.device),
-        variance_error_bound=on_device(solved.bound("variance"), lead, x.device),
-        singular_value_error=on_device(solved.singular_value_error(), (*lead, min(x.shape[-2:])), x.device),
+        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
+        error_bound=solved.bound().reshape(lead),
+        variance_error_bound=solved.bound("variance").reshape(lead),
+        singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),
         impl=impl,
         n=x.shape[-2],
         d=x.shape[-1],

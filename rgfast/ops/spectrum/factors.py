@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.ops.spectrum.compute import on_device
 from rgfast.ops.spectrum.measures import (
     UNIT_ROUNDOFF,
     effective_rank_of,
@@ -22,7 +20,7 @@ from rgfast.ops.spectrum.solve import PATHS, Solved
 from rgfast.runtime.threads import one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
-__all__ = ["rank_measures_from_factor"]
+__all__ = ["rank_measures_from_factor", "solved_factor"]
 
 
 def rank_measures_from_factor(
@@ -55,30 +53,13 @@ def rank_measures_from_factor(
     if b < 0 or r < d or d == 0:
         raise ValueError(f"factor must be [b, r, d] with r >= d > 0, got shape {tuple(factor.shape)}")
     check_choice(centering, "centering", ("mean", "none"))
-    count = n.cpu().numpy()
-    if count.shape != (b,) or (count < 0).any():
+    if n.shape != (b,) or bool((n < 0).any()):
         raise ValueError(f"n must be {b} integers that are not negative, got {n.tolist()}")
-    freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
-    limit = np.minimum(freedom, (factor != 0).any(1).sum(1).cpu().numpy())
-    unit, sigma = UNIT_ROUNDOFF[torch.float64], np.zeros((b, d))
-    with one_thread():
-        rest = torch.nn.functional.pad(factor.square().sum(2), (0, 1)).flip(1).cumsum(1).flip(1).sqrt()
-        size = rest[:, 0].cpu().numpy()  # rest[:, k] is the norm of the rows from k on
-        # With n < d samples the rows after the n-th are mostly rounding errors of nothing. Not where columns
-        # depend on those before them: a step of the QR that finds nothing new takes a row all the same.
-        used = int((rest > d * unit * rest[:, :1]).sum(1).max()) if b else 0
-        used = max(1, used, min(r, int(freedom.max(initial=0))))
-        found = torch.linalg.svdvals(factor[:, :used]).cpu().numpy()
-    sigma[:, : found.shape[1]] = found
-    lost = (d + 50 + updates) * unit * size + rest[:, used].cpu().numpy()
-    error = np.repeat(lost[:, None], d, axis=1)
-    dead = np.arange(d) >= limit[:, None]
-    sigma[dead] = error[dead] = 0.0
-    path = np.full(b, PATHS.index("svd"), dtype=np.int8)
-    solved = Solved(sigma, error, np.zeros(b, dtype=np.int64), limit, path)
+    solved = solved_factor(factor, n, centering, updates)
+    sigma = solved.sigma
 
-    def shaped(value: np.ndarray[Any, Any]) -> Tensor:
-        return on_device(np.where(count > 0, value, math.nan), (b,), factor.device)
+    def shaped(value: Tensor) -> Tensor:
+        return torch.where(n > 0, value, torch.nan)
 
     return RankMeasures(
         effective_rank=shaped(effective_rank_of(sigma)),
@@ -86,12 +67,35 @@ def rank_measures_from_factor(
         participation_ratio=shaped(participation_ratio_of(sigma)),
         stable_rank=shaped(stable_rank_of(sigma)),
         numerical_rank=shaped(numerical_rank_of(sigma, tol)),
-        singular_values=on_device(sigma, (b, d), factor.device),
+        singular_values=sigma,
         error_bound=shaped(solved.bound()),
         variance_error_bound=shaped(solved.bound("variance")),
-        path=np.array(PATHS)[path],
+        path=np.array(PATHS)[solved.path.cpu().numpy()],
         n=n,
         d=d,
         tol=float(tol),
         baseline=None,
+    )
+
+
+def solved_factor(factor: Tensor, n: Tensor, centering: str, updates: int) -> Solved:
+    """The spectra that `rank_measures_from_factor` measures, of arguments that it accepts."""
+    b, r, d = factor.shape
+    freedom = (n - 1 if centering == "mean" else n).clamp_min(0)
+    limit = freedom.minimum((factor != 0).any(1).sum(1))
+    unit, sigma = UNIT_ROUNDOFF[torch.float64], torch.zeros_like(factor[:, 0])
+    with one_thread():
+        rest = torch.nn.functional.pad(factor.square().sum(2), (0, 1)).flip(1).cumsum(1).flip(1).sqrt()
+        # rest[:, k] is the norm of the rows from k on. With n < d samples the rows after the n-th are mostly
+        # rounding errors of nothing. Not where columns depend on those before them: a step of the QR that
+        # finds nothing new takes a row all the same.
+        used = int((rest > d * unit * rest[:, :1]).sum(1).maximum(freedom.clamp_max(r)).max()) if b else 0
+        used = max(1, used)
+        found = torch.linalg.svdvals(factor[:, :used])
+    sigma[:, : found.shape[1]] = found
+    error = ((d + 50 + updates) * unit * rest[:, 0] + rest[:, used])[:, None].repeat(1, d)
+    dead = torch.arange(d, dtype=torch.int64, device=factor.device) >= limit[:, None]
+    path = torch.full((b,), PATHS.index("svd"), dtype=torch.int8, device=factor.device)
+    return Solved(
+        sigma.masked_fill(dead, 0.0), error.masked_fill(dead, 0.0), torch.zeros_like(n), limit, path
     )

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
 from rgfast.ops.spectrum.call import Symmetric
-from rgfast.ops.spectrum.compute import on_device
 from rgfast.ops.spectrum.measures import (
-    Array,
     effective_rank_of,
     numerical_rank_of,
+    numpy_on_cpu,
     participation_ratio_of,
     stable_rank_of,
 )
@@ -23,7 +22,7 @@ from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
 from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
-__all__ = ["rank_measures_from_moment", "singular_values_from_moment"]
+__all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_moment"]
 
 Centering = Literal["mean", "none"]
 
@@ -52,7 +51,7 @@ def singular_values_from_moment(
     """
     scatter, count = _checked(scatter, n, centering)
     sigma = _solved(scatter, count, centering, accumulated, impl).singular_values()
-    return on_device(sigma, scatter.shape[:-1], scatter.device)
+    return sigma.reshape(scatter.shape[:-1])
 
 
 def rank_measures_from_moment(
@@ -89,8 +88,8 @@ def rank_measures_from_moment(
     lead, d = scatter.shape[:-2], scatter.shape[-1]
     known = count > 0
 
-    def shaped(value: Array) -> Tensor:
-        return on_device(np.where(known, value, np.nan), lead, scatter.device)
+    def shaped(value: Tensor) -> Tensor:
+        return torch.where(known, value, torch.nan).reshape(lead)
 
     same = int(count[0]) if len(count) and bool((count == count[0]).all()) else 0
     return RankMeasures(
@@ -99,18 +98,26 @@ def rank_measures_from_moment(
         participation_ratio=shaped(participation_ratio_of(solved.sigma)),
         stable_rank=shaped(stable_rank_of(solved.sigma)),
         numerical_rank=shaped(numerical_rank_of(solved.sigma, tol)),
-        singular_values=on_device(solved.singular_values(), (*lead, d), scatter.device),
+        singular_values=solved.singular_values().reshape(*lead, d),
         error_bound=shaped(solved.bound()),
         variance_error_bound=shaped(solved.bound("variance")),
-        path=np.array(PATHS)[solved.path].reshape(tuple(lead)),
-        n=n if isinstance(n, int) else on_device(count, lead, scatter.device),
+        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
+        n=n if isinstance(n, int) else count.reshape(lead),
         d=d,
         tol=float(tol),
         baseline=None if same == 0 else isotropic_baseline(same, d, centering=centering),
     )
 
 
-def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Array]:
+def solved_moment(
+    scatter: Tensor, n: Tensor, centering: Centering, accumulated: Tensor | None = None
+) -> Solved:
+    """The spectra `[b]` that `rank_measures_from_moment` measures, of `scatter[b, d, d]` and n `[b]`."""
+    scatter, count = _checked(scatter, n, centering)
+    return _solved(scatter, count, centering, accumulated, "auto")
+
+
+def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Tensor]:
     scatter = as_real_tensor(scatter, "scatter", min_dim=2).detach()
     if scatter.dtype != torch.float64:
         raise TypeError(f"scatter must be float64, got {str(scatter.dtype).removeprefix('torch.')}")
@@ -123,8 +130,8 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Arr
     lead = scatter.shape[:-2]
     if count.dim() and tuple(count.shape) != tuple(lead):
         raise ValueError(f"n must be one integer or have shape {tuple(lead)}, got {tuple(count.shape)}")
-    counts = count.long().expand(lead).reshape(-1).cpu().numpy()
-    if (counts < 0).any():
+    counts = count.long().expand(lead).reshape(-1)
+    if bool((counts < 0).any()):
         raise ValueError(f"n must not be negative, got {int(counts.min())}")
     bad = (~torch.isfinite(scatter)).sum((-2, -1)).reshape(-1)
     if bool(bad.any()):
@@ -135,16 +142,30 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Arr
     return scatter, counts
 
 
-def _solved(scatter: Tensor, count: Array, centering: str, accumulated: Any, impl: str) -> Solved:
+def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, impl: str) -> Solved:
     flat = scatter.reshape(len(count), *scatter.shape[-2:])
-    variance = flat.diagonal(dim1=-2, dim2=-1).cpu().numpy()
-    trace = variance.sum(-1)
+    variance = flat.diagonal(dim1=-2, dim2=-1)
+    trace: Tensor = _sum(variance)
     if accumulated is not None:
-        given, lead = as_floats(accumulated, "accumulated"), tuple(scatter.shape[:-2])
+        given, lead = _floats(accumulated, "accumulated"), scatter.shape[:-2]
         if given.shape not in ((), lead):
-            raise ValueError(f"accumulated must be one number or have shape {lead}, got {given.shape}")
-        trace = np.maximum(trace, np.broadcast_to(given, lead).reshape(-1))
-    freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
-    limit = np.minimum(freedom, (variance > 0).sum(-1))
+            raise ValueError(
+                f"accumulated must be one number or have shape {tuple(lead)}, got {tuple(given.shape)}"
+            )
+        trace = trace.maximum(given.to(flat.device).expand(lead).reshape(-1))
+    freedom = (count - 1 if centering == "mean" else count).clamp_min(0)
+    limit = freedom.minimum((variance > 0).sum(-1))
     values = EIGVALSH(impl, Symmetric(flat))
-    return from_eigenvalues(values, trace, np.zeros_like(count), limit, samples=count)
+    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=count)
+
+
+def _floats(value: Any, name: str) -> Tensor:
+    """``value`` as fp64; a real tensor stays on its device."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
+        return value.to(torch.float64)
+    return torch.from_numpy(as_floats(value, name))
+
+
+@numpy_on_cpu
+def _sum(x: Any) -> Any:
+    return x.sum(-1)

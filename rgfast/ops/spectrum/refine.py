@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,15 @@ _SMALL = 1e-6  # eigenvalues under this share of the largest are computed again
 _LEVELS = 3  # beyond, what is left is under u sigma_1 and no algorithm knows it
 
 
-def gram_error(
-    unit: float, terms: int | Array, accumulated: Array | float, top: Array | float, m: int
-) -> Array:
+def gram_error(unit: float, terms: Any, accumulated: Any, top: Any, m: int) -> Any:
     """Bound on every eigenvalue of a moment summed over `terms` rows in tiles and then solved."""
-    chain = np.minimum(terms, reference.TILE + np.ceil(np.divide(terms, reference.TILE))) + 4
-    bound: Array = unit * (chain * accumulated + max(50, m / 2) * top)
-    return bound
+    if isinstance(terms, Tensor):
+        chain = terms.minimum(reference.TILE + (terms.double() / reference.TILE).ceil()) + 4
+    elif isinstance(accumulated, Tensor):
+        chain = min(terms, reference.TILE + math.ceil(terms / reference.TILE)) + 4
+    else:
+        chain = np.minimum(terms, reference.TILE + np.ceil(np.divide(terms, reference.TILE))) + 4
+    return unit * (chain * accumulated + max(50, m / 2) * top)
 
 
 def refined(tall: Tensor, accumulated: Tensor, limit: int, rtol: float) -> tuple[Array, Array]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl, Op
 from rgfast.ops.spectrum.call import Groups, Rows
 from rgfast.ops.spectrum.impl import native
-from rgfast.ops.spectrum.measures import Array
 from rgfast.ops.spectrum.selection import SPECTRUM
 from rgfast.ops.spectrum.solve import REFINE, Solved, from_eigenvalues
 
@@ -26,17 +23,17 @@ def spectra_of_rows(x: Tensor, *, uncentred: bool) -> tuple[Solved, Solved | Non
     """
     n, d = x.shape[1:]
     lifted = torch.empty(len(x), d, dtype=torch.float64, device=x.device) if uncentred and n >= d else None
-    values, trace, exponent, limit = _arrays(SPECTRUM("auto", Rows(x, raw=lifted)))
-    if not np.isfinite(trace).all():
+    values, trace, exponent, limit = SPECTRUM("auto", Rows(x, raw=lifted))
+    if not bool(torch.isfinite(trace).all()):
         return None
     centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
     if not uncentred:
         return centred, None
     if lifted is None:
-        values, *rest = _arrays(SPECTRUM("auto", Rows(x, "none")))
+        values, *rest = SPECTRUM("auto", Rows(x, "none"))
         return centred, from_eigenvalues(values, *rest, samples=max(n, d))
-    whole = np.maximum(trace, lifted.sum(-1).cpu().numpy())
-    return centred, from_eigenvalues(lifted, whole, exponent, np.minimum(limit + 1, d), samples=n)
+    whole = trace.maximum(lifted.sum(-1))
+    return centred, from_eigenvalues(lifted, whole, exponent, (limit + 1).clamp_max(d), samples=n)
 
 
 def spectra_without_groups(
@@ -75,14 +72,16 @@ WITHOUT_GROUPS = Op(
 def _of_variants(
     found: tuple[Tensor, Tensor, Tensor, Tensor], raw: Tensor | None, n: int, groups: int
 ) -> list[tuple[Solved, Solved | None]] | None:
-    values, trace, exponent, limit = _arrays(found)
-    if not np.isfinite(trace).all():
+    values, trace, exponent, limit = found
+    if not bool(torch.isfinite(trace).all()):
         return None
-    left = np.tile([n - len(range(g, n, groups)) for g in range(groups)], len(values) // groups)
+    left = torch.tensor(
+        [n - len(range(g, n, groups)) for g in range(groups)], dtype=torch.int64, device=values.device
+    ).repeat(len(values) // groups)
     centred = from_eigenvalues(values, trace, exponent, limit, samples=left)
     whole = None
     if raw is not None:
-        trace, limit = np.maximum(trace, raw.sum(-1).numpy()), np.minimum(limit + 1, raw.shape[1])
+        trace, limit = trace.maximum(raw.sum(-1)), (limit + 1).clamp_max(raw.shape[1])
         whole = from_eigenvalues(raw, trace, exponent, limit, samples=left)
     each = [slice(g, None, groups) for g in range(groups)]
     return [(centred.take(at), None if whole is None else whole.take(at)) for at in each]
@@ -104,12 +103,6 @@ def without_each(x: Tensor, groups: int) -> Iterator[Tensor]:
         yield twice[:, end : end + n - size]
 
 
-def refine_spectra(x: Tensor, solved: Solved, at: NDArray[np.intp], *, centering: str) -> None:
+def refine_spectra(x: Tensor, solved: Solved, at: Tensor, *, centering: str) -> None:
     """Overwrite the spectra of matrices `at` by what is computed from their rows `x[len(at), n, d]`."""
     solved.put(at, REFINE("library", Rows(x, centering)))
-
-
-def _arrays(found: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Array, Array, Array]:
-    values, *rest = found
-    trace, exponent, limit = (t.cpu().numpy() for t in rest)
-    return values, trace, exponent, limit

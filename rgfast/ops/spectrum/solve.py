@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.dispatch import Impl, Op
@@ -16,9 +15,10 @@ from rgfast.ops.spectrum.call import Measure, Rows
 from rgfast.ops.spectrum.measures import (
     TINY,
     UNIT_ROUNDOFF,
-    Array,
     entropy_error,
     largest_entropy_error,
+    numpy_on_cpu,
+    times_power,
 )
 from rgfast.ops.spectrum.refine import gram_error, refined
 from rgfast.runtime.threads import one_thread
@@ -31,56 +31,63 @@ _FIELDS = ("sigma", "error", "exponent", "rank_limit", "path")
 
 @dataclass
 class Solved:
-    """Singular values of a batch and what is known about their error; all fp64 but `path` and `rank_limit`.
+    """Singular values of a batch and what is known about their error, on the device of the data.
 
-    `sigma[b, m]` descends and is in units of 2**`exponent[b]`; `error[b, m]` bounds the absolute error of
-    each.
+    `sigma[b, m]`, fp64, descends and is in units of 2**`exponent[b]`; `error[b, m]` bounds the absolute error
+    of each.
     """
 
-    sigma: Array
-    error: Array
-    exponent: Array
-    rank_limit: Array
-    path: Array
+    sigma: Tensor
+    error: Tensor
+    exponent: Tensor
+    rank_limit: Tensor
+    path: Tensor
 
-    def bound(self, spectrum: str = "singular") -> Array:
+    def bound(self, spectrum: str = "singular") -> Tensor:
         """Bound `[b]` on the relative error of the effective rank."""
+        found: Tensor
         if spectrum == "variance":
             error = (2 * self.sigma + self.error) * self.error
-            return entropy_error(np.square(self.sigma), error, self.rank_limit)
-        return entropy_error(self.sigma, self.error, self.rank_limit)
+            found = entropy_error(self.sigma.square(), error, self.rank_limit)
+        else:
+            found = entropy_error(self.sigma, self.error, self.rank_limit)
+        return found
 
-    def unsettled(self, rtol: float, tol: float | None) -> Array:
+    def unsettled(self, rtol: float, tol: float | None) -> Tensor:
         """Indices of the matrices whose effective rank may be off by more, or whose rank at `tol` is open."""
         if tol is None and largest_entropy_error(self.sigma, self.error) <= rtol:
-            return np.zeros(0, dtype=np.int64)
+            return torch.zeros(0, dtype=torch.int64, device=self.sigma.device)
         wanted = self.bound() > rtol
         if tol is not None:
             doubt = self.error + tol * self.error[:, :1]
-            near = np.abs(self.sigma - tol * self.sigma[:, :1]) <= doubt
+            near = (self.sigma - tol * self.sigma[:, :1]).abs() <= doubt
             wanted |= (near & (doubt > 0)).any(-1)
-        return wanted.nonzero()[0]
+        return wanted.nonzero()[:, 0]
 
-    def singular_values(self) -> Array:
+    def singular_values(self) -> Tensor:
         """`sigma` in the units of the data."""
-        return np.ldexp(self.sigma, self.exponent[:, None])
+        return self._in_units(self.sigma)
 
-    def singular_value_error(self) -> Array:
+    def singular_value_error(self) -> Tensor:
         """`error` in the units of the data."""
-        return np.ldexp(self.error, self.exponent[:, None])
+        return self._in_units(self.error)
 
-    def put(self, index: NDArray[np.integer[Any]], other: Solved) -> None:
+    def _in_units(self, value: Tensor) -> Tensor:
+        found: Tensor = times_power(value, self.exponent[:, None])
+        return found
+
+    def put(self, index: Tensor, other: Solved) -> None:
         """Overwrite the matrices at `index`."""
         for name in _FIELDS:
             getattr(self, name)[index] = getattr(other, name)
 
     def take(self, index: slice) -> Solved:
         """A copy of the matrices at `index`."""
-        return Solved(*(getattr(self, name)[index].copy() for name in _FIELDS))
+        return Solved(*(getattr(self, name)[index].clone() for name in _FIELDS))
 
 
 def from_eigenvalues(
-    eigenvalues: Tensor, accumulated: Array, exponent: Array, rank_limit: Array, *, samples: int | Array
+    eigenvalues: Tensor, accumulated: Tensor, exponent: Tensor, rank_limit: Tensor, *, samples: int | Tensor
 ) -> Solved:
     """Singular values from computed eigenvalues `[b, m]`, ascending, of a moment summed over `samples` terms.
 
@@ -88,18 +95,33 @@ def from_eigenvalues(
     max(50, m/2) u times the largest; data that were shifted in floating point err by 2 u of the same norm.
     """
     unit = UNIT_ROUNDOFF[eigenvalues.dtype]
-    b, m = eigenvalues.shape
-    value = np.maximum(eigenvalues.double().cpu().numpy()[:, ::-1], 0.0)
+    sigma, error = _roots(eigenvalues.double(), accumulated, rank_limit, samples, unit)
+    path = torch.zeros(len(sigma), dtype=torch.int8, device=eigenvalues.device)
+    return Solved(sigma, error, exponent, rank_limit, path)
+
+
+@numpy_on_cpu
+def _roots(eigenvalues: Any, accumulated: Any, limit: Any, samples: Any, unit: float) -> Any:
+    m = eigenvalues.shape[1]
+    if isinstance(eigenvalues, Tensor):
+        value = eigenvalues.flip(1).clamp_min(0.0)
+        epsilon = gram_error(unit, samples, accumulated, value[:, 0] if m else accumulated, m)
+        sigma, root = value.sqrt(), epsilon.sqrt()
+        error = epsilon[:, None] / sigma.maximum(root.clamp_min(TINY)[:, None])
+        error += (2 * unit * accumulated.sqrt())[:, None]
+        dead = torch.arange(m, dtype=torch.int64, device=limit.device) >= limit[:, None]
+        return sigma.masked_fill(dead, 0.0), error.masked_fill(dead, 0.0)
+    value = np.maximum(eigenvalues[:, ::-1], 0.0)
     epsilon = gram_error(unit, samples, accumulated, value[:, 0] if m else accumulated, m)
     sigma, root = np.sqrt(value), np.sqrt(epsilon)
     # epsilon / sigma, but no more than the root of epsilon
     error = epsilon[:, None] / np.maximum(sigma, np.maximum(root, TINY)[:, None])
     error += (2 * unit * np.sqrt(accumulated))[:, None]
-    if b and int(rank_limit.min()) < m:
+    if len(limit) and int(limit.min()) < m:
         # What is known to be zero beyond the limit could only add rounding error.
-        dead = np.arange(m) >= rank_limit[:, None]
+        dead = np.arange(m) >= limit[:, None]
         sigma[dead] = error[dead] = 0.0
-    return Solved(sigma, error, exponent, rank_limit, np.zeros(b, dtype=np.int8))
+    return sigma, error
 
 
 def settle(
@@ -115,19 +137,15 @@ def settle(
     rank at `tol` is open, is solved again from the data.
     """
     values, accumulated, exponent, limit = found
-    trace = accumulated.cpu().numpy()
-    if not np.isfinite(trace).all():
+    if not bool(torch.isfinite(accumulated).all()):
         return None
-    solved = from_eigenvalues(
-        values, trace, exponent.cpu().numpy(), limit.cpu().numpy(), samples=max(x.shape[-2:])
-    )
+    solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
     if call.method == "auto" and dtype == torch.float64:
         for op in (REFINE, SVD):
             again = solved.unsettled(call.rtol, tol)
             if not len(again):
                 break
-            rows = x[torch.from_numpy(again)]
-            solved.put(again, op("library", Rows(rows, call.centering, rtol=call.rtol)))
+            solved.put(again, op("library", Rows(x[again], call.centering, rtol=call.rtol)))
     return solved
 
 
@@ -137,7 +155,8 @@ def _refine(x: Tensor, centering: str, rtol: float) -> Solved:
     with one_thread():
         for i in range(len(x)):
             tall, accumulated = _tall(x, i, centering, result)
-            result.sigma[i], result.error[i] = refined(tall, accumulated, int(result.rank_limit[i]), rtol)
+            found = refined(tall, accumulated, int(result.rank_limit[i]), rtol)
+            result.sigma[i], result.error[i] = (torch.from_numpy(value) for value in found)
     return result
 
 
@@ -151,7 +170,7 @@ def _from_svd(x: Tensor, centering: str) -> Solved:
             if len(tall) > 3 * m // 2:
                 tall = torch.linalg.qr(tall, mode="r").R
             live = int(result.rank_limit[i])
-            result.sigma[i] = torch.linalg.svdvals(tall).cpu().numpy()
+            result.sigma[i] = torch.linalg.svdvals(tall)
             result.error[i] = (m + 50) * UNIT_ROUNDOFF[torch.float64] * float(accumulated.sqrt())
             result.sigma[i, live:] = result.error[i, live:] = 0.0
     return result
@@ -159,12 +178,16 @@ def _from_svd(x: Tensor, centering: str) -> Solved:
 
 def _empty(x: Tensor, path: str) -> Solved:
     b, m = len(x), min(x.shape[-2:])
+
+    def values(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
     return Solved(
-        sigma=np.empty((b, m)),
-        error=np.empty((b, m)),
-        exponent=np.empty(b, dtype=np.int64),
-        rank_limit=np.empty(b, dtype=np.int64),
-        path=np.full(b, PATHS.index(path), dtype=np.int8),
+        sigma=values(b, m, dtype=torch.float64),
+        error=values(b, m, dtype=torch.float64),
+        exponent=values(b, dtype=torch.int64),
+        rank_limit=values(b, dtype=torch.int64),
+        path=values(b, dtype=torch.int8).fill_(PATHS.index(path)),
     )
 
 

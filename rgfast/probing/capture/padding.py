@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgfast.probing.capture.notes import Notes
+from rgfast.runtime.waiting import waits_for
 
 __all__ = ["Padding", "PaddingSpec", "as_keep", "check_padding", "is_padding_name", "looks_like_padding"]
 
@@ -185,7 +186,8 @@ class Padding:
             if name not in read:
                 read[name] = as_keep(entries[name], name, self._binary)
             keep = self._fitting(read[name].to(x.device), name, layer, x)
-            out.append(None if keep is None or bool(keep.all()) else keep)
+            every = keep is None or (not waits_for(keep.device) and bool(keep.all()))
+            out.append(None if every else keep)
         return out
 
     def _fitting(self, keep: Tensor, name: str, layer: int, x: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
+from rgfast.runtime.waiting import waits_for
 
-__all__ = ["Origin", "columns_of", "from_first_token"]
+__all__ = ["Origin", "columns_of", "from_first_token", "index_of"]
 
 Origin = Literal["column", "token"]
 
@@ -19,7 +21,7 @@ Origin = Literal["column", "token"]
 def from_first_token(batch: RowBatch) -> RowBatch:
     """The batch with every sequence's first token that counts in column 0, and the columns before it last."""
     shifts = {id(keep): _first(keep) for keep in batch.keeps if keep is not None}
-    if not any(bool(shift.any()) for shift in shifts.values()):
+    if not any(waits_for(shift.device) or bool(shift.any()) for shift in shifts.values()):
         return batch
 
     def moved(x: Tensor | None, keep: Tensor | None) -> Tensor | None:
@@ -53,5 +55,11 @@ def columns_of(positions: Sequence[int], keep: Tensor) -> Tensor:
     """
     every = torch.arange(keep.shape[1], dtype=torch.int64, device=keep.device)
     last = torch.where(keep, every, -1).amax(1, keepdim=True)
-    wanted = torch.tensor(positions, dtype=torch.int64, device=keep.device)
+    wanted = index_of(tuple(positions), keep.device)
     return torch.where(wanted < 0, last + 1 + wanted, wanted)
+
+
+@functools.lru_cache(maxsize=256)
+def index_of(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """``positions`` as a tensor on ``device``, which goes there once and not with every batch."""
+    return torch.tensor(positions, dtype=torch.int64, device=device)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.probing.measures import Measured
+from rgfast.probing.measured import Measured
 from rgfast.probing.plan import Plan
 
-__all__ = ["ByGroup", "Estimator", "Findings"]
+__all__ = ["ByGroup", "Estimator", "Findings", "HoldsRows"]
 
 
 # Measures without each group, and R² of every target [targets, layers, P] with its standard error.
-ByGroup = tuple[list[Measured], tuple[NDArray[np.float64], NDArray[np.float64]] | None]
+ByGroup = tuple[list[Measured], tuple[Tensor, Tensor] | None]
 
 
 class Findings(Protocol):
@@ -51,7 +52,8 @@ class Estimator(Protocol):
     """Takes the rows of a probe and gives :class:`Findings`.
 
     To add one: implement this in a module of :mod:`rgfast.probing.estimators` and name it in
-    :mod:`rgfast.probing.tally`, which chooses.
+    :mod:`rgfast.probing.tally`, which chooses. Nothing in :meth:`add` may wait for a device
+    (:mod:`rgfast.runtime.waiting`).
     """
 
     @property
@@ -72,3 +74,20 @@ class Estimator(Protocol):
 
     def measures(self) -> Findings:
         """What is known of all rows added so far."""
+
+
+class HoldsRows(Estimator, Protocol):
+    """An estimator that measures rows it holds back, and can hand them over instead."""
+
+    @property
+    def plan(self) -> Plan:
+        """What is measured."""
+
+    def batches(self) -> Iterator[RowBatch]:
+        """What is held."""
+
+    def enough(self) -> bool:
+        """Whether all measures are defined."""
+
+    def worthwhile(self) -> bool:
+        """Whether handing over would take felt time."""

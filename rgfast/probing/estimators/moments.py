@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.probing.capture.positions import columns_of
+from rgfast.probing.capture.positions import columns_of, index_of
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators.base import ByGroup
-from rgfast.probing.measures import Measured, measure, spread
+from rgfast.probing.estimators.finite import FiniteCheck
+from rgfast.probing.estimators.moment_measures import measure_moments
+from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
-from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
+from rgfast.runtime.waiting import waits_for
+from rgfast.streaming import MomentAccumulator
 
 __all__ = ["Moments"]
 
@@ -36,6 +39,7 @@ class Moments:
         self.plan, self.masked = plan, masked
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
+        self._finite = FiniteCheck(plan.names)
 
     def accepts(self, batch: RowBatch) -> str:
         """Nothing: any batch can be summed up."""
@@ -44,8 +48,9 @@ class Moments:
     def add(self, batch: RowBatch) -> None:
         """Add a batch, without gradients.
 
-        Raises ValueError if a layer is not finite at a kept position, before anything is added, and if the
-        ``flattened`` view meets sequences of another length.
+        Raises ValueError if a layer is not finite at a kept position, and if the ``flattened`` view meets
+        sequences of another length. Nothing is added then where looking at values costs nothing (on the CPU);
+        elsewhere it is raised up to 64 batches later, or when the measures are read, and ever after.
         """
         with torch.no_grad():
             self._add(batch)
@@ -71,9 +76,7 @@ class Moments:
 
     def check(self, batch: RowBatch, seen: int) -> None:
         """Raise ValueError if a layer of the batch after ``seen`` sequences is not finite."""
-        for index, (x, keep) in enumerate(zip(batch.layers, batch.keeps, strict=True)):
-            if x is not None:
-                self._check_finite(index, x, keep, seen)
+        self._finite.check(batch, seen)
 
     def adopt(self, plan: Plan) -> None:
         """Hold what is held as another plan parts it, whose streams are parts of this one's."""
@@ -154,26 +157,16 @@ class Moments:
             return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
         if len(self.plan.positions) == length == self.plan.length:
             return x
-        inside = [t for t in self.plan.positions if t < length]
-        found = x[:, inside]
+        inside = tuple(t for t in self.plan.positions if t < length)
+        found = x[:, index_of(inside, x.device)]
         lacking = len(self.plan.positions) - len(inside)
         if not lacking:
             return found
         return torch.cat([found, found.new_zeros(found.shape[0], lacking, *found.shape[2:])], 1)
 
-    def _check_finite(self, index: int, x: Tensor, keep: Tensor | None, seen: int) -> None:
-        try:
-            check_finite(x.transpose(0, 1), None if keep is None else keep.T, index)
-        except NonFiniteError as error:
-            where = f" at position {error.position[0]}" if x.shape[1] > 1 else ""
-            last = seen + x.shape[0] - 1
-            raise ValueError(
-                f"activations must be finite, got {error.count} NaN or infinite values in layer "
-                f"{index}{where} ({self.plan.names[index]}, sequences {seen} to {last})"
-            ) from error
-
     def measures(self) -> Moments:
         """Itself: measures are read off the moments one view at a time."""
+        self._finite.look()
         return self
 
     def measured(self, view: str) -> Measured:
@@ -181,7 +174,7 @@ class Moments:
         return self._spread(
             view,
             [
-                measure(_layers_of(moments, len(members)), spectra=view != "flattened")
+                measure_moments(_layers_of(moments, len(members)), spectra=view != "flattened")
                 for members, moments in self._moments(view)
             ],
         )
@@ -194,14 +187,21 @@ class Moments:
             folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
             rest = list(_all_but_one(folds, []))
             left_out.append(
-                [measure(_layers_of(part, len(members)), spectra=False, refine=False) for part in rest]
+                [
+                    measure_moments(_layers_of(part, len(members)), spectra=False, refine=False)
+                    for part in rest
+                ]
             )
             if targets and view != "flattened":
                 if r2 is None:
                     shape = (targets, len(self.plan.names), folds[0].count.numel())
-                    r2 = np.full(shape, np.nan), np.full(shape, np.nan)
+                    unknown = torch.full(shape, torch.nan, dtype=torch.float64, device=folds[0].count.device)
+                    r2 = unknown, unknown.clone()
                 if len(folds[0].widths) > len(members):
-                    r2[0][:, members], r2[1][:, members] = linear_r2(folds, rest, len(members), targets)
+                    for all_layers, some in zip(
+                        r2, linear_r2(folds, rest, len(members), targets), strict=True
+                    ):
+                        all_layers[:, list(members)] = some
         return [self._spread(view, list(parts)) for parts in zip(*left_out, strict=True)], r2
 
     def _spread(self, view: str, parts: list[Measured]) -> Measured:
@@ -247,6 +247,8 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Add all that ``other`` has seen, its sequences numbered on from the own. Its plan must ask for the
         same."""
+        self._finite.look()
+        other._finite.look()
         if self.plan.missed != other.plan.missed:
             self.adopt(self.plan.without(other.plan.missed))
             other.adopt(other.plan.without(self.plan.missed))
@@ -258,6 +260,7 @@ class Moments:
 
     def parts(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         """All moments as :meth:`state` names them, one accumulator at a time."""
+        self._finite.look()
         for state in self._groups:
             for accumulator in state.values():
                 yield accumulator.state_dict()
@@ -288,6 +291,7 @@ class Moments:
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """All moments as named arrays, rows not yet summed included."""
+        self._finite.look()
         arrays: dict[str, np.ndarray[Any, Any]] = {"sequences": np.array(self.sequences)}
         for group, state in enumerate(self._groups):
             for kind, accumulator in state.items():
@@ -335,16 +339,17 @@ def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
 
 def _add_rest(rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None, followed: set[int]) -> None:
     batch, length = layers[0].shape[:2]
-    others = [t for t in range(length) if t not in followed]
+    others = tuple(t for t in range(length) if t not in followed)
     if not others:
         return
-    # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
-    # sequences were batched, and the bits must not.
-    x = [layer[:, others].reshape(batch * len(others), -1) for layer in layers]
-    if keep is not None:
-        kept = keep[:, others].reshape(-1)
-        x = [layer[kept] for layer in x]
-    rest.update(x, finite=True)
+    at = index_of(others, layers[0].device)
+    x = [layer[:, at].reshape(batch * len(others), -1) for layer in layers]
+    kept = None if keep is None else keep[:, at].reshape(-1)
+    if kept is not None and not waits_for(kept.device):
+        # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
+        # sequences were batched, and the bits must not. Elsewhere the number of rows is not known here.
+        x, kept = [layer[kept] for layer in x], None
+    rest.update(x, kept, finite=True)
 
 
 def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> None:

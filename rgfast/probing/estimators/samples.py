@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.estimators.row_measures import measure_rows
-from rgfast.probing.measures import Measured, joined
+from rgfast.probing.measured import Measured, joined
 from rgfast.probing.plan import Plan
 
 __all__ = [

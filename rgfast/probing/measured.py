@@ -1,0 +1,177 @@
+"""The measures of one view, as tensors where the activations are until the result is assembled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rgfast.ops.spectrum.measures import TINY, numpy_on_cpu
+from rgfast.ops.spectrum.solve import Solved
+from rgfast.probing.measures import MEASURES, Kernels, Kind, Measure
+
+__all__ = ["Measured", "baselines", "doubtful", "joined", "of_kernels", "of_spectra", "spread", "to_host"]
+
+_GRID = 12  # baselines at more sample numbers than this are interpolated
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures of one view; the last axis (or axes) is the flattened leading shape of its moments.
+
+    ``values[name]`` are ``[L, P]`` of ranks, ``[L-1, P]`` of drifts and ``[L, L, P]`` of pairs, NaN where a
+    pair was not asked for; ``bounds[name]`` ``[L, P]`` bound the relative rounding errors of those ranks that
+    have one, and ``refined[L, P]`` says where the centred spectrum is not from moments alone. ``spectrum`` is
+    ``[L, P, max d]`` padded with NaN, ``count`` ``[L, P]``.
+    """
+
+    count: Tensor
+    values: dict[str, Tensor]
+    bounds: dict[str, Tensor]
+    refined: Tensor
+    spectrum: Tensor
+
+
+def to_host(found: Measured) -> dict[str, NDArray[Any]]:
+    """Everything of a view in the host's memory, where it is read for the first time, by name: measures,
+    ``<measure>_bound``, ``n_by_layer``, ``refined`` and ``singular_values``."""
+    named = found.values | {f"{name}_bound": bound for name, bound in found.bounds.items()}
+    named |= {"n_by_layer": found.count, "refined": found.refined, "singular_values": found.spectrum}
+    return {name: value.cpu().numpy() for name, value in named.items()}
+
+
+def of_spectra(
+    centred: Solved, raw: Solved | None, constant: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All ranks ``[N]`` of centred spectra and those of rows as they are, and bounds; without ``raw`` NaN.
+
+    ``constant[N]`` says where nothing varies but rows are not zero.
+    """
+    values, bounds = {}, {}
+    for measure in _of_kind("rank"):
+        solved = centred if measure.needs == "centred" else raw
+        value = bound = torch.full_like(centred.sigma[:, 0], torch.nan)
+        if solved is not None:
+            sigma = solved.sigma
+            bound = bound if measure.bound is None else measure.bound(solved)
+            if measure.needs == "uncentred":
+                # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
+                sigma = sigma.clone()
+                sigma[:, 1:].masked_fill_(constant[:, None], 0.0)
+                bound = bound.masked_fill(constant, 0.0)
+            value = measure.of(sigma)
+        values[measure.name] = value
+        if measure.bound is not None:
+            bounds[measure.name] = bound
+    return values, bounds
+
+
+def of_kernels(kernels: Kernels) -> dict[str, Tensor]:
+    """All drifts and pairs."""
+    return {measure.name: measure.of(kernels) for measure in _of_kind("drift", "pair")}
+
+
+def _of_kind(*kinds: Kind) -> list[Measure]:
+    return [measure for measure in MEASURES.values() if measure.kind in kinds]
+
+
+@numpy_on_cpu
+def doubtful(sigma: Any, most: Any, allowed: float) -> Any:
+    """Where an effective rank of singular values ``[P, d]``, ``most[P]`` of them not zero, may err by more
+    than ``allowed`` of itself.
+
+    Eigenvalues of a moment err by about 4 u λ₁, so σ by e = min(4 u σ₁²/σ, √(4 u) σ₁), and the entropy by
+    about Σ e ln(Σσ/σ) / Σσ.
+    """
+    unit, top = 4 * 2.0**-53, sigma[:, :1]
+    if isinstance(sigma, Tensor):
+        total = sigma.sum(1)[:, None].clamp_min(TINY)
+        error = (unit * top * (top / sigma.clamp_min(TINY))).minimum(unit**0.5 * top)
+        expected = error / total * -(sigma / total).clamp_min(2.0**-53).log()
+        live = torch.arange(sigma.shape[1], dtype=torch.int64, device=sigma.device) < most[:, None]
+        return (torch.where(live, expected, 0.0).sum(1) > allowed) & (top[:, 0] > 0)
+    total = np.maximum(sigma.sum(1, keepdims=True), TINY)
+    with np.errstate(over="ignore"):
+        error = np.minimum(unit * top * (top / np.maximum(sigma, TINY)), unit**0.5 * top)
+    expected = error / total * -np.log(np.maximum(sigma / total, 2.0**-53))
+    live = np.arange(sigma.shape[1]) < most[:, None]
+    return (np.where(live, expected, 0.0).sum(1) > allowed) & (top[:, 0] > 0)
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """Several positions' measures as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def along(name: str) -> dict[str, Tensor]:
+        values = [getattr(part, name) for part in parts]
+        return {key: torch.cat([value[key] for value in values], -1) for key in values[0]}
+
+    return Measured(
+        torch.cat([part.count for part in parts], -1),
+        along("values"),
+        along("bounds"),
+        torch.cat([part.refined for part in parts], 1),
+        torch.cat([part.spectrum for part in parts], 1),
+    )
+
+
+def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers: int) -> Measured:
+    """The measures of all layers from those of streams of them; NaN between layers of two streams."""
+    if len(parts) == 1:
+        return parts[0]
+    first, most = parts[0], max(part.spectrum.shape[2] for part in parts)
+    positions = first.count.shape[1]
+    shapes = {"rank": (layers,), "drift": (layers - 1,), "pair": (layers, layers)}
+
+    def whole(*shape: int) -> Tensor:
+        return first.spectrum.new_full(shape, torch.nan)
+
+    out = Measured(
+        first.count.new_zeros(layers, positions),
+        {name: whole(*shapes[MEASURES[name].kind], positions) for name in first.values},
+        {name: whole(layers, positions) for name in first.bounds},
+        first.refined.new_zeros(layers, positions),
+        whole(layers, positions, most),
+    )
+    for members, part in zip(streams, parts, strict=True):
+        at = torch.tensor(members, dtype=torch.int64, device=first.count.device)
+        out.count[at], out.refined[at] = part.count, part.refined
+        out.spectrum[at, :, : part.spectrum.shape[2]] = part.spectrum
+        for name, bound in part.bounds.items():
+            out.bounds[name][at] = bound
+        for name, value in part.values.items():
+            if MEASURES[name].kind == "rank":
+                out.values[name][at] = value
+            elif MEASURES[name].kind == "pair":
+                out.values[name][at[:, None], at] = value
+            else:
+                for k, (i, j) in enumerate(pairwise(members)):
+                    if j == i + 1:
+                        out.values[name][i] = value[k]
+    return out
+
+
+def baselines(counts: NDArray[np.int64], widths: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:
+    """Isotropic baselines ``[L, P]`` of the ranks that have one, for ``counts[L, P]`` samples; NaN below two.
+
+    Many different sample numbers are interpolated in 1/n between a few.
+    """
+    known = {m.name: m.baseline for m in MEASURES.values() if m.baseline is not None}
+    out = {name: np.full(counts.shape, np.nan) for name in known}
+    sizes = np.unique(counts[counts >= 2])
+    if not len(sizes):
+        return out
+    grid = sizes if len(sizes) <= _GRID else np.unique(np.geomspace(sizes[0], sizes[-1], _GRID).round())
+    for width in set(widths):
+        at = (counts >= 2) & (np.array(widths) == width)[:, None]
+        for name, baseline in known.items():
+            table = np.array([baseline(int(n), width) for n in grid])
+            out[name][at] = np.interp(1 / counts[at], 1 / grid[::-1], table[::-1])
+    return out
