@@ -1,9 +1,14 @@
-"""Library calls whose bits depend on the thread count run at a fixed one."""
+"""Library calls whose bits depend on the thread count run at a fixed one, on operands that lie the same.
+
+On some processors MKL cuts sums by the number of threads, on some by addresses and strides of the operands as
+well. New tensors of PyTorch begin at a multiple of 64 bytes, so what is computed from them on one thread
+depends on values and shapes alone; only what a caller passes in has to be laid out again (`aligned`).
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["on_one_thread", "one_thread"]
+__all__ = ["aligned", "on_one_thread", "one_thread"]
+
+_ALIGNMENT = 64  # bytes; what PyTorch gives a new tensor
 
 _LOCK = threading.RLock()
 
@@ -34,8 +41,17 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied unless it is contiguous and begins where a new tensor would; as it is off the CPU."""
+    if x.device.type != "cpu" or (x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """``function(*args)`` on one thread of the CPU, and so its backward pass; as it is on other devices.
+    """``function(*args)`` of :func:`aligned` arguments on one thread of the CPU, and so its backward pass.
+
+    Nothing of that is done on other devices.
 
     A graph that is being traced, and the transforms of ``torch.func``, see through: these run what they made
     of it when and how they like.
@@ -46,8 +62,14 @@ def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tens
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
         y: Tensor = _OnOneThread.apply(function, *args)  # type: ignore[no-untyped-call]
         return y
+    if not _transformed(tensors):
+        args = _aligned(args)
     with one_thread():
         return function(*args)
+
+
+def _aligned(args: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else aligned(t) for t in args)
 
 
 def _transformed(tensors: list[Tensor]) -> bool:
@@ -62,7 +84,7 @@ class _OnOneThread(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
         leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
         with one_thread(), torch.enable_grad():
-            y = function(*leaves)
+            y = function(*_aligned(leaves))
         ctx.save_for_backward(*args)
         ctx.function, ctx.leaves, ctx.inner = function, leaves, y
         return y.detach()
@@ -74,10 +96,10 @@ class _OnOneThread(torch.autograd.Function):
         with one_thread(), torch.enable_grad():
             if again:
                 args = ctx.saved_tensors
-                y = ctx.function(*args)
+                y = ctx.function(*_aligned(args))
             wanted = [t for t, want in zip(args, ctx.needs_input_grad[1:], strict=True) if want]
             found = torch.autograd.grad(
-                y, wanted, dy, retain_graph=True, create_graph=again, allow_unused=True
+                y, wanted, aligned(dy), retain_graph=True, create_graph=again, allow_unused=True
             )
         rest = iter(found)
         return (None, *(next(rest) if want else None for want in ctx.needs_input_grad[1:]))

@@ -125,7 +125,8 @@ def linear_r2(
     """
     lead = rest[0].count.reshape(-1).shape[0]
     errors = np.zeros((2, len(folds), targets, layers, lead))
-    with one_thread():  # bits of eigh and of products depend on the number of threads
+    # Bits of eigh and of products depend on the number of threads, and may on how operands lie: all are new.
+    with one_thread():
         for g, (fold, train) in enumerate(zip(folds, rest, strict=True)):
             if fold.widths == () or train.widths == ():
                 continue

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgfast import native
 from rgfast.ops.residual_mlp import library
+from rgfast.threads import aligned
 
 __all__ = [
     "Arguments",
@@ -265,13 +266,17 @@ class _Call(NamedTuple):
     held: list[Tensor | None]
 
 
-def _call(arguments: Arguments) -> _Call:
+def _call(arguments: Arguments, by_library: bool) -> _Call:
+    """The library's bits may depend on how its operands lie, those of our own products do not."""
     x, w1 = arguments.x, arguments.w1
+    if by_library:
+        x = aligned(x)
     if arguments.mixes:
         rows, stride = x.contiguous(), 0
     else:
         rows, stride = as_rows(x)
-    held = [rows, *(None if t is None else t.contiguous() for t in arguments.tensors[1:])]
+    ready = aligned if by_library else torch.Tensor.contiguous
+    held = [rows, *(None if t is None else ready(t) for t in arguments.tensors[1:])]
     leading = (
         arguments.rows,
         w1.size(1),
@@ -291,7 +296,7 @@ def _call(arguments: Arguments) -> _Call:
 def _run_forward(arguments: Arguments, by_library: bool, sums: Tensor | None = None) -> Tensor:
     """The output; the sums that the activation gets into ``sums`` unless that is empty."""
     y = torch.empty_like(arguments.x, memory_format=torch.contiguous_format)
-    call = _call(arguments)
+    call = _call(arguments, by_library)
     kept = 0 if sums is None or not sums.numel() else sums.data_ptr()
     native.load().residual_mlp_forward(*call.leading, kept, y.data_ptr(), torch.get_num_threads(), by_library)
     return y
@@ -308,8 +313,8 @@ def _run_backward(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(arguments.tensors, wanted, strict=True)
     )
-    dy = dy.contiguous()
-    call = _call(arguments)
+    dy = aligned(dy) if by_library else dy.contiguous()
+    call = _call(arguments, by_library)
     native.load().residual_mlp_backward(
         *call.leading,
         0 if sums is None or not sums.numel() else sums.data_ptr(),

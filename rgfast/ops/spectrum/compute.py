@@ -18,6 +18,7 @@ from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, Solved, settle, solve
 from rgfast.ops.spectrum.top import top_eigenpair
+from rgfast.threads import one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = [
@@ -45,12 +46,13 @@ def value(
     """One measure of `x[..., n, d]`: `[...]`, or `[..., min(n, d)]` for `"singular_values"`."""
     if measure in ("participation_ratio", "stable_rank"):
         x, matrix = second_moments(x, centering, precision, impl)
-        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        if measure == "stable_rank":
-            below, _ = top_eigenpair(matrix)
-            above = trace
-        else:
-            above, below = trace.square(), matrix.square().sum((-2, -1))
+        with one_thread():  # the sum over a whole matrix is cut by the number of threads
+            trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+            if measure == "stable_rank":
+                below, _ = top_eigenpair(matrix)
+                above = trace
+            else:
+                above, below = trace.square(), matrix.square().sum((-2, -1))
         ratio: Tensor = above / torch.where(below > 0, below, 1.0)
         return ratio.reshape(x.shape[:-2])
     if method == "lanczos":

@@ -19,7 +19,7 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.solve import PATHS, Solved
-from rgfast.threads import one_thread
+from rgfast.threads import aligned, one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["rank_measures_from_factor"]
@@ -61,7 +61,8 @@ def rank_measures_from_factor(
     freedom = np.maximum(count - 1 if centering == "mean" else count, 0)
     limit = np.minimum(freedom, (factor != 0).any(1).sum(1).cpu().numpy())
     unit, sigma = UNIT_ROUNDOFF[torch.float64], np.zeros((b, d))
-    with one_thread():
+    with one_thread():  # the values are those of a new copy that PyTorch makes for LAPACK
+        factor = aligned(factor)
         rest = torch.nn.functional.pad(factor.square().sum(2), (0, 1)).flip(1).cumsum(1).flip(1).sqrt()
         size = rest[:, 0].cpu().numpy()  # rest[:, k] is the norm of the rows from k on
         # With n < d samples the rows after the n-th are mostly rounding errors of nothing. Not where columns

@@ -123,7 +123,7 @@ def gram_spectrum(
         matrix, accumulated, exponent, limit = gram(x, centering=centering, means=means)
         bad = ~torch.isfinite(accumulated)
         matrix[bad] = 0.0
-        with one_thread():  # LAPACK's bits depend on the number of threads
+        with one_thread():  # LAPACK's bits depend on the number of threads; it gets new copies of `matrix`
             values = torch.linalg.eigvalsh(matrix)
             if raw is not None and means is not None:
                 means[bad] = 0.0

@@ -17,6 +17,7 @@ from rgfast.probing.measures import Measured, measure, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
 from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite
+from rgfast.threads import aligned, one_thread
 
 __all__ = ["Moments"]
 
@@ -353,12 +354,14 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
     for x, keep in zip(layers, keeps, strict=True):
         wide = x.to(torch.float64)
         if keep is None or keep.shape[1] != x.shape[1]:
-            rows.append(wide.sum(1) / x.shape[1])
+            with one_thread():
+                rows.append(aligned(wide).sum(1) / x.shape[1])
             continue
         number = keep.sum(1, keepdim=True)
         counted = number[:, 0] > 0
         some = counted if some is None else some & counted
-        total = wide.masked_fill(~keep[..., None], 0.0).sum(1)
+        with one_thread():
+            total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
         rows.append(total / number.clamp_min(1))
     means.update(rows, some, finite=True)
 
