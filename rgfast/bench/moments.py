@@ -31,9 +31,12 @@ class Case:
 
     def data(self, device: str = "cpu") -> Data:
         """Rows, and the shifts that are taken off them: their means."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         shape = (self.positions, self.rows, self.width)
-        layers = [torch.randn(shape, generator=generator).to(device) + 3.0 for _ in range(self.layers)]
+        layers = [
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device) + 3.0
+            for _ in range(self.layers)
+        ]
         return layers, [x.double().mean(1) for x in layers]
 
     def sums(self, device: str | torch.device = "cpu") -> Sums:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from rgfast import native
@@ -30,11 +31,23 @@ def add_products(
 ) -> None:
     """As `reference.add_products`; the bits depend on values and instruction set alone."""
     shifts = [shift.contiguous() for shift in shifts]
+    keep = None if keep is None else keep.contiguous()
+    b = rows[0].shape[1]
     native.load().moments_add(
         [native.tensor(x) for x in rows],
-        [shift.data_ptr() for shift in shifts],
+        [
+            native.address(s, torch.float64, x.shape[0] * x.shape[2], "shifts")
+            for s, x in zip(shifts, rows, strict=True)
+        ],
         [math.ldexp(1.0, -exponent) for exponent in exponents],
-        (0, 0, 0) if keep is None else (keep.data_ptr(), *keep.stride()),
-        [(i, j, total.data_ptr()) for (i, j), total in sums.items()],
+        (native.address(keep, torch.bool, len(rows[0]) * b, "keep"), b, 1),
+        [
+            (i, j, native.address(total, torch.float64, _entries(rows[i], rows[j]), "sums"))
+            for (i, j), total in sums.items()
+        ],
         native.threads(),
     )
+
+
+def _entries(left: Tensor, right: Tensor) -> int:
+    return len(left) * (left.shape[2] + 2) * (right.shape[2] + 2)
