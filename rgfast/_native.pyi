@@ -100,3 +100,11 @@ def cka_products(
     grand: tuple[int, list[int], list[int], int],
     workspace: tuple[int, list[int], list[int], int],
 ) -> bool: ...
+def moments_add(
+    rows: list[tuple[int, list[int], list[int], int]],
+    shifts: list[int],
+    units: list[float],
+    keep: tuple[int, int, int],
+    pairs: list[tuple[int, int, int]],
+    threads: int,
+) -> None: ...

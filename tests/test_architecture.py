@@ -20,6 +20,7 @@ WHOLE = "Only the benchmarks import the package as its users do"
 CHAINS = "The probe knows nothing of Markov chains and of training"
 SAVED = "Flow and report take only results from the probe"
 MODEL = "Flow and report work without a model"
+MOMENTS = "The products of moments know nothing of streams and of other ops"
 
 
 def lint(root: Path) -> subprocess.CompletedProcess[str]:
@@ -48,7 +49,7 @@ def copy(tmp_path: Path) -> Path:
 def test_every_contract_is_kept() -> None:
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in (LAYERS, CIRCLES, WHOLE, CHAINS, SAVED, MODEL):
+    for name in (LAYERS, CIRCLES, WHOLE, CHAINS, SAVED, MODEL, MOMENTS):
         assert f"{name} KEPT" in done.stdout
 
 
@@ -63,6 +64,7 @@ def test_every_contract_is_kept() -> None:
         ("flow/curves", "from rgfast.probing.watch import Probe", {SAVED, MODEL}),
         ("flow/curves", "from rgfast.flow.verdicts import judge", {CIRCLES}),
         ("flow/curves", "import rgfast", {WHOLE}),
+        ("ops/moments/api", "from rgfast.streaming import Pairs", {MOMENTS}),
         ("unplaced/__init__", "", {LAYERS}),
     ],
 )

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, m) {
   rgfast::bind::register_residual_mlp(m);
   rgfast::bind::register_spectrum(m);
   rgfast::bind::register_cka(m);
+  rgfast::bind::register_moments(m);
 }

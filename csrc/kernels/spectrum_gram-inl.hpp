@@ -3,6 +3,9 @@
 
 #include "rgfast/simd-inl.hpp"
 
+#include "rgfast/panels-inl.hpp"
+#include "rgfast/widen-inl.hpp"
+
 #include "kernels/spectrum_range-inl.hpp"
 
 namespace rgfast {
@@ -11,76 +14,6 @@ namespace RGFAST_NS {
 constexpr long long kGramTile = 256;  // terms per partial sum: part of the error bound that Python states
 // From one panel to the next; a power of two would put them all in the same sets of the cache.
 constexpr long long kPanel = (kGramTile + 1) * Simd<double>::lanes;
-
-inline double widen_half(unsigned short h) {
-  const unsigned exponent = (h >> 10) & 31U;
-  const unsigned wide = exponent == 31U ? 0x7F800000U | ((h & 1023U) << 13) : (h & 0x7FFFU) << 13;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof value);
-  const double scaled = exponent == 31U ? static_cast<double>(value) : static_cast<double>(value) * 0x1p112;
-  return (h & 0x8000U) != 0 ? -scaled : scaled;
-}
-
-inline double widen_brain(unsigned short h) {
-  const unsigned wide = static_cast<unsigned>(h) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof value);
-  return static_cast<double>(value);
-}
-
-// row[j] = x[j * stride] * scale, exactly: scale is a power of two, and 1 but for fp64.
-inline void widen_row(const void* x, DType dtype, long long stride, long long count, double scale,
-                      double* __restrict row) {
-  if (dtype == DType::f64) {
-    const double* const from = static_cast<const double*>(x);
-    if (stride == 1)
-      for (long long j = 0; j < count; ++j) row[j] = from[j] * scale;
-    else
-      for (long long j = 0; j < count; ++j) row[j] = from[j * stride] * scale;
-  } else if (dtype == DType::f32) {
-    const float* const from = static_cast<const float*>(x);
-    if (stride == 1)
-      for (long long j = 0; j < count; ++j) row[j] = static_cast<double>(from[j]);
-    else
-      for (long long j = 0; j < count; ++j) row[j] = static_cast<double>(from[j * stride]);
-  } else {
-    const unsigned short* const from = static_cast<const unsigned short*>(x);
-    if (dtype == DType::bf16)
-      for (long long j = 0; j < count; ++j) row[j] = widen_brain(from[j * stride]);
-    else
-      for (long long j = 0; j < count; ++j) row[j] = widen_half(from[j * stride]);
-  }
-}
-
-// c += a b' for R panels of rows and one panel of columns, c column-major.
-template <int R>
-RGFAST_INLINE void gram_block(const double* a, const double* b, long long terms, double* c, long long stride,
-                              bool first) {
-  constexpr int L = Simd<double>::lanes;
-  VecD sum[R][L];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < L; ++j) sum[r][j] = VecD{};
-  for (long long k = 0; k < terms; ++k) {
-    VecD row[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) row[r] = load(a + r * kPanel + k * L);
-#pragma GCC unroll 8
-    for (int j = 0; j < L; ++j) {
-      const VecD column = broadcast(b[k * L + j]);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r][j] = fma(row[r], column, sum[r][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < L; ++j)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      double* const at = c + j * stride + r * L;
-      store(at, first ? sum[r][j] : load(at) + sum[r][j]);
-    }
-}
 
 // c += y'y for one tile of terms, lower triangle, from panels [panel][term][lane].
 inline void gram_tile(const double* panels, long long count, long long terms, double* c, long long stride,
@@ -95,11 +28,11 @@ inline void gram_tile(const double* panels, long long count, long long terms, do
       const double* const b = panels + j * kPanel;
       double* const at = c + j * L * stride + (i + above) * L;
       if (rows - above == 3)
-        gram_block<3>(a, b, terms, at, stride, first);
+        panel_block<3, L, kPanel>(a, b, terms, at, stride, first);
       else if (rows - above == 2)
-        gram_block<2>(a, b, terms, at, stride, first);
+        panel_block<2, L, kPanel>(a, b, terms, at, stride, first);
       else
-        gram_block<1>(a, b, terms, at, stride, first);
+        panel_block<1, L, kPanel>(a, b, terms, at, stride, first);
     }
     i += rows;
   }

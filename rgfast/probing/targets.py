@@ -143,7 +143,8 @@ def linear_r2(
     errors = torch.zeros(
         2, len(folds), targets, layers, lead, dtype=torch.float64, device=rest[0].count.device
     )
-    with one_thread():  # bits of eigh and of products depend on the number of threads
+    # Bits of eigh and of products depend on the number of threads, and may on how operands lie: all are new.
+    with one_thread():
         for g, (fold, train) in enumerate(zip(folds, rest, strict=True)):
             if fold.widths == () or train.widths == ():
                 continue

@@ -1,4 +1,9 @@
-"""Library calls on one thread, where their bits depend on how many, and in the precision they name."""
+"""Library calls on one thread, on operands that lie the same, and in the precision they name.
+
+On some processors MKL cuts sums by the number of threads, on some by addresses and strides of the operands as
+well. New tensors of PyTorch begin at a multiple of 64 bytes, so what is computed from them on one thread
+depends on values and shapes alone; only what a caller passes in has to be laid out again (`aligned`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["all_on_one_thread", "no_autocast", "on_one_thread", "one_thread"]
+__all__ = ["aligned", "all_on_one_thread", "no_autocast", "on_one_thread", "one_thread"]
 
 # What a function of several results, some of which may not exist, returns.
 Tensors = tuple[Tensor | None, ...]
+
+_ALIGNMENT = 64  # bytes; what PyTorch gives a new tensor
 
 _LOCK = threading.RLock()
 
@@ -38,6 +45,13 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied unless it is contiguous and begins where a new tensor would; as it is off the CPU."""
+    if x.device.type != "cpu" or (x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def no_autocast(device_type: str) -> Iterator[None]:
     """Run the block in the precision it names, whatever ``torch.autocast`` surrounds it."""
@@ -49,7 +63,8 @@ def no_autocast(device_type: str) -> Iterator[None]:
 
 
 def on_one_thread(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """``function(*args)`` on one thread of the CPU and outside autocast, and so its backward passes.
+    """``function(*args)`` of :func:`aligned` arguments on one thread of the CPU and outside autocast, and so
+    its backward passes.
 
     On other devices only autocast is kept out. A graph that is being traced, and the transforms of
     ``torch.func``, see through: these run what they made of it when and how they like.
@@ -68,8 +83,14 @@ def all_on_one_thread(function: Callable[..., Tensors], *args: Tensor | None) ->
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
         found: Tensors = _Apart.apply(function, kind, *args)  # type: ignore[no-untyped-call]
         return found
+    if not _transformed(tensors):
+        args = _aligned(args)
     with _apart(kind):
         return function(*args)
+
+
+def _aligned(args: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else aligned(t) for t in args)
 
 
 @contextmanager
@@ -97,7 +118,7 @@ class _Apart(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., Tensors], kind: str, *args: Tensor | None) -> Tensors:
         leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
         with _apart(kind), torch.enable_grad():
-            found = function(*leaves)
+            found = function(*_aligned(leaves))
         ctx.save_for_backward(*args)
         ctx.function, ctx.kind, ctx.leaves, ctx.inner = function, kind, leaves, found
         return tuple(None if y is None else y.detach() for y in found)
@@ -109,12 +130,13 @@ class _Apart(torch.autograd.Function):
             function, count = ctx.function, len(wanted)
 
             def gradients(*given: Tensor | None) -> Tensors:
-                return _pulled(function(*given[:count]), given[:count], wanted, given[count:], again=True)
+                ys = function(*_aligned(given[:count]))
+                return _pulled(ys, given[:count], wanted, given[count:], again=True)
 
             found = all_on_one_thread(gradients, *ctx.saved_tensors, *dys)
         else:
             with _apart(ctx.kind):
-                found = _pulled(ctx.inner, ctx.leaves, wanted, dys, again=False)
+                found = _pulled(ctx.inner, ctx.leaves, wanted, _aligned(dys), again=False)
         rest = iter(found)
         return (None, None, *(next(rest) if want else None for want in wanted))
 

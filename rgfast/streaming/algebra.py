@@ -98,7 +98,7 @@ def centred_norm_product(moment: Tensor) -> Tensor:
     e, f = -sum_x / n[:, None], -sum_y / n[:, None]
     ee, ff = e.square().sum(1), f.square().sum(1)
     ex, fy = (e * sum_x).sum(1), (f * sum_y).sum(1)
-    xy = (torch.bmm(e[:, None], moment[:, :-2, :-2])[:, 0] * f).sum(1)
+    xy = ((e[:, :, None] * moment[:, :-2, :-2]).sum(1) * f).sum(1)
     with_y = moment[:, -2, -2] + 2 * (moment[:, -2, :-2] * f).sum(1) + ff * sum_a
     with_x = 2 * (moment[:, :-2, -2] * e).sum(1) + 4 * xy + 2 * ff * ex
     return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)

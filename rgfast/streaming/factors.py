@@ -10,6 +10,9 @@ A decomposition costs several times a product, and most layers do not need it. S
 rows are added, so once a position's rows are well conditioned (often after the first block) its factor is
 dropped: its moments will do. What stays is what is deficient but for rounding (a LayerNorm's output, more
 features than there are tokens), and what has few rows.
+
+LAPACK's bits may depend on threads and on how its operands lie. It runs on one thread here, and PyTorch hands
+it new copies (of rows stacked here, which are new tensors themselves), whose layout follows from the shapes.
 """
 
 from __future__ import annotations
@@ -55,23 +58,28 @@ class TriangularFactors:
         held = [*self._r.values(), *self._kept.values()]
         return sum(x.numel() * x.element_size() for x in held)
 
+    @property
+    def followed(self) -> list[int]:
+        """The layers that still have a factor at some position."""
+        return list(self._r)
+
     def update(self, layer: int, z: Tensor, part: slice) -> None:
-        """Add the rows ``z[m, b, :d]`` less their shift, with ``z[..., -1]`` 1 (0 where a row does not
-        count), at the positions ``part``."""
+        """Add the rows ``z[m, b, d + 1]``, each 1 (0 where a row does not count) and the row less its shift,
+        at the positions ``part``."""
         if layer not in self._r:
             return
         if waits_for(z.device):  # where a factor is kept is read by `advance` alone
             r = self._r[layer][part]
-            r.copy_(_triangle(torch.cat([r, torch.cat([z[..., -1:], z[..., :-2]], 2)], 1)))
+            r.copy_(_triangle(torch.cat([r, z], 1)))
             return
         if not self._seen and z.shape[1] >= 2 * self._width[layer]:
-            self._kept[layer][part] &= ~_plainly_well_conditioned(z[..., :-2])
+            self._kept[layer][part] &= ~_plainly_well_conditioned(z[..., 1:])
         kept = self._kept[layer][part]
         at = kept.nonzero()[:, 0] + part.start
         if not len(at):
             return
         rows = z if len(at) == len(z) else z[kept]
-        stacked = torch.cat([self._r[layer][at], torch.cat([rows[..., -1:], rows[..., :-2]], 2)], 1)
+        stacked = torch.cat([self._r[layer][at], rows], 1)
         self._r[layer][at] = _triangle(stacked)
 
     def advance(self, rows: int) -> None:

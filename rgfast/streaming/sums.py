@@ -6,6 +6,9 @@ sums there are: the (cross) moment, column sums, the squared norms a_i with thei
 exact one-pass debiased HSIC needs, and the count. Moving the shift is a congruence ``T^T M T``, which is how
 sums with different shifts merge exactly (Chan, Golub and LeVeque 1979, in matrix form) and how moments are
 centred at the end.
+
+Adding a block is the op of `rgfast.ops.moments`. Every other sum here is of new tensors, whose layout follows
+from the shapes, on one thread.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.ops import moments
+from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming.algebra import (
     centred_cross,
@@ -89,28 +94,24 @@ class Sums:
         return sum(t.numel() * t.element_size() for t in (*self.shift, *self.moment.values())) + factors
 
     def add(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
-        """Add one block ``[P, b, d_l]``: in chunks of positions, so that work space is bounded."""
+        """Add one block ``[P, b, d_l]``."""
         b = rows[0].shape[1]
         for layer, x in enumerate(rows):
             if self.exponents[layer] is None:
                 self.exponents[layer] = scale_exponent(x, keep)
-        per_position = 8 * b * sum(d + 2 for d in self.widths)
-        chunk = max(1, _WORK_BYTES // per_position)
-        for start in range(0, self.positions, chunk):
-            part = slice(start, min(start + chunk, self.positions))
-            kept = None if keep is None else keep[part]
-            self._settle_shift([x[part] for x in rows], kept, part)
-            z = [self._extended(layer, x[part], kept, part) for layer, x in enumerate(rows)]
-            for (i, j), moment in self.moment.items():
-                moment[part].baddbmm_(z[i].transpose(1, 2), z[j])
-            if self.factors is not None:
-                for layer, extended in enumerate(z):
-                    self.factors.update(layer, extended, part)
+        self._settle_shift(rows, keep)
+        moments.add_products(
+            self.moment, rows, self.shift, keep=keep, exponents=[self.exponent(k) for k in range(len(rows))]
+        )
+        if self.factors is not None:
+            for layer in self.factors.followed:
+                self._add_to_factor(layer, rows[layer], keep)
         self.begun |= True if keep is None else keep.any(1)
         self.settled = self.settled or keep is None
         if self.factors is not None:
             self.factors.advance(b)
 
+    @one_thread()
     def merge(self, other: Sums) -> None:
         """Add all of ``other``, of the same layers, pairs and positions; exact for different shifts."""
         mine, theirs = self.count(), other.count()
@@ -128,12 +129,13 @@ class Sums:
         for (i, j), moment in self.moment.items():
             a = recentred(rescaled(moment, rescale[i][0], rescale[j][0]), move_a[i], move_a[j])
             b = rescaled(other.moment[i, j], rescale[i][1], rescale[j][1])
-            self.moment[i, j] = a.add_(recentred(b, move_b[i], move_b[j]))
+            self.moment[i, j] = a.add_(recentred(b, move_b[i], move_b[j])).contiguous()
         self.begun = self.begun | other.begun
         if self.factors is not None:
             assert other.factors is not None
             self.factors.merge(other.factors, (move_a, move_b), rescale)
 
+    @one_thread()
     def pooled(self, factored: Sequence[int]) -> Sums:
         """Those of the samples of all positions as one cloud, at a single position."""
         one = Sums.empty(self.widths, list(self.moment), 1, self.begun.device, factored)
@@ -151,7 +153,7 @@ class Sums:
             unit = math.ldexp(1.0, -self.exponent(layer))
             moves.append((self.shift[layer] - one.shift[layer]) * unit)
         for (i, j), moment in self.moment.items():
-            one.moment[i, j] = recentred(moment, moves[i], moves[j]).sum(0, keepdim=True)
+            one.moment[i, j] = recentred(moment, moves[i], moves[j]).sum(0, keepdim=True).contiguous()
         if self.factors is not None and one.factors is not None:
             self.factors.pooled(moves, one.factors, count[:, 0] > 0)
         return one
@@ -228,10 +230,12 @@ class Sums:
         trace = self.moment[layer, layer][:, -2, -1]
         return trace if scaled else _times_power(trace, 2 * self.exponent(layer))
 
+    @one_thread()
     def trace(self, layer: int) -> Tensor:
         """Σ|x_c|² ``[P]``, in the layer's units."""
         return centred_trace(self.moment[layer, layer])
 
+    @one_thread()
     def norm_product(self, i: int, j: int) -> Tensor:
         """Σ|x_c|²|y_c|² ``[P]``, in the layers' units."""
         moment = self.moment[i, j] if (i, j) in self.moment else self.moment[j, i].transpose(1, 2)
@@ -266,7 +270,8 @@ class Sums:
         """Replace everything by what :meth:`state_dict` returned for the same layers, pairs and positions."""
 
         def tensor(name: str) -> Tensor:
-            return torch.from_numpy(np.array(arrays[name])).to(self.begun.device)
+            # A copy in memory of torch's own: the library's bits depend on how its operands are aligned.
+            return torch.from_numpy(np.array(arrays[name])).to(self.begun.device, copy=True)
 
         self.begun = tensor("begun")
         self.exponents = [None if e == _NONE else int(e) for e in arrays["exponent"]]
@@ -275,50 +280,41 @@ class Sums:
         if self.factors is not None:
             self.factors.load_state_dict(arrays)
 
-    def _settle_shift(self, rows: list[Tensor], keep: Tensor | None, part: slice) -> None:
+    def _settle_shift(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
         """Shift of positions that see their first rows: the mean of these, exact for constant columns."""
         if self.settled:
             return
-        new = ~self.begun[part]
+        new = ~self.begun
         if keep is not None:
             new = new & keep.any(1)
         if waits_for(new.device):  # means of all positions, since which ones are new is not known here
             for layer, x in enumerate(rows):
-                shift = self.shift[layer][part]
-                shift.copy_(torch.where(new[:, None], _first_mean(x, keep), shift))
-        elif bool(new.any()):
+                shift = self.shift[layer]
+                shift.copy_(torch.where(new[:, None], moments.first_mean(x, keep), shift))
+            return
+        for at in _split(new, rows):
             for layer, x in enumerate(rows):
-                kept = None if keep is None else keep[new]
-                self.shift[layer][part][new] = _first_mean(x[new], kept)
+                self.shift[layer][at] = moments.first_mean(x[at], None if keep is None else keep[at])
 
-    def _extended(self, layer: int, rows: Tensor, keep: Tensor | None, part: slice) -> Tensor:
-        """``[x − shift, |x − shift|², 1]`` of a block in the layer's units, rows not kept zero."""
-        d = self.widths[layer]
-        z = torch.empty(*rows.shape[:2], d + 2, dtype=torch.float64, device=rows.device)
-        body = z[..., :d]
-        body.copy_(rows)
-        body.sub_(self.shift[layer][part][:, None])
-        if keep is None:
-            z[..., d + 1] = 1.0
-        else:
-            body.masked_fill_(~keep[..., None], 0.0)
-            z[..., d + 1] = keep.to(torch.float64)
-        if self.exponents[layer]:
-            body.mul_(math.ldexp(1.0, -self.exponent(layer)))
-        torch.sum(body.square(), -1, out=z[..., d])
-        return z
+    def _add_to_factor(self, layer: int, rows: Tensor, keep: Tensor | None) -> None:
+        """In chunks of positions, so that work space is bounded."""
+        assert self.factors is not None
+        positions, b, d = rows.shape
+        step = max(1, _WORK_BYTES // (8 * b * (d + 1)))
+        for start in range(0, positions, step):
+            part = slice(start, min(start + step, positions))
+            kept = None if keep is None else keep[part]
+            z = torch.empty(part.stop - start, b, d + 1, dtype=torch.float64, device=rows.device)
+            z[..., 0] = 1.0 if kept is None else kept.to(torch.float64)
+            moments.shifted(rows[part], self.shift[layer][part], kept, self.exponent(layer), out=z[..., 1:])
+            self.factors.update(layer, z, part)
 
 
-def _first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
-    """The mean of ``rows[m, b, d]`` that ``keep[m, b]`` keeps, fp64, exact for constant columns."""
-    fresh = rows.to(torch.float64)
-    if keep is None:
-        first = fresh[:, :1]
-        return first[:, 0] + (fresh - first).sum(1) / float(rows.shape[1])
-    at = keep.to(torch.uint8).argmax(1)
-    first = fresh[torch.arange(len(fresh), dtype=torch.int64, device=rows.device), at][:, None]
-    off = (fresh - first).masked_fill_(~keep[..., None], 0.0)
-    return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
+def _split(which: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Indices where ``which[P]`` is True, in chunks whose rows ``rows[l][P, b, d]`` take bounded memory."""
+    at = which.nonzero()[:, 0]
+    widest = max((x.shape[2] for x in rows), default=1)
+    return torch.split(at, max(1, _WORK_BYTES // max(1, 8 * rows[0].shape[1] * widest))) if len(at) else ()
 
 
 def _times_power(x: Tensor, exponent: int) -> Tensor:

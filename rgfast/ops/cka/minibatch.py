@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.rows import RowStore, as_rows
-from rgfast.runtime.threads import one_thread
+from rgfast.runtime.threads import aligned, one_thread
 from rgfast.validation import check_positive_int
 
 __all__ = ["MinibatchCKAAccumulator"]
@@ -143,7 +143,7 @@ class _Sums:
 
 def _sums_of(batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     with one_thread():
-        return reference.run("hsic_sums", batch)  # type: ignore[no-any-return]
+        return reference.run("hsic_sums", [aligned(x) for x in batch])  # type: ignore[no-any-return]
 
 
 def _down(cross: Tensor, by: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rgfast.ops.residual_mlp.call import Call
 from rgfast.runtime import native
+from rgfast.runtime.threads import aligned
 
 __all__ = ["ACTIVATION_CODES", "NORM_CODES", "as_rows", "backward", "check_memory", "forward", "readable"]
 
@@ -35,6 +36,11 @@ def readable(t: Tensor) -> Tensor:
     return (t.resolve_neg() if t.is_neg() else t).contiguous()
 
 
+def _ready(by_library: bool) -> Callable[[Tensor], Tensor]:
+    """How operands are laid out: the library's bits may depend on where they lie, those of ours do not."""
+    return (lambda t: aligned(readable(t))) if by_library else readable
+
+
 def check_memory(call: Call, dy: Tensor | None = None) -> None:
     """Raise TypeError unless every tensor is what the kernels, which get addresses, take it for."""
     x, w1 = call.x, call.w1
@@ -57,11 +63,15 @@ def check_memory(call: Call, dy: Tensor | None = None) -> None:
         )
 
 
-def _block(call: Call, sums: Tensor | None) -> tuple[tuple[float, ...], list[Tensor | None]]:
+def _block(
+    call: Call, by_library: bool, sums: Tensor | None
+) -> tuple[tuple[float, ...], list[Tensor | None]]:
     """The block as both kernels take it, and what has to be held while they do."""
-    x, w1 = call.x, call.w1
-    rows, stride = (readable(x), 0) if call.mixes else as_rows(x)
-    held = [rows, *(None if t is None else readable(t) for t in call.tensors[1:])]
+    x, w1, ready = call.x, call.w1, _ready(by_library)
+    if by_library:
+        x = ready(x)
+    rows, stride = (ready(x), 0) if call.mixes else as_rows(x)
+    held = [rows, *(None if t is None else ready(t) for t in call.tensors[1:])]
     block = (
         call.rows,
         w1.size(1),
@@ -82,7 +92,7 @@ def _block(call: Call, sums: Tensor | None) -> tuple[tuple[float, ...], list[Ten
 def forward(call: Call, by_library: bool, sums: Tensor | None = None) -> Tensor:
     """The output; the sums that the activation gets into ``sums`` unless that is empty."""
     y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    block, _held = _block(call, sums)
+    block, _held = _block(call, by_library, sums)
     native.load().residual_mlp_forward(block, y.data_ptr(), torch.get_num_threads(), by_library)
     return y
 
@@ -95,8 +105,8 @@ def backward(
         torch.empty_like(t, memory_format=torch.contiguous_format) if want and t is not None else None
         for t, want in zip(call.tensors, wanted, strict=True)
     )
-    dy = readable(dy)
-    block, _held = _block(call, sums)
+    dy = _ready(by_library)(dy)
+    block, _held = _block(call, by_library, sums)
     addresses = [0 if g is None else g.data_ptr() for g in gradients]
     native.load().residual_mlp_backward(block, dy.data_ptr(), addresses, torch.get_num_threads(), by_library)
     return gradients

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from rgfast.runtime.threads import one_thread
 from rgfast.validation import check_choice
 
 __all__ = ["IsotropicBaseline", "isotropic_baseline"]
@@ -72,7 +74,8 @@ def _simulated(m: int, freedom: int) -> tuple[float, float, float, float]:
     bidiagonal[:, at, at] = np.sqrt(draw.chisquare(freedom - at, (_TRIALS, m)))
     if m > 1:
         bidiagonal[:, at[1:], at[:-1]] = np.sqrt(draw.chisquare(m - at[1:], (_TRIALS, m - 1)))
-    sigma = np.linalg.svd(bidiagonal, compute_uv=False)
+    with one_thread():  # NumPy's own LAPACK takes all threads, and its bits depend on how many there are
+        sigma = torch.linalg.svdvals(torch.from_numpy(bidiagonal)).numpy()
     variance = sigma**2
     total = variance.sum(-1)
     return (
@@ -102,8 +105,8 @@ def _asymptotic(m: int, freedom: int) -> tuple[float, float, float, float]:
     weight = np.concatenate([weight, [0.25, 0.25]])
 
     def rank(value: np.ndarray[Any, Any]) -> float:
-        total = float(weight @ value)
-        entropy = float(weight @ (value * np.log(np.maximum(value, np.finfo(np.float64).tiny))))
+        total = float((weight * value).sum())
+        entropy = float((weight * value * np.log(np.maximum(value, np.finfo(np.float64).tiny))).sum())
         return math.exp(math.log(total) - entropy / total)
 
     product = float(m) * freedom

@@ -16,6 +16,7 @@ from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
 from rgfast.ops.spectrum.top import top_eigenpair
+from rgfast.runtime.threads import one_thread
 from rgfast.validation import as_real_tensor, check_choice, check_number
 
 __all__ = [
@@ -41,12 +42,13 @@ def value(call: Measure) -> Tensor:
     measure = call.measure
     if measure in ("participation_ratio", "stable_rank"):
         x, matrix = second_moments(call)
-        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        if measure == "stable_rank":
-            below, _ = top_eigenpair(matrix)
-            above = trace
-        else:
-            above, below = trace.square(), matrix.square().sum((-2, -1))
+        with one_thread():  # the sum over a whole matrix is cut by the number of threads
+            trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+            if measure == "stable_rank":
+                below, _ = top_eigenpair(matrix)
+                above = trace
+            else:
+                above, below = trace.square(), matrix.square().sum((-2, -1))
         ratio: Tensor = above / torch.where(below > 0, below, 1.0)
         return ratio.reshape(x.shape[:-2])
     if call.method == "lanczos":

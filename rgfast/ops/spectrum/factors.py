@@ -17,7 +17,7 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.solve import PATHS, Solved
-from rgfast.runtime.threads import one_thread
+from rgfast.runtime.threads import aligned, one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["rank_measures_from_factor", "solved_factor"]
@@ -84,7 +84,8 @@ def solved_factor(factor: Tensor, n: Tensor, centering: str, updates: int) -> So
     freedom = (n - 1 if centering == "mean" else n).clamp_min(0)
     limit = freedom.minimum((factor != 0).any(1).sum(1))
     unit, sigma = UNIT_ROUNDOFF[torch.float64], torch.zeros_like(factor[:, 0])
-    with one_thread():
+    with one_thread():  # the values are those of a new copy that PyTorch makes for LAPACK
+        factor = aligned(factor)
         rest = torch.nn.functional.pad(factor.square().sum(2), (0, 1)).flip(1).cumsum(1).flip(1).sqrt()
         # rest[:, k] is the norm of the rows from k on. With n < d samples the rows after the n-th are mostly
         # rounding errors of nothing. Not where columns depend on those before them: a step of the QR that

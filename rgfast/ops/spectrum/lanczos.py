@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF
-from rgfast.runtime.threads import one_thread
+from rgfast.runtime.threads import aligned, one_thread
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
@@ -110,7 +110,8 @@ def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean
         if first is None and len(wide):
             first = wide[0].clone()
         if first is not None:
-            total += (wide - first).sum(0)
+            with one_thread():
+                total += (aligned(wide) - first).sum(0)
         count += len(wide)
     if first is None:
         raise ValueError("batches must hold at least one row, got none")
@@ -119,8 +120,9 @@ def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean
     def apply(v: Tensor) -> Tensor:
         result = torch.zeros_like(v)
         for batch in batches:
-            y = as_real_tensor(batch, "batches").detach().reshape(-1, d).double() - mean
-            result += y.mT @ (y @ v)
+            y = aligned(as_real_tensor(batch, "batches").detach().reshape(-1, d).double()) - mean
+            with one_thread():
+                result += y.mT @ (y @ v)
         return result
 
     return apply
@@ -140,7 +142,7 @@ def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device
     if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
         bad = int((~torch.isfinite(a)).sum())
         raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
-    return _product(a), a.shape[0], a.device
+    return _product(aligned(a)), a.shape[0], a.device
 
 
 def _product(a: Tensor) -> Operator:

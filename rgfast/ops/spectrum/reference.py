@@ -18,11 +18,13 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` in fp64 and, for fp64 input, each matrix over the power of two above its largest magnitude.
 
     Returns the scaled `[b, n, d]` and the exponents `[b]`. Halves and fp32 cannot leave the fp64 range when
-    squared twice, so they are widened only, which is exact.
+    squared twice, so they are widened only, which is exact. The result is new and contiguous,
+    so that what the library makes of it on one thread does not depend on the strides and the address of `x`.
     """
     exponent = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     if x.dtype != torch.float64:
-        return x.double(), exponent
+        return x.to(torch.float64, memory_format=torch.contiguous_format), exponent
+    x = x.contiguous()
     exponent = torch.frexp(x.abs().amax((-2, -1))).exponent.long().clamp(-1000, 1000)
     return x * ((1023 - exponent) << 52).view(torch.float64)[:, None, None], exponent
 

@@ -18,6 +18,7 @@ from rgfast.probing.estimators.moment_measures import measure_moments
 from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
+from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import MomentAccumulator
 
@@ -358,12 +359,14 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
     for x, keep in zip(layers, keeps, strict=True):
         wide = x.to(torch.float64)
         if keep is None or keep.shape[1] != x.shape[1]:
-            rows.append(wide.sum(1) / x.shape[1])
+            with one_thread():
+                rows.append(aligned(wide).sum(1) / x.shape[1])
             continue
         number = keep.sum(1, keepdim=True)
         counted = number[:, 0] > 0
         some = counted if some is None else some & counted
-        total = wide.masked_fill(~keep[..., None], 0.0).sum(1)
+        with one_thread():
+            total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
         rows.append(total / number.clamp_min(1))
     means.update(rows, some, finite=True)
 

@@ -113,9 +113,9 @@ def test_non_contiguous_and_expanded_inputs():
     args = {k: torch.from_numpy(v) for k, v in arguments(np.random.default_rng(6), (6,), 8, 9).items()}
     odd = {k: torch.stack([v, v], -1)[..., 0] for k, v in args.items()}
     assert not odd["w1"].is_contiguous()
-    torch.testing.assert_close(
-        call(odd, impl="reference"), call(args, impl="reference"), rtol=1e-13, atol=1e-14
-    )
+    assert torch.equal(call(odd, impl="reference"), call(args, impl="reference"))
     expanded = args | {"x": args["x"][:1].expand(5, -1), "b1": torch.ones(1, dtype=torch.float64).expand(9)}
     got = call(expanded, impl="reference")
-    assert all(torch.equal(row, got[0]) for row in got)
+    assert torch.equal(got, call({k: v.contiguous() for k, v in expanded.items()}, impl="reference"))
+    # a product may sum its last rows in another order than its first
+    torch.testing.assert_close(got, got[:1].expand(5, -1), rtol=1e-13, atol=1e-14)

@@ -222,7 +222,11 @@ def test_strides(impl):
         assert torch.equal(ratio, rgfast.participation_ratio(plain, impl=impl))
     expanded = plain[:1].expand(4, 3, 40, 13)
     got = rgfast.effective_rank(expanded, impl=impl)
-    assert torch.equal(got, rgfast.effective_rank(plain, impl=impl)[:1].expand(4, 3))
+    whole = rgfast.effective_rank(plain, impl=impl)[:1].expand(4, 3)
+    if impl == "reference":  # a matrix's place in the batch is its place in memory, which MKL may go by
+        torch.testing.assert_close(got, whole, rtol=1e-14, atol=0)
+    else:
+        assert torch.equal(got, whole)
     torch.testing.assert_close(got, want.effective_rank[:1].expand(4, 3), rtol=1e-14, atol=0)
     one = plain[0, 0].as_strided((1, 40, 13), (12345, 13, 1))
     # a batch of one may be solved in another order than a batch of many

@@ -1,0 +1,109 @@
+"""Functions of the room: products of rows added to moments, and the shift that rows are taken off first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import Impl, ImplName, Op, register
+from rgfast.ops.moments import reference
+from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.impl import native
+from rgfast.ops.moments.reference import shifted
+from rgfast.runtime.threads import no_autocast, one_thread
+from rgfast.validation import as_real_tensor
+
+__all__ = ["OP", "add_products", "first_mean", "shifted"]
+
+
+def _reference(call: Products) -> None:
+    with one_thread(), no_autocast(call.device.type):
+        reference.add_products(*call)
+
+
+OP = Op(
+    "moments",
+    [
+        native.MOMENTS,
+        Impl("reference", _reference, cost=lambda call: 2e-4 + call.multiplications() / 8e9),
+    ],
+)
+
+
+def add_products(
+    sums: Mapping[tuple[int, int], Tensor],
+    rows: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    *,
+    keep: Tensor | None = None,
+    exponents: Sequence[int] | None = None,
+    impl: ImplName = "auto",
+) -> None:
+    """Adds z_iᵀ z_j to ``sums[i, j][P, d_i + 2, d_j + 2]`` in place, with ``z = [y, |y|², 1]`` per row.
+
+    y is ``(x − shift) 2^-exponent`` of the rows ``rows[l][P, b, d_l]`` (fp64, fp32, bf16 or fp16, of any
+    strides) with ``shifts[l][P, d_l]``; rows for which ``keep[P, b]`` is False add nothing and may hold
+    anything.
+    ``sums`` are fp64, contiguous, with i ≤ j; (i, i) stays symmetric. All arithmetic is fp64.
+
+    The bits of a sum do not depend on the number of threads, nor on the strides and addresses of any tensor.
+    Raises TypeError or ValueError for dtypes and shapes that do not fit.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import add_products
+    >>> x, total = torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 3, 3, dtype=torch.float64)
+    >>> add_products({(0, 0): total}, [x], [torch.zeros(1, 1, dtype=torch.float64)])
+    >>> total[0, 0]  # Σx², Σx³, Σx
+    tensor([10., 28.,  4.], dtype=torch.float64)
+    """
+    OP(impl, _checked(sums, rows, shifts, keep, exponents))
+
+
+def first_mean(rows: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Mean ``[P, d]``, fp64, of the rows ``[P, b, d]`` that ``keep[P, b]`` keeps; exact for constant columns.
+
+    Every position keeps at least one row. The bits do not depend on threads, strides or addresses.
+    """
+    with one_thread():
+        return reference.first_mean(rows, keep)
+
+
+def _checked(
+    sums: Mapping[tuple[int, int], Tensor],
+    rows: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    keep: Tensor | None,
+    exponents: Sequence[int] | None,
+) -> Products:
+    if not len(rows) or len(shifts) != len(rows):
+        raise ValueError(f"shifts must be one per layer of rows, got {len(shifts)} for {len(rows)} layers")
+    rows = [as_real_tensor(x, f"rows[{k}]", min_dim=3).detach() for k, x in enumerate(rows)]
+    lead = tuple(rows[0].shape[:-1])
+    for k, (x, shift) in enumerate(zip(rows, shifts, strict=True)):
+        if x.dim() != 3 or tuple(x.shape[:2]) != lead:
+            raise ValueError(f"rows[{k}] must be [{lead[0]}, {lead[1]}, d], got shape {tuple(x.shape)}")
+        _check(shift, f"shifts[{k}]", (lead[0], x.shape[2]))
+    if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != lead):
+        raise ValueError(f"keep must be bool {lead}, got {keep.dtype} {tuple(keep.shape)}")
+    for (i, j), total in sums.items():
+        if not 0 <= i <= j < len(rows):
+            raise ValueError(f"sums must be of pairs (i, j) with 0 <= i <= j < {len(rows)}, got {(i, j)}")
+        _check(total, f"sums[{i}, {j}]", (lead[0], rows[i].shape[2] + 2, rows[j].shape[2] + 2))
+        if not total.is_contiguous():
+            raise ValueError(f"sums[{i}, {j}] must be contiguous, got strides {total.stride()}")
+    units = [0] * len(rows) if exponents is None else list(exponents)
+    if len(units) != len(rows):
+        raise ValueError(f"exponents must be one per layer of rows, got {len(units)} for {len(rows)} layers")
+    return Products(sums, rows, shifts, keep, units)
+
+
+def _check(x: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if x.dtype != torch.float64:
+        raise TypeError(f"{name} must be float64, got {str(x.dtype).removeprefix('torch.')}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+register(OP, add_products)

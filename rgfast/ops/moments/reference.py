@@ -1,0 +1,79 @@
+"""The products in plain PyTorch, on any device: what other implementations are tested against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_products", "first_mean", "shifted"]
+
+_WORK_BYTES = 64 << 20
+
+
+def shifted(
+    rows: Tensor, shift: Tensor, keep: Tensor | None = None, exponent: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """``(x − shift) 2^-exponent`` of ``rows[P, b, d]`` in fp64, zero for rows that are not kept.
+
+    Nothing is summed, so the values are the same wherever and however they are computed.
+    """
+    if out is None:
+        out = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    out.copy_(rows)
+    out.sub_(shift[:, None])
+    if keep is not None:
+        out.masked_fill_(~keep[..., None], 0.0)
+    return out.mul_(math.ldexp(1.0, -exponent)) if exponent else out
+
+
+def extended(rows: Tensor, shift: Tensor, keep: Tensor | None, exponent: int) -> Tensor:
+    """``[z, |z|², 1]`` with z as :func:`shifted` has it, all three zero for rows that are not kept."""
+    d = rows.shape[-1]
+    z = torch.empty(*rows.shape[:2], d + 2, dtype=torch.float64, device=rows.device)
+    body = shifted(rows, shift, keep, exponent, out=z[..., :d])
+    torch.sum(body.square(), -1, out=z[..., d])
+    z[..., d + 1] = 1.0 if keep is None else keep.to(torch.float64)
+    return z
+
+
+def add_products(
+    sums: Mapping[tuple[int, int], Tensor],
+    rows: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    keep: Tensor | None,
+    exponents: Sequence[int],
+) -> None:
+    """``sums[i, j] += z_iᵀ z_j`` in chunks of positions, so that work space is bounded.
+
+    Factors and product are new tensors whose layout follows from the shapes: on one thread of a CPU the
+    library then sees the same alignment whatever tensors the caller passes.
+    """
+    positions, b = rows[0].shape[:2]
+    chunk = max(1, _WORK_BYTES // max(1, 8 * b * sum(x.shape[2] + 2 for x in rows)))
+    for start in range(0, positions, chunk):
+        part = slice(start, min(start + chunk, positions))
+        kept = None if keep is None else keep[part]
+        z = [
+            extended(x[part], shift[part], kept, exponent)
+            for x, shift, exponent in zip(rows, shifts, exponents, strict=True)
+        ]
+        for (i, j), total in sums.items():
+            total[part] += torch.bmm(z[i].mT, z[j])
+
+
+def first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean ``[P, d]`` of the rows ``[P, b, d]`` that are kept, in fp64; exact for constant columns.
+
+    Every position keeps at least one row.
+    """
+    wide = torch.empty(rows.shape, dtype=torch.float64, device=rows.device).copy_(rows)
+    if keep is None:
+        first = wide[:, :1]
+        return first[:, 0] + (wide - first).sum(1) / float(rows.shape[1])
+    at = torch.arange(len(wide), dtype=torch.int64, device=rows.device)
+    first = wide[at, keep.to(torch.uint8).argmax(1)][:, None]
+    off = (wide - first).masked_fill_(~keep[..., None], 0.0)
+    return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
