@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgfast
-from rgfast import native
 from rgfast.ops.residual_mlp import library
 from rgfast.ops.spectrum.moments import rank_measures_from_moment
+from rgfast.runtime import native
 from rgfast.runtime.threads import aligned, one_thread
 from rgfast.streaming import MomentAccumulator
 

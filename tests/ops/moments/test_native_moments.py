@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rgfast import native
 from rgfast.ops.moments import add_products
+from rgfast.runtime import native
 
 F64 = torch.float64
 
