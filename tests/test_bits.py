@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgfast
-from rgfast.ops.residual_mlp import library
+from rgfast.ops.moments.api import OP as MOMENTS
+from rgfast.ops.residual_mlp.impl import mkl
 from rgfast.ops.spectrum.moments import rank_measures_from_moment
+from rgfast.probing.estimators.moment_measures import measure_moments
 from rgfast.runtime import native
 from rgfast.runtime.threads import aligned, one_thread
 from rgfast.streaming import MomentAccumulator
@@ -183,7 +185,7 @@ def test_streamed_cka(restored):
     assert_same(run, [drawn(2, 140, 33), drawn(2, 140, 65, seed=1)])
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference", "native", "library"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "native", "mkl"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_residual_mlp(restored, gradients, impl):
     width, hidden, rows = 64, 128, 200
@@ -195,7 +197,7 @@ def test_residual_mlp(restored, gradients, impl):
         drawn(1, width, seed=4),
         drawn(rows, width, seed=5),
     ]
-    if impl == "library" and library.unavailable_reason() is not None:
+    if impl == "mkl" and mkl.unavailable_reason() is not None:
         pytest.skip("this PyTorch has no MKL")
 
     def run(x, w1, b1, w2, b2, dy):
@@ -232,9 +234,8 @@ def moments_of(*layers, factors=(), mask=None):
 )
 def test_moments(restored, monkeypatch, lead, width, dtype, compiled):
     if not compiled:
-        from rgfast.ops.moments.api import OP
-
-        monkeypatch.setitem(OP.impls, "native", OP.impls["reference"])
+        monkeypatch.setattr(MOMENTS, "impls", {"reference": MOMENTS.impls["reference"]})
+        monkeypatch.setattr(MOMENTS, "_chosen", {})
     layers = [drawn(lead, 270, width, dtype=dtype), drawn(lead, 270, width + 1, dtype=dtype, seed=1)]
     mask = torch.rand(lead, 270, generator=torch.Generator().manual_seed(2)) < 0.8
     assert_same(moments_of, layers)
@@ -319,7 +320,7 @@ def test_no_product_of_the_library_is_in_the_moments_of_a_probe():
     with Watch() as watch:
         moments_of(*layers)
         moments = MomentAccumulator(pairs="all").update(layers)
-        rgfast.probing.measures.measure(moments)
+        measure_moments(moments)
     assert watch.called == []
     with Watch() as watch:
         MomentAccumulator(factors=[0, 1]).update(layers)
