@@ -86,8 +86,22 @@ def add_probe(commands: Any) -> None:
         nargs="+",
         default=["auto"],
         metavar="T",
-        help="indices, all, or auto (default: auto, all that fit the memory, else log-spaced)",
+        help="indices, first, last, all, or auto (default: auto, all that fit the memory, else log-spaced); "
+        "with padding, those from the end are each sequence's own",
     )
+    add(
+        "--origin",
+        choices=("column", "token"),
+        default="column",
+        help="where position 0 is with padding: the first column, or each sequence's first token",
+    )
+    add(
+        "--padding",
+        default="auto",
+        metavar="NAME",
+        help="the array that says what is padding, or none: every position counts (default: auto)",
+    )
+    add("--axes", metavar="AXES", help='of the layers\' tensors, such as "T N D" (default: found out)')
     add(
         "--views",
         nargs="+",
@@ -173,7 +187,7 @@ def _rank() -> tuple[int, int]:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What ``rgfast.probe`` is asked, checked as far as it can be before anything is loaded."""
-    from rgfast.probing.plan import parse_memory
+    from rgfast.probing.spec import ProbeSpec
     from rgfast.validation import check_integer, check_positive_int
 
     for name in ("groups", "batch_size", "checkpoint_every", "limit", "length"):
@@ -186,11 +200,13 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{name} must be a file, and {path} is none")
     if args.length is not None and args.text is None:
         raise ValueError("length cuts texts, and there is no --text")
-    parse_memory(args.memory)
     layers = [int(name) if re.fullmatch(r"-?\d+", name) else name for name in args.layers]
-    return {
-        "layers": "auto" if layers == ["auto"] else layers,
+    options = {
+        "layers": layers[0] if len(layers) == 1 else layers,
         "positions": _positions(args.positions),
+        "origin": args.origin,
+        "padding": None if args.padding == "none" else args.padding,
+        "axes": args.axes,
         "pairs": _pairs(args.pairs),
         "views": args.views,
         "groups": args.groups,
@@ -199,14 +215,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         # Only moments can be merged later.
         "route": "moments" if args.moments else "auto",
     }
+    ProbeSpec(**options)  # refuses what it can now
+    return options
 
 
-def _positions(words: list[str]) -> str | list[int]:
+def _positions(words: list[str]) -> str | list[int | str]:
     if words in (["auto"], ["all"]):
         return words[0]
-    if not all(re.fullmatch(r"-?\d+", word) for word in words):
-        raise ValueError(f"positions must be auto, all or indices, got {' '.join(words)}")
-    return [int(word) for word in words]
+    if not all(re.fullmatch(r"-?\d+|first|last", word) for word in words):
+        raise ValueError(f"positions must be auto, all, first, last or indices, got {' '.join(words)}")
+    return [word if word in ("first", "last") else int(word) for word in words]
 
 
 def _pairs(words: list[str]) -> str | list[tuple[int, int]]:

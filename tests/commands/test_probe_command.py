@@ -263,7 +263,7 @@ def test_positions_are_checked_on_inputs_without_any(tmp_path, capsys):
         (["--layers", "stack.block.1"], "near it: stack.blocks.1"),
         (["--positions", "4"], "positions must be indices from 0 to 3"),
         (["--positions", "4", "--views", "pooled"], "positions must be indices from 0 to 3"),
-        (["--positions", "first"], "positions must be auto, all or indices, got first"),
+        (["--positions", "some"], "positions must be auto, all, first, last or indices, got some"),
         (["--pairs", "0-9"], "pairs must name layers 0 to 3"),
         (["--pairs", "some"], "pairs must be adjacent, all or such as 0-3 2-5, got some"),
         (["--mask", "2"], "mask must be a share between 0 and 1"),
@@ -541,3 +541,20 @@ def test_a_tokenizer_that_finds_nothing(bert_folder, text_file, tmp_path, capsys
 def test_text_needs_a_tokenizer(own_folder, text_file, tmp_path, capsys):
     assert run(own_folder, "--text", text_file, "--out", tmp_path / "out") == errors.WRONG
     assert "a MaskedTokenModel" in capsys.readouterr().err
+
+
+def test_padding_and_positions_from_the_command_line(own_folder, tmp_path, no_pictures):
+    """The own model takes no mask; the array beside its tokens says what is padding all the same."""
+    model = rgfast.MaskedTokenModel.load(own_folder)
+    tokens = np.random.default_rng(0).integers(0, model.states, (60, model.length))
+    keep = np.arange(model.length) < np.arange(60)[:, None] % model.length + 1
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, tokens=tokens, attention_mask=keep)
+    words = [own_folder, "--inputs", inputs, "--positions", "last", "--mask", "none"]
+    for number, (more, rows) in enumerate((((), keep.sum()), ((["--padding", "none"]), keep.size))):
+        out = tmp_path / str(number)
+        assert run(*words, *more, "--out", out) == errors.DONE
+        found = rgfast.ProbeResult.load(out / "result.nc").dataset
+        assert int(found.n.sel(view="pooled").max()) == int(rows)
+        assert int(found.n.sel(view="position").max()) == 60
+    assert run(*words, "--axes", "N N D", "--out", tmp_path / "no") == errors.WRONG

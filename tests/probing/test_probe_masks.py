@@ -234,6 +234,7 @@ def test_a_second_item_of_a_model_without_masks_is_read_and_said():
     assert "item 1 of a batch was read as a padding mask (1 counts)" in result.notes[0]
     everything = probe(model, DataLoader(TensorDataset(x, KEEP.long()), batch_size=16), padding=None)
     assert int(everything.dataset.n.sel(view="pooled").max()) == B * T
+    assert everything.notes == ()
 
 
 @pytest.mark.parametrize("labels", [torch.arange(B) % 2, (IDS > 9).long(), IDS, torch.rand(B, T)])
@@ -251,6 +252,7 @@ def test_entries_that_look_like_masks_are_not_dropped_in_silence():
     assert len(result.notes) == 1
     assert "the entry 'mask' was not read as padding" in result.notes[0]
     assert_pooled(probe(model, [{"input_ids": IDS, "mask": KEEP}], padding="mask"), stream(model), KEEP)
+    assert probe(model, [{"input_ids": IDS, "mask": KEEP}], padding=None).notes == ()
     labels = {"labels": (IDS > 9), "token_type_ids": KEEP, "special_tokens_mask": KEEP, "text": ["a"] * B}
     assert probe(model, [{"input_ids": IDS, **labels}]).notes == ()
 

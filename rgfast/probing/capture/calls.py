@@ -166,8 +166,7 @@ class Caller:
                     self._read_too(k, "")
 
     def _read_too(self, k: int, more: str) -> None:
-        if self._padding is not None and self._notes is not None:
-            self._padding.read_too(f"input{k}")
+        if self._padding is not None and self._notes is not None and self._padding.read_too(f"input{k}"):
             self._notes.add(
                 f"item {k} of a batch was read as a padding mask (1 counts){more}; padding=None counts every "
                 "position"

@@ -142,12 +142,14 @@ class Padding:
                         f"padding: no layer matches {pattern!r}, the layers are {', '.join(names)}"
                     )
         self._parts = {part for name in modules for part in name.lower().split(".")}
+        self._searches = "auto" in self._by_layer
         self._binary: set[str] = set()
         self._extra: set[str] = set()
 
-    def read_too(self, name: str) -> None:
-        """Read an entry as a padding mask whose name does not say that it is one."""
+    def read_too(self, name: str) -> bool:
+        """Read an entry as a padding mask, whatever its name; False if none is looked for."""
         self._extra.add(name)
+        return self._searches
 
     def entries(self, entries: Mapping[str, Any], reserved: frozenset[str]) -> list[str | None]:
         """The name of the entry that tells each layer's padding, None for none.
@@ -209,6 +211,8 @@ class Padding:
     ) -> None:
         """Say which entries look like masks and were not read as padding."""
         read = {id(entries[name]) for name in names if name is not None}  # an item of a tuple has two names
+        if not self._searches:
+            return
         for name, value in entries.items():
             if id(value) in read or name in reserved or any(word in name.lower() for word in _OTHER):
                 continue
