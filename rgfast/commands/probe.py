@@ -93,7 +93,8 @@ def add_probe(commands: Any) -> None:
         "--origin",
         choices=("column", "token"),
         default="column",
-        help="where position 0 is with padding: the first column, or each sequence's first token",
+        help="where position 0 is with padding: the first column, or each sequence's first token "
+        "(default: column)",
     )
     add(
         "--padding",

@@ -52,10 +52,15 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _casts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; some, as meta, know none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 @contextmanager
 def no_autocast(device_type: str) -> Iterator[None]:
     """Run the block in the precision it names, whatever ``torch.autocast`` surrounds it."""
-    if not torch.is_autocast_enabled(device_type):
+    if not _casts(device_type):
         yield
         return
     with torch.autocast(device_type, enabled=False):
@@ -78,7 +83,7 @@ def all_on_one_thread(function: Callable[..., Tensors], *args: Tensor | None) ->
     """:func:`on_one_thread` for a function that returns several tensors."""
     tensors = [t for t in args if t is not None]
     kind = tensors[0].device.type
-    if torch.compiler.is_compiling() or (kind != "cpu" and not torch.is_autocast_enabled(kind)):
+    if torch.compiler.is_compiling() or (kind != "cpu" and not _casts(kind)):
         return function(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
         found: Tensors = _Apart.apply(function, kind, *args)  # type: ignore[no-untyped-call]

@@ -60,6 +60,6 @@ def poisoned(draw, x):
 
 def judged(got, want, magnified, allowed, what):
     """As :func:`excess`; where the value is lost in rounding it may be anything, NaN included."""
-    got, lost = as_tensor(got).double().numpy().copy(), magnified > ILL
+    got, lost = as_tensor(got, "got").double().numpy().copy(), magnified > ILL
     got[lost], want = 0.0, np.where(lost, 0.0, want)
     return ("undefined" if lost.all() else "right"), excess(got, want, np.where(lost, 1.0, allowed), what)

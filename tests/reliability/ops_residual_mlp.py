@@ -30,7 +30,7 @@ def block_of(draw, d, dtype, norm):
 
 def draw_tensor(draw, x):
     """In some layout, as a tensor (gradients are wanted)."""
-    return as_tensor(draw.laid_out(x))
+    return as_tensor(draw.laid_out(x), "x")
 
 
 def in_dtype(tensors, dtype):

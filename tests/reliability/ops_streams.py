@@ -34,7 +34,7 @@ def masked_layers(draw, most=3):
     What does not count is NaN.
     """
     layers, extreme = layers_of(draw, most)
-    layers = [as_tensor(x) for x in layers]
+    layers = [as_tensor(x, "x") for x in layers]
     mask = draw.mask(tuple(layers[0].shape[:-1])) if draw.chance(0.7) else None
     if mask is not None:
         layers = [x.masked_fill(~mask[..., None], torch.nan) for x in layers]
