@@ -53,7 +53,7 @@ def tried(call, impl):
 
 def poisoned(draw, x):
     """A copy of ``x`` with NaN or infinity somewhere."""
-    bad = as_tensor(x).clone(memory_format=torch.contiguous_format)
+    bad = as_tensor(x, "x").clone(memory_format=torch.contiguous_format)
     bad.view(-1)[int(draw.rng.integers(bad.numel()))] = draw.choose((torch.nan, torch.inf, -torch.inf))
     return bad
 
