@@ -33,10 +33,9 @@ int code(int value, int most, const char* name) {
 }
 
 // A block as Python hands it over, field by field as in `Block`: one argument, since it stands in every call.
-using Given =
-    std::tuple<std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::uintptr_t,
-               std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, int, int, float,
-               float, std::int64_t, std::uintptr_t>;
+using Given = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::int64_t,
+                         std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                         std::uintptr_t, int, int, float, float, std::int64_t, std::uintptr_t>;
 
 Block block(const Given& given) {
   const auto& [rows, width, hidden, x, x_stride, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation,
@@ -139,8 +138,10 @@ void register_residual_mlp(py::module_& m) {
         const py::gil_scoped_release release;
         residual_mlp::forward(found, output(y), threads);
       },
-      "The residual block over rows of fp32 into y. block: rows, width, hidden, then x and its row stride, the\n"
-      "addresses of w1, b1, w2, b2, norm_weight, norm_bias, the codes of norm and activation, scale, eps, the\n"
+      "The residual block over rows of fp32 into y. block: rows, width, hidden, then x and its row stride, "
+      "the\n"
+      "addresses of w1, b1, w2, b2, norm_weight, norm_bias, the codes of norm and activation, scale, eps, "
+      "the\n"
       "width of mixed rows or 0, and where the first product's sums are kept or 0.");
   m.def(
       "residual_mlp_backward",
