@@ -76,6 +76,12 @@ class Activation:
     rows: Tensor
     keep: Tensor | None = None
 
+    def on(self, device: torch.device) -> Activation:
+        """On ``device``: layers that are spread over several are compared on the first one's."""
+        if self.rows.device == device:
+            return self
+        return Activation(self.rows.to(device), None if self.keep is None else self.keep.to(device))
+
     def longer(self, length: int) -> Activation:
         """With rows that do not count up to ``length``, if it tells which ones do."""
         lacking = length - self.rows.shape[1]

@@ -96,7 +96,8 @@ class Entries:
         for name, a in zip(names, activations, strict=True):
             if name is not None and a is not None and a.keep is not None and not self._now[name].is_nested:
                 longest = max(longest, self._now[name].shape[-1])
-        activations = [None if a is None else a.longer(longest) for a in activations]
+        device = next(a.rows.device for a in activations if a is not None)
+        activations = [None if a is None else a.longer(longest).on(device) for a in activations]
         rows = [None if a is None else a.rows for a in activations]
         own = [None if a is None else a.keep for a in activations]
         # What a nested tensor leaves out is what its model's mask left out.
