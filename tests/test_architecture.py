@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# An editable install finds its own package before PYTHONPATH is asked.
 LINT = """
 import sys
+from importlib.machinery import PathFinder
+sys.meta_path.insert(0, PathFinder)
 from importlinter.cli import lint_imports
 sys.exit(lint_imports(config_filename="pyproject.toml", no_cache=True, no_logo=True))
 """
