@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rgfast.probing.estimators.base import Findings
 from rgfast.probing.measured import baselines, to_host
 from rgfast.probing.measures import MEASURES, Kind
-from rgfast.probing.plan import POSITIONAL
+from rgfast.probing.options import POSITIONAL
 from rgfast.probing.result import FORMAT, VERSION
 
 __all__ = ["assemble"]

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import json
-import operator
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from rgfast.probing.options import (
+    POSITIONAL,
+    asked_views,
+    checked_indices,
+    default_views,
+    human_bytes,
+    index_of,
+)
 from rgfast.streaming import Pairs, block_rows, first_block, pair_keys, state_bytes
 
-__all__ = [
-    "POSITIONAL",
-    "SPLIT",
-    "VIEWS",
-    "WHOLE",
-    "Held",
-    "Plan",
-    "check_views",
-    "checked_positions",
-    "make_plan",
-]
+__all__ = ["SPLIT", "WHOLE", "Held", "Plan", "make_plan"]
 
-VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
-POSITIONAL = ("visible", "masked", "position")
 SPLIT, WHOLE = ("seen", "hidden"), ("rows",)
 
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
 _PENDING_BYTES = 256 << 20
 _UNALIGNED = "layers differ in their positions: the mean_pooled view compares them, pooled ranks are of each"
 _MISSED = "did not run in some batches: "
 _REFINED_WIDTH = 512  # above this a decomposition costs too much to take unasked
-
-
-def parse_memory(memory: str | int | float) -> int:
-    """Bytes of ``"4GiB"``, ``"500 MB"`` or a number of bytes. Raises ValueError for anything else."""
-    if isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0:
-        return int(memory)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]i?)?B?\s*", memory) if isinstance(memory, str) else None
-    try:
-        if match and float(match[1]) > 0:
-            return int(float(match[1]) * _UNITS[match[2] or ""])
-    except ValueError:
-        pass
-    raise ValueError(f"memory must be bytes or text such as '4GiB', got {memory!r}")
 
 
 @dataclass(frozen=True)
@@ -251,14 +230,14 @@ def make_plan(
     ValueError, naming the change to make, where what was asked for does not fit.
     """
     if not isinstance(positions, str) and aligned:  # of views without positions, too
-        _check_indices(positions, length)
-    defaults = _default_views(length, masked, aligned)
+        checked_indices(positions, length)
+    defaults = default_views(length, masked, aligned)
     plan = Plan(
         names=tuple(names),
         widths=tuple(widths),
         length=length,
         positions=(),
-        views=defaults if views is None else _asked_views(views, masked, aligned),
+        views=defaults if views is None else asked_views(views, masked, aligned),
         views_asked=views is not None,
         pairs=pairs,
         groups=groups,
@@ -266,7 +245,7 @@ def make_plan(
         refine=refine,
         places=tuple(places),
         aligned=aligned,
-        from_end=padded and not isinstance(positions, str) and any(_index(t) < 0 for t in positions),
+        from_end=padded and not isinstance(positions, str) and any(index_of(t) < 0 for t in positions),
         notes=() if aligned else (_UNALIGNED,),
     )
     if refine is not None:
@@ -301,67 +280,8 @@ def _fitted(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Pl
     return plan
 
 
-def human_bytes(number: float) -> str:
-    """``number`` bytes in binary units with three digits."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"
-
-
-def check_views(views: Sequence[str]) -> None:
-    """Raise ValueError unless ``views`` is a sequence of known views, at least one."""
-    if isinstance(views, str) or not views:
-        raise ValueError(f"views must be a sequence of {', '.join(VIEWS)}, got {views!r}")
-    for view in views:
-        if view not in VIEWS:
-            raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
-
-
-def checked_positions(positions: Any) -> str | tuple[int | str, ...]:
-    """``positions`` as given; ``"first"`` and ``"last"`` may stand for a sequence or in one.
-
-    Raises ValueError unless it is "auto", "all" or a sequence of whole numbers, "first" and "last", at least
-    one.
-    """
-    if isinstance(positions, str):
-        if positions in ("auto", "all"):
-            return positions
-        positions = (positions,)
-    try:
-        found = tuple(t if t in ("first", "last") else operator.index(t) for t in positions)
-    except TypeError:
-        found = ()
-    if not found:
-        raise ValueError(
-            "positions must be 'auto', 'all', 'first', 'last' or a sequence of indices, got "
-            f"{positions[0] if isinstance(positions, tuple) and len(positions) == 1 else positions!r}"
-        )
-    return found
-
-
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
-
-
-def _default_views(length: int, masked: bool, aligned: bool) -> tuple[str, ...]:
-    if not aligned:
-        return ("mean_pooled", "pooled")
-    if length == 1 and not masked:
-        return ("pooled",)
-    return VIEWS if masked else VIEWS[2:]
-
-
-def _asked_views(views: Sequence[str], masked: bool, aligned: bool) -> tuple[str, ...]:
-    for view in views:
-        if view in ("visible", "masked") and not masked:
-            raise ValueError(f"views: {view!r} needs mask=, the name of a batch entry or a callable")
-        if not aligned and view not in ("pooled", "mean_pooled"):
-            raise ValueError(
-                f"views: the layers differ in their positions, so {view!r} does not compare them"
-            )
-    return tuple(view for view in VIEWS if view in views)
 
 
 def _with_positions(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Plan:
@@ -378,22 +298,8 @@ def _with_positions(plan: Plan, positions: str | Sequence[int | str], memory: in
     return replace(plan, positions=picked)
 
 
-def _index(position: int | str) -> int:
-    """The number of a position: "first" is 0, "last" is −1."""
-    return {"first": 0, "last": -1}[position] if isinstance(position, str) else int(position)
-
-
-def _check_indices(positions: Sequence[int | str], length: int) -> set[int]:
-    """The positions as numbers. Raises ValueError unless ``length`` positions have them all."""
-    wanted = {_index(t) for t in positions}
-    if not wanted or not -length <= min(wanted) <= max(wanted) < length:
-        allowed = "0, the only position of these layers" if length == 1 else f"indices from 0 to {length - 1}"
-        raise ValueError(f"positions must be {allowed}, got {list(positions)}")
-    return wanted
-
-
 def _with_indices(plan: Plan, positions: Sequence[int | str]) -> Plan:
-    length, wanted = plan.length, _check_indices(positions, plan.length)
+    length, wanted = plan.length, checked_indices(positions, plan.length)
     columns = sorted({t if t >= 0 else length + t for t in wanted})
     if not plan.from_end:
         return replace(plan, positions=tuple(columns))
