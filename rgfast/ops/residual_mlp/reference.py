@@ -45,27 +45,9 @@ def residual_mlp_reference(
     (arXiv 1910.07467). fp64 and fp32 compute in kind, bf16 and fp16 in fp32. Autocast does not reach inside.
     """
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        options = (norm, activation, residual_scale, eps, across)
         with torch.autocast(x.device.type, enabled=False):
-            return _compute(
-                x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across
-            )
-    return _compute(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps, across)
-
-
-def _compute(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm: str | None,
-    activation: str,
-    residual_scale: float,
-    eps: float,
-    across: str,
-) -> Tensor:
+            return residual_mlp_reference(x, w1, b1, w2, b2, norm_weight, norm_bias, *options)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def wide(t: Tensor | None) -> Tensor | None:

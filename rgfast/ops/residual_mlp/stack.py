@@ -86,7 +86,8 @@ def residual_stack(
     >>> bool((norms == norms[0]).all())
     True
     """
-    layers = _layers(x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, residual_scale, eps)
+    given = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    layers = _layers(x, given, (norm, activation, residual_scale, eps, "features"))
     stream = layers[0].x
     if consumer is not None:
         if not callable(consumer):
@@ -110,27 +111,13 @@ def default_tile(x: Tensor, depth: int) -> int:
     return max(1, -(-_TILE_ROWS // rows), _TILE_BYTES // entry)
 
 
-def _layers(
-    x: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    norm: Any,
-    activation: Any,
-    residual_scale: Any,
-    eps: Any,
-) -> tuple[Call, ...]:
+def _layers(x: Any, given: dict[str, Any], options: tuple[Any, ...]) -> tuple[Call, ...]:
     """What every block is called with; the ``x`` of all is that of the first."""
-    given = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    depth = len(_each(w1, "w1", None))
+    depth = len(_each(given["w1"], "w1", None))
     if depth == 0:
         raise ValueError("w1 must hold at least one layer, got none")
     each = {name: _each(value, name, depth) for name, value in given.items()}
     found = []
-    options = (norm, activation, residual_scale, eps, "features")
     for layer, (up, up_bias, down, down_bias, weight, bias) in enumerate(zip(*each.values(), strict=True)):
         block = validated((x, up, up_bias, down, down_bias, weight, bias, *options), f"[{layer}]")
         found.append(block)
