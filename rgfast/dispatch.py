@@ -240,21 +240,14 @@ class Op:
         return ImplUnavailable(f"{self.name}: impl={impl!r} cannot run this input: {reason}")
 
     def _cheapest(self, call: Any, without: str | None = None) -> _Choice:
-        best, least, refused = None, 0.0, []
-        for impl in self.impls.values():
-            if impl.name == without:
-                continue
-            reason = impl.refusal(call) or impl.by_name_only(call)
-            if reason is not None:
-                refused.append((impl, reason))
-                continue
-            cost = impl.cost(call)
-            if best is None or cost < least:
-                best, least = impl, cost
-        device = call.device.type
-        if best is None:
+        others = [(impl, reason) for impl, reason in self.candidates(call) if impl.name != without]
+        able = [impl for impl, reason in others if reason is None]
+        refused = [(impl, reason) for impl, reason in others if reason is not None]
+        if not able:
             why = "; ".join(f"{impl.name}: {reason}" for impl, reason in refused) or "nothing is registered"
-            raise ImplUnavailable(f"{self.name}: nothing can run this input on {device} ({why})")
+            raise ImplUnavailable(f"{self.name}: nothing can run this input on {call.device.type} ({why})")
+        costs = [impl.cost(call) for impl in able]  # a tracer does not follow min() with a key
+        best = able[costs.index(min(costs))]
         if best.name != "reference":
             return _Choice(best, ())
         # Two that are missing for the same reason are told once, as the first of them.
