@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from rgfast.probing.capture.activations import Activation
 from rgfast.probing.capture.evidence import Evidence, Sizes
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.patterns import by_layer
 from rgfast.probing.capture.watcher import Seen
 
 __all__ = ["Axes", "AxesSpec", "check_axes"]
@@ -36,12 +36,8 @@ class Axes:
 
     def __init__(self, asked: AxesSpec, model: nn.Module, taps: Sequence[Tap], notes: Notes) -> None:
         self._notes = notes
-        self._asked = [_asked_of(asked, tap.name) for tap in taps]
-        if isinstance(asked, Mapping):
-            for pattern in asked:
-                if not any(fnmatchcase(tap.name, pattern) for tap in taps):
-                    names = ", ".join(tap.name for tap in taps)
-                    raise ValueError(f"axes: no layer matches {pattern!r}, the layers are {names}")
+        layouts: list[str | None] = [x for _, x in by_layer("axes", asked, [tap.name for tap in taps])]
+        self._asked = [None if layout is None else " ".join(layout.split()) for layout in layouts]
         modules = dict(model.named_modules(remove_duplicate=False))
         self._evidence = [Evidence(modules[tap.module]) for tap in taps]
         self._decided: dict[tuple[str, int], str] = {}
@@ -234,12 +230,6 @@ def check_axes(axes: Any) -> None:
             raise ValueError(f"axes must be different letters with spaces between, got {layout!r}")
         if not {"N", "D"} <= {*letters}:
             raise ValueError(f"axes must hold {_ALPHABET}, got {layout!r}")
-
-
-def _asked_of(axes: AxesSpec, name: str) -> str | None:
-    if isinstance(axes, Mapping):
-        axes = next((layout for pattern, layout in axes.items() if fnmatchcase(name, pattern)), None)
-    return None if axes is None else " ".join(axes.split())
 
 
 def _check(layout: str, layer: Seen, x: Tensor, sizes: Sizes, evidence: Evidence) -> None:

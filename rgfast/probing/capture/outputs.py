@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import find_tensor, locate
 from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.patterns import by_layer
 
 __all__ = ["OutputSpec", "Outputs", "check_output"]
 
@@ -34,12 +34,13 @@ class Outputs:
 
     def __init__(self, asked: OutputSpec, taps: Sequence[Tap]) -> None:
         self._taps = taps
-        self._asked = [_asked_of(asked, tap) for tap in taps]
-        if isinstance(asked, Mapping):
-            for pattern in asked:
-                if not any(fnmatchcase(tap.name, pattern) for tap in taps):
-                    names = ", ".join(tap.name for tap in taps)
-                    raise ValueError(f"output: no layer matches {pattern!r}, the layers are {names}")
+        found = by_layer("output", asked, [tap.name for tap in taps])
+        # What a block is given is not ordered as what it returns is, so that only "sum", and patterns that
+        # end in ":input", are of inputs.
+        self._asked: list[_Choice | None] = [
+            choice if tap.side == "output" or choice == _SUM or pattern.endswith(":input") else None
+            for tap, (pattern, choice) in zip(taps, found, strict=True)
+        ]
 
     def returned(
         self, tap: int, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module
@@ -108,20 +109,6 @@ def check_output(output: Any) -> None:
             continue
         if isinstance(choice, bool) or not (isinstance(choice, (int, str)) or callable(choice)):
             raise TypeError(f"output must be {_WAYS}, or these by layer pattern, got {choice!r}")
-
-
-def _asked_of(output: OutputSpec, tap: Tap) -> _Choice | None:
-    """What was asked of a tap. What a block is given is not ordered as what it returns is, so that only
-    ``"sum"``, and patterns that end in ``:input``, are of inputs."""
-    pattern = ""
-    if isinstance(output, Mapping):
-        pattern = next((p for p in output if fnmatchcase(tap.name, p)), "")
-        choice = output.get(pattern)
-    else:
-        choice = output
-    if tap.side == "input" and choice != _SUM and not pattern.endswith(":input"):
-        return None
-    return choice
 
 
 def _item(value: Any, key: Any, name: str) -> Any:

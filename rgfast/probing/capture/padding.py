@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rgfast.probing.capture.notes import Notes
+from rgfast.probing.capture.patterns import by_layer
 from rgfast.runtime.waiting import waits_for
 
 __all__ = ["Padding", "PaddingSpec", "as_keep", "check_padding", "is_padding_name", "looks_like_padding"]
@@ -134,13 +134,7 @@ class Padding:
         self, padding: PaddingSpec, names: Sequence[str], modules: Iterable[str], notes: Notes
     ) -> None:
         self._names, self._notes = [name.lower() for name in names], notes
-        self._by_layer: list[str | None] = [_asked_of(padding, name) for name in names]
-        if isinstance(padding, Mapping):
-            for pattern in padding:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(
-                        f"padding: no layer matches {pattern!r}, the layers are {', '.join(names)}"
-                    )
+        self._by_layer: list[str | None] = [x for _, x in by_layer("padding", padding, names, "auto")]
         self._parts = {part for name in modules for part in name.lower().split(".")}
         self._searches = "auto" in self._by_layer
         self._binary: set[str] = set()
@@ -280,9 +274,3 @@ def check_padding(padding: Any) -> None:
                 "padding must be 'auto', the name of a batch entry, None, or these by layer pattern, got "
                 f"{value!r}"
             )
-
-
-def _asked_of(padding: PaddingSpec, name: str) -> str | None:
-    if isinstance(padding, Mapping):
-        return next((entry for pattern, entry in padding.items() if fnmatchcase(name, pattern)), "auto")
-    return padding

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -120,7 +119,7 @@ class Watcher:
             else:
                 stack: Any = streamer
                 self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
-                self._handles.append(streamer.stream_tiles(self._take_tile, self._tile))
+                self._handles.append(streamer.stream_tiles(self._receiver.tile, self._tile))
             finish = self._finish if streamer is None else self._finish_stack
             self._handles.append(self._model.register_forward_hook(finish))
         except BaseException:
@@ -128,12 +127,7 @@ class Watcher:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -230,9 +224,6 @@ class Watcher:
             raise ValueError(f"layer {name!r} must be [B, D] or [B, T, D], got shape {tuple(x.shape)}")
         self._receiver.entered(x)
         self._tiles_began = True
-
-    def _take_tile(self, first: int, states: Tensor) -> None:
-        self._receiver.tile(first, states)
 
     def _finish_stack(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._tiles_began:
