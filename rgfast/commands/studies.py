@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def add_studies(commands: Any) -> None:
         epilog="examples:\n  rgfast multiverse --quick\n  rgfast multiverse --jobs 2 --out runs/multiverse",
     )
     _common(many, "multiverse", "4 set-ups")
-    many.set_defaults(run=_multiverse)
+    many.set_defaults(run=partial(_study, "multiverse", "multiverse"))
 
     spaced = commands.add_parser(
         "decimate",
@@ -61,7 +63,7 @@ def add_studies(commands: Any) -> None:
         epilog="examples:\n  rgfast decimate --quick\n  rgfast decimate --seeds 0 1 2 --out runs/decimation",
     )
     _common(spaced, "decimation", "two spacings with short training")
-    spaced.set_defaults(run=_decimate)
+    spaced.set_defaults(run=partial(_study, "decimation", "decimate"))
 
     ideal = commands.add_parser(
         "observe",
@@ -71,7 +73,7 @@ def add_studies(commands: Any) -> None:
         epilog="examples:\n  rgfast observe --quick\n  rgfast observe --seeds 0 1 2 --out runs/observer",
     )
     _common(ideal, "observer", "four radii with short training")
-    ideal.set_defaults(run=_observe)
+    ideal.set_defaults(run=partial(_study, "observer", "observe"))
 
 
 def _common(parser: argparse.ArgumentParser, out: str, quick: str) -> None:
@@ -92,13 +94,7 @@ def _common(parser: argparse.ArgumentParser, out: str, quick: str) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "quick": args.quick,
-        "seeds": args.seeds,
-        "jobs": args.jobs,
-        "out": args.out,
-        "merge": args.merge,
-    }
+    return {name: getattr(args, name) for name in ("quick", "seeds", "jobs", "out", "merge")}
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -113,25 +109,9 @@ def _sweep(args: argparse.Namespace) -> None:
         _tell(done)
 
 
-def _multiverse(args: argparse.Namespace) -> None:
-    from rgfast.experiments.multiverse import multiverse
-
-    _tell_or_json(args, multiverse(**_options(args)))
-
-
-def _decimate(args: argparse.Namespace) -> None:
-    from rgfast.experiments.decimation import decimate
-
-    _tell_or_json(args, decimate(**_options(args)))
-
-
-def _observe(args: argparse.Namespace) -> None:
-    from rgfast.experiments.observer import observe
-
-    _tell_or_json(args, observe(**_options(args)))
-
-
-def _tell_or_json(args: argparse.Namespace, done: Any) -> None:
+def _study(module: str, name: str, args: argparse.Namespace) -> None:
+    """Run the study that is the function ``name`` of a module, which is slow to import."""
+    done = getattr(import_module(f"rgfast.experiments.{module}"), name)(**_options(args))
     if args.json:
         out: Path = done.out
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))

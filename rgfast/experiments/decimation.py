@@ -7,7 +7,6 @@ what does not is what training chose.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,10 +21,11 @@ from torch import Tensor
 from rgfast.chains import MarkovChain, captured_fraction
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import FiniteSample
-from rgfast.experiments.points import Point, open_study, plain, resumable, run_points
+from rgfast.experiments.points import Point, resumable
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
+from rgfast.experiments.study import chosen, run_study, write_table
 from rgfast.experiments.survival import FROM_LAYER, mode_survival, posterior_rank
-from rgfast.files import write_text
+from rgfast.files import as_json, write_text
 from rgfast.flow import Interval, paired_interval
 from rgfast.masking import balanced_counts, balanced_mask
 from rgfast.probing import probe
@@ -136,21 +136,14 @@ def decimate(
     >>> shown_positions("grid", 7, 24), shown_positions("block", 7, 24)
     ([0, 7, 14, 21], [10, 11, 12, 13])
     """
-    if design is not None and quick:
-        raise ValueError("quick goes without a design, got both")
-    chosen = design or (QUICK if quick else DecimationDesign())
-    if seeds is not None:
-        replace(chosen.base, seeds=tuple(seeds))
-        chosen = replace(chosen, seeds=tuple(seeds))
-    folder = Path(out) if out is not None else Path("runs") / chosen.name
-    points = chosen.points()
-    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
-    results = run_points(points, folder, _Work(chosen.spacings), jobs=jobs, progress=progress)
+    design = chosen(design, DecimationDesign, QUICK, quick, seeds, "design")
+    work = _Work(design.spacings)
+    folder, _, results = run_study(design, FORMAT, work, out=out, jobs=jobs, merge=merge, progress=progress)
     rows = [row for result in results for row in result["rows"]]
     table = pd.DataFrame(
         [
             {k: v for k, v in row.items() if not isinstance(v, list)}
-            | _sample(chosen.base, row["tokens_shown"])
+            | _sample(design.base, row["tokens_shown"])
             for row in rows
         ]
     )
@@ -164,7 +157,7 @@ def decimate(
                     for layer, value in enumerate(values)
                 ]
     curves = pd.DataFrame(long)
-    done = Decimation(chosen, table, curves, _slopes(table), folder)
+    done = Decimation(design, table, curves, _slopes(table), folder)
     with resumable(folder):
         _write(done)
     return done
@@ -275,14 +268,10 @@ def _write(done: Decimation) -> None:
     from rgfast.report import write_report
     from rgfast.report.figures import plot_decimation, save_figure
 
-    for table, name in ((done.table, "table.csv"), (done.curves, "curves.csv")):
-        text = table.to_csv(index=False, lineterminator="\n")
-        write_text(done.out / name, text)
+    write_table(done.out / "table.csv", done.table)
+    write_table(done.out / "curves.csv", done.curves)
     slopes = {arm: {k: asdict(v) for k, v in each.items()} for arm, each in done.slopes.items()}
-    document = {"format": FORMAT, "slopes_against_ln_k": plain(slopes)}
-    write_text(
-        done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_text(done.out / "summary.json", as_json({"format": FORMAT, "slopes_against_ln_k": slopes}))
     save_figure(plot_decimation(done), done.out / "decimation.png")
     write_report(done)
 

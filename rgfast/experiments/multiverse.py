@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from scipy import stats
 
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import Point, open_study, plain, resumable, run_numbers, run_points
+from rgfast.experiments.points import Point, resumable, run_numbers
 from rgfast.experiments.runs import RANKS, Run, build_model, one_thread, probe_data, probe_run, train_run
+from rgfast.experiments.study import chosen, run_study, write_table
 from rgfast.experiments.survival import FROM_LAYER, mode_survival
-from rgfast.files import write_text
+from rgfast.files import as_json, write_text
 from rgfast.flow import broken_stick_share, paired_interval, top_share
 from rgfast.flow.relevance import CAPTURED
 from rgfast.probing import probe
@@ -153,17 +153,11 @@ def multiverse(
     >>> len(Universe().setups()), Universe().xi
     (64, (1.0, 7.0))
     """
-    if universe is not None and quick:
-        raise ValueError("quick goes without a universe, got both")
-    chosen = universe or (QUICK if quick else Universe())
-    if seeds is not None:
-        replace(chosen.base, seeds=tuple(seeds))
-        chosen = replace(chosen, seeds=tuple(seeds))
-    folder = Path(out) if out is not None else Path("runs") / chosen.name
-    points = chosen.points()
-    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
-    results = run_points(points, folder, numbers_with_jackknife, jobs=jobs, progress=progress)
-    done = _collected(chosen, results, folder)
+    universe = chosen(universe, Universe, QUICK, quick, seeds, "universe")
+    folder, _, results = run_study(
+        universe, FORMAT, numbers_with_jackknife, out=out, jobs=jobs, merge=merge, progress=progress
+    )
+    done = _collected(universe, results, folder)
     with resumable(folder):
         _write(done)
     return done
@@ -322,18 +316,11 @@ def _write(done: Multiverse) -> None:
     from rgfast.report import write_report
     from rgfast.report.figures import plot_multiverse, save_figure
 
-    _write_csv(done.table, done.out / "table.csv")
-    _write_csv(done.views, done.out / "views.csv")
-    document = {"format": FORMAT, **plain(summary(done))}
-    write_text(
-        done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_table(done.out / "table.csv", done.table)
+    write_table(done.out / "views.csv", done.views)
+    write_text(done.out / "summary.json", as_json({"format": FORMAT, **summary(done)}))
     save_figure(plot_multiverse(done), done.out / "multiverse.png")
     write_report(done)
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def multiverse_text(done: Multiverse) -> str:

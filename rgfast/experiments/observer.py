@@ -6,7 +6,6 @@ depth is scale, layer l is most like an observer whose radius grows with l: a ri
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,9 +21,10 @@ from torch import Tensor
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.decimation import RANDOM_MASKS
-from rgfast.experiments.points import Point, open_study, plain, resumable, run_points
+from rgfast.experiments.points import Point, resumable
 from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_run
-from rgfast.files import write_text
+from rgfast.experiments.study import chosen, run_study, write_table
+from rgfast.files import as_json, write_text
 from rgfast.flow import Interval, paired_interval
 from rgfast.masking import balanced_mask
 from rgfast.ops.cka import cka
@@ -123,18 +123,12 @@ def observe(
     >>> ridge_radii([[0.2, 0.9, 0.905], [0.1, 0.2, 0.9]], (1, 2, 4))
     array([2., 4.])
     """
-    if design is not None and quick:
-        raise ValueError("quick goes without a design, got both")
-    chosen = design or (QUICK if quick else ObserverDesign())
-    if seeds is not None:
-        replace(chosen.base, seeds=tuple(seeds))
-        chosen = replace(chosen, seeds=tuple(seeds))
-    folder = Path(out) if out is not None else Path("runs") / chosen.name
-    points = chosen.points()
-    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
-    work = _Work(chosen.radii, chosen.hidden_share)
-    results = run_points(points, folder, work, jobs=jobs, progress=progress)
-    done = _collected(chosen, points, results, folder)
+    design = chosen(design, ObserverDesign, QUICK, quick, seeds, "design")
+    work = _Work(design.radii, design.hidden_share)
+    folder, points, results = run_study(
+        design, FORMAT, work, out=out, jobs=jobs, merge=merge, progress=progress
+    )
+    done = _collected(design, points, results, folder)
     with resumable(folder):
         _write(done)
     return done
@@ -247,16 +241,11 @@ def _write(done: Observer) -> None:
     from rgfast.report import write_report
     from rgfast.report.figures import plot_observer, save_figure
 
-    for table, name in ((done.curves, "table.csv"), (done.ridges, "ridges.csv"), (done.slopes, "slopes.csv")):
-        write_text(done.out / name, table.to_csv(index=False, lineterminator="\n"))
-    document = {
-        "format": FORMAT,
-        "slopes": plain(done.slopes.to_dict("records")),
-        "captured": plain(done.captured),
-    }
-    write_text(
-        done.out / "summary.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_table(done.out / "table.csv", done.curves)
+    write_table(done.out / "ridges.csv", done.ridges)
+    write_table(done.out / "slopes.csv", done.slopes)
+    document = {"format": FORMAT, "slopes": done.slopes.to_dict("records"), "captured": done.captured}
+    write_text(done.out / "summary.json", as_json(document))
     save_figure(plot_observer(done), done.out / "observer.png")
     write_report(done)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
-from rgfast.files import clear_leftovers, plain, write_text
+from rgfast.files import as_json, clear_leftovers, plain, write_text
 from rgfast.interrupts import shielded
 from rgfast.runtime.environment import versions
 from rgfast.validation import check_positive_int
@@ -30,7 +30,6 @@ __all__ = [
     "numbers_of_run",
     "open_study",
     "parallel",
-    "plain",
     "resumable",
     "run_points",
 ]
@@ -201,7 +200,7 @@ def open_study(
     if jobs is not None:
         check_positive_int(jobs, "jobs")
     recorded, files = folder / "design.json", folder / "points"
-    text = json.dumps({"format": form, **plain(design)}, indent=2, ensure_ascii=False) + "\n"
+    text = as_json({"format": form, **design})
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, and {folder} is a file")
     if recorded.exists() and recorded.read_text(encoding="utf-8") != text:

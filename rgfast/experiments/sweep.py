@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import pandas as pd
 from rgfast.chains import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
 from rgfast.experiments.finite import finite_sample
-from rgfast.experiments.points import Point, numbers_of_run, open_study, plain, resumable, run_points
-from rgfast.files import write_text
+from rgfast.experiments.points import Point, numbers_of_run, resumable
+from rgfast.experiments.study import run_study, with_seeds, write_table
+from rgfast.files import as_json, write_text
 from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice
@@ -139,10 +139,10 @@ def sweep(
     108
     """
     chosen = _chosen(design, quick, seeds)
-    folder = Path(out) if out is not None else Path("runs") / f"sweep-{chosen.name}"
-    points = chosen.points()
-    open_study(folder, FORMAT, asdict(chosen), points, merge, jobs)
-    results = run_points(points, folder, numbers_of_run, jobs=jobs, progress=progress)
+    out = Path("runs") / f"sweep-{chosen.name}" if out is None else out
+    folder, points, results = run_study(
+        chosen, FORMAT, numbers_of_run, out=out, jobs=jobs, merge=merge, progress=progress
+    )
     table = pd.DataFrame([_row(p, r) for p, r in zip(points, results, strict=True)])
     table = table.sort_values(["chain", "xi", "width", "seed"], ignore_index=True)
     test = relevance_test(table) if chosen.name.startswith("relevance") else None
@@ -158,10 +158,7 @@ def _chosen(design: str | Design, quick: bool, seeds: Sequence[int] | None) -> D
         design = (QUICK if quick else DESIGNS)[design]
     elif quick:
         raise ValueError("quick goes with the name of a design, got a Design")
-    if seeds is not None:
-        replace(design.base, seeds=tuple(seeds))
-        design = replace(design, seeds=tuple(seeds))
-    return design
+    return with_seeds(design, seeds)
 
 
 def transition_rank(chain: MarkovChain) -> float:
@@ -201,11 +198,10 @@ def _write(done: Sweep) -> None:
     from rgfast.report import write_report
     from rgfast.report.figures import plot_posterior_rank, plot_relevance, plot_xi, save_figure
 
-    write_text(done.out / "table.csv", done.table.to_csv(index=False, lineterminator="\n"))
+    write_table(done.out / "table.csv", done.table)
     if done.test is not None:
-        document = {"format": "rgfast.relevance/1", **plain(done.test.to_dict())}
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_text(done.out / "verdict.json", text)
+        document = {"format": "rgfast.relevance/1", **done.test.to_dict()}
+        write_text(done.out / "verdict.json", as_json(document))
         save_figure(plot_relevance(done), done.out / "relevance.png")
     save_figure(plot_xi(done), done.out / "xi.png")
     save_figure(plot_posterior_rank(done), done.out / "posterior_rank.png")

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from rgfast.flow import Check, Interval, descent, paired_interval
-from rgfast.report.definitions import HINT, TERMS, definition, interval_text, missed, number, numbers_of
+from rgfast.report.definitions import TERMS, definition, interval_text, missed, number, numbers_of
 from rgfast.report.experiment_charts import experiment_charts
 from rgfast.report.extract import by_seed, sorted_xi
 from rgfast.report.markup import Markup, bullets, join, table, tag
@@ -54,10 +54,7 @@ def experiment_page(source: Experiment) -> Page:
         page.add(_verdicts(source.verdicts.get(chain, []), f"Numbers: {told}."))
         page.heading(f"Robustness{name}")
         page.add(_controls(data, chain, told), _views(data, chain, told), _seeds(data, chain))
-        page.heading(f"Figures{name}")
-        page.add(tag("p", HINT, class_="faint"))
-        for chart in experiment_charts(data, chain):
-            page.chart(chart)
+        page.charts(f"Figures{name}", experiment_charts(data, chain))
     page.heading("Terms")
     page.add(table(("term", "meaning"), TERMS, words=(1,)))
     page.heading("Configuration")

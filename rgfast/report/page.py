@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from rgfast.files import plain
+from rgfast.report.definitions import HINT
 from rgfast.report.markup import Markup, join, table, tag
 from rgfast.report.palette import ramp
 from rgfast.report.spec import Chart, as_json
@@ -38,9 +39,12 @@ class Page:
         self._parts.append(tag("h3", title))
         self._parts.append(tag("figure", tag("figcaption", caption), tag("div", id=name), class_="chart"))
 
-    def chart(self, chart: Chart) -> None:
-        """An interactive figure with its title and caption."""
-        self.figure(chart.title, chart.caption, [as_json(panel) for panel in chart.panels])
+    def charts(self, heading: str, charts: Iterable[Chart]) -> None:
+        """A section of interactive figures with their titles and captions."""
+        self.heading(heading)
+        self.add(tag("p", HINT, class_="faint"))
+        for chart in charts:
+            self.figure(chart.title, chart.caption, [as_json(panel) for panel in chart.panels])
 
     def render(self) -> str:
         """The whole page. Its policy lets the browser run this script alone, and load nothing."""

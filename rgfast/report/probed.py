@@ -8,7 +8,7 @@ import numpy as np
 
 from rgfast.flow.probed import ViewFlow
 from rgfast.probing.result import MEASURES, ProbeResult, named
-from rgfast.report.definitions import HINT, number
+from rgfast.report.definitions import number
 from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, bullets, join, table, tag
 from rgfast.report.page import Page, as_rows
@@ -40,10 +40,7 @@ def probe_page(result: ProbeResult) -> Page:
     page.add(_findings(result))
     page.heading("Robustness")
     page.add(_robustness(result))
-    page.heading("Figures")
-    page.add(tag("p", HINT, class_="faint"))
-    for chart in probe_charts(result):
-        page.chart(chart)
+    page.charts("Figures", probe_charts(result))
     page.heading("Layers")
     layers = zip(data.layer.values, result.layers, data.width.values, strict=True)
     page.add(table(("layer", "name", "width"), ((int(k), name, int(width)) for k, name, width in layers)))

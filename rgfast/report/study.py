@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rgfast.flow.relevance import CAPTURED
-from rgfast.report.definitions import HINT, number
+from rgfast.report.definitions import number
 from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, join, table, tag
 from rgfast.report.page import Page, as_rows
@@ -72,9 +72,7 @@ def _multiverse(study: Study) -> Page:
     caption = "What each choice moves the effect by, against that of the default set-up."
     page.add(table(("effect", *options), moved, caption=caption))
     page.add(table(*_by_view(study.tables["views"]), caption="Views and rank definitions cost no training."))
-    page.heading("Specification curves")
-    page.add(tag("p", HINT, class_="faint"))
-    page.chart(multiverse_chart(study))
+    page.charts("Specification curves", [multiverse_chart(study)])
     page.add(_whole(data, f"All {len(data)} set-ups"))
     return page
 
@@ -139,10 +137,7 @@ def _sweep(study: Study) -> Page:
     cells = [(chain, f"{xi:g}", width, len(part), *_cell(part)) for (chain, xi, width), part in groups]
     names = ("chain", "ξ", "width", "seeds", "R visible", "R masked", "last layer, masked", "log-posterior")
     page.add(table(names, cells, caption="Every cell: means over trained seeds (smallest to largest)."))
-    page.heading("Figures")
-    page.add(tag("p", HINT, class_="faint"))
-    page.chart(ratio_chart(data, "xi"))
-    page.chart(ratio_chart(data, "log_posterior_rank"))
+    page.charts("Figures", [ratio_chart(data, against) for against in ("xi", "log_posterior_rank")])
     page.add(_whole(data, f"All {len(data)} points"))
     return page
 
@@ -179,9 +174,7 @@ def _decimation(study: Study) -> Page:
         "Slope against ln k, with 95% t-intervals over seeds; difference: grid minus block, paired by seed."
     )
     page.add(table(("measure", *slopes), rows, caption=caption))
-    page.heading("Figures")
-    page.add(tag("p", HINT, class_="faint"))
-    page.chart(spacing_chart(study))
+    page.charts("Figures", [spacing_chart(study)])
     page.add(_whole(data, f"All {len(data)} rows"))
     return page
 
@@ -200,9 +193,7 @@ def _observer(study: Study) -> Page:
     page.add(table(("stage", "ξ", "slope per layer", "seeds"), rows, caption=caption))
     learnt = study.summary.get("captured", {})
     page.add(table(("run", "captured"), [(name, number(value)) for name, value in learnt.items()]))
-    page.heading("Figures")
-    page.add(tag("p", HINT, class_="faint"))
-    page.chart(observer_chart(study))
+    page.charts("Figures", [observer_chart(study)])
     means = data.groupby(["stage", "xi", "layer", "radius"], sort=False).cka.mean().reset_index()
     page.add(_whole(means, "All means over seeds"))
     return page
