@@ -25,7 +25,6 @@ __all__ = [
     "kind_and_way",
     "kind_of",
     "refuse_masked",
-    "widen",
 ]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -209,8 +208,3 @@ def check_positive_int(value: Any, name: str) -> None:
 def kind_of(value: Any) -> str:
     """What ``value`` is, for a message: the dtype of a tensor, else the type."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-def widen(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``x`` in at least the precision of ``dtype``; exact, since every float here is a subset of fp64."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
