@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 # The version that development and CI use; users may have any torch >= 2.8.
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Where `make wheel` leaves its wheel.
+WHEELS := dist
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test fuzz bench docs clean
+.PHONY: reproduce test lint native-test fuzz bench docs wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
@@ -38,6 +40,13 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+
+# A wheel with the compiled module, named after the oldest Linux that its symbols allow; a test tries it.
+wheel: $(VENV)/.dev
+	rm -rf build/wheel/built
+	PATH="$(abspath $(BIN)):$$PATH" RGFAST_REQUIRE_NATIVE=1 $(BIN)/python -m build --wheel --no-isolation \
+	  -Cbuild-dir=build/wheel/cmake --outdir build/wheel/built
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(WHEELS) build/wheel/built/*.whl
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

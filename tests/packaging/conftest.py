@@ -22,7 +22,7 @@ def execute(
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return subprocess.run(
         [str(word) for word in command],
-        cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
 
 
@@ -67,9 +67,8 @@ class Bare:
         )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
-    home = tmp_path_factory.mktemp("bare")
+def empty(home: Path) -> Bare:
+    """An environment in ``home`` without rgfast."""
     venv.create(home / "env", symlinks=os.name != "nt")
     path = home / "path"
     path.mkdir()
@@ -79,6 +78,31 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
     # Folders of a .pth file come last and their own .pth files are not read: an editable rgfast is not seen.
     folders = [each for each in sys.path if Path(each).name in ("site-packages", "dist-packages")]
     (made.site / "dependencies.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
+    return empty(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make wheel`` leaves, made by the tools of this environment."""
+    out = tmp_path_factory.mktemp("wheel")
+    tools = [f"BIN={Path(sys.executable).parent}", f"WHEELS={out}"]
+    done = execute("make", "--directory", ROOT, "--assume-old=.venv/.dev", "wheel", *tools)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = out.iterdir()
+    return made
+
+
+@pytest.fixture(scope="session")
+def with_wheel(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Bare:
+    """An environment that the wheel is installed into, where there is no compiler."""
+    made = empty(tmp_path_factory.mktemp("with_wheel"))
+    done = made.install(wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
     return made
 
 
