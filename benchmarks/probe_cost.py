@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def profiled(run: Callable[[], Any], parts: dict[str, tuple[str, ...]], cumulati
     profile = cProfile.Profile()
     profile.runcall(run)
     spent = dict.fromkeys([*parts, "all"], 0.0)
-    for (file, _, function), (_, _, own, total, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+    for (file, _, function), (_, _, own, total, _) in pstats.Stats(profile).stats.items():
         # Compiled functions are "<method 'copy_' of ...>" or "<built-in method rgfast._native.moments>".
         name = function.partition("'")[2].partition("'")[0] or function.rpartition(".")[2].rstrip(">")
         spent["all"] += own
@@ -175,7 +176,7 @@ def added(quick: bool, refine: bool | None, seconds: float) -> None:
             return rgfast.probe(model, batches, progress=False, refine=refine, **options)
 
         compare(name, model, batches, probe())
-        bare = lambda model=model, batches=batches: forward(model, batches)  # noqa: E731
+        bare = partial(forward, model, batches)
         spent = turns({"forward": bare, "probe": probe}, seconds, least=5)
         times, low, high = ratio(spent["probe"], spent["forward"])
         extra = statistics.median(spent["probe"]) - statistics.median(spent["forward"])

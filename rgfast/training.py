@@ -215,7 +215,7 @@ def train(
         logits = model(shown)
         loss = F.cross_entropy(logits[mask], targets[mask])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:

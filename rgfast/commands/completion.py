@@ -49,4 +49,4 @@ def _describe(parser: Parser) -> None:
             kinds = {**dict.fromkeys(_FILES, shtab.FILE), **dict.fromkeys(_FOLDERS, shtab.DIRECTORY)}
             kind = kinds.get(str(action.metavar))
             if kind is not None:
-                action.complete = kind  # type: ignore[attr-defined]
+                action.complete = kind  # type: ignore[attr-defined]  # shtab's own

@@ -218,6 +218,7 @@ def shows_options(options: type[Any]) -> Callable[[_F], _F]:
     def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        # What inspect reads first of a function; its type does not know it.
         function.__signature__ = signature.replace(parameters=[*own, *shown.values()])  # type: ignore[attr-defined]
         return function
 

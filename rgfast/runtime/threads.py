@@ -86,7 +86,7 @@ def all_on_one_thread(function: Callable[..., Tensors], *args: Tensor | None) ->
     if torch.compiler.is_compiling() or (kind != "cpu" and not _casts(kind)):
         return function(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not _transformed(tensors):
-        found: Tensors = _Apart.apply(function, kind, *args)  # type: ignore[no-untyped-call]
+        found: Tensors = _Apart.apply(function, kind, *args)  # type: ignore[no-untyped-call]  # torch's own
         return found
     if not _transformed(tensors):
         args = _aligned(args)

@@ -131,4 +131,5 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mix is not None:
             x = self.mix(x)
-        return self.mlp(x)  # type: ignore[no-any-return]
+        y: Tensor = self.mlp(x)
+        return y

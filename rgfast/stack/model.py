@@ -133,7 +133,8 @@ class MaskedTokenModel(nn.Module):
         return padded.unfold(1, 2 * self.window + 1, 1).transpose(-1, -2).flatten(-2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.final_norm(self.stack(self.embed(tokens))))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.final_norm(self.stack(self.embed(tokens))))
+        return logits
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder`` (made where missing).

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,8 +182,8 @@ def test_any_matrix(states: int, seed: int, zeros: float) -> None:
 
 
 @pytest.mark.parametrize("wrap", [np.array, torch.tensor, list, lambda p: torch.tensor(p).float()])
-def test_matrices_of_any_make(wrap: object) -> None:
-    chain = MarkovChain(wrap(BIASED))  # type: ignore[operator]
+def test_matrices_of_any_make(wrap: Callable[..., Any]) -> None:
+    chain = MarkovChain(wrap(BIASED))
     assert chain.transition.dtype == torch.float64
     np.testing.assert_allclose(chain.transition.numpy(), BIASED, atol=1e-7)
     np.testing.assert_allclose(chain.transition.sum(1).numpy(), 1, atol=1e-15)
@@ -247,7 +249,10 @@ def test_autocorrelation_of_a_complex_pair_is_the_average_over_its_modes() -> No
 def test_mutual_information_against_entropies() -> None:
     chain = MarkovChain(BIASED)
     joint = (chain.stationary[:, None] * chain.transition).numpy()
-    h = lambda q: -(q[q > 0] * np.log(q[q > 0])).sum()  # noqa: E731
+
+    def h(q: np.ndarray) -> float:
+        return float(-(q[q > 0] * np.log(q[q > 0])).sum())
+
     expected = h(joint.sum(0)) + h(joint.sum(1)) - h(joint)
     assert chain.mutual_information() == pytest.approx(expected, abs=1e-14)
     assert chain.mutual_information(4) == pytest.approx(chain.power(4).mutual_information(), abs=1e-15)
@@ -320,9 +325,9 @@ def test_mutual_information_against_entropies() -> None:
         (lambda: MarkovChain(BIASED).mutual_information(0), "lag must be at least 1, got 0"),
     ],
 )
-def test_bad_values_are_refused_in_one_sentence(call: object, sentence: str) -> None:
+def test_bad_values_are_refused_in_one_sentence(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
-        call()  # type: ignore[operator]
+        call()
     assert "\n" not in str(caught.value)
 
 
@@ -345,9 +350,9 @@ def test_bad_values_are_refused_in_one_sentence(call: object, sentence: str) -> 
         (lambda: MarkovChain(BIASED).autocorrelation([0.5]), "lags must be integers"),
     ],
 )
-def test_bad_types_are_refused_in_one_sentence(call: object, sentence: str) -> None:
+def test_bad_types_are_refused_in_one_sentence(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
-        call()  # type: ignore[operator]
+        call()
 
 
 def test_from_npy(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -117,7 +118,7 @@ def test_a_killed_sweep_leaves_whole_points_only(tmp_path):
         "from test_sweep import NARROW; from rgfast.experiments.sweep import sweep;"
         "sweep(NARROW, out=sys.argv[1], jobs=1, progress=False)"
     )
-    here = os.path.dirname(__file__)  # noqa: PTH120
+    here = str(Path(__file__).parent)
     victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), here])
     points = tmp_path / "run" / "points"
     for _ in range(3000):

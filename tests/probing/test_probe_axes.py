@@ -1,5 +1,7 @@
 """Axes of every order, and blocks that return several tensors: against rows stored by hooks of our own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -14,14 +16,19 @@ def run(model, batches, **options):
 def hooked(model, names, *args, **kwargs):
     """What modules return, or are given first (``name:input``), in one forward."""
     found, handles = {}, []
+
+    def keep_given(name, module, args):
+        found.setdefault(name, args[0].clone())
+
+    def keep_returned(name, module, args, output):
+        found.setdefault(name, output)
+
     for name in names:
         module = model.get_submodule(name.removesuffix(":input"))
         if name.endswith(":input"):
-            keep = lambda m, a, name=name: found.setdefault(name, a[0].clone())  # noqa: E731
-            handles.append(module.register_forward_pre_hook(keep))
+            handles.append(module.register_forward_pre_hook(partial(keep_given, name)))
         else:
-            keep = lambda m, a, out, name=name: found.setdefault(name, out)  # noqa: E731
-            handles.append(module.register_forward_hook(keep))
+            handles.append(module.register_forward_hook(partial(keep_returned, name)))
     with torch.no_grad():
         model.eval()(*args, **kwargs)
     for handle in handles:

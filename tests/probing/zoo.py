@@ -255,7 +255,7 @@ def main():
     import warnings
 
     import zoo as own  # so that the entries register in the module that the others import
-    import zoo_plain  # noqa: F401
+    import zoo_plain  # noqa: F401 (registers, as the next two do)
     import zoo_transformers  # noqa: F401
     import zoo_ways  # noqa: F401
 

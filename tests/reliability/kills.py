@@ -24,7 +24,7 @@ if __name__ == "__main__" and any(os.environ.get(name) != value for name, value 
     # A process may be forked safely while it has one thread; the libraries read this when they are loaded.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SINGLE})
 
-import matplotlib  # noqa: E402
+import matplotlib  # noqa: E402 (after the line above, as all that follow)
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 

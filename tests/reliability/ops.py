@@ -179,7 +179,10 @@ def cka_matrix(draw):
     few = too_few(draw, debiased, layers[0].shape[-2], lambda: rgfast.cka_matrix(layers))
     if few:
         return few
-    call = lambda i: rgfast.cka_matrix(layers, debiased=debiased, impl=i, **options)  # noqa: E731
+
+    def call(chosen):
+        return rgfast.cka_matrix(layers, debiased=debiased, impl=chosen, **options)
+
     got = tried(call, impl).numpy()
     worst, outcomes = 0.0, set()
     for i, x in enumerate(layers):

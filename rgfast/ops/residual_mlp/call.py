@@ -73,6 +73,7 @@ class Call(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same with every tensor in ``dtype``."""
+        # A slice of fields of several types is of their union.
         return Call(*(None if t is None else t.to(dtype) for t in self.tensors), *self[TENSORS:])  # type: ignore[arg-type]
 
     def shape_class(self) -> Hashable | None:

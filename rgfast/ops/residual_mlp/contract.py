@@ -38,7 +38,7 @@ def run(call: Call, by_library: bool) -> Tensor:
     if not plain:
         y = torch.ops.rgfast.residual_mlp(*call, by_library)
     elif call.recorded():
-        y, _ = _Block.apply(*call, by_library)  # type: ignore[no-untyped-call]
+        y, _ = _Block.apply(*call, by_library)  # type: ignore[no-untyped-call]  # torch's own
     else:
         y = forward(call, by_library)
     return y if y.dtype == dtype else y.to(dtype)
@@ -120,7 +120,7 @@ def _op_forward(*args: Any) -> Tensor:
     return forward(call, by_library == (True,))
 
 
-@torch.library.register_fake("rgfast::residual_mlp")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("rgfast::residual_mlp")  # type: ignore[untyped-decorator]  # torch's own
 def _fake_forward(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -133,7 +133,7 @@ def _op_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(dy.new_empty(0) if g is None else g for g in found)
 
 
-@torch.library.register_fake("rgfast::residual_mlp_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("rgfast::residual_mlp_backward")  # type: ignore[untyped-decorator]  # as above
 def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call, (wanted, *_) = _call(args)
     return tuple(

@@ -10,14 +10,14 @@ import rgfast
 from rgfast.ops.spectrum import lanczos
 
 D = 256
-I = torch.arange(1, D + 1, dtype=torch.float64)  # noqa: E741
+NUMBERS = torch.arange(1, D + 1, dtype=torch.float64)
 SPECTRA = {
     "isotropic": torch.from_numpy(
         np.linalg.svd(np.random.default_rng(0).standard_normal((D, 2 * D)), compute_uv=False)
     ),
-    "1/i": 1 / I,
-    "1/i^2": I**-2,
-    "exponential": torch.exp(-20 * I / D),
+    "1/i": 1 / NUMBERS,
+    "1/i^2": NUMBERS**-2,
+    "exponential": torch.exp(-20 * NUMBERS / D),
     "low rank + noise": torch.cat([torch.linspace(2, 1, 8), 1e-2 * torch.linspace(1, 0.5, D - 8)]).double(),
 }
 
@@ -66,13 +66,13 @@ def test_error_terms_answer_to_what_they_measure():
     few = rgfast.effective_rank_estimate(dense(SPECTRA["1/i"]), probes=4)
     many = rgfast.effective_rank_estimate(dense(SPECTRA["1/i"]), probes=64)
     assert few.probe_error > many.probe_error > 0
-    deep = torch.exp(-60 * I / D)
+    deep = torch.exp(-60 * NUMBERS / D)
     assert rgfast.effective_rank_estimate(dense(deep)).floor_error > 0
 
 
 def test_exact_cases():
     assert rgfast.effective_rank_estimate(torch.zeros(9, 9, dtype=torch.float64)).value == 0
-    one = torch.outer(I, I)
+    one = torch.outer(NUMBERS, NUMBERS)
     assert rgfast.effective_rank_estimate(one).value == pytest.approx(1, abs=1e-6)
     for d in (1, 2, 3, 17):
         e = rgfast.effective_rank_estimate(torch.eye(d, dtype=torch.float64) * 1e-3)

@@ -43,6 +43,7 @@ def unavailable_reason() -> str | None:
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
+    # torch gives this function no types.
     if not torch.backends.mkl.is_available() or sys.byteorder != "little":  # type: ignore[no-untyped-call]
         return "this PyTorch has no MKL"
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
