@@ -2,26 +2,6 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.experiments.config import ReproduceConfig
-from rgfast.training import TrainingConfig
-
-TINY = ReproduceConfig(
-    seeds=(0, 1),
-    states=8,
-    length=4,
-    width=4,
-    depth=5,
-    hidden=8,
-    training=TrainingConfig(steps=60, batch=32, lr=1e-2, warmup=2, log_every=20, log_sequences=64),
-    probe_sequences=320,
-)
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A small reproduction, with its folder."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    return rgfast.reproduce(config=TINY, out=out, jobs=1, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,13 @@
+"""What tests of several folders share, since it takes a while to make."""
+
+import pytest
+from tiny import REPRODUCED
+
+import rgfast
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A small reproduction, with its folder, which is only to be read."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return rgfast.reproduce(config=REPRODUCED, out=out, jobs=1, progress=False)
