@@ -33,7 +33,6 @@ RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "st
 # The flattened view holds moments of (T * width) squared numbers a layer; above this it is left out.
 WIDEST_FLATTENED = 1024
 DRIFTS = ("kernel_drift", "kernel_change")
-WHERE = ("chain", "xi", "seed", "stage")
 
 
 @dataclass(frozen=True)
@@ -167,17 +166,17 @@ def probe_run(
     batch = {"tokens": tokens.masked_fill(mask, model.mask_token), "mask": mask}
     result = probe(model, batch, mask="mask", views=views_of(config), progress=False, distributed=False)
     fraction = captured(model, chain, tokens, mask)
-    labelled = _labelled(config, run, result, fraction, log, label, xi)
+    labelled = _labelled(config, result, fraction, log)
     if pairs and run.stage == "trained":
         # A probe of its own: the views above, of which some are wide, need neighbouring layers alone.
-        values = _all_pairs(model, batch)[None, None, None, None]
-        labelled = labelled.assign(cka=((*WHERE, "process", "layer", "other_layer"), values))
+        labelled = labelled.assign(cka=(("process", "layer", "other_layer"), _all_pairs(model, batch)))
         labelled = labelled.assign_coords(other_layer=np.arange(config.depth + 1))
     survived = mode_survival(model, chain, tokens, mask)
     ranks = posterior_rank(chain, tokens, mask)
     labelled = labelled.assign_coords(process=list(PROCESSES), mode=np.arange(len(survived.modulus)))
+    labelled = labelled.assign(survival=(("process", "mode", "layer"), survived.r2))
+    labelled = labelled.expand_dims(chain=[label], xi=[xi], seed=[run.seed], stage=[run.stage])
     extended: xr.Dataset = labelled.assign(
-        survival=((*WHERE, "process", "mode", "layer"), survived.r2[None, None, None, None]),
         mode_modulus=(("chain", "xi", "mode"), survived.modulus[None, None]),
         posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[0])),
         log_posterior_rank=(("chain", "xi", "seed"), np.full((1, 1, 1), ranks[1])),
@@ -200,36 +199,20 @@ def _relative_spectra(result: ProbeResult) -> NDArray[np.float64]:
 
 
 def _labelled(
-    config: ReproduceConfig,
-    run: Run,
-    result: ProbeResult,
-    fraction: float,
-    log: TrainingLog | None,
-    label: str,
-    xi: float,
+    config: ReproduceConfig, result: ProbeResult, fraction: float, log: TrainingLog | None
 ) -> xr.Dataset:
     views = views_of(config)
     data: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     for measures, along in ((RANKS, "layer"), (DRIFTS, "transition")):
         for measure in measures:
             values = np.stack([np.asarray(result.order_parameter(view, measure)) for view in views])
-            data[measure] = ((*WHERE, "view", along), values[None, None, None, None])
+            data[measure] = (("view", along), values)
     by_position = np.stack([np.asarray(result.by_position("effective_rank", view)) for view in VIEWS[:3]])
-    data["effective_rank_by_position"] = (
-        (*WHERE, "positional_view", "layer", "position"),
-        by_position[None, None, None, None],
-    )
+    data["effective_rank_by_position"] = (("positional_view", "layer", "position"), by_position)
     spectra = _relative_spectra(result)
-    data["relative_spectrum"] = (
-        (*WHERE, "positional_view", "layer", "component"),
-        spectra[None, None, None, None],
-    )
-    data["captured"] = (WHERE, np.full((1, 1, 1, 1), fraction))
+    data["relative_spectrum"] = (("positional_view", "layer", "component"), spectra)
+    data["captured"] = ((), np.array(fraction))
     coords: dict[str, object] = {
-        "chain": [label],
-        "xi": [xi],
-        "seed": [run.seed],
-        "stage": [run.stage],
         "view": list(views),
         "positional_view": list(VIEWS[:3]),
         "layer": np.arange(config.depth + 1),
@@ -240,10 +223,7 @@ def _labelled(
     if log is not None:
         coords["step"] = list(log.step)
         for name in ("loss", "captured", "evaluation_loss"):
-            data[f"training_{name}"] = (
-                (*WHERE, "step"),
-                np.array(getattr(log, name))[None, None, None, None],
-            )
+            data[f"training_{name}"] = (("step",), np.array(getattr(log, name)))
         for name in ("bayes_loss", "stationary_loss"):
-            data[name] = (WHERE, np.full((1, 1, 1, 1), getattr(log, name)))
+            data[name] = ((), np.array(getattr(log, name)))
     return xr.Dataset(data, coords=coords)
