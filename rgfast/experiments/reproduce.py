@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from rgfast.experiments.points import in_parallel, resumable
 from rgfast.experiments.runs import DRIFTS, RANKS, STAGES, Run, execute, one_thread, plan, views_of
 from rgfast.files import as_json, clear_leftovers, write_text
 from rgfast.flow import Verdict, judge
+from rgfast.flow.answers import FORMAT
 from rgfast.netcdf import read_netcdf, write_netcdf
 from rgfast.report.definitions import missed
 from rgfast.runtime.environment import versions
@@ -38,6 +40,8 @@ LONG_NAMES = {
     "bayes_loss": "expected cross-entropy of the exact Bayes posterior on the held-out sequences",
     "stationary_loss": "expected cross-entropy of the stationary distribution on the held-out sequences",
 }
+DEFAULT_CHAINS = ReproduceConfig().chains
+WIDTH = 110
 SUMMARY_COLUMNS = ("chain", "xi", "seed", "stage", "view", "measure", "layer", "value")
 
 
@@ -202,6 +206,7 @@ def _assemble(config: ReproduceConfig, runs: list[Run], folder: Path) -> xr.Data
         "format": "rgfast.reproduce/1",
         "config": config.to_json(),
         "versions": json.dumps(versions()),
+        "setup": "default" if _is_default(replace(config, chains=DEFAULT_CHAINS)) else "other",
     }
     ordered.effective_rank.attrs = {
         "long_name": "effective rank (singular values, centred over samples)",
@@ -268,7 +273,7 @@ def _write(
     writer.writerows(summary_rows(dataset))
     write_text(folder / "summary.csv", table.getvalue())
     document = {
-        "format": "rgfast.verdict/1",
+        "format": FORMAT,
         "setup": SETUP if _is_default(config) else "in the set-up that config.json records",
         "verdicts": {chain: [v.to_dict() for v in each] for chain, each in verdicts.items()},
         "config": json.loads(config.to_json()),
@@ -300,17 +305,31 @@ def _is_default(config: ReproduceConfig) -> bool:
 
 
 def verdict_table(verdicts: dict[str, tuple[Verdict, ...]], config: ReproduceConfig) -> str:
-    """The verdicts as text: one block a chain, a line each for finding and numbers, notes beneath."""
+    """The verdicts as text: per finding a line as stated and one on its reading, each with its numbers."""
     lines = []
     for chain, each in verdicts.items():
         seeds = f"{len(config.seeds)} seed" + ("s" if len(config.seeds) > 1 else "")
         lines.append(f"{chain}, {seeds}, ξ = {', '.join(f'{x:g}' for x in config.xi)}")
         for verdict in each:
-            lines.append(f"  {verdict.status.upper():<15} {verdict.title}")
-            lines.append(f"  {'':<15} {verdict.summary}")
-            if verdict.status in ("partial", "not reproduced", "undertrained"):
-                lines += [f"  {'':<15}   missed, {line}" for line in missed(verdict.checks)]
-            lines += [f"  {'':<15}   note: {note}" for note in verdict.notes]
+            lines += _lines(verdict)
         if _is_default(config):
             lines.append(f"  ({SETUP})")
     return "\n".join(lines)
+
+
+def _lines(verdict: Verdict) -> list[str]:
+    stated, reading = verdict.as_stated, verdict.reading
+    if reading is None:
+        return [f"  {verdict.title}", *_hanging("", f"{stated.status.upper()}: {stated.summary}")]
+    lines = [f"  {verdict.title}"]
+    lines += _hanging("as stated", f"{stated.status.upper()}: {stated.summary}")
+    if stated.status in ("partial", "not reproduced"):
+        lines += [line for text in missed(stated.checks) for line in _hanging("", f"missed, {text}")]
+    lines += _hanging("its reading", f"{reading.status.upper()}, “{reading.claim}”: {reading.summary}")
+    lines += _hanging("beside it", verdict.beside) if verdict.beside else []
+    return lines + [line for note in verdict.notes for line in _hanging("", f"note: {note}")]
+
+
+def _hanging(name: str, text: str) -> list[str]:
+    start = f"    {name:<13}"
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))

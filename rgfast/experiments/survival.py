@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.chains import MarkovChain
-from rgfast.flow.verdicts import FIRST_LAYER
+from rgfast.flow.saved import FIRST_LAYER
 from rgfast.ops.spectrum import effective_rank
 from rgfast.probing import probe
 from rgfast.stack import MaskedTokenModel

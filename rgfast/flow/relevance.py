@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from rgfast.flow.verdicts import Thresholds
+from rgfast.flow.answers import Thresholds
 
 __all__ = ["RIVALS", "Predictor", "RelevanceTest", "relevance_test"]
 

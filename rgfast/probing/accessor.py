@@ -18,13 +18,17 @@ __all__ = ["Accessor"]
 class Accessor:
     """Figures and flow of a :class:`~rgfast.ProbeResult`."""
 
-    def flow(self, view: str | None = None) -> ViewFlow:
-        """The view's flow with depth: R and monotonicity of the rank, decay and plateau of the drift.
+    def flow(self, view: str | None = None, *, control: Accessor | None = None) -> ViewFlow:
+        """The view's flow with depth: whether the rank falls, rises or is flat, and the shape of the drift.
 
-        ``view`` defaults to the first one; numbers are those of :mod:`rgfast.flow`. Raises ValueError for an
-        unknown view, a result without ``effective_rank`` and ``kernel_drift``, or a single layer.
+        ``view`` defaults to the first that is not sample limited; numbers are those of :mod:`rgfast.flow`.
+        ``control`` is the result of a twin, such as ``probe(model, batches, control="random_weights")``:
+        what it does as well is no evidence of anything learned. Without one the reading is undecided.
+
+        Raises ValueError for an unknown view, a result without ``effective_rank`` and ``kernel_drift``, a
+        single layer, and a control with other layers or without the view; TypeError for another control.
         """
-        flow: ViewFlow = lent("flow_of")(self, view)
+        flow: ViewFlow = lent("flow_of")(self, view, control)
         return flow
 
     def plot_rank(

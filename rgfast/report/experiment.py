@@ -20,7 +20,7 @@ from rgfast.report.sources import Experiment
 __all__ = ["experiment_page", "verdict_badge"]
 
 _MARKS = {"reproduced": "good", "valid": "good", "supported": "good", "partial": "part", "undecided": "part"}
-_MARKS |= {"not reproduced": "bad", "undertrained": "bad", "refuted": "bad"}
+_MARKS |= {"not reproduced": "bad", "undertrained": "bad", "refuted": "bad", "not supported": "bad"}
 _RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank")
 
 
@@ -42,6 +42,9 @@ def experiment_page(source: Experiment) -> Page:
     page = Page("rgfast: reproduction report", lead)
     if source.setup:
         page.add(tag("p", f"Every verdict holds {source.setup}."))
+    if source.rejudged:
+        words = "verdict.json is that of rgfast 0.1; the findings below are judged anew from result.nc."
+        page.add(tag("p", words))
     few = len(seeds) < 5
     told = (
         "mean (smallest to largest seed); 95% intervals are given from five seeds on"
@@ -68,29 +71,29 @@ def experiment_page(source: Experiment) -> Page:
 def _verdicts(verdicts: Sequence[dict[str, Any]], caption: str) -> Markup:
     rows = []
     for verdict in verdicts:
-        checks = [Check(**{**check, "value": _float(check["value"])}) for check in verdict.get("checks", ())]
         numbers = [
             f"{name}: {interval_text(found, values)}, n\u00a0=\u00a0{found.n}"
             for name, found, values in numbers_of(verdict)
         ]
-        finding = [tag("b", verdict["title"]), tag("p", verdict["summary"])]
-        failed = missed(checks) if verdict["status"] in ("partial", "not reproduced", "undertrained") else []
-        notes = [f"missed, {text}" for text in failed] + [
-            f"note: {text}" for text in verdict.get("notes", ())
-        ]
-        if checks:
-            finding.append(_checks(checks))
-        finding.insert(2, bullets(notes))
-        rows.append(
-            (
-                verdict_badge(str(verdict["status"])),
-                join(finding),
-                bullets(numbers),
-                definition(str(verdict["key"])),
-            )
-        )
-    heads = ("verdict", "finding", "numbers and intervals", "what is asked")
-    return table(heads, rows, caption=caption, words=(1, 2, 3), stack=True)
+        finding = [tag("b", verdict["title"]), _answer("As stated", verdict["as_stated"])]
+        if verdict["reading"] is not None:
+            finding.append(_answer("Its reading", verdict["reading"]))
+        if verdict["beside"]:
+            finding.append(tag("p", f"Other views. {verdict['beside']}"))
+        finding.append(bullets([f"note: {text}" for text in verdict["notes"]]))
+        folded = tag("details", tag("summary", f"{len(numbers)} numbers over seeds"), bullets(numbers))
+        rows.append((join(finding), folded if numbers else "", definition(str(verdict["key"]))))
+    heads = ("finding", "numbers and intervals", "what is asked")
+    return table(heads, rows, caption=caption, words=(0, 1, 2), stack=True)
+
+
+def _answer(name: str, answer: dict[str, Any]) -> Markup:
+    checks = [Check(**{**check, "value": _float(check["value"])}) for check in answer["checks"]]
+    failed = missed(checks) if answer["status"] in ("partial", "not reproduced", "undertrained") else []
+    claim = f" “{answer['claim']}”" if answer["claim"] else ""
+    line = tag("p", f"{name}{claim}: ", verdict_badge(str(answer["status"])), f" {answer['summary']}")
+    parts = [line, bullets([f"missed, {text}" for text in failed])]
+    return join([*parts, _checks(checks)] if checks else parts)
 
 
 def _checks(checks: Sequence[Check]) -> Markup:

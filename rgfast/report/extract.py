@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rgfast.flow import DriftShape, curve, descent, drift_shape
-from rgfast.flow.verdicts import FIRST_LAYER
+from rgfast.flow.saved import FIRST_LAYER
 from rgfast.report.palette import MODE_COLOURS, POSTERIOR, VIEW_COLOURS
 
 __all__ = [
@@ -105,13 +105,17 @@ class DriftFits:
 
 
 def drift_fits(drift: Array) -> DriftFits | None:
-    """Geometric decay and step + plateau fitted to ``drift[transition]``; None where neither is defined."""
+    """Geometric decay and step + plateau fitted to ``drift[transition]``.
+
+    None if they are not defined, and if there is no evidence for any shape.
+    """
     shape = drift_shape(drift)
-    if shape is None:
+    if shape is None or shape.word in ("flat", "not judged"):
         return None
     k, slope = np.arange(drift.size), np.log(shape.decay_rate)
     decay = np.exp(np.log(drift).mean() + slope * (k - k.mean()))
-    return DriftFits(shape, decay, np.where(k < shape.step_width, shape.step_high, shape.step_low))
+    step = np.where(np.isin(k, shape.step_at), shape.step_high, shape.step_low)
+    return DriftFits(shape, decay, step)
 
 
 def rank_by_position(result: xr.Dataset, chain: str) -> xr.DataArray:

@@ -46,18 +46,17 @@ def transition_axis(transitions: int) -> Axis:
 
 
 def fit_series(drift: Array, first: int, color: str, of: str, facts: Sequence[str] = ()) -> list[Series]:
-    """Both fits to ``drift``, which starts at transition ``first``; nothing if none is defined."""
+    """Both fits to ``drift``, which starts at transition ``first``; nothing if it has no shape."""
     fits = drift_fits(drift)
     if fits is None:
         return []
-    plateau = first + fits.shape.plateau[0]
-    words = {
-        "decay": f"{fits.shape.decay_rate:.3g} per layer",
-        "step": f"plateau from {plateau}→{plateau + 1}",
-    }
+    shape = fits.shape
+    places = " and ".join(f"{first + k}→{first + k + 1}" for k in shape.step_at)
+    words = {"decay": f"{shape.decay_rate:.3g} per transition", "step": f"at {places}"}
+    better = {"step + plateau": "step", "geometric decay": "decay", "growing": "decay"}.get(shape.word)
     series = []
     for kind, values, dash in (("decay", fits.decay, "--"), ("step", fits.step, ":")):
-        note = words[kind] + (", better by BIC" if kind == fits.shape.preferred else "")
+        note = words[kind] + (", better by BIC" if kind == better else "")
         x = np.arange(first, first + drift.size, dtype=float)
         fit = Series(f"{kind}, {of}", x, values, color, note=note, facts=tuple(facts), dash=dash)
         series.append(replace(fit, width=1.3, size=1.5))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from rgfast.flow.probed import ViewFlow
+from rgfast.flow.probed import FALL, ViewFlow
 from rgfast.probing.result import MEASURES, ProbeResult, named
 from rgfast.report.definitions import number
 from rgfast.report.experiment import verdict_badge
@@ -18,15 +18,18 @@ from rgfast.report.probe_charts import probe_charts
 __all__ = ["probe_page"]
 
 _FALLS = (
-    "Does the rank fall? Asked: the effective rank goes down from the first layer that has one to the "
-    "last, with no upward step beyond 5% of the whole drop. R is last over first. No trained control is "
-    "known here: a fall alone is no evidence that something was forgotten on purpose."
+    "Does the rank fall? R is the effective rank of the last layer over that of the first that has one. It "
+    f"falls if R ≤ {FALL:g} and the drop is more than twice its standard error, rises in the inverse case, "
+    "and is flat otherwise. A fall alone is no evidence of anything learned: flow(control=...) compares it "
+    "with that of random weights or shuffled tokens."
 )
 _SETTLES = (
-    "Does the drift settle? Asked: ln drift by transition is better described (BIC) by a step of one or "
-    "two transitions with a plateau after it than by a geometric decay, which would be a relaxation to a "
-    "fixed point (up to scale). The top-2 share stands beside what i.i.d. exponential drifts would give."
+    "Has the drift a shape? Step + plateau, at any one or two transitions, and geometric decay compete on ln "
+    "drift (BIC). It is flat unless one of them beats a flat profile by more than flat draws show by chance "
+    "and the largest transition is twice the median; with fewer than six transitions it is not judged. The "
+    "top-2 share stands beside what 95% of i.i.d. exponential drifts stay below."
 )
+_SAID = ("falls", "rises", "step + plateau", "geometric decay", "growing")
 _MEASURED = "effective rank and kernel drift of at least two layers"
 
 
@@ -56,20 +59,31 @@ def _findings(result: ProbeResult) -> Markup:
     grouped = int(result.dataset.attrs.get("groups", 1)) > 1
     error = "± is one jackknife standard error." if grouped else "No error bars: groups=G would give them."
     falls = table(
-        ("view", "verdict", "R", "first layer with a rank", "last layer", "largest rise", "n", "caveats"),
+        (
+            "view",
+            "rank",
+            "reading",
+            "R",
+            "first layer with a rank",
+            "last layer",
+            "largest rise",
+            "n",
+            "caveats",
+        ),
         [_fall(result, flow) for flow in flows],
         caption=f"{_FALLS} {error}",
-        words=(7,),
+        words=(8,),
     )
     settles = table(
         (
             "view",
-            "verdict",
-            "rate per layer",
-            "top-2 share (null)",
+            "shape",
+            "rate per transition",
+            "top-2 share (chance)",
             "N_eff",
+            "BIC over flat (chance)",
             "BIC(decay) − BIC(step)",
-            "plateau",
+            "step at",
         ),
         [_settling(flow) for flow in flows],
         caption=_SETTLES,
@@ -79,29 +93,32 @@ def _findings(result: ProbeResult) -> Markup:
 
 def _fall(result: ProbeResult, flow: ViewFlow) -> tuple[object, ...]:
     rank, view, last = flow.rank, flow.view, len(result.layers) - 1
-    status = "not measured"
-    if math.isfinite(rank.ratio):
-        status = "falls" if rank.falls() else "does not fall"
     ends = [f"{_with_error(result, 'effective_rank', view, k)} ({k})" for k in (flow.first_layer, last)]
+    reading = f"{flow.reading.status}: {flow.reading.summary.partition(':')[0]}"
     numbers = (number(rank.ratio), *ends, number(rank.largest_rise), count_text(result, view))
-    return (plain(view), verdict_badge(status), *numbers, bullets(flow.caveats))
+    return (plain(view), _word(flow.word), reading, *numbers, bullets(flow.caveats))
 
 
 def _settling(flow: ViewFlow) -> tuple[object, ...]:
     shape = flow.drift
-    if shape is None:
-        why = "fewer than four transitions with a drift above 0"
-        return (plain(flow.view), verdict_badge("not measured"), "", "", "", "", why)
-    first = shape.plateau[0] + flow.first_layer
+    if shape is None or shape.word == "not judged":
+        return (plain(flow.view), flow.shape, "", "", "", "", "", "")
+    places = [k + flow.first_layer for k in shape.step_at]
     return (
         plain(flow.view),
-        verdict_badge("step + plateau" if shape.preferred == "step" else "relaxation"),
+        _word(shape.word),
         number(shape.decay_rate),
         f"{number(shape.top2)} ({number(shape.top2_null)})",
         number(shape.effective_transitions),
+        f"{number(shape.over_flat)} ({number(shape.over_flat_null)})",
         number(shape.bic_difference),
-        f"from {first}→{first + 1} on, mean drift {number(shape.plateau_mean)}",
+        ", ".join(f"{k}→{k + 1}" for k in places) if shape.word == "step + plateau" else "",
     )
+
+
+def _word(word: str) -> object:
+    """A word of what was seen, with a mark; plain if nothing was."""
+    return verdict_badge(word) if word in _SAID else word
 
 
 def _with_error(result: ProbeResult, measure: str, view: str, layer: int) -> str:

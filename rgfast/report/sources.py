@@ -11,10 +11,12 @@ import pandas as pd
 import xarray as xr
 
 from rgfast.flow import judge
+from rgfast.flow.answers import FORMAT
 from rgfast.probing.result import ProbeResult
 
 __all__ = ["Experiment", "Source", "Study", "load"]
 
+_EARLIER = "rgfast.verdict/1"
 _TABLES = {
     "sweep": ("table",),
     "multiverse": ("table", "views"),
@@ -25,12 +27,16 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A reproduction: its dataset and, where they were saved with it, its verdicts by chain."""
+    """A reproduction: its dataset and, where they were saved with it, its verdicts by chain.
+
+    ``rejudged``: the folder's own verdicts are those of rgfast 0.1, and the dataset is judged anew instead.
+    """
 
     dataset: xr.Dataset
     saved: dict[str, list[dict[str, Any]]] | None = None
     setup: str = ""
     folder: Path | None = None
+    rejudged: bool = False
 
     @property
     def verdicts(self) -> dict[str, list[dict[str, Any]]]:
@@ -121,7 +127,15 @@ def _from_folder(folder: Path) -> Source:
         if not isinstance(found, Experiment):
             return found
         written = _json(folder / "verdict.json") if (folder / "verdict.json").is_file() else {}
-        return Experiment(found.dataset, written.get("verdicts"), str(written.get("setup", "")), folder)
+        setup, verdicts = str(written.get("setup", "")), written.get("verdicts")
+        if "verdicts" not in written or written.get("format") == FORMAT:
+            return Experiment(found.dataset, verdicts, setup, folder)
+        if written.get("format") != _EARLIER:
+            raise ValueError(
+                f"{folder / 'verdict.json'} was written by another rgfast (format {written.get('format')!r}; "
+                f"this one reads {_EARLIER!r} and {FORMAT!r})"
+            )
+        return Experiment(found.dataset, None, setup, folder, rejudged=True)
     if (folder / "design.json").is_file():
         design = _json(folder / "design.json")
         kind = str(design.pop("format", "")).removeprefix("rgfast.").partition("/")[0]

@@ -130,7 +130,7 @@ def test_a_users_matrix_brings_its_own_correlation_length(matrix_file, tmp_path)
     matrix_file.unlink()
     assert ReproduceConfig.load(tmp_path / "run" / "config.json") == result.config
     keys = {verdict.key for verdict in result.verdicts["mine"]}
-    assert keys == {"valid", "i", "i-masked", "ii-b", "iii-visible", "iii-masked"}
+    assert keys == {"valid", "i", "iii", "concentration"}
 
 
 def test_a_matrix_is_refused_where_it_does_not_fit(matrix_file, tmp_path):

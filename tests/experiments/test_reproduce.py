@@ -98,10 +98,30 @@ def test_result_file_holds_the_dataset_and_judges_the_same(tiny):
 def test_verdict_file_is_strict_json_with_the_numbers(tiny):
     document = json.loads((tiny.out / "verdict.json").read_text(), parse_constant=pytest.fail)
     verdicts = {v["key"]: v for v in document["verdicts"]["two-scale"]}
-    assert {"valid", "i", "i-masked", "ii", "iii-visible", "iii-masked"} <= set(verdicts)
-    assert verdicts["valid"]["status"] == "undertrained"
-    assert len(verdicts["valid"]["checks"]) == 4
+    assert document["format"] == "rgfast.verdict/2"
+    assert set(verdicts) == {"valid", "i", "ii", "iii", "iii-long", "concentration"}
+    assert verdicts["valid"]["as_stated"]["status"] == "undertrained"
+    assert len(verdicts["valid"]["as_stated"]["checks"]) == 4
+    assert verdicts["i"]["reading"]["claim"] == "integration of irrelevant degrees of freedom"
+    assert verdicts["i"]["reading"]["status"] == "undecided"
+    ratio = next(q for q in verdicts["i"]["quantities"] if q["name"] == "R")
+    rank = tiny.dataset.effective_rank.sel(xi=1.0, stage="trained", view="position", chain="two-scale")
+    for seed, value in ratio["by_seed"].items():
+        assert value == pytest.approx(float(rank.sel(seed=int(seed))[-1] / rank.sel(seed=int(seed))[0]))
     assert ReproduceConfig.from_json(json.dumps(document["config"])) == TINY
+
+
+def test_the_table_has_both_answers_and_the_controls_on_their_line(tiny):
+    text = str(tiny)
+    assert max(map(len, text.splitlines())) <= 110
+    table = " ".join(text.split())
+    assert "as stated NOT REPRODUCED: R = " in table
+    assert (
+        "its reading UNDECIDED, “integration of irrelevant degrees of freedom”: all 2 seeds did not" in table
+    )
+    assert "; controls: i.i.d. " in table
+    assert "beside it R: visible " in table
+    assert table.count("as stated") == table.count("its reading") == 5
 
 
 def test_any_number_of_jobs_gives_the_same_bytes(tiny, tmp_path):

@@ -21,7 +21,7 @@ def tiny_study():
     """A saved study in which every view of a run has the same curve."""
     stages, views = (
         ["trained", "control_iid", "control_permuted", "untrained"],
-        ["visible", "masked", "pooled"],
+        ["visible", "masked", "position"],
     )
     fall, flat = (
         np.array([12, 10, 8.5, 7.8, 7.4, 7.2, 7.1]),
@@ -48,12 +48,13 @@ def tiny_study():
 @call("verdicts", 1e-9)
 def verdicts():
     found = flow.judge(tiny_study())
-    return {verdict.key: [verdict.status, verdict.pooled, verdict.per_seed] for verdict in found}
+    return {verdict.key: verdict.to_dict() for verdict in found}
 
 
 @call("text/verdicts")
 def verdict_texts():
-    return [f"{v.title}: {v.summary}" for v in flow.judge(tiny_study())]
+    found = flow.judge(tiny_study())
+    return [f"{verdict.title}: {answer.summary}" for verdict in found for answer in verdict.answers]
 
 
 @call("flow", 1e-9)

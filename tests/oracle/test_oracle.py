@@ -1,5 +1,6 @@
 """Every recorded call still gives the values of version 0.1, but for the rounding of another processor.
 
+Verdicts, shapes of a drift and their texts (``verdicts``, ``flow``, ``text/…``) are those of 0.2.
 Equal bits are checked between two checkouts on one machine: ``record.py`` and ``compare.py`` say how.
 """
 

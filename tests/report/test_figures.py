@@ -31,8 +31,8 @@ BY_DEPTH = (plot_order_parameter, plot_heat_map, plot_drift, plot_cka, plot_spec
 def result():
     rng = np.random.default_rng(0)
     shape = (1, 2, 3, len(STAGES), len(VIEWS))
-    rank = 5 + rng.random((*shape, 5))
-    drift = rng.random((*shape, 4))
+    rank = 5 + rng.random((*shape, 8))
+    drift = 0.5 ** np.arange(7) * (1 + 0.2 * rng.random((*shape, 7)))
     rank[..., 1, 0], drift[..., 1, 0] = 0, np.nan
     dims = ("chain", "xi", "seed", "stage", "view")
     return xr.Dataset(
@@ -48,8 +48,8 @@ def result():
             "seed": [0, 1, 2],
             "stage": STAGES,
             "view": VIEWS,
-            "layer": np.arange(5),
-            "transition": np.arange(4),
+            "layer": np.arange(8),
+            "transition": np.arange(7),
         },
     )
 
@@ -91,9 +91,17 @@ def test_drift_is_logarithmic_starts_where_it_is_defined_and_has_both_fits(resul
     residual = np.log(mean.values) - np.log(decay.get_ydata())
     assert float((residual**2).sum()) == pytest.approx(shape.decay_rss)
     assert set(step.get_ydata()) == {shape.step_high, shape.step_low}
-    better = "decay" if shape.preferred == "decay" else "step"
-    assert next(label for label in labels(visible) if "better by BIC" in label).startswith(better)
-    assert f"plateau from {shape.plateau[0]}→" in " ".join(labels(visible))
+    assert shape.word == "geometric decay"
+    assert next(label for label in labels(visible) if "better by BIC" in label).startswith("decay")
+    assert f"at {shape.step_at[0]}→{shape.step_at[0] + 1}" in " ".join(labels(visible))
+
+
+def test_a_drift_without_evidence_for_a_shape_has_no_fits(result):
+    result.kernel_drift[:] = 0.01
+    visible, _ = plot_drift(result).axes
+    assert not any("better by BIC" in label or "decay" in label for label in labels(visible))
+    five = plot_drift(result.isel(layer=slice(6), transition=slice(5))).axes[0]
+    assert not any("decay" in label for label in labels(five))
 
 
 def test_a_stack_that_does_not_move_still_has_a_figure(result, tmp_path):
@@ -114,7 +122,7 @@ def test_save_figure_writes_a_png(result, tmp_path):
 
 
 def test_survival_draws_the_slowest_and_the_fastest_mode(result):
-    values = np.random.default_rng(1).random((1, 2, 3, len(STAGES), 2, 3, 5))
+    values = np.random.default_rng(1).random((1, 2, 3, len(STAGES), 2, 3, 8))
     # The third mode belongs to another chain of the same result.
     values[..., 2, :] = np.nan
     dims = ("chain", "xi", "seed", "stage", "process", "mode", "layer")
@@ -225,8 +233,8 @@ def test_views_keep_their_colour_and_say_their_count(probed):
         label = next(label for label in labels(axes) if label.startswith(view))
         assert "(n = " in label
         assert lines(axes, VIEW_COLOURS[view])
-    fitted = plot_drift(probed, views=["pooled"]).axes[0]
-    assert any("better by BIC" in label for label in labels(fitted))
+    drawn = plot_drift(probed, views=["pooled"]).axes[0]
+    assert not any("BIC" in label for label in labels(drawn))  # five transitions are too few for a shape
 
 
 def test_a_probe_with_targets_has_a_figure_of_them_and_one_without_says_so(probed):

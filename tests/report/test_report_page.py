@@ -11,7 +11,7 @@ import xarray as xr
 
 import rgfast
 from rgfast import cli
-from rgfast.flow import Thresholds, judge, paired_interval
+from rgfast.flow import judge, paired_interval
 from rgfast.report import write_report
 from rgfast.report.definitions import definition, interval_text, number, numbers_of
 from rgfast.report.markup import Markup, table, tag
@@ -70,8 +70,11 @@ def test_reproduce_leaves_a_page_with_every_verdict_and_its_definition(finished)
         assert f"<b>{verdict.title}</b>".replace("'", "&#x27;") in html
     for words in (
         "what is asked",
+        "As stated: <span",
+        "Its reading “discrete step, then plateau”: <span",
+        "Other views. R: visible",
         "Paired by seed",
-        "better described (BIC)",
+        "competes with a geometric decay",
         "Every run captured at least 0.9",
         "Robustness",
         "control_permuted",
@@ -84,17 +87,20 @@ def test_reproduce_leaves_a_page_with_every_verdict_and_its_definition(finished)
 
 
 def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
-    # Such short runs are undertrained; a bar that they reach gives every verdict its numbers.
-    judged = {v.key: v.to_dict() for v in judge(finished.dataset, bars=Thresholds(captured=-9.0))}
-    found = {key: {name: each for name, each, _ in numbers_of(verdict)} for key, verdict in judged.items()}
-    pooled = {key: verdict["pooled"] for key, verdict in judged.items()}
-    assert found["i"]["R"].mean == pytest.approx(pooled["i"]["R"]["mean"])
-    assert found["ii"]["R_long − R_short, masked"].mean == pytest.approx(pooled["ii"]["gap_masked"]["mean"])
-    assert found["ii-b"]["slow − fast"].mean == pytest.approx(pooled["ii-b"]["gap"]["mean"])
-    assert found["iii-visible"]["rate per layer"].mean == pytest.approx(pooled["iii-visible"]["decay_rate"])
-    assert [each.n for each in found["valid"].values()] == [2, 2]
+    judged = {v.key: v for v in judge(finished.dataset)}
+    found = {key: {name: each for name, each, _ in numbers_of(v.to_dict())} for key, v in judged.items()}
+    for key, name in (
+        ("i", "R"),
+        ("i", "R, control_iid"),
+        ("ii", "R_long − R_short, masked"),
+        ("ii", "R² fast of the posterior, ξ = 7"),
+        ("iii", "top-2 share"),
+        ("concentration", "R"),
+    ):
+        assert found[key][name].mean == pytest.approx(judged[key].quantity(name).pooled.mean)
+        assert found[key][name].n == 2
     assert all(definition(key) for key in judged)
-    assert definition("iii-masked-long").startswith(definition("iii-masked"))
+    assert definition("iii-long").startswith(definition("iii"))
     five = paired_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert interval_text(five) == "3 [1.04, 4.96]"
     assert interval_text(paired_interval([1.0, 2.0]), [1.0, 2.0]) == "1.5 (1 to 2)"
@@ -151,6 +157,42 @@ def test_damaged_files_are_named(finished, tmp_path):
     (tmp_path / "result.nc").write_bytes((finished.out / "result.nc").read_bytes())
     (tmp_path / "verdict.json").write_text("{")
     with pytest.raises(ValueError, match=r"verdict\.json is damaged"):
+        write_report(tmp_path)
+
+
+# What rgfast 0.1 wrote, cut to one verdict.
+EARLIER = {
+    "format": "rgfast.verdict/1",
+    "setup": "in the set-up that config.json records",
+    "verdicts": {
+        "two-scale": [
+            {
+                "key": "ii-b",
+                "title": "(ii-b) Slow modes of the own token survive at ξ=1, fast ones do not",
+                "status": "partial",
+                "summary": "last layer keeps slow 0.72, fast 0.45 (control_iid 0.80 and 0.84)",
+                "checks": [{"name": "slow", "value": 0.72, "bar": ">= 0.75", "holds": False, "seed": 0}],
+                "pooled": {"slow": 0.72, "fast": 0.45},
+                "per_seed": [{"seed": 0, "slow": 0.72, "fast": 0.45}],
+                "notes": [],
+            }
+        ]
+    },
+    "config": {},
+}
+
+
+def test_a_folder_of_the_version_before_is_judged_anew(finished, tmp_path):
+    (tmp_path / "result.nc").write_bytes((finished.out / "result.nc").read_bytes())
+    (tmp_path / "verdict.json").write_text(json.dumps(EARLIER))
+    html = read(write_report(tmp_path))
+    assert "verdict.json is that of rgfast 0.1; the findings below are judged anew" in html
+    assert "Every verdict holds in the set-up that config.json records." in html
+    for verdict in finished.verdicts["two-scale"]:
+        assert verdict.title in html
+    assert "(ii-b)" not in html
+    (tmp_path / "verdict.json").write_text(json.dumps({**EARLIER, "format": "rgfast.verdict/3"}))
+    with pytest.raises(ValueError, match=r"written by another rgfast \(format 'rgfast.verdict/3'; this one"):
         write_report(tmp_path)
 
 
