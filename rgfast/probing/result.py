@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rgfast.wiring import lent
 __all__ = ["FORMAT", "MEASURES", "VERSION", "ProbeResult", "named"]
 
 FORMAT, VERSION = "rgfast.probe", 1
+_COLUMNS = 13  # layers that a printed table has room for
 
 
 class ProbeResult(Accessor):
@@ -270,18 +271,29 @@ class ProbeResult(Accessor):
 
     def __repr__(self) -> str:
         sizes = self.dataset.sizes
+        control = self.dataset.attrs.get("control")
         head = (
-            f"ProbeResult of {self.provenance.get('model', 'a model')}: {self.dataset.attrs['sequences']} "
+            f"ProbeResult of {self.provenance.get('model', 'a model')}"
+            f"{f' with {control}'.replace('_', ' ') if control else ''}: {self.dataset.attrs['sequences']} "
             f"sequences, {sizes['layer']} layers, {int((self.dataset.position >= 0).sum())} positions"
         )
-        lines = [head]
+        lines = [head, f"  layer 0 is {self.layers[0]}, layer {sizes['layer'] - 1} is {self.layers[-1]}"]
         if "effective_rank" in self.dataset:
-            lines.append(f"  {'view':<12} effective rank, first → last layer")
-            for view in self.views:
-                values = self.order_parameter(view).values
-                caveat = "  (sample limited)" if self.sample_limited(view) else ""
-                lines.append(f"  {view:<12} {_number(values[0])} → {_number(values[-1])}{caveat}")
+            lines += self._ranks_by_layer()
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _ranks_by_layer(self) -> list[str]:
+        """A table of the effective rank by view and layer; of many layers, some at even distances."""
+        last = self.dataset.sizes["layer"] - 1
+        shown = sorted({round(k) for k in np.linspace(0, last, min(last + 1, _COLUMNS))})
+        counts = {view: "–".join(dict.fromkeys(map(str, self.rows(view)))) for view in self.views}
+        wide = max(len(count) for count in counts.values())
+        lines = [f"  {'effective rank':<14} {'n':>{wide}}  {'layer':>5}" + _row([str(k) for k in shown])]
+        for view, count in counts.items():
+            values = self.order_parameter(view).values[shown]
+            caveat = "  (sample limited)" if self.sample_limited(view) else ""
+            lines.append(f"  {view:<14} {count:>{wide}}  {'':>5}{_row(map(_number, values))}{caveat}")
+        return lines
 
 
 def _mean(values: xr.DataArray) -> xr.DataArray:
@@ -291,7 +303,11 @@ def _mean(values: xr.DataArray) -> xr.DataArray:
 
 
 def _number(value: float) -> str:
-    return "undefined" if np.isnan(value) else f"{value:.4g}"
+    return "nan" if np.isnan(value) else f"{value:.4g}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:>7}" for cell in cells)
 
 
 def _packed(arrays: Mapping[str, NDArray[Any]]) -> xr.Dataset:

@@ -36,6 +36,24 @@ def test_save_and_load(result, tmp_path):
         assert value.dtype == result._moments[name].dtype
 
 
+def test_a_printed_result_has_n_layers_and_the_rank_of_every_layer(result):
+    head, layers, columns, *rows = str(result).splitlines()
+    assert head.endswith(f"{len(result.layers)} layers, 6 positions")
+    assert layers == f"  layer 0 is {result.layers[0]}, layer {len(result.layers) - 1} is {result.layers[-1]}"
+    assert columns.split() == ["effective", "rank", "n", "layer", *map(str, range(len(result.layers)))]
+    for view, row in zip(result.views, rows, strict=False):
+        least, most = result.rows(view)
+        words = row.removesuffix("  (sample limited)").split()
+        assert words[:2] == [view, str(least) if least == most else f"{least}–{most}"]
+        assert words[2:] == [f"{value:.4g}" for value in result.order_parameter(view).values]
+
+
+def test_of_many_layers_some_are_printed():
+    deep = rgfast.probe(rgfast.ResidualStack(4, 40, mixing="none"), torch.randn(70, 2, 4), progress=False)
+    columns = str(deep).splitlines()[2].split()
+    assert columns[4:] == ["0", "3", "7", "10", "13", "17", "20", "23", "27", "30", "33", "37", "40"]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.999])
 def test_truncated_files_are_refused(result, tmp_path, share):
     path = tmp_path / "probe.nc"
