@@ -73,7 +73,7 @@ def add_probe(commands: Any) -> None:
         help="which tokens are hidden, for the views visible and masked: a share such as 0.15 to "
         "hide, a bool array of the .npz, or none (default: those that hold the mask token)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the hidden share (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of the hidden share and of --control (default: 0)")
     add(
         "--layers",
         nargs="+",
@@ -118,6 +118,11 @@ def add_probe(commands: Any) -> None:
         help="of which layers CKA is taken: adjacent, all, or pairs such as 0-3 2-5 (default: adjacent)",
     )
     add("--groups", type=int, default=1, metavar="N", help="groups for standard errors (default: 1, none)")
+    add(
+        "--control",
+        choices=("random_weights", "shuffled_tokens"),
+        help="probe a control instead: the model with random weights, or on shuffled tokens (default: none)",
+    )
     add("--batch-size", type=int, default=256, metavar="N", help="sequences at once (default: 256)")
     add("--memory", default="4GiB", metavar="SIZE", help="what the state may take (default: 4GiB)")
     add(
@@ -130,7 +135,7 @@ def add_probe(commands: Any) -> None:
     add("--moments", action="store_true", help="keep the moments in result.nc, to merge it with others later")
     add("--allow-pickle", action="store_true", help="take pickled weights, of a folder that you trust")
     add("--device", default="cpu", metavar="NAME", help="where the model runs, e.g. cuda (default: cpu)")
-    add("--out", metavar="DIR", help="output folder (default: runs/probe-NAME of MODEL)")
+    add("--out", metavar="DIR", help="output folder (default: runs/probe-NAME of MODEL, with -CONTROL)")
     add_json(probe, "a summary of the result")
     probe.set_defaults(run=_probe)
 
@@ -143,7 +148,8 @@ def _probe(args: argparse.Namespace) -> None:
     from rgfast.probing import ProbeResult
 
     options = _options(args)
-    out = Path(args.out) if args.out else Path("runs") / f"probe-{Path(args.model).resolve().name}"
+    name = f"probe-{Path(args.model).resolve().name}" + (f"-{args.control}" if args.control else "")
+    out = Path(args.out) if args.out else Path("runs") / name
     held = _held(out)
     model = load_model(args.model, allow_pickle=args.allow_pickle, seed=args.seed)
     if args.text is not None:
@@ -213,6 +219,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "groups": args.groups,
         "memory": args.memory,
         "refine": args.refine,
+        **({} if args.control is None else {"control": args.control, "control_seed": args.seed}),
         # Only moments can be merged later.
         "route": "moments" if args.moments else "auto",
     }

@@ -75,7 +75,7 @@ class ViewFlow:
             f"R = {r.ratio:.3g}{plus}: {self.word}{_bumps(r, self.word)}",
             f"  drift: {self.shape}",
         ]
-        if (d := self.drift) is not None and d.word != "flat":
+        if (d := self.drift) is not None and d.word not in ("flat", "not judged"):
             lines[-1] += (
                 f"; largest two {d.top2:.2f} of it (chance up to {d.top2_null:.2f}), median of the others "
                 f"{d.rest_median:.2g}"

@@ -47,6 +47,12 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
             if name == "weights" and None in (mine[name], others[name]):
                 continue
             raise ValueError(f"other must be of {what}: {mine[name]}, got {others[name]}")
+    controls = [
+        {name: r.dataset.attrs.get(name) for name in ("control", "control_seed")} for r in (result, other)
+    ]
+    if controls[0] != controls[1]:
+        told = [one["control"] and f"{one['control']} (seed {one['control_seed']})" for one in controls]
+        raise ValueError(f"other must be of the same control: {told[0]}, got {told[1]}")
     if None in (mine.get("weights"), others.get("weights")):
         mine = {**mine, "weights": None}
     if plan.refine != theirs.refine:  # what one of them lacks, both lack together
@@ -58,4 +64,5 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     state.merge(added)
     measures = [name for name in result.measures if name in other.measures]
     dataset = assemble(state, measures, mine)
+    dataset.attrs.update({name: value for name, value in controls[0].items() if value is not None})
     return ProbeResult(dataset, state.state(), writes=result.writes and other.writes)

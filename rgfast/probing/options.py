@@ -1,15 +1,17 @@
-"""What a probe's options ``views=``, ``positions=`` and ``memory=`` name."""
+"""What a probe's options ``views=``, ``positions=``, ``control=`` and ``memory=`` name."""
 
 from __future__ import annotations
 
 import operator
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
+    "CONTROLS",
     "POSITIONAL",
     "VIEWS",
+    "Control",
     "asked_views",
     "check_views",
     "checked_indices",
@@ -21,6 +23,8 @@ __all__ = [
 ]
 
 VIEWS = ("visible", "masked", "position", "pooled", "mean_pooled", "flattened")
+Control = Literal["random_weights", "shuffled_tokens"] | None
+CONTROLS = ("random_weights", "shuffled_tokens")
 POSITIONAL = ("visible", "masked", "position")
 
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.capture.batches import batch_rows, iterate, shuffles
+from rgfast.probing.controls import random_twin, shuffled
 from rgfast.probing.distributed import rank_path
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
@@ -103,6 +104,12 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
             one rank; False never; True or a process group always. Every rank returns the result of all
             sequences, rank 0's first, and rank 0 alone writes its report and files. See docs/distributed.md.
+        control: probe a control in the model's stead. ``"random_weights"``: a copy whose modules draw their
+            weights anew, each by its own ``reset_parameters``; buffers stay, and the model is as before.
+            ``"shuffled_tokens"``: tokens (whole numbers ``[B, T]``) are permuted within each batch, across
+            sequences and positions; padding and what ``mask`` hides stay where they are.
+            ``result.flow(control=twin)`` reads both together; ``result.dataset.attrs["control"]`` names it.
+        control_seed: of the weights or the permutations.
         timeout: seconds without a sign of life after which another rank counts as dead.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
@@ -121,12 +128,23 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
     array([0., 0.])
     """
     spec = ProbeSpec(**options)
+    if spec.control == "random_weights":
+        model = random_twin(model, spec.control_seed)
+    result = _run(model, batches, spec)
+    if spec.control is not None:
+        result.dataset.attrs.update(control=spec.control, control_seed=spec.control_seed)
+    return result
+
+
+def _run(model: nn.Module, batches: Any, spec: ProbeSpec) -> ProbeResult:
     path = None if spec.checkpoint is None else Path(spec.checkpoint)
     _check_order(spec, batches)
     watched = opened(model, spec)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
     quiet = True if rank else None if spec.progress is None else not spec.progress
     pieces = iterate(batches, spec.batch_size)
+    if spec.control == "shuffled_tokens":
+        pieces = _shuffled(pieces, watched.model, spec, rank)
     with tqdm(unit="position", desc="probe", disable=quiet, leave=False) as bar:
         result, taken = watched.by_samples(pieces, bar.update)
     if result is not None:
@@ -150,6 +168,19 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         if path is not None and last is not None and done % spec.checkpoint_every:
             _save(watched, path, done, last)
     return watched.result()
+
+
+def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: int) -> Iterator[Any]:
+    named = [spec.mask, *(target.entry for target in spec.new_targets())]
+    return shuffled(
+        pieces,
+        model,
+        seed=spec.control_seed,
+        rank=rank,
+        mask=spec.mask,
+        padding=spec.padding,
+        reserved=frozenset(name for name in named if isinstance(name, str)),
+    )
 
 
 def _check_order(spec: ProbeSpec, batches: Any) -> None:

@@ -18,10 +18,10 @@ from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import MEASURES, asked_measures
-from rgfast.probing.options import check_views, checked_positions, parse_memory
+from rgfast.probing.options import CONTROLS, Control, check_views, checked_positions, parse_memory
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
-from rgfast.validation import check_choice, check_positive_int
+from rgfast.validation import check_choice, check_integer, check_positive_int
 
 if TYPE_CHECKING:
     from rgfast.probing.distributed import Distributed
@@ -66,6 +66,8 @@ class ProbeOptions(WatchOptions, total=False):
     checkpoint: str | Path | None
     checkpoint_every: int
     batch_size: int
+    control: Control
+    control_seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +105,16 @@ class ProbeSpec:
     route: Route = "auto"
     distributed: Distributed = "auto"
     timeout: float = 60.0
+    control: Control = None
+    control_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every", "groups"):
             check_positive_int(getattr(self, name), name)
         check_choice(self.route, "route", ROUTES)
+        if self.control is not None:
+            check_choice(self.control, "control", CONTROLS)
+        check_integer(self.control_seed, "control_seed", least=0, most=2**63 - 1)
         if self.mask is not None and not isinstance(self.mask, str) and not callable(self.mask):
             raise TypeError(
                 f"mask must be the name of a batch entry or a callable, got {type(self.mask).__name__}"
@@ -192,6 +199,8 @@ class ProbeSpec:
             "memory": self.memory,
             "refine": self.refine,
         }
+        if self.control is not None:  # absent from what earlier versions wrote
+            asked |= {"control": self.control, "control_seed": self.control_seed}
         plain: dict[str, Any] = json.loads(json.dumps(asked))
         return plain
 

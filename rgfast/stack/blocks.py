@@ -53,6 +53,14 @@ class Normalization(nn.Module):
         self.weight = nn.Parameter(one) if norm else None
         self.bias = nn.Parameter(zero) if norm == "layer" else None
 
+    def reset_parameters(self) -> None:
+        """Weight one and bias zero, as at the start."""
+        with torch.no_grad():
+            if self.weight is not None:
+                self.weight.fill_(1.0)
+            if self.bias is not None:
+                self.bias.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.norm == "layer":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, EPS)
@@ -78,12 +86,21 @@ class _MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
+        self.w2_scale = w2_scale
         self.norm = Normalization(normalised, norm, dtype, device)
         self.w1 = normal_parameter((hidden, size), 1 / math.sqrt(size), generator, dtype, device)
         self.b1 = nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device))
         # Drawn even when scaled to zero, so that every w2_scale sees the same later draws.
         self.w2 = normal_parameter((size, hidden), w2_scale / math.sqrt(hidden), generator, dtype, device)
         self.b2 = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+
+    def reset_parameters(self) -> None:
+        """Draw weights as at the start, with torch's global generator; the norm is a module of its own."""
+        with torch.no_grad():
+            self.w1.normal_(std=1 / math.sqrt(self.w1.shape[1]))
+            self.w2.normal_(std=self.w2_scale / math.sqrt(self.w2.shape[1]))
+            self.b1.zero_()
+            self.b2.zero_()
 
 
 class FeatureMLP(_MLP):

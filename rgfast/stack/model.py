@@ -117,6 +117,14 @@ class MaskedTokenModel(nn.Module):
         self.head.weight = normal_parameter((states, stream), 1 / math.sqrt(stream), generator, dtype, device)
         self.head.bias = nn.Parameter(torch.zeros(states, dtype=dtype, device=device))
 
+    def reset_parameters(self) -> None:
+        """Draw embeddings and head as at the start, with torch's global generator; the stack is its own."""
+        with torch.no_grad():
+            self.token_embedding.normal_(std=self.config["token_std"])
+            self.position_embedding.normal_(std=self.config["position_std"])
+            self.head.weight.normal_(std=1 / math.sqrt(self.head.in_features))
+            self.head.bias.zero_()
+
     @property
     def mask_token(self) -> int:
         """The token that stands for a hidden one: V."""

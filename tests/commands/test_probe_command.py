@@ -98,6 +98,28 @@ def test_json_is_all_that_is_printed(own_folder, own_tokens, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("control", ["random_weights", "shuffled_tokens"])
+def test_a_control_is_probed_in_the_models_stead(
+    own_folder, own_tokens, tmp_path, capsys, monkeypatch, control
+):
+    monkeypatch.chdir(tmp_path)
+    words = [own_folder, "--inputs", own_tokens, "--control", control, "--seed", 3]
+    assert run(*words) == errors.DONE
+    assert f"with {control.replace('_', ' ')}: 200 sequences" in capsys.readouterr().out
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name == f"probe-{own_folder.name}-{control}"
+    found = rgfast.ProbeResult.load(out / "result.nc")
+    assert (found.dataset.attrs["control"], found.dataset.attrs["control_seed"]) == (control, 3)
+    tokens = torch.from_numpy(np.load(own_tokens))
+    model = rgfast.MaskedTokenModel.load(own_folder)
+    batch = {"tokens": tokens, "mask": tokens == model.mask_token}
+    expected = rgfast.probe(model, batch, mask="mask", control=control, control_seed=3, progress=False)
+    xr.testing.assert_identical(found.dataset.effective_rank, expected.dataset.effective_rank)
+    config = json.loads((out / "config.json").read_text())
+    assert config["options"]["control"] == control
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_share_is_hidden_at_every_position_alike(own_folder, tmp_path, capsys):
     np.save(tmp_path / "seen.npy", np.random.default_rng(1).integers(0, 5, (100, 4), dtype=np.uint8))
     words = [own_folder, "--inputs", tmp_path / "seen.npy", "--mask", "0.3", "--json", "--seed", 3]

@@ -1,0 +1,243 @@
+"""Controls of a probe: the same model with random weights, or the same model on shuffled tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing.capture.batches import batch_rows
+from rgfast.probing.capture.calls import Caller
+from rgfast.probing.capture.entries import MaskSpec
+from rgfast.probing.capture.layers import check_model
+from rgfast.probing.capture.padding import PaddingSpec, as_keep, is_padding_name, looks_like_padding
+from rgfast.probing.distributed import unwrapped
+from rgfast.validation import as_tensor
+
+__all__ = ["random_twin", "shuffled"]
+
+# What names of whole numbers ``[B, T]`` beside the tokens hold.
+_NO_TOKENS = ("mask", "type", "position", "label", "segment", "target")
+_PARTS = ("encoder", "decoder")
+
+
+def random_twin(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of ``model`` with weights that its modules' own ``reset_parameters`` draw; buffers stay.
+
+    ``model`` and torch's generators are as before. Parts are reset before what holds them, so that a model
+    with a ``reset_parameters`` of its own has the last word.
+
+    Raises TypeError for what is no module, ValueError for modules that hold parameters and cannot be reset
+    (naming them), weights that are offloaded or quantized, a model without parameters, and one that cannot
+    be copied.
+    """
+    check_model(model)
+    model = unwrapped(model)
+    _check_resets(model)
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"control='random_weights' needs a copy of {type(model).__name__}, and copying it failed: {error}"
+        ) from error
+    kept = {name: value.clone() for name, value in twin.named_buffers()}
+    devices = sorted({p.get_device() for p in twin.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        for module in reversed(list(twin.modules())):
+            if (reset := _reset_of(module)) is not None:
+                reset()
+        for name, buffer in twin.named_buffers():
+            buffer.copy_(kept[name])
+    return twin
+
+
+def _reset_of(module: nn.Module) -> Any:
+    """The method that draws a module's weights; torch's attention and transformer have a private one."""
+    for name in ("reset_parameters", "_reset_parameters"):
+        method = getattr(module, name, None)
+        if callable(method):
+            needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
+            if not any(
+                p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in needed
+            ):
+                return method
+    return None
+
+
+def _check_resets(model: nn.Module) -> None:
+    named = list(model.named_modules())
+    if not any(True for _ in model.parameters()):
+        raise ValueError(
+            f"control='random_weights' needs a model with parameters, and {type(model).__name__} has none"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("control='random_weights' needs weights in memory, and some are offloaded (meta)")
+    lacking = {
+        name or "the model itself": type(module).__name__
+        for name, module in named
+        if _is_quantized(module)
+        or (any(p is not None for p in module._parameters.values()) and _reset_of(module) is None)
+    }
+    if lacking:
+        listed = [f"{name} ({kind})" for name, kind in list(lacking.items())[:5]]
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        raise ValueError(
+            "control='random_weights' needs a method reset_parameters() of every module that holds "
+            f"parameters, and these have none: {', '.join(listed)}{more}; give them one, or probe a model "
+            "that was never trained instead"
+        )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+
+
+def shuffled(
+    batches: Iterable[Any],
+    model: nn.Module,
+    *,
+    seed: int,
+    rank: int,
+    mask: MaskSpec,
+    padding: PaddingSpec,
+    reserved: frozenset[str],
+) -> Iterator[Any]:
+    """The batches, with the tokens of each permuted across its sequences and positions.
+
+    Padding and what ``mask`` hides stay where they are. The permutation is a function of ``seed``, ``rank``
+    and the number of the batch alone.
+
+    Raises ValueError for a batch without tokens (whole numbers ``[B, T]``), or with several that might be.
+    """
+    check_model(model)
+    shuffler = _Shuffler(unwrapped(model), mask, padding, reserved)
+    for number, batch in enumerate(batches):
+        words = np.random.SeedSequence([seed, rank, number]).generate_state(2)
+        generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        yield shuffler(batch, generator) if batch_rows(batch) else batch
+
+
+class _Shuffler:
+    def __init__(
+        self, model: nn.Module, mask: MaskSpec, padding: PaddingSpec, reserved: frozenset[str]
+    ) -> None:
+        self._caller, self._mask, self._padding, self._reserved = Caller(model), mask, padding, reserved
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        ordered = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+        self._first = ordered[0].name if ordered else ""
+        self._required = max(1, sum(p.default is p.empty for p in ordered))
+        self._binary: set[str] = set()
+
+    def __call__(self, batch: Any, generator: torch.Generator) -> Any:
+        entries = self._caller.entries(batch)
+        if isinstance(batch, Mapping):
+            return {**entries, **self._permuted(entries, self._named(entries), generator)}
+        items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        if items and isinstance(items[0], Mapping):
+            first = self._caller.entries(items[0])
+            new = self._permuted(entries, self._named(first), generator)
+            return [{**first, **new}, *items[1:]]
+        names = list(entries)
+        tokens = [name for name in names[: self._required] if _may_be_tokens(entries[name])]
+        if not tokens or tokens[0] != names[0]:
+            raise ValueError(_refused(entries[names[0]], names[0]))
+        new = self._permuted(entries, tokens, generator)
+        found = [new.get(name, entries[name]) for name in names]
+        return tuple(found) if isinstance(batch, (tuple, list)) else found[0]
+
+    def _named(self, entries: Mapping[str, Any]) -> list[str]:
+        """Which entries of a mapping are the tokens."""
+        found = [
+            name
+            for name, value in entries.items()
+            if _may_be_tokens(value)
+            and name not in self._reserved
+            and not is_padding_name(name)
+            and not any(word in name.lower() for word in _NO_TOKENS)
+        ]
+        called = [name for name in found if name.endswith("input_ids")] or [
+            name for name in found if name == self._first
+        ]
+        if called or len(found) == 1:
+            return called or found
+        if found:
+            raise ValueError(
+                f"control='shuffled_tokens' takes one entry of tokens, named input_ids or as forward's first "
+                f"argument, and the batch has {', '.join(found)}"
+            )
+        name = self._first if self._first in entries else next(iter(entries))
+        raise ValueError(_refused(entries[name], name))
+
+    def _permuted(
+        self, entries: Mapping[str, Any], names: list[str], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            tokens = entries[name]
+            moves = self._moves(entries, name).cpu()
+            own = tokens.cpu()
+            flat = own[moves]
+            changed = own.clone()
+            changed[moves] = flat[torch.randperm(len(flat), generator=generator)]
+            found[name] = changed.to(tokens.device)
+        return found
+
+    def _moves(self, entries: Mapping[str, Any], name: str) -> Tensor:
+        """``[B, T]`` bool: where a token may move, which is neither padding nor hidden."""
+        tokens = entries[name]
+        moves = torch.ones(tokens.shape, dtype=torch.bool)
+        for entry in self._padding_of(entries, name):
+            keep = as_keep(entries[entry], entry, self._binary).cpu()
+            if keep.shape == moves.shape:
+                moves &= keep
+        if self._mask is not None:
+            hidden = self._mask(entries) if callable(self._mask) else entries.get(self._mask)
+            if hidden is not None:
+                hidden = as_tensor(hidden, "mask").cpu()
+                if hidden.shape == moves.shape and hidden.dtype == torch.bool:
+                    moves &= ~hidden
+        return moves
+
+    def _padding_of(self, entries: Mapping[str, Any], name: str) -> list[str]:
+        """The entries that say which of the tokens ``name`` are padding."""
+        asked = list(self._padding.values()) if isinstance(self._padding, Mapping) else [self._padding]
+        found = [entry for entry in asked if entry is not None and entry in entries]
+        if self._padding == "auto" or isinstance(self._padding, Mapping):
+            for entry, value in entries.items():
+                if entry == name or entry in self._reserved or not isinstance(value, Tensor):
+                    continue
+                if _part(entry) not in ("", _part(name)):
+                    continue
+                unnamed = entry.startswith("input") and entry[5:].isdigit()
+                if is_padding_name(entry) or (unnamed and looks_like_padding(value, entries[name])):
+                    found.append(entry)
+        return list(dict.fromkeys(found))
+
+
+def _part(name: str) -> str:
+    """Whether an entry is of an encoder or a decoder, as its name says."""
+    return next((part for part in _PARTS if name.startswith(part)), "")
+
+
+def _may_be_tokens(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.is_nested or value.dim() != 2:
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _refused(value: Any, name: str) -> str:
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        shape = "nested" if value.is_nested else list(value.shape)
+        what = f"{name} is {kind} {shape}"
+    else:
+        what = f"{name} is a {type(value).__name__}"
+    return f"control='shuffled_tokens' takes tokens (whole numbers [B, T]), and {what}"
