@@ -180,7 +180,7 @@ def _integration(runs: Runs, xi: float) -> Answer:
     if any(not ratio < 1 for ratio in ratios.values()):
         return Answer("not supported", f"no fall to read: R = {spread(ratios.values())}", claim=claim)
     if len(runs.controls) < len(CONTROLS):
-        return undecided(claim, "the result has not both trained controls")
+        return undecided(claim, "the result lacks a trained control")
     checks: list[Check] = []
     words: list[str] = []
     decided: list[bool | None] = []
@@ -190,19 +190,21 @@ def _integration(runs: Runs, xi: float) -> Answer:
             Check(f"R below {stage}", ratios[s], f"< {others[s]:.3f}", ratios[s] < others[s], s)
             for s in seeds
         ]
-        checks += own
         if all(check.holds for check in own):
+            checks += own
             decided.append(True)
             words.append(f"falls more than {CONTROLS[stage]} (R {spread(others.values())})")
             continue
         modes, apart = _told_apart(runs, xi, seeds, stage)
-        checks += modes
+        checks += modes or own
         decided.append(apart)
         told = (
             f"D = {spread(c.value for c in modes if c.seed is not None)}" if modes else "modes not measured"
         )
         words.append(f"{CONTROLS[stage]} falls as far (R {spread(others.values())}): {told}")
-    status: Status = "supported" if all(decided) else "undecided" if None in decided else "not supported"
+    status: Status = "supported" if all(decided) else "undecided"
+    if False in decided:
+        status = "not supported"
     return Answer(status, "; ".join(words) + _left_out(runs, xi), tuple(checks), claim)
 
 
@@ -295,7 +297,7 @@ def _preserves(runs: Runs, short: float, long: float) -> Answer:
     if not seeds:
         return undecided(claim, runs.unlearned(short, long))
     if len(runs.controls) < len(CONTROLS):
-        return undecided(claim, "the result has not both trained controls")
+        return undecided(claim, "the result lacks a trained control")
     checks: list[Check] = []
     words = []
     for stage in runs.controls:

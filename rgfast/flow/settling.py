@@ -115,7 +115,7 @@ def _shape(runs: Runs, xi: float, details: dict[str, Any]) -> Answer:
     if not seeds:
         return undecided(_CLAIM, runs.unlearned(xi))
     if len(runs.controls) < len(CONTROLS):
-        return undecided(_CLAIM, "the result has not both trained controls")
+        return undecided(_CLAIM, "the result lacks a trained control")
     own = mean_of(top_share(runs.drift(xi, s, VIEW)) for s in seeds)
     checks, words = [], []
     for stage in runs.controls:

@@ -75,8 +75,11 @@ def _verdicts(verdicts: Sequence[dict[str, Any]], caption: str) -> Markup:
             f"{name}: {interval_text(found, values)}, n\u00a0=\u00a0{found.n}"
             for name, found, values in numbers_of(verdict)
         ]
-        finding = [tag("b", verdict["title"]), _answer("As stated", verdict["as_stated"])]
-        if verdict["reading"] is not None:
+        finding = [tag("b", verdict["title"])]
+        if verdict["reading"] is None:
+            finding.append(_answer("", verdict["as_stated"]))
+        else:
+            finding.append(_answer("As stated", verdict["as_stated"]))
             finding.append(_answer("Its reading", verdict["reading"]))
         if verdict["beside"]:
             finding.append(tag("p", f"Other views. {verdict['beside']}"))
@@ -91,7 +94,9 @@ def _answer(name: str, answer: dict[str, Any]) -> Markup:
     checks = [Check(**{**check, "value": _float(check["value"])}) for check in answer["checks"]]
     failed = missed(checks) if answer["status"] in ("partial", "not reproduced", "undertrained") else []
     claim = f" “{answer['claim']}”" if answer["claim"] else ""
-    line = tag("p", f"{name}{claim}: ", verdict_badge(str(answer["status"])), f" {answer['summary']}")
+    line = tag(
+        "p", f"{name}{claim}: " if name else "", verdict_badge(str(answer["status"])), f" {answer['summary']}"
+    )
     parts = [line, bullets([f"missed, {text}" for text in failed])]
     return join([*parts, _checks(checks)] if checks else parts)
 

@@ -197,6 +197,8 @@ def test_where_a_control_falls_as_far_the_modes_decide(modes, status):
     (note,) = verdict.notes
     assert "control_iid falls as far, with stable rank 1.10 at the last layer (trained: 1.42)" in note
     assert "controls: i.i.d. 0.30" in verdict.as_stated.summary
+    if status == "supported":
+        assert all(check.holds for check in verdict.reading.checks)
 
 
 def test_modes_are_measured_by_their_difference_from_both_controls():
