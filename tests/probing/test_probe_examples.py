@@ -37,3 +37,12 @@ def test_minilm(tmp_path):
     result = rgfast.ProbeResult.load(tmp_path / "minilm.nc")
     assert result.dataset.sizes["layer"] == 7
     assert (tmp_path / "minilm.png").stat().st_size > 10_000
+
+
+def test_when_it_happens(tmp_path):
+    said = run("when_it_happens.py", "--out", str(tmp_path), "--seeds", "0", "--steps", "20", "--every", "10")
+    assert (tmp_path / "when_it_happens.png").stat().st_size > 10_000
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert table[0] == "xi,seed,step,layer,captured,rank,drift"
+    assert len(table) == 1 + 2 * 3 * 7  # two ξ, three steps, seven layers
+    assert said.count("\n") == 4
