@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,18 +28,18 @@ _PARTS = ("encoder", "decoder")
 
 
 def random_twin(model: nn.Module, seed: int) -> nn.Module:
-    """A copy of ``model`` with weights that its modules' own ``reset_parameters`` draw; buffers stay.
+    """A copy of ``model`` with weights drawn anew; buffers stay.
 
-    ``model`` and torch's generators are as before. Parts are reset before what holds them, so that a model
-    with a ``reset_parameters`` of its own has the last word.
+    Every module's own ``reset_parameters`` draws them, and then ``_init_weights`` of Hugging Face models, as
+    when such a model is made from its configuration. ``model`` and torch's generators are as before. Parts
+    are reset before what holds them: a model with a ``reset_parameters`` of its own has the last word.
 
-    Raises TypeError for what is no module, ValueError for modules that hold parameters and cannot be reset
-    (naming them), weights that are offloaded or quantized, a model without parameters, and one that cannot
-    be copied.
+    Raises TypeError for what is no module, ValueError for parameters that nothing draws (naming them),
+    weights that are offloaded or quantized, a model without parameters, and one that cannot be copied.
     """
     check_model(model)
     model = unwrapped(model)
-    _check_resets(model)
+    _check_weights(model)
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
@@ -51,11 +52,16 @@ def random_twin(model: nn.Module, seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
+        for parameter in twin.parameters():
+            parameter.fill_(math.nan)
         for module in reversed(list(twin.modules())):
             if (reset := _reset_of(module)) is not None:
                 reset()
+        for owner, module in _configured(twin):
+            owner._init_weights(module)
         for name, buffer in twin.named_buffers():
             buffer.copy_(kept[name])
+    _check_drawn(twin)
     return twin
 
 
@@ -72,28 +78,58 @@ def _reset_of(module: nn.Module) -> Any:
     return None
 
 
-def _check_resets(model: nn.Module) -> None:
-    named = list(model.named_modules())
+def _configured(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
+    """Parts of Hugging Face models, inner ones first, each after the innermost model that it belongs to."""
+    owners: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        parent = owners.get(name.rpartition(".")[0]) if name else None
+        own = callable(getattr(module, "_init_weights", None)) and hasattr(module, "config")
+        owners[name] = module if own else parent
+    for name, module in reversed(list(model.named_modules())):
+        if owners[name] is not None:
+            # What marks weights that came from a checkpoint, which are not to be drawn.
+            for value in (module, *module.parameters(recurse=False)):
+                if getattr(value, "_is_hf_initialized", False):
+                    value._is_hf_initialized = False
+            yield owners[name], module
+
+
+def _check_weights(model: nn.Module) -> None:
     if not any(True for _ in model.parameters()):
         raise ValueError(
             f"control='random_weights' needs a model with parameters, and {type(model).__name__} has none"
         )
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("control='random_weights' needs weights in memory, and some are offloaded (meta)")
-    lacking = {
-        name or "the model itself": type(module).__name__
-        for name, module in named
-        if _is_quantized(module)
-        or (any(p is not None for p in module._parameters.values()) and _reset_of(module) is None)
-    }
-    if lacking:
-        listed = [f"{name} ({kind})" for name, kind in list(lacking.items())[:5]]
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    whole = [
+        (name, p) for name, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())
+    ]
+    packed = {name: type(module).__name__ for name, module in model.named_modules() if _is_quantized(module)}
+    packed |= {name: str(p.dtype).removeprefix("torch.") for name, p in whole}
+    if packed:
         raise ValueError(
-            "control='random_weights' needs a method reset_parameters() of every module that holds "
-            f"parameters, and these have none: {', '.join(listed)}{more}; give them one, or probe a model "
-            "that was never trained instead"
+            f"control='random_weights' needs floating weights, and these are quantized: {_listed(packed)}"
         )
+
+
+def _check_drawn(twin: nn.Module) -> None:
+    """Raise ValueError if a weight is left that nothing has drawn."""
+    lacking = {}
+    for name, module in twin.named_modules():
+        for p in module.parameters(recurse=False):
+            if bool(p.isnan().any()):
+                lacking[name or "the model itself"] = type(module).__name__
+    if lacking:
+        raise ValueError(
+            "control='random_weights' needs a method reset_parameters() that draws every parameter of a "
+            f"module, and nothing draws those of {_listed(lacking)}; give them one, or probe a model that "
+            "was never trained instead"
+        )
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    words = [f"{name} ({kind})" for name, kind in list(found.items())[:5]]
+    return ", ".join(words) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def _is_quantized(module: nn.Module) -> bool:

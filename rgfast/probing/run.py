@@ -105,7 +105,8 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             one rank; False never; True or a process group always. Every rank returns the result of all
             sequences, rank 0's first, and rank 0 alone writes its report and files. See docs/distributed.md.
         control: probe a control in the model's stead. ``"random_weights"``: a copy whose modules draw their
-            weights anew, each by its own ``reset_parameters``; buffers stay, and the model is as before.
+            weights anew, each by its own ``reset_parameters`` (Hugging Face models: by their configuration);
+            buffers stay, and the model is as before.
             ``"shuffled_tokens"``: tokens (whole numbers ``[B, T]``) are permuted within each batch, across
             sequences and positions; padding and what ``mask`` hides stay where they are.
             ``result.flow(control=twin)`` reads both together; ``result.dataset.attrs["control"]`` names it.

@@ -99,14 +99,14 @@ def test_modules_that_cannot_be_reset_are_named():
             return self.scale * x
 
     model = nn.Sequential(nn.Linear(3, 3), Scale(), Scale())
-    with pytest.raises(ValueError, match=r"these have none: 1 \(Scale\), 2 \(Scale\); give them one"):
+    with pytest.raises(ValueError, match=r"nothing draws those of 1 \(Scale\), 2 \(Scale\); give them one"):
         probed(model, torch.randn(50, 3), control="random_weights")
 
     class Needs(Scale):
         def reset_parameters(self, std):
             raise AssertionError("never called")
 
-    with pytest.raises(ValueError, match=r"these have none: the model itself \(Needs\)"):
+    with pytest.raises(ValueError, match=r"nothing draws those of the model itself \(Needs\)"):
         random_twin(Needs(), 0)
     with pytest.raises(ValueError, match="needs a model with parameters, and Identity has none"):
         random_twin(nn.Identity(), 0)
@@ -114,6 +114,54 @@ def test_modules_that_cannot_be_reset_are_named():
         random_twin(nn.Linear(3, 3, device="meta"), 0)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         probed(3, torch.randn(50, 3), control="random_weights")
+
+
+def test_a_module_that_draws_only_some_of_its_weights_is_named():
+    class Half(nn.Linear):
+        def reset_parameters(self):
+            nn.init.ones_(self.bias)
+
+    with pytest.raises(ValueError, match=r"nothing draws those of 1 \(Half\)"):
+        random_twin(nn.Sequential(nn.Linear(3, 3), Half(3, 3)), 0)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Bert", "T5"])
+def test_hugging_face_models_start_as_from_their_configuration(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+        "Llama": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        "Bert": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        "T5": {"d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=500, pad_token_id=0, **small)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 7.0)
+        parameter._is_hf_initialized = True  # as weights of a checkpoint are marked
+    twin = random_twin(model, 0)
+    drawn = dict(twin.named_parameters())
+    assert set(drawn) == set(fresh)
+    for name, before in fresh.items():
+        assert not bool((drawn[name] == 7.0).any()), name
+        if before.numel() > 1000:
+            assert float(drawn[name].detach().std()) == pytest.approx(float(before.std()), rel=0.2), name
+        elif float(before.std()) == 0:
+            assert torch.equal(drawn[name].detach(), before), name
+    assert all(bool((p == 7.0).all()) for p in model.parameters())
+    other = dict(random_twin(model, 1).named_parameters())
+    assert any(not torch.equal(drawn[name], other[name]) for name in drawn)
 
 
 def test_our_own_models_start_anew():
