@@ -32,8 +32,8 @@ cka::Problem problem(const std::vector<Tensor>& layers, const std::vector<std::p
         {layer.data, layer.dtype == DType::f64, layer.stride(0), layer.stride(1), layer.size(2)});
   }
   found.groups = groups;
-  if (groups < 1 || (groups > 1 && (by_features || groups > found.samples)))
-    throw std::invalid_argument("groups must be 1, or up to the number of samples where products are theirs");
+  if (groups < 1 || groups > std::max<std::int64_t>(found.samples, 1))
+    throw std::invalid_argument("groups must be from 1 to the number of samples");
   if (layers.empty()) throw std::invalid_argument("layers must hold at least one layer, got none");
   const int count = static_cast<int>(layers.size());
   for (const auto& [l, m] : pairs)

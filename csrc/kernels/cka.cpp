@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cka_job.hpp"
+#include "kernels/cka_plan.hpp"
 #include "rgfast/isa.hpp"
 #include "rgfast/parallel.hpp"
 
@@ -22,78 +23,10 @@ Kernels kernels() {
   return table.active()();
 }
 
-std::int64_t rounded(std::int64_t count, std::int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-// Sizes that follow from the shapes and the instruction set, and where everything lies in the workspace.
-struct Plan {
-  const Problem& problem;
-  Kernels kernel = kernels();
-  std::int64_t lanes = 0;  // columns of a panel
-  std::int64_t side = 0;   // of a tile, panels
-  std::int64_t item = 0;   // bytes
-  std::int64_t widest = 0;
-  std::int64_t group_slots = 0;  // a group begins with a tile of its own
-  std::int64_t slots = 0;
-  std::int64_t sample_tiles = 0;
-  std::int64_t tasks = 0;           // per position
-  std::vector<std::size_t> panels;  // offset of a layer's panels at position 0
-  std::size_t position_bytes = 0, norms = 0, row_sums = 0, columns_at = 0, columns_bytes = 0, tiles = 0,
-              tile_bytes = 0, sums = 0, end = 0;
-
-  explicit Plan(const Problem& p) : problem(p) {
-    item = p.single ? 4 : 8;
-    for (const Layer& layer : p.layers) widest = std::max(widest, layer.width);
-    lanes = kernel.lanes(p.single);
-    side = kernel.tile(p.single);
-    group_slots = p.groups == 1 ? p.samples : rounded((p.samples - 1) / p.groups + 1, side * lanes);
-    slots = p.groups * group_slots;
-    sample_tiles = blocks(slots);
-    for (const Layer& layer : p.layers) {
-      panels.push_back(position_bytes);
-      const std::int64_t count = p.by_features ? layer.width : slots;
-      position_bytes += bytes((count + lanes - 1) / lanes * panel(layer) * item);
-    }
-    const auto layers = static_cast<std::int64_t>(p.layers.size());
-    const auto pairs = static_cast<std::int64_t>(p.pairs.size());
-    std::int64_t results = 0;
-    if (p.by_features) {
-      for (const auto& pair : p.pairs) tasks += feature_tiles(pair.first);
-      results = tasks;
-    } else {
-      tasks = sample_tiles * (sample_tiles + 1) / 2;
-      results = tasks * pairs;
-    }
-    norms = static_cast<std::size_t>(p.positions) * position_bytes;
-    row_sums = norms + bytes(p.positions * layers * slots * 8);
-    columns_at = row_sums + bytes(p.positions * layers * p.groups * slots * 8);
-    columns_bytes = bytes((2 + p.groups) * widest * 8);
-    tiles = columns_at + columns_bytes * static_cast<std::size_t>(p.threads);
-    tile_bytes = bytes((p.by_features ? 1 : layers) * side * side * lanes * lanes * 8);
-    sums = tiles + tile_bytes * static_cast<std::size_t>(p.threads);
-    end = sums + bytes(p.positions * results * 8);
-  }
-
-  static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(rounded(count, 64)); }
-
-  // Elements from panel to panel: an odd number of vectors, or panels would share their sets of a cache.
-  std::int64_t panel(const Layer& layer) const {
-    return ((problem.by_features ? problem.samples : layer.width) | 1) * lanes;
-  }
-  std::int64_t panel(int layer) const { return panel(problem.layers[static_cast<std::size_t>(layer)]); }
-  std::int64_t blocks(std::int64_t count) const { return (count + side * lanes - 1) / (side * lanes); }
-  std::int64_t width(int layer) const { return problem.layers[static_cast<std::size_t>(layer)].width; }
-  std::int64_t feature_tiles(int layer) const { return blocks(width(layer)); }
-  std::int64_t feature_panels(int layer) const { return (width(layer) + lanes - 1) / lanes; }
-  // Panels in the tile of that index, of `count` columns in all.
-  int panels_in(std::int64_t index, std::int64_t count) const {
-    return static_cast<int>(std::min(side, (count + lanes - 1) / lanes - index * side));
-  }
-};
-
 class Run {
  public:
   Run(const Problem& problem, const Result& result, std::byte* workspace)
-      : p_(problem), result_(result), plan_(problem), base_(workspace) {
+      : p_(problem), result_(result), plan_(problem, kernels()), base_(workspace) {
     for (std::int64_t i = 0; i < plan_.sample_tiles && !p_.by_features; ++i)
       for (std::int64_t j = i; j < plan_.sample_tiles; ++j) tiles_.emplace_back(i, j);
     // The small tasks, on the diagonal, come last: they even out what the others leave.
@@ -102,8 +35,11 @@ class Run {
 
   void all() {
     const std::int64_t layers = count(p_.layers);
-    parallel_for(p_.positions * layers, p_.threads, lengthy(),
-                 [&](std::int64_t index, int slot) { pack(index / layers, index % layers, slot); });
+    if (plan_.whole == 0)
+      parallel_for(p_.positions * layers, p_.threads, lengthy(), [&](std::int64_t index, int slot) {
+        const std::int64_t position = index / layers, layer = index % layers;
+        pack(position, layer, panels(position, layer), slot);
+      });
     if (p_.by_features)
       features();
     else
@@ -135,7 +71,7 @@ class Run {
            plan_.panels[static_cast<std::size_t>(layer)];
   }
 
-  void pack(std::int64_t position, std::int64_t index, int slot) {
+  void pack(std::int64_t position, std::int64_t index, std::byte* panels, int slot) {
     const Layer& layer = p_.layers[static_cast<std::size_t>(index)];
     PackJob job{};
     job.source = static_cast<const std::byte*>(layer.data) +
@@ -148,7 +84,7 @@ class Run {
     job.groups = p_.groups;
     job.group_slots = plan_.group_slots;
     job.panel = plan_.panel(layer);
-    job.panels = panels(position, index);
+    job.panels = panels;
     job.norms = norms(position, index);
     job.row_sums = row_sums(position, index);
     job.columns = doubles(plan_.columns_at + plan_.columns_bytes * static_cast<std::size_t>(slot));
@@ -158,9 +94,49 @@ class Run {
 
   void samples() {
     const int layers = static_cast<int>(count(p_.layers));
-    std::vector<int> where(static_cast<std::size_t>(layers * layers), -1);
+    where_.assign(static_cast<std::size_t>(layers * layers), -1);
     for (std::size_t i = 0; i < p_.pairs.size(); ++i)
-      where[static_cast<std::size_t>(p_.pairs[i].first * layers + p_.pairs[i].second)] = static_cast<int>(i);
+      where_[static_cast<std::size_t>(p_.pairs[i].first * layers + p_.pairs[i].second)] = static_cast<int>(i);
+    for (int l = 0; l < layers; l += kBlock)
+      for (int m = l; m < layers; m += kBlock)
+        if (std::any_of(p_.pairs.begin(), p_.pairs.end(), [=](const auto& pair) {
+              return pair.first / kBlock * kBlock == l && pair.second / kBlock * kBlock == m;
+            }))
+          blocks_.push_back({l, m});
+    plan_.whole > 0 ? whole_grams() : tiles_of_grams();
+  }
+
+  // All Grams of some positions, a layer after the other, and then the products between them.
+  void whole_grams() {
+    const std::int64_t layers = count(p_.layers), tasks = plan_.tasks;
+    const auto tile = [&](std::int64_t position, std::int64_t task) {
+      return doubles(plan_.tiles + static_cast<std::size_t>(position * tasks + task) * plan_.tile_bytes);
+    };
+    for (std::int64_t first = 0; first < p_.positions; first += plan_.whole) {
+      const std::int64_t positions = std::min(plan_.whole, p_.positions - first);
+      parallel_for(positions * layers, p_.threads, lengthy(), [&](std::int64_t index, int slot) {
+        const std::int64_t position = index / layers, layer = index % layers;
+        std::byte* const panels = base_ + plan_.thread_bytes * static_cast<std::size_t>(slot);
+        pack(first + position, layer, panels, slot);
+        const std::int64_t width = p_.layers[static_cast<std::size_t>(layer)].width;
+        const std::int64_t stride = plan_.panel(static_cast<int>(layer));
+        for (std::int64_t task = 0; task < tasks; ++task) {
+          const auto [i, j] = tiles_[static_cast<std::size_t>(task)];
+          const void* const left = panels + i * plan_.side * stride * plan_.item;
+          const void* const right = panels + j * plan_.side * stride * plan_.item;
+          double* const to = tile(position, task) + layer * plan_.tile_size();
+          plan_.kernel.grams(gram_job(i, j, &left, &right, &width, &stride, 1, to), p_.single);
+        }
+      });
+      parallel_for(positions * tasks, p_.threads, lengthy(), [&](std::int64_t index, int slot) {
+        inner((first + index / tasks) * tasks + index % tasks, tile(index / tasks, index % tasks), slot);
+      });
+    }
+  }
+
+  // A tile of all layers, and at once the products between them.
+  void tiles_of_grams() {
+    const int layers = static_cast<int>(count(p_.layers));
     std::vector<std::int64_t> widths, strides;
     for (const Layer& layer : p_.layers) {
       widths.push_back(layer.width);
@@ -177,20 +153,34 @@ class Run {
         left[l] = panels(position, l) + i * size;
         right[l] = panels(position, l) + j * size;
       }
-      SampleJob job{};
-      job.left = left;
-      job.right = right;
-      job.widths = widths.data();
-      job.panels = strides.data();
-      job.layers = layers;
-      job.rows = plan_.panels_in(i, plan_.slots);
-      job.columns = plan_.panels_in(j, plan_.slots);
-      job.diagonal = i == j;
-      job.pairs = where.data();
-      job.tiles = doubles(plan_.tiles + plan_.tile_bytes * static_cast<std::size_t>(slot));
-      job.sums = doubles(plan_.sums) + task * count(p_.pairs);
-      plan_.kernel.sample(job, p_.single);
+      double* const tiles = doubles(plan_.tiles + plan_.tile_bytes * static_cast<std::size_t>(slot));
+      plan_.kernel.grams(gram_job(i, j, left, right, widths.data(), strides.data(), layers, tiles),
+                         p_.single);
+      inner(task, tiles, slot);
     });
+  }
+
+  GramJob gram_job(std::int64_t i, std::int64_t j, const void* const* left, const void* const* right,
+                   const std::int64_t* widths, const std::int64_t* strides, int layers, double* tiles) const {
+    return {left,
+            right,
+            widths,
+            strides,
+            layers,
+            plan_.panels_in(i, plan_.slots),
+            plan_.panels_in(j, plan_.slots),
+            i == j,
+            tiles};
+  }
+
+  // `task` counts the tiles of all positions.
+  void inner(std::int64_t task, const double* tiles, int slot) {
+    const std::int64_t i = tiles_[static_cast<std::size_t>(task % plan_.tasks)].first;
+    const std::int64_t line = plan_.side * plan_.lanes;
+    plan_.kernel.inner({tiles, plan_.tile_size(), plan_.panels_in(i, plan_.slots) * plan_.lanes * line,
+                        static_cast<int>(count(p_.layers)), blocks_.data(), count(blocks_), where_.data(),
+                        doubles(plan_.partial + plan_.partial_bytes * static_cast<std::size_t>(slot)),
+                        doubles(plan_.sums) + task * count(p_.pairs)});
   }
 
   void features() {
@@ -211,12 +201,13 @@ class Run {
       job.first = l == m ? row.tile * plan_.side : 0;
       job.panels = plan_.feature_panels(m);
       job.diagonal = l == m ? row.tile * plan_.side : -1;
-      job.samples = p_.samples;
+      job.groups = p_.groups;
+      job.samples = plan_.group_slots;
       job.panel = plan_.panel(l);
       job.rows = plan_.panels_in(row.tile, plan_.width(l));
-      job.tile = doubles(plan_.tiles + plan_.tile_bytes * static_cast<std::size_t>(slot));
+      job.tiles = doubles(plan_.tiles + plan_.tile_bytes * static_cast<std::size_t>(slot));
+      job.sums = doubles(plan_.sums) + task * p_.variants();
       plan_.kernel.feature(job, p_.single);
-      doubles(plan_.sums)[task] = job.sum;
     });
   }
 
@@ -247,12 +238,14 @@ class Run {
   // Every pair's products summed over the tiles of kept samples, in their order; or over its own of features.
   std::vector<double> tile_sums(std::int64_t position, const Kept& which) const {
     const std::int64_t pairs = count(p_.pairs), side = plan_.side * plan_.lanes;
-    const double* sums = doubles(plan_.sums) + position * plan_.tasks * (p_.by_features ? 1 : pairs);
+    const double* sums =
+        doubles(plan_.sums) + position * plan_.tasks * (p_.by_features ? p_.variants() : pairs);
     std::vector<double> total(static_cast<std::size_t>(pairs));
     if (p_.by_features) {
       for (std::int64_t pair = 0; pair < pairs; ++pair) {
         const std::int64_t rows = plan_.feature_tiles(p_.pairs[static_cast<std::size_t>(pair)].first);
-        for (std::int64_t i = 0; i < rows; ++i) total[static_cast<std::size_t>(pair)] += *sums++;
+        for (std::int64_t i = 0; i < rows; ++i, sums += p_.variants())
+          total[static_cast<std::size_t>(pair)] += sums[1 + which.group];
       }
       return total;
     }
@@ -270,22 +263,26 @@ class Run {
   void finish(std::int64_t position) {
     const std::int64_t layers = count(p_.layers);
     std::vector<double> trace(static_cast<std::size_t>(layers)), grand(trace);
-    std::vector<double> rows(static_cast<std::size_t>(layers * plan_.slots));
+    std::vector<double> rows(static_cast<std::size_t>(layers * plan_.slots)), all(rows);
+    for (std::int64_t l = 0; l < layers; ++l)
+      for (std::int64_t g = 0; g < p_.groups; ++g)
+        for (std::int64_t i = 0; i < plan_.slots; ++i)
+          all[static_cast<std::size_t>(l * plan_.slots + i)] += row_sums(position, l)[g * plan_.slots + i];
     for (std::int64_t variant = 0; variant < p_.variants(); ++variant) {
       const Kept which = kept(variant);
       const std::int64_t at = position * p_.variants() + variant;
       for (std::int64_t l = 0; l < layers; ++l) {
         const double* const norm = norms(position, l);
-        const double* const sums = row_sums(position, l);
+        const double* const left_out =
+            which.group < 0 ? nullptr : row_sums(position, l) + which.group * plan_.slots;
         // Row sums of K without its diagonal.
         double* const row = rows.data() + l * plan_.slots;
         double diagonal = 0.0, sum = 0.0;
         for (std::int64_t i = 0; i < plan_.slots; ++i) {
           if (i == which.from) i = which.to;
           if (i == plan_.slots) break;
-          double full = 0.0;
-          for (std::int64_t g = 0; g < p_.groups; ++g)
-            if (g != which.group) full += sums[g * plan_.slots + i];
+          const double full =
+              all[static_cast<std::size_t>(l * plan_.slots + i)] - (left_out != nullptr ? left_out[i] : 0.0);
           diagonal += norm[i];
           sum += full;
           row[i] = full - norm[i];
@@ -325,11 +322,13 @@ class Run {
   const Plan plan_;
   std::byte* const base_;
   std::vector<std::pair<std::int64_t, std::int64_t>> tiles_;  // of samples
+  std::vector<int> where_;                                    // [layers, layers]: a pair's number, or -1
+  std::vector<LayerBlock> blocks_;
 };
 
 }  // namespace
 
-std::size_t workspace_bytes(const Problem& problem) { return Plan(problem).end; }
+std::size_t workspace_bytes(const Problem& problem) { return Plan(problem, kernels()).end; }
 
 void run(const Problem& problem, const Result& result, std::byte* workspace) {
   Run(problem, result, workspace).all();

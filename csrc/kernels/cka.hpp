@@ -35,8 +35,8 @@ struct Problem {
   bool by_features;
   bool single;  // products of floats, else of doubles
   int threads;
-  // Sample i is in group i % groups. More than one, which is for samples alone: results are of V = 1 + groups
-  // variants, all samples and all but those of each group, from the same products.
+  // Sample i is in group i % groups. With more than one, results are of V = 1 + groups variants, all samples
+  // and all but those of each group, from the same products.
   std::int64_t groups = 1;
 
   std::int64_t variants() const { return groups > 1 ? 1 + groups : 1; }

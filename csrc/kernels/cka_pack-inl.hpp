@@ -115,6 +115,22 @@ RGFAST_INLINE void lane_sums(const T* panel, const T* weights, std::int64_t d, s
   for (int v = 0; v < rows; ++v) out[v] = sums[v / kLanes<double>][v % kLanes<double>];
 }
 
+// Σ_j row[j] · weights[j] of a row in pieces of a vector `panel` elements apart.
+template <class T>
+RGFAST_INLINE double row_sum(const T* row, std::int64_t panel, const double* weights, std::int64_t d) {
+  Doubles sum[2] = {};
+  double edge = 0.0;
+  std::int64_t j = 0;
+  for (; j + kLanes<T> <= d; j += kLanes<T>, row += panel)
+#pragma GCC unroll 2
+    for (int part = 0; part < kLanes<T>; part += kLanes<double>) {
+      Doubles& one = sum[part / kLanes<double>];
+      one = fused(wide(row + part), load(weights + j + part), one);
+    }
+  for (int v = 0; j < d; ++j, ++v) edge += static_cast<double>(row[v]) * weights[j];
+  return total(sum[0] + sum[1]) + edge;
+}
+
 // Shift and scale from every `step`-th row, rounded to T.
 template <class S, class T>
 static Status means(const PackJob& job, std::int64_t step, double* shift, double* sums, double* scale) {
@@ -129,7 +145,9 @@ static Status means(const PackJob& job, std::int64_t step, double* shift, double
   double largest = 0.0, rows = 0.0;
   for (std::int64_t i = 0; i < n; i += step, rows += 1.0) {
     const S* const row = source + i * job.sample_stride;
+    const S* const soon = row + (i + 2 * step < n ? 2 * step * job.sample_stride : 0);
     for (std::int64_t j = 0; j < whole; j += kLanes<double>) {
+      __builtin_prefetch(soon + j, 0, 3);
       const Doubles off = wide(row + j) - load(shift + j);
       store(sums + j, load(sums + j) + off);
       const Doubles size = off < 0.0 ? -off : off;
@@ -168,19 +186,28 @@ static double fill(const PackJob& job, const double* shift, double scale, double
   for (std::int64_t j = 0; j < d; ++j) same_shift[j] = static_cast<T>(shift[j]);
   for (std::int64_t j = 0; j < job.groups * d; ++j) rest[j] = 0.0;
   double trace = 0.0;
+  const std::int64_t step = job.groups * stride;
   if (job.by_features) {
     T* const last = panels + d / lanes * job.panel;
-    for (std::int64_t i = 0; i < n; ++i) {
-      const S* const row = source + i * stride;
-      const S* const soon = i + 4 < n ? row + 4 * stride : row;
-      for (std::int64_t j = d % lanes; j > 0 && j < lanes; ++j) last[i * lanes + j] = T{0};
-      job.norms[i] =
-          centered_row(row, shift, same_shift, scale, d, panels + i * lanes, job.panel, rest, soon);
-      trace += job.norms[i];
+    for (std::int64_t g = 0; g < job.groups; ++g) {
+      const std::int64_t count = (n - g + job.groups - 1) / job.groups, first = g * job.group_slots;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const S* const row = source + g * stride + i * step;
+        const S* const soon = i + 4 < count ? row + 4 * step : row;
+        const std::int64_t slot = first + i;
+        for (std::int64_t j = d % lanes; j > 0 && j < lanes; ++j) last[slot * lanes + j] = T{0};
+        job.norms[slot] = centered_row(row, shift, same_shift, scale, d, panels + slot * lanes, job.panel,
+                                       rest + g * d, soon);
+        trace += job.norms[slot];
+      }
+      for (std::int64_t slot = first + count; slot < first + job.group_slots; ++slot) {
+        job.norms[slot] = 0.0;
+        for (std::int64_t j = 0; j < d; j += lanes)
+          for (int v = 0; v < lanes; ++v) panels[j / lanes * job.panel + slot * lanes + v] = T{0};
+      }
     }
     return trace;
   }
-  const std::int64_t step = job.groups * stride;
   for (std::int64_t g = 0; g < job.groups; ++g) {
     const std::int64_t count = (n - g + job.groups - 1) / job.groups, first = g * job.group_slots;
     double* const norms = job.norms + first;
@@ -240,21 +267,9 @@ static void pack(const PackJob& job) {
   }
   if (!done && step > 1) fill<S>(job, shift, scale, rest, scratch);
   if (job.by_features) {
-    const T* const last = panels + d / lanes * job.panel;
-    for (std::int64_t i = 0; i < n; ++i) {
-      Doubles sum[2] = {};
-      double edge = 0.0;
-      std::int64_t j = 0;
-      const T* row = panels + i * lanes;
-      for (; j + lanes <= d; j += lanes, row += job.panel)
-#pragma GCC unroll 2
-        for (int part = 0; part < lanes; part += kLanes<double>) {
-          Doubles& one = sum[part / kLanes<double>];
-          one = fused(wide(row + part), load(rest + j + part), one);
-        }
-      for (; j < d; ++j) edge += static_cast<double>(last[i * lanes + j % lanes]) * rest[j];
-      job.row_sums[i] = total(sum[0] + sum[1]) + edge;
-    }
+    for (std::int64_t g = 0; g < job.groups; ++g)
+      for (std::int64_t i = 0; i < slots; ++i)
+        job.row_sums[g * slots + i] = row_sum(panels + i * lanes, job.panel, rest + g * d, d);
     return;
   }
   T* const weights = scratch;

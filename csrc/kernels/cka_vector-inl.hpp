@@ -86,6 +86,22 @@ RGFAST_INLINE Doubles wide(const float* from) {
   return __builtin_convertvector(value, Doubles);
 #endif
 }
+// A whole vector of T, in halves where T is float.
+RGFAST_INLINE void widen(Doubles value, Doubles* to) { to[0] = value; }
+RGFAST_INLINE void widen(Vector<float>::type value, Doubles* to) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  to[0] = (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)value));
+  to[1] = (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)value, 1));
+#elif RGFAST_TARGET == RGFAST_TARGET_AVX2
+  to[0] = (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)value));
+  to[1] = (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)value, 1));
+#else
+  float line[kLanes<float>];
+  store(line, value);
+  to[0] = wide(line);
+  to[1] = wide(line + kLanes<double>);
+#endif
+}
 RGFAST_INLINE void narrow(double* to, Doubles value) { store(to, value); }
 RGFAST_INLINE void narrow(float* to, Doubles value) {
 #if RGFAST_TARGET == RGFAST_TARGET_AVX512
@@ -98,9 +114,13 @@ RGFAST_INLINE void narrow(float* to, Doubles value) {
 }
 
 RGFAST_INLINE double total(Doubles v) {
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
   double sum = 0.0;
   for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
   return sum;
+#endif
 }
 
 #if defined(__has_builtin)

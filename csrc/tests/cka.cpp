@@ -98,7 +98,8 @@ TEST(cka_of_groups) {
   std::normal_distribution<float> normal(3.0F, 1.0F);
   for (const std::int64_t n : {9, 64, 131, 200})
     for (const std::int64_t groups : {2, 3, 8}) {
-      constexpr std::int64_t d = 21, positions = 2;
+      const std::int64_t d = groups == 3 ? 70 : 21;
+      constexpr std::int64_t positions = 2;
       std::vector<float> x(static_cast<std::size_t>(positions * n * d)), y = x;
       for (float& v : x) v = normal(generator);
       for (float& v : y) v = normal(generator);
@@ -106,8 +107,9 @@ TEST(cka_of_groups) {
       const auto layer = [&](const std::vector<float>& z, std::int64_t samples) {
         return Layer{z.data(), false, samples * d, d, d};
       };
-      for (const bool single : {false, true}) {
-        Problem problem{positions, n, {layer(x, n), layer(y, n)}, pairs, false, single, 3};
+      for (const auto& [single, by_features] :
+           {std::pair{false, false}, {true, false}, {false, true}, {true, true}}) {
+        Problem problem{positions, n, {layer(x, n), layer(y, n)}, pairs, by_features, single, 3};
         problem.groups = groups;
         const Found found = products(problem);
         for (std::int64_t v = 0; v <= groups; ++v) {
@@ -119,8 +121,8 @@ TEST(cka_of_groups) {
                 few_y.push_back(y[static_cast<std::size_t>((p * n + i) * d + j)]);
               }
           const std::int64_t left = static_cast<std::int64_t>(few_x.size()) / (positions * d);
-          const Found wanted =
-              products({positions, left, {layer(few_x, left), layer(few_y, left)}, pairs, false, single, 1});
+          const Found wanted = products(
+              {positions, left, {layer(few_x, left), layer(few_y, left)}, pairs, by_features, single, 1});
           for (std::size_t p = 0; p < positions; ++p) {
             const std::size_t at =
                 3 * (p * static_cast<std::size_t>(1 + groups) + static_cast<std::size_t>(v));

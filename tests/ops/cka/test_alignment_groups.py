@@ -74,8 +74,21 @@ def test_every_variant_is_that_of_the_reference(kind, adjacent):
 @pytest.mark.parametrize(("n", "groups"), [(16, 2), (40, 3), (131, 8), (300, 2), (301, 7), (640, 10)])
 def test_sizes_and_widths(isa, n, groups):
     with native.use_isa(isa):
+        compare([walk(n, 400, layers=3)[0], walk(n, 333, layers=3)[1]], groups, False, 1e-6)
         compare([walk(n, d)[k] for k, d in enumerate((33, 5, 60))], groups, False, 1e-6)
         compare(list(walk(n, 12).double()), groups, True, 1e-10)
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+@pytest.mark.parametrize(("n", "groups"), [(5000, 2), (301, 7), (333, 5)])
+def test_few_features_are_multiplied_by_features(isa, n, groups):
+    layers = [walk(n, d, layers=3)[k] for k, d in enumerate((9, 3, 17))]
+    wanted = kernels._wanted("matrix", (9, 3, 17), None)
+    by_samples, by_features = kernels._costs(n, wanted, 4096, groups)
+    assert by_features < by_samples
+    with native.use_isa(isa):
+        compare(layers, groups, False, 1e-6)
+        compare([x.double() for x in layers], groups, True, 1e-10)
 
 
 def test_neighbours_that_all_but_agree_keep_their_drift():
@@ -116,6 +129,6 @@ def test_infinite_numbers_are_refused():
 
 def test_groups_that_cannot_be_are_refused_by_the_module():
     x = native.tensor(torch.randn(1, 9, 3))
-    for groups, features in ((0, False), (10, False), (2, True)):
-        with pytest.raises(ValueError, match="groups must be 1"):
+    for groups, features in ((0, False), (10, False), (0, True), (10, True)):
+        with pytest.raises(ValueError, match="groups must be from 1 to the number of samples"):
             native.load().cka_workspace([x], [(0, 0)], features, True, groups, 1)

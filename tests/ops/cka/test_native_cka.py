@@ -37,6 +37,15 @@ def test_every_pair_against_the_reference(make, isa, shape, debiased, precision,
     assert (drift - (1 - expected.diagonal(1, -2, -1))).abs().max() <= bound
 
 
+@ISAS
+def test_few_samples_of_many_features_at_several_positions(make, isa):
+    # Whole Grams of one position fill the room that there is for them.
+    layers = make(20, 2, 320, 192).float()
+    with native.use_isa(isa):
+        got = rgfast.cka_matrix(layers, debiased=True, precision="single", impl="native")
+    assert (got - reference.matrix(list(layers), None, debiased=True)).abs().max() <= 1e-6
+
+
 @BOTH
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("offset", [0.0, 1e4])

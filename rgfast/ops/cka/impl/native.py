@@ -155,16 +155,20 @@ def _alignment(layers: Sequence[Tensor], adjacent: bool, groups: int) -> Tensor 
     return None if any(part is None for part in parts) else torch.stack([p for p in parts if p is not None])
 
 
+def _costs(n: int, wanted: _Wanted, sample_limit: int, groups: int = 1) -> tuple[float, float]:
+    """Products over samples, and over features, of n samples and of all variants without a group."""
+    slots = n if groups == 1 else groups * -(-n // groups // _GROUP_UNIT) * _GROUP_UNIT
+    by_samples = slots * slots * wanted.cost_of_samples if n <= sample_limit else math.inf
+    # Every group's products are squared once more.
+    return by_samples, (n + 2 * (groups if groups > 1 else 0)) * wanted.cost_of_features
+
+
 def _worth_sharing(layers: list[Tensor], adjacent: bool, groups: int) -> bool:
-    """Whether products by samples for all variants at once are fewer than those of one after the other."""
+    """Whether products for all variants at once are fewer than those of one after the other."""
     wanted = _wanted("drift" if adjacent else "matrix", tuple(x.shape[2] for x in layers), None)
     n = layers[0].shape[1]
-    slots = groups * -(-n // groups // _GROUP_UNIT) * _GROUP_UNIT
-    alone = sum(
-        min(k * k * wanted.cost_of_samples, k * wanted.cost_of_features)
-        for k in (n, *[n - n // groups] * groups)
-    )
-    return n <= 4096 and slots * slots * wanted.cost_of_samples < alone
+    alone = sum(min(_costs(k, wanted, 4096)) for k in (n, *[n - n // groups] * groups))
+    return min(_costs(n, wanted, 4096, groups)) < alone
 
 
 def _aligned(flat: list[Tensor], adjacent: bool, groups: int) -> Tensor | None:
@@ -238,12 +242,11 @@ def _inner_products(
 ) -> _Products | None:
     """Inner products of centred and of U-centred kernels.
 
-    ``guarded`` computes again in fp64 what U-centring of fp32 products blurs. None
-    for ``groups``, whose kernels are over samples, where they are blurred or far from centred.
+    ``guarded`` computes again in fp64 what U-centring of fp32 products blurs. None for ``groups`` where they
+    are blurred or far from centred.
     """
-    n = layers[0].shape[1]
-    by_samples, by_features = n * n * wanted.cost_of_samples, n * wanted.cost_of_features
-    features = groups == 1 and (n > sample_limit or by_features < by_samples)
+    by_samples, by_features = _costs(layers[0].shape[1], wanted, sample_limit, groups)
+    features = by_features < by_samples
     if precision is None:
         trivial = len(layers[0]) * min(by_samples, by_features) < _TRIVIAL_FLOPS
         precision = "double" if trivial or any(x.dtype == torch.float64 for x in layers) else "single"
@@ -309,7 +312,7 @@ def _products(
     step = max(1, _WORK_BYTES // bytes_each)
     for start in range(0, positions, step):
         part = slice(start, min(start + step, positions))
-        held = [_readable(x[part]) for x in layers]
+        held = [_readable(x if step >= positions else x[part]) for x in layers]
         tensors = [native.tensor(x) for x in held]
         options = (tensors, pairs, features, single, groups, threads)
         space = _workspace(module.cka_workspace(*options))
