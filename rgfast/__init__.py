@@ -54,12 +54,14 @@ if TYPE_CHECKING:
     from rgfast.experiments.observer import observe
     from rgfast.experiments.reproduce import Reproduction, reproduce
     from rgfast.experiments.sweep import Sweep, sweep
-    from rgfast.probing import Probe, ProbeResult, probe
+    from rgfast.probing import Forecast, Probe, ProbeResult, probe
+    from rgfast.probing.forecast import plan
 
 __all__ = [
     "CKAAccumulator",
     "CKAResult",
     "FallbackWarning",
+    "Forecast",
     "ImplUnavailable",
     "IsotropicBaseline",
     "MarkovChain",
@@ -94,6 +96,7 @@ __all__ = [
     "numerical_rank",
     "observe",
     "participation_ratio",
+    "plan",
     "probe",
     "rank_measures",
     "rank_measures_from_moment",
@@ -110,6 +113,7 @@ __all__ = [
 
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
+    "Forecast": "rgfast.probing",
     "Probe": "rgfast.probing",
     "ProbeResult": "rgfast.probing",
     "Reproduction": "rgfast.experiments.reproduce",
@@ -117,6 +121,7 @@ _LAZY = {
     "decimate": "rgfast.experiments.decimation",
     "multiverse": "rgfast.experiments.multiverse",
     "observe": "rgfast.experiments.observer",
+    "plan": "rgfast.probing.forecast",
     "probe": "rgfast.probing",
     "reproduce": "rgfast.experiments.reproduce",
     "sweep": "rgfast.experiments.sweep",

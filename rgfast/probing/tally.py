@@ -20,9 +20,10 @@ from rgfast.probing.distributed import FirstBatch, agree, all_reduce
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
-from rgfast.probing.estimators.samples import enough, worthwhile
+from rgfast.probing.estimators.samples import LIMIT, at_once, enough, worthwhile
 from rgfast.probing.estimators.tiles import gather, independent_stack, measured_by_tiles
 from rgfast.probing.plan import Plan, make_plan
+from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
@@ -61,6 +62,7 @@ class Tally:
         if spec.route == "samples" and self._no_samples:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
+        self._why_moments = ""
         self._early: list[RowBatch] = []
         self._rows: HoldsRows | None = None
         self._first_batch: FirstBatch | None = None
@@ -95,19 +97,55 @@ class Tally:
         if self._no_samples or stack is None or spec.reads_layers:
             return None, []
         x, taken = gather(stack, batches)
-        if x is None or not enough(len(x), spec.groups):
+        plan = None if x is None else self._tile_plan(stack.width, x.shape[1], len(x))
+        if x is None or plan is None:
             return None, taken
-        unbounded = replace(spec, memory=sys.maxsize, refine=False)
-        plan = self._plan([stack.width] * len(self._taps), x.shape[1], unbounded, masked=False)
-        if spec.route == "auto" and not worthwhile(plan, len(x)):
-            return None, taken
-        plan = replace(plan, notes=(_BY_SAMPLES,))
         self._announce(plan, f"{plan.what}, {_BY_SAMPLES}")
         with torch.no_grad():
             found = measured_by_tiles(
                 stack, x, plan, uncentred=spec.uncentred, memory=spec.memory_bytes, advance=advance
             )
         return ProbeResult(assemble(found, spec.measures, self._provenance)), taken
+
+    def _tile_plan(self, width: int, length: int, sequences: int) -> Plan | None:
+        """What a stack without mixing measures of all samples at once, if so many are enough and worth it."""
+        if not enough(sequences, self._spec.groups):
+            return None
+        unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
+        plan = self._plan([width] * len(self._taps), length, unbounded, masked=False)
+        if self._spec.route == "auto" and not worthwhile(plan, sequences):
+            return None
+        return replace(plan, notes=(_BY_SAMPLES,))
+
+    def foreseen(self, batch: Any, sequences: int) -> Foreseen:
+        """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""
+        stack = independent_stack(self._model, self._taps)
+        if not self._no_samples and stack is not None and not self._spec.reads_layers:
+            x, _ = gather(stack, iter([batch]))
+            if x is not None and sequences <= LIMIT:
+                plan = self._tile_plan(stack.width, x.shape[1], sequences)
+                if plan is not None:
+                    held = at_once(plan, sequences, self._spec.memory_bytes)
+                    why = (
+                        "the rows of a few positions go through all layers of a stack without mixing at once"
+                    )
+                    return Foreseen("tiles", why, plan, 4 * held * sequences * sum(plan.widths))
+        assert self._moments is not None
+        plan = self._moments.plan
+        rows_bytes = 4 * sequences * plan.length * sum(plan.widths)
+        reasons = {
+            self._no_samples or self._why_moments: True,
+            f"there are more than {LIMIT} sequences": sequences > LIMIT,
+            "the rows of all layers do not fit memory=": rows_bytes > self._spec.memory_bytes,
+            "there are too few sequences for every measure": not enough(sequences, self._spec.groups),
+            "they take a moment either way, and can be merged": not worthwhile(plan, sequences)
+            and self._spec.route == "auto",
+        }
+        why = next((reason for reason, holds in reasons.items() if reason and holds), "")
+        if why:
+            return Foreseen("moments", why, plan, plan.state_bytes)
+        why = f"the rows of at most {LIMIT} sequences fit memory="
+        return Foreseen("rows", why, plan, rows_bytes)
 
     def name_layers(self, names: Sequence[str]) -> None:
         """Name the layers of the batches to come: a module that runs several times is as many layers.
@@ -136,7 +174,9 @@ class Tally:
     def _begin(self, batch: RowBatch) -> None:
         """Plan what is measured, now that every layer has been seen, and add the batches so far."""
         self._moments = self._start(batch)
-        if not self._no_samples and batch.masked is None:
+        if batch.masked is not None:
+            self._why_moments = "the sample route knows no mask"
+        elif not self._no_samples:
             self._rows = Rows(
                 replace(self._moments.plan, notes=(*self._moments.plan.notes, _BY_SAMPLES)),
                 self._spec.memory_bytes,
@@ -270,6 +310,7 @@ class Tally:
     def _hand_over(self, why: str) -> None:
         """Sum up the rows that were held back, since they will not be measured at once: ``why``."""
         rows, self._rows = self._rows, None
+        self._why_moments = self._why_moments or why
         if rows is not None:
             if self._spec.route == "samples":
                 raise ValueError(f"route: 'samples' cannot be taken, since {why}")

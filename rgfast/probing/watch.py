@@ -22,6 +22,7 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
 from rgfast.probing.plan import Plan
+from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
@@ -166,6 +167,28 @@ class Probe:
         if not self._watcher.is_open:
             raise RuntimeError("run() must be called inside the with block")
         return self._entries.run(batch)
+
+    @_without_grad
+    def forward(self, batch: Any) -> Any:
+        """The output of the model on one batch, called as :meth:`run` does, outside the with block: nothing
+        is measured. The model is in evaluation mode meanwhile.
+
+        :meta private:
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            return self._entries.run(batch)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def foreseen(self, batch: Any, sequences: int) -> Foreseen:
+        """What ``sequences`` like those of the one batch so far, which was ``batch``, lead to.
+
+        :meta private:
+        """
+        return self._tally.foreseen(batch, sequences)
 
     def by_samples(
         self, batches: Iterator[Any], advance: Callable[[int], object]
