@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis as Ticked
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from rgfast.files import write_bytes
 from rgfast.report.palette import BASELINE, HEAT, STYLE
@@ -26,6 +27,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _MOST_LABELS = 12  # on an axis
 _JITTER = 0.08  # of a seed's points beside the mean, in layers
+_SMALL = 9  # points, the font of a legend
+_LETTER, _KEY, _LINE = (
+    0.56 * _SMALL,
+    40.0,
+    1.45 * _SMALL,
+)  # points: about a letter, a key and a line of a legend
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -79,8 +86,11 @@ def draw_chart(chart: Chart, ax: Canvas = None) -> Figure:
     # Axes that are shared get their limits when everything on them is drawn.
     for k, (panel, one) in enumerate(zip(panels, axes, strict=True)):
         _finish(panel, one, note_below="x" not in chart.shared)
-        if ax is None and "x" in chart.shared and k + chart.columns < len(axes):
-            one.set_xlabel("")
+        if ax is None and "x" in chart.shared:
+            if k + chart.columns < len(axes):
+                one.set_xlabel("")
+            else:  # a short last row leaves panels of the row above at the bottom
+                one.tick_params(labelbottom=True)
         if ax is None and "y" in chart.shared and k % chart.columns:
             one.set_ylabel("")
     figure = figure_of(axes)
@@ -98,7 +108,7 @@ def draw_panel(panel: Panel, axes: Axes, *, legend_at: str = "best") -> None:
     """Draw ``panel`` alone, with its legend."""
     _draw(panel, axes)
     _finish(panel, axes, note_below=True)
-    _legend(panel, axes, legend_at)
+    _inside(panel, axes, legend_at)
 
 
 def _draw(panel: Panel, axes: Axes) -> Any:
@@ -165,7 +175,12 @@ def _draw_series(series: Series, panel: Panel, axes: Axes, known: set[str]) -> N
 
 def _draw_members(series: Series, members: Array, panel: Panel, axes: Axes, color: str) -> None:
     apart = _JITTER if len(members) > 1 and (panel.x.whole or panel.x.labels) else 0.0
-    style: dict[str, Any] = {"color": color, "markersize": 4, "alpha": 0.55, "markeredgewidth": 0}
+    style: dict[str, Any] = {
+        "color": color,
+        "markersize": 1.15 * series.size,
+        "alpha": 0.55,
+        "markeredgewidth": 0,
+    }
     for offset, values in zip(np.linspace(-apart, apart, len(members)), members, strict=True):
         shown = np.where(values > 0, values, np.nan) if panel.y.log else values
         axes.plot(series.x + offset, shown, series.marker or "o", **style)
@@ -179,7 +194,8 @@ def _finish(panel: Panel, axes: Axes, *, note_below: bool) -> None:
     if panel.note and note_below and panel.heat is None:
         below += f"\n{panel.note}"
     elif panel.note:
-        title += f"\n({panel.note})" if len(title) + len(panel.note) > 36 else f"  ({panel.note})"
+        # In one line, a longer one could reach the title of the next panel.
+        title += f"\n({panel.note})" if len(title) + len(panel.note) > 28 else f"  ({panel.note})"
     small = panel.heat is not None or not note_below
     above = panel.heat is not None and panel.heat.above
     axes.set_title(title, fontsize=10 if small else None, pad=16 if above else None)
@@ -210,24 +226,51 @@ def _scale(axis: Axis, axes: Axes, ticked: Ticked) -> None:
 
 
 def _legends(chart: Chart, axes: Sequence[Axes], figure: Figure, *, given: bool) -> None:
-    if chart.legend in ("below", "right") and not given:
+    """Legends beside the data, never on it; on axes that were given they lie inside, where there is room."""
+    pairs = list(zip(chart.panels, axes, strict=True))
+    if chart.legend == "none":
+        return
+    if given:
+        for panel, one in pairs[: None if chart.legend == "each" else 1]:
+            _inside(panel, one)
+    elif chart.legend == "right":
         found: dict[str, Any] = {}
         for one in axes:
             handles, labels = one.get_legend_handles_labels()
-            found = {**dict(zip(labels, handles, strict=True)), **found}
-        place: Any = {"below": "outside lower center", "right": "outside right center"}[chart.legend]
-        columns = 3 if chart.legend == "below" else 1
-        figure.legend(list(found.values()), list(found), loc=place, ncols=columns, fontsize=10)
-    elif chart.legend != "none":
-        for panel, one in list(zip(chart.panels, axes, strict=True))[: None if chart.legend == "each" else 1]:
-            _legend(panel, one, chart.legend_at)
+            found |= {label: each for label, each in zip(labels, handles, strict=True) if label not in found}
+        title = chart.panels[0].legend or None
+        figure.legend(list(found.values()), list(found), loc="outside right center", fontsize=10, title=title)
+    else:
+        lines = [_under(panel, one, 72 * chart.size[0]) for panel, one in pairs]
+        rows = [max(lines[k : k + chart.columns]) for k in range(0, len(lines), chart.columns)]
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + sum(rows) * _LINE / 72)
 
 
-def _legend(panel: Panel, axes: Axes, at: Any) -> None:
+def _under(panel: Panel, axes: Axes, width: float) -> int:
+    """A legend under the axis, for a panel ``width`` points wide; how many lines it has."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return 0
+    longest = max(map(len, labels)) * _LETTER + _KEY
+    columns = max(1, min(len(labels), int(0.9 * width / longest)))
+    # What stands between the axis and the legend: ticks with their labels, and the axis's label.
+    ticks = [text.get_text() for text in axes.get_xticklabels()] if panel.x.labels else []
+    turned = ticks and axes.get_xticklabels()[0].get_rotation()
+    size = mpl.rcParams["font.size"]
+    tall = 0.72 * size * max(map(len, ticks)) if turned else 1.2 * size
+    below = 11 + tall + 1.3 * size * (1 + axes.get_xlabel().count("\n"))
+    figure = figure_of([axes])
+    place = axes.transAxes + ScaledTranslation(0, -below / 72, figure.dpi_scale_trans)
+    where: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": place}
+    axes.legend(handles, labels, fontsize=_SMALL, ncols=columns, borderaxespad=0, borderpad=0, **where)
+    return -(-len(labels) // columns)
+
+
+def _inside(panel: Panel, axes: Axes, at: Any = "best") -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 1 + len(handles) // 7 if panel.legend else 1
-        axes.legend(handles, labels, title=panel.legend, fontsize=9, loc=at, ncols=columns)
+        axes.legend(handles, labels, title=panel.legend, fontsize=_SMALL, loc=at, ncols=columns)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

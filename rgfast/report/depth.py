@@ -98,9 +98,9 @@ def plot_heat_map(
 ) -> Figure:
     """The figure of a measure by layer and position, a panel per view (and ξ, of a reproduction).
 
-    Of a reproduction it is the effective rank of the trained stacks, the mean over seeds, all panels on one
-    scale; of a probe any rank or drift, and each panel on its own. Undefined cells are blank. For ``source``,
-    ``chain``, ``views`` and ``ax``, and what is raised, see :func:`plot_order_parameter`.
+    All panels are on one scale, and undefined cells are blank. Of a reproduction it is the effective rank of
+    the trained stacks, the mean over seeds; of a probe any rank or drift. For ``source``, ``chain``,
+    ``views`` and ``ax``, and what is raised, see :func:`plot_order_parameter`.
     """
     found = load(source)
     if isinstance(found, ProbeResult):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from rgfast.flow import descent
+from rgfast.flow.answers import spread
 from rgfast.report.extract import Array, by_seed, mean_of, rank_by_position, sorted_xi
 from rgfast.report.palette import CONTROL, CONTROLS, VIEW_MARKERS, xi_colours
 from rgfast.report.parts import component_axis, fit_series, layer_axis, spectrum_series, transition_axis
@@ -27,12 +29,20 @@ __all__ = [
 ]
 
 VIEWS = ("visible", "masked")
-_WORDS = {"visible": "visible rows: what the stack forgets", "masked": "masked rows: what it infers"}
+_WORDS = {
+    "visible": "visible rows: what the stack forgets",
+    "masked": "masked rows: what it infers",
+    "position": "all rows at each position",
+}
 _PROCESSES = {"visible": "own token (visible rows)", "masked": "Bayes posterior (masked rows)"}
 
 
 def _seeds(result: xr.Dataset) -> str:
     return f"{result.sizes['seed']} seed{'s' if result.sizes['seed'] > 1 else ''}"
+
+
+def _setup(result: xr.Dataset, chain: str) -> str:
+    return f"{chain} chain, {result.sizes['layer'] - 1} blocks"
 
 
 def _note(result: xr.Dataset, view: str) -> str:
@@ -75,26 +85,27 @@ def rank_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) -> 
             ratios = np.array([[descent(values).ratio] for values in curves if values.size > 1])
             note = f"R = {mean_of(ratios)[0]:.2f}" if ratios.size else ""
             series.append(_of_seeds(result, f"ξ = {xi:g}", x, curves, colors[xi], view, note=note))
-        for stage, (dash, words) in CONTROLS.items():
+        for stage, (color, dash, marker, words) in CONTROLS.items():
             if stage in result.stage.values:
                 run = {"chain": chain, "xi": xis[0], "stage": stage, "view": view}
                 x, curves = by_seed(result, "effective_rank", **run)
-                style = {"dash": dash, "width": 1.4, "marker": "."}
+                style = {"dash": dash, "width": 1.4, "marker": marker, "size": 2.5}
                 name = f"{words} (ξ = {xis[0]:g})"
-                series.append(_of_seeds(result, name, x, curves, CONTROL, view, **style))
+                series.append(_of_seeds(result, name, x, curves, color, view, **style))
         if "effective_rank_baseline" in result:
             rules = [Rule("isotropic, same n", float(result.effective_rank_baseline.sel(view=view)), ":")]
         y, note = Axis("effective rank", "effective rank (dimensions)", low=0), _note(result, view)
-        panels.append(Panel(_layers(result), y, _WORDS[view], tuple(series), tuple(rules), note=note))
+        panels.append(
+            Panel(_layers(result), y, _WORDS.get(view, view), tuple(series), tuple(rules), note=note)
+        )
     return Chart(
         "Effective rank by depth",
         "Lines are means over seeds, points the seeds. Grey: stacks with nothing to learn, trained as long.",
         tuple(panels),
-        heading=f"{chain} chain: effective rank of the residual stream, mean over positions",
+        heading=f"{_setup(result, chain)}: effective rank of the residual stream, mean over positions",
         columns=2,
         size=(5, 4.2),
         shared="y",
-        legend_at="lower left",
     )
 
 
@@ -134,7 +145,7 @@ def heat_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) -> 
         title="Effective rank by layer and position",
         caption="An even row means that positions agree, and that the mean over them hides nothing. Masked "
         "rows are constant at the input and have no rank there.",
-        heading=f"{chain} chain: effective rank by layer and position",
+        heading=f"{_setup(result, chain)}: effective rank by layer and position",
         size=(5, 3.1),
         one_bar=True,
     )
@@ -160,11 +171,10 @@ def drift_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) ->
         "Kernel drift by transition",
         "How far each block moves the representation, with the two descriptions that finding (iii) compares.",
         tuple(panels),
-        heading=f"{chain} chain: where the representation still moves",
+        heading=f"{_setup(result, chain)}: where the representation still moves",
         columns=2,
         size=(5, 4.4),
         shared="y",
-        legend_at="lower left",
     )
 
 
@@ -189,18 +199,38 @@ def survival_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS)
                     style["facts"] = (*_facts(result, view), f"|λ| = {modulus:.3g}")
                 color, x = colors[xi] if trained else CONTROL, np.arange(result.sizes["layer"], dtype=float)
                 values = part.transpose("seed", "layer").values
+                style["note"] = f"ends at {mean_of(values)[-1]:.2f}"
                 series.append(_of_seeds(result, f"{run}, {which} mode", x, values, color, view, **style))
         y, note = Axis("R²", "held-out linear R²", low=-0.08, high=1.05), _note(result, view)
         panels.append(Panel(_layers(result), y, _PROCESSES[view], tuple(series), (Rule("", 0.0),), note=note))
     return Chart(
         "Mode survival",
-        "What a linear map still reads of the chain's slowest and fastest eigenspace.",
+        "What a linear map still reads of the chain's slowest and fastest eigenspace. "
+        f"{_ends(result, chain)}",
         tuple(panels),
-        heading=f"{chain} chain: which modes each layer still holds",
+        heading=f"{_setup(result, chain)}: which modes each layer still holds",
         columns=2,
         size=(5, 4.2),
         shared="y",
-        legend="below",
+    )
+
+
+def _ends(result: xr.Dataset, chain: str) -> str:
+    """What is left of the own token's slowest mode in the last layer, and what that number belongs to."""
+    told = []
+    for xi in sorted_xi(result) if "visible" in result.process.values else ():
+        part = result.survival.sel(chain=chain, xi=xi, stage="trained", process="visible").isel(layer=-1)
+        slow = part.dropna("mode", how="all")
+        if slow.sizes["mode"]:
+            told.append(f"{spread(slow.isel(mode=0).values)} at ξ = {xi:g}")
+    if not told:
+        return ""
+    steps = json.loads(result.attrs.get("config", "{}")).get("training", {}).get("steps")
+    trained = f", {steps} training steps" if steps else ""
+    return (
+        f"Of the own token's slowest mode the last layer keeps {', '.join(told)}. These numbers belong to "
+        f"this run ({result.sizes['layer'] - 1} blocks{trained}, {_seeds(result)}) and differ between "
+        "presets and seeds; README and documentation show the preset full (8 blocks)."
     )
 
 
@@ -235,7 +265,7 @@ def training_chart(result: xr.Dataset, chain: str) -> Chart:
         "Training",
         "Dashed: the best possible loss, that of the exact Bayes posterior.",
         (left, right),
-        heading=f"{chain} chain: training",
+        heading=f"{_setup(result, chain)}: training",
         columns=2,
         size=(5, 4),
     )
@@ -258,7 +288,7 @@ def cka_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) -> C
         draw,
         title="CKA between layers",
         caption="Debiased linear CKA; 1 is the same representation up to rotation and scale.",
-        heading=f"{chain} chain: CKA between layers",
+        heading=f"{_setup(result, chain)}: CKA between layers",
         size=(4.6, 3.5),
         one_bar=True,
     )
@@ -281,9 +311,9 @@ def spectra_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS) 
         draw,
         title="Singular values by depth",
         caption="Darker is nearer to the input. Values below 1e-6 of the largest are rounding and left out.",
-        heading=f"{chain} chain: singular values by depth, mean over positions",
+        heading=f"{_setup(result, chain)}: singular values by depth, mean over positions",
         size=(4.6, 3.5),
-        legend="first",
+        legend="right",
     )
 
 

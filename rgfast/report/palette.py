@@ -30,15 +30,15 @@ __all__ = [
     "xi_colours",
 ]
 
-CONTROL, LIGHT, MARKED = "#777777", "#BBBBBB", "#AA3377"
+CONTROL, DARK, LIGHT, MARKED = "#777777", "#404040", "#BBBBBB", "#AA3377"
 POSTERIOR = "#44AA99"
 MODE_COLOURS = ("#117733", "#88CC88")  # slow and fast modes of the own token, on visible rows
 BASELINE: Any = (0, (1, 2))
 HEAT = "viridis"
-# Stages that are compared with, their dash and their words.
+# Stages that are compared with: color, dash, marker of their seeds, and words.
 CONTROLS = {
-    "control_iid": ("--", "trained on i.i.d. tokens"),
-    "control_permuted": (":", "trained on permuted targets"),
+    "control_iid": (CONTROL, "--", "^", "trained on i.i.d. tokens"),
+    "control_permuted": (DARK, "-.", "D", "trained on permuted targets"),
 }
 VIEW_COLOURS = {
     "visible": "#009E73",

@@ -110,23 +110,27 @@ def _layers(result: ProbeResult) -> Axis:
 
 
 def heat_chart(result: ProbeResult, measure: str, views: Sequence[str]) -> Chart:
-    """A rank by layer, or a drift by transition, and position, a panel per view.
+    """A rank by layer, or a drift by transition, and position, a panel per view, all on one scale.
 
     Undefined and constant cells are blank.
     """
-    panels = []
+    drawn, panels = {}, []
     for view in views:
         values = result.by_position(measure, view)
         along = str(values.dims[0])
         grid = np.asarray(values.transpose(along, "position").values)
         # A layer that is constant (masked rows at the input) would set the scale.
-        cells = np.where(grid > 0, grid, np.nan)
+        drawn[view] = np.where(grid > 0, grid, np.nan), along, values
+    good = np.concatenate([cells[np.isfinite(cells)] for cells, *_ in drawn.values()])
+    limits = (float(good.min()), float(good.max())) if good.size else None
+    for view, (cells, along, values) in drawn.items():
         axes: dict[str, Any] = {"x": ("position", values.position.values), "y": (along, values[along].values)}
         axes |= {"title": plain(view), "note": _count(result, view)}
         counts = result.variable("n", view).values
-        panels.append(heat_panel(cells, name=MEASURES[measure].label, counts=counts, **axes))
+        name = MEASURES[measure].label
+        panels.append(heat_panel(cells, name=name, counts=counts, limits=limits, **axes))
     caption = "An even row means that positions agree, and that the mean over them hides nothing."
-    return Chart(f"{_titled(measure)} by layer and position", caption, tuple(panels))
+    return Chart(f"{_titled(measure)} by layer and position", caption, tuple(panels), one_bar=True)
 
 
 def drift_chart(result: ProbeResult, measure: str, views: Sequence[str], *, fits: bool = True) -> Chart:
@@ -158,7 +162,7 @@ def cka_chart(result: ProbeResult, measure: str, views: Sequence[str]) -> Chart:
     caption = (
         "1 is the same representation up to rotation and scale. Pairs that were not asked for are blank."
     )
-    return Chart("CKA between layers", caption, tuple(panels), size=(4.6, 3.8))
+    return Chart("CKA between layers", caption, tuple(panels), size=(4.6, 3.8), one_bar=True)
 
 
 def spectra_chart(result: ProbeResult, views: Sequence[str]) -> Chart:
@@ -172,7 +176,7 @@ def spectra_chart(result: ProbeResult, views: Sequence[str]) -> Chart:
         series, note = spectrum_series(mean, _facts(result, view)), _count(result, view)
         panels.append(Panel(component_axis(), y, plain(view), series, note=note, legend="layer"))
     caption = "Darker is nearer to the input. Values below 1e-6 of the largest are rounding and left out."
-    return Chart("Singular values by depth", caption, tuple(panels))
+    return Chart("Singular values by depth", caption, tuple(panels), shared="xy", legend="right")
 
 
 def target_chart(result: ProbeResult, views: Sequence[str]) -> Chart:
@@ -208,7 +212,8 @@ def _relative_chart(result: ProbeResult, ranks: Sequence[str], views: Sequence[s
             series.append(Series(MEASURES[measure].label, x, y, colors[measure], facts=_facts(result, view)))
         axis = Axis("over the first layer", "rank over the first layer's", low=0)
         panels.append(Panel(_layers(result), axis, plain(view), tuple(series)))
-    return Chart("Every rank, over its first layer", "Do they tell the same story?", tuple(panels))
+    caption = "Do they tell the same story?"
+    return Chart("Every rank, over its first layer", caption, tuple(panels), shared="y")
 
 
 def probe_charts(result: ProbeResult) -> list[Chart]:

@@ -114,9 +114,9 @@ class Panel:
 class Chart:
     """A figure. ``title`` and ``caption`` stand over it on a page, ``heading`` over it in a file.
 
-    The rest lays out a file: ``size`` of a panel in inches, axes that are ``shared`` (``"y"``, ``"xy"``), one
-    color bar or one each, and ``legend``: ``"each"`` panel, ``"first"``, ``"below"``, ``"right"`` or
-    ``"none"``.
+    Panels have the axes in common that are ``shared`` (``"y"``, ``"xy"``). The rest lays out a file: ``size``
+    of a panel in inches, one color bar or one each, and ``legend``: one under ``"each"`` panel, one for all
+    to the ``"right"``, or ``"none"``.
     """
 
     title: str
@@ -128,7 +128,6 @@ class Chart:
     shared: str = ""
     one_bar: bool = False
     legend: str = "each"
-    legend_at: str = "best"
 
 
 def heat_panel(

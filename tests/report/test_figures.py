@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 import rgfast
 from rgfast.flow import drift_shape
 from rgfast.report import figures
+from rgfast.report.experiment_charts import experiment_charts
 from rgfast.report.figures import (
     plot_cka,
     plot_drift,
@@ -133,8 +134,26 @@ def test_survival_draws_the_slowest_and_the_fastest_mode(result):
         np.testing.assert_allclose(slow.get_ydata(), values[0, 1, :, 0, k, 0].mean(0))
         dashed = [line for line in lines(axes, COLOURS[7.0]) if line.get_linestyle() == "--"]
         np.testing.assert_allclose(dashed[0].get_ydata(), values[0, 1, :, 0, k, 1].mean(0))
-    told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "i.i.d. control (ξ = 1), fastest mode" in told
+    mean = values[0, 0, :, 1, 0, 1, -1].mean()
+    assert f"i.i.d. control (ξ = 1), fastest mode  (ends at {mean:.2f})" in labels(figure.axes[0])
+
+
+def test_the_caption_of_survival_says_what_its_numbers_belong_to(finished):
+    (chart,) = (c for c in experiment_charts(finished.dataset, "two-scale") if c.title == "Mode survival")
+    kept = finished.dataset.survival.sel(
+        chain="two-scale", xi=7.0, stage="trained", process="visible", mode=0
+    )
+    last = kept.isel(layer=-1).values
+    told = f"{last.mean():.2f} ({last.min():.2f} to {last.max():.2f}) at ξ = 7"
+    assert told in chart.caption
+    assert "this run (5 blocks, 60 training steps, 2 seeds)" in chart.caption
+
+
+def test_controls_differ_in_color_dash_and_marker():
+    colors, dashes, markers, words = zip(*CONTROLS.values(), strict=True)
+    assert all(len(set(each)) == len(CONTROLS) for each in (dashes, markers, words))
+    one, other = (np.array(mpl.colors.to_rgb(color)) for color in colors)
+    assert np.linalg.norm(one - other) > 0.3
 
 
 def test_the_heat_map_has_every_layer_and_position(finished):

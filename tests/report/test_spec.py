@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rgfast.report.canvas import draw_chart
 from rgfast.report.experiment_charts import experiment_charts
+from rgfast.report.parts import transition_axis
 from rgfast.report.probe_charts import probe_charts
 from rgfast.report.spec import Axis, Chart, Panel, Rule, Series, as_json, heat_panel
 
@@ -140,10 +142,55 @@ def test_a_file_and_a_page_show_the_same_numbers(finished, probed):
         plt.close("all")
 
 
-@pytest.mark.parametrize("legend", ["each", "first", "below", "right", "none"])
+@pytest.mark.parametrize("legend", ["each", "right", "none"])
 def test_a_legend_is_where_the_chart_has_it(legend):
     series = Series("a", X, X, "ink")
     figure = draw_chart(chart(panel(series), panel(series), legend=legend))
     own = [axes.get_legend() is not None for axes in figure.axes]
-    expected = {"each": [True, True], "first": [True, False]}.get(legend, [False, False])
-    assert (own, len(figure.legends)) == (expected, int(legend in ("below", "right")))
+    assert (own, len(figure.legends)) == ([legend == "each"] * 2, int(legend == "right"))
+
+
+def boxes(figure):
+    """Draws the figure; the boxes of titles, of labels and ticks below the axes, and of legends, by axes."""
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    shown = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    titles = [axes.title.get_window_extent(renderer) for axes in shown]
+    below = [axes.xaxis.get_tightbbox(renderer) for axes in shown]
+    legends = [axes.get_legend() and axes.get_legend().get_window_extent(renderer) for axes in shown]
+    return shown, titles, below, legends
+
+
+def test_neither_titles_nor_legends_of_a_file_cover_anything(finished, probed):
+    for one in charts_of(finished, probed):
+        figure = draw_chart(one)
+        FigureCanvasAgg(figure)
+        shown, titles, below, legends = boxes(figure)
+        whole = [axes.bbox for axes in shown]
+        for k, title in enumerate(titles):
+            if one.panels[k].title:
+                assert not any(title.overlaps(other) for other in titles[:k])
+                assert not any(title.overlaps(box) for box in whole), one.title
+        for own in filter(None, legends + [each.get_window_extent() for each in figure.legends]):
+            assert not any(own.overlaps(box) for box in [*whole, *filter(None, below)]), one.title
+            assert figure.bbox.x0 <= own.x0 < own.x1 <= figure.bbox.x1, one.title
+            assert figure.bbox.y0 <= own.y0 < own.y1 <= figure.bbox.y1, one.title
+        plt.close("all")
+
+
+@pytest.mark.parametrize("layers", [4, 40])
+def test_a_legend_lies_under_turned_labels_too(layers):
+    drift = Series("drift of a view with a long name", np.arange(float(layers)), np.ones(layers), "ink")
+    axis = transition_axis(layers)
+    figure = draw_chart(chart(Panel(axis, VALUE, series=(drift,), note="n = 100 rows per position, 3 seeds")))
+    FigureCanvasAgg(figure)
+    (axes,), _, (below,), (legend,) = boxes(figure)
+    assert bool(axes.get_xticklabels()[0].get_rotation()) == (layers == 40)
+    assert not legend.overlaps(below)
+    assert legend.y0 >= figure.bbox.y0
+
+
+def test_a_panel_in_the_last_row_has_tick_labels_if_the_row_is_short():
+    panels = [panel(Series("a", X, X + k, "ink")) for k in range(3)]
+    axes = draw_chart(chart(*panels, columns=2, shared="xy")).axes
+    assert [one.xaxis.get_tick_params()["labelbottom"] for one in axes] == [False, True, True]
