@@ -91,7 +91,8 @@ def draw_chart(chart: Chart, ax: Canvas = None) -> Figure:
                 one.set_xlabel("")
             else:  # a short last row leaves panels of the row above at the bottom
                 one.tick_params(labelbottom=True)
-        if ax is None and "y" in chart.shared and k % chart.columns:
+        same = panel.y == panels[k - k % chart.columns].y
+        if ax is None and "y" in chart.shared and k % chart.columns and same:
             one.set_ylabel("")
     figure = figure_of(axes)
     bars = [(picture, one, panel.heat) for picture, one, panel in zip(pictures, axes, panels, strict=True)]

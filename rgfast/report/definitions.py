@@ -8,7 +8,7 @@ from typing import Any
 
 from rgfast.flow import Check, Interval, Thresholds, paired_interval
 
-__all__ = ["HINT", "TERMS", "definition", "interval_text", "missed", "number", "numbers_of"]
+__all__ = ["HINT", "PROBE_TERMS", "TERMS", "definition", "interval_text", "missed", "number", "numbers_of"]
 
 _BARS = Thresholds()
 
@@ -37,6 +37,23 @@ TERMS = (
                          "permuted across the "
      "batch (control_permuted): the same start, nothing to learn but frequencies"),
 )  # fmt: skip
+
+PROBE_TERMS = (
+    (
+        "effective rank",
+        "exp of the entropy of the normalized singular values (Roy and Vetterli 2007) of a layer's rows, "
+        "centered over samples: 1 for rows on a line, the width for rows that vary alike in all directions",
+    ),
+    ("R", "effective rank of the last layer over that of the first that has one"),
+    ("view", "which rows a value is of (below); n is how many, at each position where there are positions"),
+    (
+        "kernel drift",
+        "1 − linear CKA between neighboring layers: 0 if a block only rotates and scales the rows",
+    ),
+    ("transition", "the step from a layer to the next"),
+    ("isotropic, same n", "what Gaussian rows of the same number and width, alike in all directions, give"),
+    ("±", "one jackknife standard error over groups of sequences; none without groups"),
+)
 
 _FALL = (
     f"As stated: R ≤ {_BARS.short_ratio:g} for every seed, and no upward step of the mean curve beyond "

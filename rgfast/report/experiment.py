@@ -4,44 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from rgfast.flow import Check, Interval, descent, paired_interval
-from rgfast.report.definitions import TERMS, definition, interval_text, missed, number, numbers_of
-from rgfast.report.experiment_charts import experiment_charts
-from rgfast.report.extract import by_seed, sorted_xi
+from rgfast.flow import Check, Interval, paired_interval
+from rgfast.report.definitions import HINT, TERMS, definition, interval_text, missed, number, numbers_of
+from rgfast.report.experiment_charts import experiment_charts, rank_chart
+from rgfast.report.extract import ratios_of, sorted_xi
 from rgfast.report.markup import Markup, bullets, join, table, tag
+from rgfast.report.openings import deciding_view, opening_of_run, terms_table, verdict_badge
 from rgfast.report.page import Page, as_rows
 from rgfast.report.sources import Experiment
+from rgfast.report.spec import Chart
 
-__all__ = ["experiment_page", "verdict_badge"]
+__all__ = ["experiment_page"]
 
-_MARKS = {"reproduced": "good", "valid": "good", "supported": "good", "partial": "part", "undecided": "part"}
-_MARKS |= {"not reproduced": "bad", "undertrained": "bad", "refuted": "bad", "not supported": "bad"}
 _RANKS = ("effective_rank", "effective_rank_variance", "participation_ratio", "stable_rank")
-
-
-def verdict_badge(status: str) -> Markup:
-    """The word of a verdict with its mark; colour says nothing that the word does not."""
-    return tag("span", status, class_=f"verdict {_MARKS.get(status, '')}".strip())
 
 
 def experiment_page(source: Experiment) -> Page:
     """The whole page of a reproduction."""
-    data = source.dataset
+    data, verdicts = source.dataset, source.verdicts
     chains, xis = [str(chain) for chain in data.chain.values], sorted_xi(data)
     seeds = [int(seed) for seed in data.seed.values]
-    lead = (
+    page = Page("rgfast: reproduction report", *opening_of_run(data, verdicts, source.setup))
+    several = len(chains) > 1
+    for chain in chains:
+        page.chart(_first_chart(data, chain, several=several))
+    page.add(tag("p", HINT, class_="faint"))
+    setup = (
         f"Chain {', '.join(chains)}; ξ = {', '.join(f'{xi:g}' for xi in xis)}; seeds "
         f"{', '.join(map(str, seeds))}; {data.sizes['layer']} layers. Masked-token stacks on Markov chains, "
         "probed at every layer and position (the experiment of arXiv 2606.10324)."
     )
-    page = Page("rgfast: reproduction report", lead)
-    if source.setup:
-        page.add(tag("p", f"Every verdict holds {source.setup}."))
+    page.add(tag("p", setup, class_="faint"))
+    page.heading("Terms")
+    page.add(terms_table(TERMS))
     if source.rejudged:
         words = "verdict.json is that of rgfast 0.1; the findings below are judged anew from result.nc."
         page.add(tag("p", words))
@@ -52,20 +53,24 @@ def experiment_page(source: Experiment) -> Page:
         else "mean [95% paired t-interval over seeds]"
     )
     for chain in chains:
-        name = "" if len(chains) == 1 else f", {chain}"
+        name = f", {chain}" if several else ""
         page.heading(f"Verdicts{name}")
-        page.add(_verdicts(source.verdicts.get(chain, []), f"Numbers: {told}."))
+        page.add(_verdicts(verdicts.get(chain, []), f"Numbers: {told}."))
         page.heading(f"Robustness{name}")
         page.add(_controls(data, chain, told), _views(data, chain, told), _seeds(data, chain))
         page.charts(f"Figures{name}", experiment_charts(data, chain))
-    page.heading("Terms")
-    page.add(table(("term", "meaning"), TERMS, words=(1,)))
     page.heading("Configuration")
     page.add(as_rows(source.config) if source.config else tag("p", "The result holds none."))
     page.heading("Provenance")
     origin: dict[str, Any] = {"format": data.attrs.get("format", "unknown"), **source.versions}
     page.add(as_rows(origin))
     return page
+
+
+def _first_chart(data: xr.Dataset, chain: str, *, several: bool) -> Chart:
+    """The picture of the first screen: the effective rank by layer in the view that decides."""
+    title = f"Does the effective rank fall with depth?{f' ({chain})' if several else ''}"
+    return replace(rank_chart(data, chain, [deciding_view(data)]), title=title)
 
 
 def _verdicts(verdicts: Sequence[dict[str, Any]], caption: str) -> Markup:
@@ -115,11 +120,6 @@ def _float(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _ratios(data: xr.Dataset, measure: str, chain: str, xi: float, stage: str, view: str) -> list[float]:
-    _, curves = by_seed(data, measure, chain=chain, xi=xi, stage=stage, view=view)
-    return [descent(curve).ratio if curve.size > 1 else math.nan for curve in curves]
-
-
 def _told(values: Sequence[float]) -> str:
     good = [value for value in values if math.isfinite(value)]
     found = paired_interval(good) if good else Interval(math.nan, math.nan, math.nan, 0)
@@ -130,7 +130,7 @@ def _controls(data: xr.Dataset, chain: str, told: str) -> Markup:
     rows = []
     for stage in (str(name) for name in data.stage.values):
         for view in ("visible", "masked"):
-            cells = [_told(_ratios(data, "effective_rank", chain, xi, stage, view)) for xi in sorted_xi(data)]
+            cells = [_told(ratios_of(data, chain, xi, stage, view)) for xi in sorted_xi(data)]
             rows.append((stage, view, *cells))
     heads = ("stage", "rows", *(f"R at ξ = {xi:g}" for xi in sorted_xi(data)))
     return table(heads, rows, caption=f"Controls: R of the effective rank, {told}; masked rows from layer 1.")
@@ -140,7 +140,7 @@ def _views(data: xr.Dataset, chain: str, told: str) -> Markup:
     xis, rows = sorted_xi(data), []
     for measure in (name for name in _RANKS if name in data):
         for view in (str(name) for name in data.view.values):
-            each = [_ratios(data, measure, chain, xi, "trained", view) for xi in xis]
+            each = [ratios_of(data, chain, xi, "trained", view, measure) for xi in xis]
             limited = "sample_limited" in data and bool(data.sample_limited.sel(view=view))
             cells = [_told(values) for values in each]
             if len(xis) > 1:
@@ -169,10 +169,7 @@ def _seeds(data: xr.Dataset, chain: str) -> Markup:
         row: list[object] = [seed]
         for xi in sorted_xi(data):
             row.append(number(float(captured.sel(xi=xi))))
-            row += [
-                number(_ratios(own, "effective_rank", chain, xi, "trained", view)[0])
-                for view in ("visible", "masked")
-            ]
+            row += [number(ratios_of(own, chain, xi, "trained", view)[0]) for view in ("visible", "masked")]
         rows.append(row)
     heads = ["seed"]
     for xi in sorted_xi(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "observer_grid",
     "rank_by_position",
     "ratio_table",
+    "ratios_of",
     "sorted_xi",
 ]
 
@@ -85,6 +87,14 @@ def by_seed(
     ]
     first = FIRST_LAYER.get(view, 0)
     return np.arange(first, first + curves[0].size, dtype=float), np.stack(curves)
+
+
+def ratios_of(
+    result: xr.Dataset, chain: str, xi: float, stage: str, view: str, measure: str = "effective_rank"
+) -> list[float]:
+    """R of ``measure`` by seed: the last layer over the first meaningful one, NaN where there is no such."""
+    _, curves = by_seed(result, measure, chain=chain, xi=xi, stage=stage, view=view)
+    return [descent(each).ratio if each.size > 1 else math.nan for each in curves]
 
 
 def mean_of(curves: Array) -> Array:

@@ -49,8 +49,10 @@ def table(
     words: Iterable[int] = (),
     stack: bool = False,
 ) -> Markup:
-    """A table that scrolls sideways by itself. Columns ``words`` wrap; ``stack``: one cell per line on a "
-    "phone."""
+    """A table that scrolls sideways by itself, and says so where it is wider than the page.
+
+    Columns ``words`` wrap; ``stack``: one cell per line on a phone.
+    """
     wide = set(words)
 
     def cell(k: int, content: object) -> Markup:
@@ -63,4 +65,6 @@ def table(
     whole = tag("table", head, body, **({"class_": "stack"} if stack else {}))
     above = tag("p", caption, class_="caption") if caption else ""
     label = str(caption) or ", ".join(str(each) for each in heads)
-    return join((above, tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)))
+    hint = tag("p", "This table scrolls sideways →", class_="hint", hidden="")
+    scroll = tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
+    return join((above, hint, scroll))

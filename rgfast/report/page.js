@@ -23,7 +23,14 @@
   }
 
   const known = (value) => typeof value === "number";
-  const paint = (color) => (color === "ink" ? "currentColor" : color);
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+
+  // Ink follows the page, and so does a dark grey, which a dark page would swallow.
+  function paint(color) {
+    if (color === "ink") return "currentColor";
+    const [, grey] = /^#([0-5].)\1\1$/.exec(color) ?? [];
+    return dark && grey ? `#${(255 - parseInt(grey, 16)).toString(16).repeat(3)}` : color;
+  }
 
   function shown(value) {
     if (!known(value)) return "undefined";
@@ -219,24 +226,34 @@
     });
   }
 
-  function drawPanel(panel, box, hidden) {
+  // What a panel of a figure shows now: its series and rules, and the values on each axis.
+  function contents(panel, hidden) {
+    const series = (panel.series ?? []).filter((each) => !hidden.has(each.group ?? each.name));
+    const rules = (panel.rules ?? []).filter((each) => !hidden.has(each.name));
+    const points = series.flatMap((each) => each.points);
+    const y = points.flatMap((p) => [p[1], p[2], p[3]]).concat(rules.map((rule) => rule.y));
+    return { series, rules, x: points.map((p) => p[0]), y };
+  }
+
+  function drawPanel(panel, box, hidden, figure) {
     const width = Math.max(220, box.clientWidth);
     const rows = panel.heat?.values.length ?? 0;
     const height = panel.heat ? Math.min(440, Math.max(150, 22 * rows + 70)) : width < 420 ? 260 : 300;
-    const own = panel.y.labels ? Math.max(...panel.y.labels.map((label) => label.length)) * 7 + 12 : 0;
-    const frame = { left: Math.max(52, own), right: width - (panel.heat ? 66 : 12), top: 24, bottom: height - 42 };
+    const names = panel.y.labels ? Math.max(...panel.y.labels.map((label) => label.length)) * 7 + 12 : 0;
+    const frame = { left: Math.max(52, names), right: width - (panel.heat ? 66 : 12), top: 24, bottom: height - 42 };
     box.replaceChildren();
     const svg = add(box, "svg", { width, height, viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img" });
     const what = `${panel.title ?? ""} ${panel.y.label} by ${panel.x.label}`;
     svg.setAttribute("aria-label", `${what}. Arrow keys step through the values.`);
-    const series = (panel.series ?? []).filter((each) => !hidden.has(each.group ?? each.name));
-    const rules = (panel.rules ?? []).filter((each) => !hidden.has(each.name));
-    const points = series.flatMap((each) => each.points);
-    const heights = points.flatMap((p) => [p[1], p[2], p[3]]).concat(rules.map((rule) => rule.y));
-    const x = scale(panel.x, points.map((p) => p[0]), frame.left, frame.right, true);
-    const y = scale(panel.y, heights, frame.bottom, frame.top, false);
+    const own = contents(panel, hidden);
+    const { series, rules } = own;
+    // On an axis that panels share, each has room for the values of all.
+    const all = figure.panels.map((each) => contents(each, hidden));
+    const on = (axis) => (figure.shared.includes(axis) ? all.flatMap((each) => each[axis]) : own[axis]);
+    const x = scale(panel.x, on("x"), frame.left, frame.right, true);
+    const y = scale(panel.y, on("y"), frame.bottom, frame.top, false);
     add(svg, "text", { x: 4, y: 13, class: "label" }, `↑ ${panel.y.label}`);
-    if (!x || !y) {
+    if (!x || !y || !(panel.heat || own.y.some(known))) {
       add(svg, "text", { x: width / 2, y: height / 2, class: "label middle" }, "nothing to draw: no defined value");
       return;
     }
@@ -282,7 +299,7 @@
       if (panel.title) put(holder, "p", "title", panel.title);
       return put(holder, "div", "box");
     });
-    const redraw = () => figure.panels.forEach((panel, k) => drawPanel(panel, boxes[k], hidden));
+    const redraw = () => figure.panels.forEach((panel, k) => drawPanel(panel, boxes[k], hidden, figure));
     const entries = new Map();
     for (const panel of figure.panels) {
       for (const each of [...(panel.series ?? []), ...(panel.rules ?? [])]) {
@@ -310,6 +327,14 @@
     };
     fit();
     window.addEventListener("resize", () => requestAnimationFrame(fit));
+  }
+  // A table that is wider than the page says that it scrolls; one in a folded block, when it is opened.
+  for (const region of document.querySelectorAll(".scroll")) {
+    const fit = () => {
+      region.previousElementSibling.hidden = region.scrollWidth <= region.clientWidth;
+    };
+    fit();
+    new ResizeObserver(fit).observe(region);
   }
   document.documentElement.dataset.figures = String(figures.length);
 })();

@@ -19,11 +19,14 @@ __all__ = ["Page", "as_rows"]
 
 
 class Page:
-    """A page that grows by sections and figures; :meth:`render` gives its HTML."""
+    """A page that grows by sections and figures; :meth:`render` gives its HTML.
 
-    def __init__(self, title: str, lead: object) -> None:
+    It starts with the ``title`` and a paragraph for each part of the ``lead``.
+    """
+
+    def __init__(self, title: str, *lead: object) -> None:
         self.title = title
-        self._parts: list[Markup] = [tag("h1", title), tag("p", lead, class_="lead")]
+        self._parts: list[Markup] = [tag("h1", title), *(tag("p", each, class_="lead") for each in lead)]
         self._figures: list[dict[str, Any]] = []
 
     def heading(self, text: str, *, level: int = 2) -> None:
@@ -32,19 +35,23 @@ class Page:
     def add(self, *content: object) -> None:
         self._parts.append(join(content))
 
-    def figure(self, title: str, caption: object, panels: Sequence[dict[str, Any]]) -> None:
-        """An interactive figure; ``panels`` are what ``page.js`` reads."""
+    def figure(self, title: str, caption: object, panels: Sequence[dict[str, Any]], shared: str = "") -> None:
+        """An interactive figure; ``panels`` are what ``page.js`` reads, ``shared`` as in a chart."""
         name = f"figure-{len(self._figures)}"
-        self._figures.append({"id": name, "panels": list(panels)})
+        self._figures.append({"id": name, "panels": list(panels), "shared": shared})
         self._parts.append(tag("h3", title))
         self._parts.append(tag("figure", tag("figcaption", caption), tag("div", id=name), class_="chart"))
+
+    def chart(self, chart: Chart) -> None:
+        """An interactive figure with its title and caption."""
+        self.figure(chart.title, chart.caption, [as_json(panel) for panel in chart.panels], chart.shared)
 
     def charts(self, heading: str, charts: Iterable[Chart]) -> None:
         """A section of interactive figures with their titles and captions."""
         self.heading(heading)
         self.add(tag("p", HINT, class_="faint"))
         for chart in charts:
-            self.figure(chart.title, chart.caption, [as_json(panel) for panel in chart.panels])
+            self.chart(chart)
 
     def render(self) -> str:
         """The whole page. Its policy lets the browser run this script alone, and load nothing."""

@@ -8,9 +8,9 @@ import numpy as np
 
 from rgfast.flow.probed import FALL, ViewFlow
 from rgfast.probing.result import MEASURES, ProbeResult, named
-from rgfast.report.definitions import number
-from rgfast.report.experiment import verdict_badge
+from rgfast.report.definitions import HINT, PROBE_TERMS, number
 from rgfast.report.markup import Markup, bullets, join, table, tag
+from rgfast.report.openings import MEASURED, VIEW_WORDS, opening_of_probe, terms_table, verdict_badge
 from rgfast.report.page import Page, as_rows
 from rgfast.report.parts import count_text, plain
 from rgfast.report.probe_charts import probe_charts
@@ -30,20 +30,26 @@ _SETTLES = (
     "top-2 share stands beside what 95% of i.i.d. exponential drifts stay below."
 )
 _SAID = ("falls", "rises", "step + plateau", "geometric decay", "growing")
-_MEASURED = "effective rank and kernel drift of at least two layers"
 
 
 def probe_page(result: ProbeResult) -> Page:
     """The whole page of a probe."""
     data = result.dataset
-    head, *_ = repr(result).splitlines()
-    page = Page("rgfast: probe report", head.removeprefix("ProbeResult of "))
+    page = Page("rgfast: probe report", *opening_of_probe(result))
+    charts = probe_charts(result)
+    for first in charts[:1]:
+        page.chart(first)
+        page.add(tag("p", HINT, class_="faint"))
     page.add(bullets([f"note: {note}" for note in result.notes]))
+    page.heading("Terms")
+    views = [(plain(view), VIEW_WORDS[view]) for view in result.views]
+    page.add(terms_table([*PROBE_TERMS, *views]))
     page.heading("Findings")
     page.add(_findings(result))
     page.heading("Robustness")
     page.add(_robustness(result))
-    page.charts("Figures", probe_charts(result))
+    if charts[1:]:
+        page.charts("Figures", charts[1:])
     page.heading("Layers")
     layers = zip(data.layer.values, result.layers, data.width.values, strict=True)
     page.add(table(("layer", "name", "width"), ((int(k), name, int(width)) for k, name, width in layers)))
@@ -54,7 +60,7 @@ def probe_page(result: ProbeResult) -> Page:
 
 def _findings(result: ProbeResult) -> Markup:
     if not {"effective_rank", "kernel_drift"} <= set(result.measures) or len(result.layers) < 2:
-        return tag("p", f"Not measured: findings need {_MEASURED}.")
+        return tag("p", f"Not measured: findings need {MEASURED}.")
     flows = [result.flow(view) for view in result.views]
     grouped = int(result.dataset.attrs.get("groups", 1)) > 1
     error = "± is one jackknife standard error." if grouped else "No error bars: groups=G would give them."

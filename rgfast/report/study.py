@@ -10,8 +10,8 @@ import pandas as pd
 
 from rgfast.flow.relevance import CAPTURED
 from rgfast.report.definitions import number
-from rgfast.report.experiment import verdict_badge
 from rgfast.report.markup import Markup, join, table, tag
+from rgfast.report.openings import verdict_badge
 from rgfast.report.page import Page, as_rows
 from rgfast.report.sources import Study
 from rgfast.report.study_charts import multiverse_chart, observer_chart, ratio_chart, spacing_chart
@@ -63,6 +63,7 @@ def _multiverse(study: Study) -> Page:
         lead += " They come from one seed per set-up and say nothing about other seeds."
     page = Page("rgfast: multiverse report", lead)
     effects = [name for name, part in found.items() if isinstance(part, dict)]
+    page.charts("Specification curves", [multiverse_chart(study)])
     page.heading("Robustness")
     heads = ("effect", "bar", "reach it", "interval above 0", "median", "range", "default set-up")
     rows = [_effect(found[name], len(trained)) for name in effects]
@@ -72,7 +73,6 @@ def _multiverse(study: Study) -> Page:
     caption = "What each choice moves the effect by, against that of the default set-up."
     page.add(table(("effect", *options), moved, caption=caption))
     page.add(table(*_by_view(study.tables["views"]), caption="Views and rank definitions cost no training."))
-    page.charts("Specification curves", [multiverse_chart(study)])
     page.add(_whole(data, f"All {len(data)} set-ups"))
     return page
 
@@ -112,6 +112,7 @@ def _sweep(study: Study) -> Page:
         f"{CAPTURED:g})."
     )
     page = Page("rgfast: sweep report", lead)
+    page.charts("Figures", [ratio_chart(data, against) for against in ("xi", "log_posterior_rank")])
     if found:
         page.heading("Verdict")
         claim = (
@@ -137,7 +138,6 @@ def _sweep(study: Study) -> Page:
     cells = [(chain, f"{xi:g}", width, len(part), *_cell(part)) for (chain, xi, width), part in groups]
     names = ("chain", "ξ", "width", "seeds", "R visible", "R masked", "last layer, masked", "log-posterior")
     page.add(table(names, cells, caption="Every cell: means over trained seeds (smallest to largest)."))
-    page.charts("Figures", [ratio_chart(data, against) for against in ("xi", "log_posterior_rank")])
     page.add(_whole(data, f"All {len(data)} points"))
     return page
 
@@ -165,6 +165,7 @@ def _decimation(study: Study) -> Page:
         "demanded by the input."
     )
     page = Page("rgfast: decimation report", lead)
+    page.charts("Figures", [spacing_chart(study)])
     page.heading("Robustness")
     measures = list(dict.fromkeys(name for each in slopes.values() for name in each))
     rows = [
@@ -174,7 +175,6 @@ def _decimation(study: Study) -> Page:
         "Slope against ln k, with 95% t-intervals over seeds; difference: grid minus block, paired by seed."
     )
     page.add(table(("measure", *slopes), rows, caption=caption))
-    page.charts("Figures", [spacing_chart(study)])
     page.add(_whole(data, f"All {len(data)} rows"))
     return page
 
@@ -186,6 +186,7 @@ def _observer(study: Study) -> Page:
         "w. If depth is scale, the radius a layer is most like grows with it."
     )
     page = Page("rgfast: observer report", lead)
+    page.charts("Figures", [observer_chart(study)])
     page.heading("Robustness")
     records = [{str(key): value for key, value in row.items()} for row in slopes.to_dict("records")]
     rows = [(row["stage"], f"{row['xi']:g}", _interval(row), int(row["n"])) for row in records]
@@ -193,7 +194,6 @@ def _observer(study: Study) -> Page:
     page.add(table(("stage", "ξ", "slope per layer", "seeds"), rows, caption=caption))
     learnt = study.summary.get("captured", {})
     page.add(table(("run", "captured"), [(name, number(value)) for name, value in learnt.items()]))
-    page.charts("Figures", [observer_chart(study)])
     means = data.groupby(["stage", "xi", "layer", "radius"], sort=False).cka.mean().reset_index()
     page.add(_whole(means, "All means over seeds"))
     return page

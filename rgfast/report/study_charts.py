@@ -97,7 +97,8 @@ def ratio_chart(table: pd.DataFrame, against: str) -> Chart:
         ),
     }
     columns = len(responses)
-    return Chart(*captions[of_xi], tuple(panels), columns=columns, size=_SIZE[columns], legend="right")
+    layout: dict[str, Any] = {"columns": columns, "size": _SIZE[columns], "legend": "right"}
+    return Chart(*captions[of_xi], tuple(panels), shared="y" if of_xi else "", **layout)
 
 
 def _by_chain(table: pd.DataFrame, against: str, response: str) -> list[Series]:

@@ -82,14 +82,65 @@ def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages
     assert browser.run("[...document.querySelectorAll('.box svg')].every((s) => s.clientWidth <= innerWidth)")
 
 
+@pytest.mark.parametrize(("width", "height", "most"), [(1400, 900, 900), (PHONE, 844, 1100)])
+@pytest.mark.parametrize("name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer"])
+def test_the_first_figure_is_on_the_first_screen_or_just_below(browser, pages, name, width, height, most):
+    browser.open(pages[name], width, height)
+    top = "document.querySelector('#figure-0 .box svg').getBoundingClientRect().top"
+    assert browser.run(top) < most
+    first = "document.querySelector('table').getBoundingClientRect().top"
+    assert browser.run(first) > browser.run(top)
+
+
+@pytest.mark.parametrize("width", [1400, PHONE])
+@pytest.mark.parametrize("name", ["reproduction", "probe"])
+def test_a_table_that_is_too_wide_scrolls_and_says_so(browser, pages, name, width):
+    browser.open(pages[name], width)
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    browser.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
+    found = browser.run(
+        "[...document.querySelectorAll('table')].map((t) => { const box = t.parentElement;"
+        " box.scrollLeft = 9; const hint = box.previousElementSibling;"
+        " return [box.className, box.scrollWidth > box.clientWidth,"
+        " box.scrollLeft > 0, hint.offsetHeight > 0 && hint.textContent.includes('scrolls sideways')]; })"
+    )
+    assert all(box == "scroll" for box, *_ in found)
+    assert all(wide == moved == said for _, wide, moved, said in found)
+    assert any(wide for _, wide, *_ in found) or width != PHONE
+
+
+def test_paired_panels_have_one_scale(browser, pages):
+    ticks = (
+        "[...document.querySelectorAll('#figure-1 .box svg')].map((svg) =>"
+        " [...svg.querySelectorAll('.tick.end')].map((t) => [t.textContent, t.getAttribute('y')].join()))"
+    )
+    browser.open(pages["reproduction"], DESK)
+    left, right = browser.run(ticks)
+    assert left == right
+    assert len(left) > 2
+    # A point of the left panel lies as high as one of the same value at the right would.
+    browser.run("document.querySelector('#figure-1 .entry').click()")
+    left, right = browser.run(ticks)
+    assert left == right
+
+
+def test_a_dark_page_lightens_a_dark_grey(browser, pages):
+    greys = "document.querySelectorAll('#figure-0 [stroke=\"#{}\"]').length"
+    browser.open(pages["reproduction"], DESK)
+    assert browser.run(greys.format("404040")) > 0
+    browser.open(pages["reproduction"], DESK, dark=True)
+    assert browser.run(greys.format("404040")) == 0
+    assert browser.run(greys.format("bfbfbf")) > 0
+
+
 def test_hovering_a_mean_tells_layer_value_and_n(browser, pages, finished):
     browser.open(pages["reproduction"], DESK)
     data = finished.dataset.sel(chain="two-scale", stage="trained", xi=7.0, view="visible")
     layer = finished.dataset.sizes["layer"] - 1
     value = float(data.effective_rank.mean("seed")[layer])
     # With ξ = 1 switched off the first circles are those of the mean at ξ = 7.
-    browser.run("document.querySelector('#figure-0 .entry').click()")
-    browser.point(*centre(browser, "#figure-0 .panel:first-child circle.mark", layer))
+    browser.run("document.querySelector('#figure-1 .entry').click()")
+    browser.point(*centre(browser, "#figure-1 .panel:first-child circle.mark", layer))
     lines = told(browser)
     assert lines[0] == "ξ = 7"
     assert f"layer {layer}" in lines

@@ -83,7 +83,113 @@ def test_reproduce_leaves_a_page_with_every_verdict_and_its_definition(finished)
         "torch",
     ):
         assert words in html
-    assert len(figures(html)) == 7
+    assert len(figures(html)) == 8
+
+
+def in_order(html, *parts):
+    """Asserts that each part stands after the one before."""
+    at = -1
+    for part in parts:
+        at = html.find(part, at + 1)
+        assert at >= 0, part
+
+
+def test_a_reproduction_starts_with_what_came_out_and_its_picture(finished):
+    html = read(finished.out / "report.html")
+    in_order(
+        html,
+        "<h1>",
+        "<b>What was measured.</b> Residual networks of 5 blocks (2 for each ξ)",
+        "<b>What came out.</b> From the first to the last layer the rank ",
+        "<b>What it says of the paper</b>",
+        '<div id="figure-0">',
+        "<h2>Terms</h2>",
+        "<h2>Verdicts</h2>",
+        "<h2>Figures</h2>",
+        '<div id="figure-1">',
+    )
+    screen = html[: html.index('<div id="figure-0">')]
+    assert "<table" not in screen
+    verdicts = {verdict.key: verdict for verdict in finished.verdicts["two-scale"]}
+    short, long = verdicts["i"].quantity("R").pooled.mean, verdicts["ii"].quantity("R_long").pooled.mean
+    assert f"at ξ = 1 (ratio R = {short:.2f}) and " in screen
+    assert f"at ξ = 7 (ratio R = {long:.2f}); networks with nothing to learn" in screen
+    control = verdicts["i"].quantity("R, control_permuted").pooled.mean
+    assert f"R = {control:.2f} (permuted targets) at ξ = 1." in screen
+    words = re.findall(r'<span class="verdict[^"]*">([^<]*)</span>', screen)
+    assert words == [answer.status for key in ("i", "ii", "iii") for answer in verdicts[key].answers]
+    assert "those that did not are in no reading" in screen  # sixty steps teach nothing
+
+
+def test_the_picture_of_the_first_screen_is_of_the_view_that_decides(finished):
+    (panel,) = figures(read(finished.out / "report.html"))[0]["panels"]
+    assert panel["title"] == "all rows at each position"
+    data = finished.dataset.effective_rank.sel(chain="two-scale", stage="trained", xi=7.0, view="position")
+    mean = next(each for each in panel["series"] if each["name"] == "ξ = 7")
+    np.testing.assert_allclose([p[1] for p in mean["points"]], data.mean("seed").values, rtol=1e-6)
+
+
+def test_a_result_of_one_length_and_several_chains_has_a_first_screen(finished, tmp_path):
+    one = finished.dataset.sel(xi=[1.0])
+    both = xr.concat([one, one.assign_coords(chain=["lazy"])], "chain", data_vars="minimal")
+    both.attrs = one.attrs
+    screen = read(write_report(both, tmp_path / "page.html")).partition("<h2>")[0]
+    assert "within about ξ = 1 step; after" in screen
+    for chain in ("two-scale", "lazy"):
+        assert f"{chain}: From the first to the last layer the rank " in screen
+        assert f"{chain}: (i) The rank falls with depth: " in screen
+        assert f"Does the effective rank fall with depth? ({chain})" in screen
+    assert "(ii)" not in screen
+
+
+def test_a_probe_starts_with_what_came_out_and_its_picture(probed, tmp_path):
+    html = read(write_report(probed, tmp_path / "run.html"))
+    in_order(
+        html,
+        "<b>What was measured.</b> ResidualStack: 200 sequences, 6 layers, 5 positions: at every layer",
+        "<b>What came out.</b> Over the rows at each position whose token the model sees the effective rank ",
+        "<b>What it means.</b>",
+        '<div id="figure-0">',
+        "<h2>Terms</h2>",
+        "<b>mean pooled</b>",
+        "<h2>Findings</h2>",
+        "<h2>Figures</h2>",
+        '<div id="figure-1">',
+    )
+    screen, flow = html[: html.index('<div id="figure-0">')], probed.flow()
+    assert "<table" not in screen
+    assert (
+        f"(ratio R = {flow.rank.ratio:.2f}, drop {number(flow.rank.drop)} ± {number(flow.error)})" in screen
+    )
+    assert f"<b>{'is flat' if flow.word == 'flat' else flow.word}</b>: from " in screen
+    assert "only where a control (random weights, shuffled tokens) shows less of it" in screen
+
+
+def test_a_control_and_a_constant_stream_say_so_first(tmp_path):
+    stack, x = rgfast.ResidualStack(4, 3, mixing="none"), torch.randn(80, 3, 4)
+    control = rgfast.probe(stack, x, control="random_weights", progress=False)
+    html = read(write_report(control, tmp_path / "control.html"))
+    assert "This is a control (random weights); flow(control=...) compares the model with it." in html
+    constant = rgfast.probe(stack, torch.ones(80, 3, 4), progress=False)
+    assert "is undefined: nothing varies there." in read(write_report(constant, tmp_path / "constant.html"))
+
+
+def test_every_table_lies_in_a_region_that_scrolls_and_can_say_so(finished, probed, tmp_path):
+    for html in (read(finished.out / "report.html"), read(write_report(probed, tmp_path / "run.html"))):
+        region = (
+            r'<p class="hint" hidden="">This table scrolls sideways →</p><div class="scroll" tabindex="0" '
+        )
+        assert html.count("<table") == len(
+            re.findall(rf'{region}role="region" aria-label="[^"]+"><table', html)
+        )
+
+
+def test_panels_that_share_an_axis_in_a_file_share_it_on_a_page(finished, probed, tmp_path):
+    drawn = figures(read(finished.out / "report.html"))
+    assert [each["shared"] for each in drawn] == ["y", "y", "xy", "y", "y", "", "xy", "xy"]
+    heat = figures(read(write_report(probed, tmp_path / "run.html")))[1]["panels"]
+    assert len(heat) == 3
+    assert len({(panel["heat"]["low"], panel["heat"]["high"]) for panel in heat}) == 1
 
 
 def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
@@ -110,7 +216,7 @@ def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
 
 
 def test_curves_of_a_page_are_those_of_the_result(finished):
-    by_depth = figures(read(finished.out / "report.html"))[0]["panels"]
+    by_depth = figures(read(finished.out / "report.html"))[1]["panels"]
     data = finished.dataset.effective_rank.sel(chain="two-scale", stage="trained", xi=1.0)
     for panel, view in zip(by_depth, ("visible", "masked"), strict=True):
         first = 0 if view == "visible" else 1
@@ -199,7 +305,7 @@ def test_a_folder_of_the_version_before_is_judged_anew(finished, tmp_path):
 def test_an_older_result_without_the_newer_numbers_has_a_page(finished, tmp_path):
     newer = ["cka", "relative_spectrum", "training_evaluation_loss", "bayes_loss", "stationary_loss", "n"]
     older = finished.dataset.drop_vars(newer)
-    assert len(figures(read(write_report(older, tmp_path / "old.html")))) == 5
+    assert len(figures(read(write_report(older, tmp_path / "old.html")))) == 6
 
 
 def test_a_probe_without_drift_or_layers_says_what_it_lacks(tmp_path):

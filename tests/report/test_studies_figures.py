@@ -115,6 +115,9 @@ def test_xi_draws_means_of_trained_runs(study):
     mean = next(line for line in lines(axes, colour) if line.get_linestyle() == "-")
     np.testing.assert_allclose(mean.get_ydata(), [2.5, 8.5])
     assert "steps" in axes.get_xlabel()
+    masked = plot_xi(folder).axes[1]  # on one scale, with its own label
+    assert masked.get_ylim() == axes.get_ylim()
+    assert masked.get_ylabel() == "R: last over first layer, masked rows"
     against = plot_posterior_rank(folder).axes
     assert len(against) == 3
     open_points = [line for line in lines(against[0], colour) if line.get_fillstyle() == "none"]
