@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from numpy.typing import NDArray
 
 from rgfast.probing.assemble import assemble
+from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.moments import Moments
+from rgfast.probing.estimators.rows import Rows
+from rgfast.probing.measures import MEASURES
 from rgfast.probing.plan import Plan
 from rgfast.probing.result import ProbeResult
 
@@ -31,8 +39,8 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
         raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
     if result.moments is None or other.moments is None:
         raise ValueError(
-            "other cannot be merged: one of the two results was saved with moments=False, or probed by "
-            "samples (probe with route='moments' to merge)"
+            "other cannot be merged: one of the two results was saved with moments=False, or is of a stack "
+            "whose rows were not held (probe with route='moments' to merge)"
         )
     (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (result, other))
     same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places")
@@ -58,11 +66,43 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     if plan.refine != theirs.refine:  # what one of them lacks, both lack together
         plan = replace(plan, refine=False)
     theirs = replace(theirs, refine=plan.refine)
-    state, added = (Moments(one, masked=extra["masked"]) for one in (plan, theirs))
-    state.load(result.moments)
-    added.load(other.moments)
-    state.merge(added)
     measures = [name for name in result.measures if name in other.measures]
-    dataset = assemble(state, measures, mine)
-    dataset.attrs.update({name: value for name, value in controls[0].items() if value is not None})
-    return ProbeResult(dataset, state.state(), writes=result.writes and other.writes)
+    writes = result.writes and other.writes
+    rows = _rows(plan, measures, result.moments, other.moments)
+    kept = {name: value for name, value in controls[0].items() if value is not None}
+    if rows is not None:
+        dataset = assemble(rows.measures(), measures, mine).assign_attrs(kept)
+        return ProbeResult(dataset, rows.state(), writes=writes)
+    state, added = (
+        _summed(one, r.moments, masked=extra["masked"]) for one, r in ((plan, result), (theirs, other))
+    )
+    state.merge(added)
+    dataset = assemble(state, measures, mine).assign_attrs(kept)
+    return ProbeResult(dataset, state.state(), writes=writes)
+
+
+def _rows(plan: Plan, measures: Sequence[str], *states: Mapping[str, NDArray[Any]]) -> Rows | None:
+    """The rows of both, if both are rows and these few enough to be measured at once."""
+    if not all(Rows.is_state(state) for state in states):
+        return None
+    uncentred = any(MEASURES[name].needs == "uncentred" for name in measures)
+    both = [Rows(plan, sys.maxsize, uncentred=uncentred) for _ in states]
+    for rows, state in zip(both, states, strict=True):
+        rows.load(state)
+    both[0].merge(both[1])
+    fits = both[0].sequences <= samples.LIMIT and both[0].enough()
+    return both[0] if fits else None
+
+
+def _summed(plan: Plan, state: Mapping[str, NDArray[Any]] | None, *, masked: bool) -> Moments:
+    """The moments that a result holds, or of the rows that it holds."""
+    assert state is not None
+    found = Moments(plan, masked=masked)
+    if not Rows.is_state(state):
+        found.load(state)
+        return found
+    rows = Rows(plan, sys.maxsize, uncentred=False)
+    rows.load(state)
+    for batch in rows.batches():
+        found.add(batch)
+    return found

@@ -192,6 +192,29 @@ class Plan:
         )
 
     @property
+    def longer(self) -> str:
+        """What has to be said if sequences have more positions than the first ones."""
+        rest = "count in the pooled view only" if "pooled" in self.views else "are left out"
+        return f"the first batch had {self.length} positions; further ones of longer sequences {rest}"
+
+    def without_flattened(self, length: int) -> Plan:
+        """The plan without the ``flattened`` view, since sequences have another ``length`` too.
+
+        Raises ValueError if the view was asked for.
+        """
+        found = f"sequences of one length, got {length} after {self.length}"
+        if self.views_asked:
+            raise ValueError(f"views: 'flattened' needs {found}; leave it out of views=")
+        views = tuple(view for view in self.views if view != "flattened")
+        notes = (*self.notes, f"the flattened view was dropped: it needs {found}")
+        return replace(self, views=views, notes=notes)
+
+    def noted(self, sentences: Sequence[str]) -> Plan:
+        """The plan with these notes too."""
+        new = [sentence for sentence in sentences if sentence not in self.notes]
+        return replace(self, notes=(*self.notes, *new)) if new else self
+
+    @property
     def what(self) -> str:
         """Layers, positions and views in words."""
         followed = len(self.positions)

@@ -50,7 +50,8 @@ class ProbeResult(Accessor):
 
     @property
     def moments(self) -> Mapping[str, NDArray[Any]] | None:
-        """The state that :meth:`merge` adds up; None if the result was saved without or probed by samples."""
+        """What :meth:`merge` adds up, moments or rows; None if the result was saved without, or is of a
+        stack whose rows were not held."""
         return self._moments
 
     @property
@@ -222,17 +223,18 @@ class ProbeResult(Accessor):
 
         Raises TypeError for anything but a result, ValueError if the two did not probe the same layers,
         positions, views and pairs in the same number of groups, if their models differ in class, size, dtype
-        or weights, if their masks, padding or origin do, or if one of them has no moments (it was saved
-        without). Weights are compared by a fingerprint in the provenance. Files of rgfast 0.1, and probes of
-        models whose weights cannot be read (offloaded ones), lack it: then only the rest is compared, and the
-        result lacks it too.
+        or weights, if their masks, padding or origin do, or if one of them has neither moments nor rows (it
+        was saved without). Weights are compared by a fingerprint in the provenance. Files of rgfast 0.1, and
+        probes of models whose weights cannot be read (offloaded ones), lack it: then only the rest is
+        compared, and the result lacks it too.
         """
         result: ProbeResult = lent("merged")(self, other)
         return result
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
-        """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` the file is small and its
-        result cannot be merged. If several ranks probed together, rank 0 alone writes.
+        """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` (or the rows in their
+        place) the file is small and its result cannot be merged. If several ranks probed together, rank 0
+        alone writes.
 
         The file is made in memory first. Raises OSError, naming ``path``, for a full disk or quota, no such
         folder, and whatever may not be written to; nothing is left behind then.
@@ -311,9 +313,12 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _packed(arrays: Mapping[str, NDArray[Any]]) -> xr.Dataset:
-    """All arrays end to end as fp64 (exact: counts stay below 2^53), with an index of names and shapes."""
+    """All arrays end to end as fp64 (exact: counts stay below 2^53), or fp32 if all are, with an index of
+    names and shapes."""
     index = [[name, value.dtype.str, list(value.shape)] for name, value in arrays.items()]
-    data = np.concatenate([value.astype(np.float64).reshape(-1) for value in arrays.values()])
+    single = all(value.dtype in (np.float32, np.bool_) for value in arrays.values())
+    kind = np.float32 if single else np.float64
+    data = np.concatenate([value.astype(kind).reshape(-1) for value in arrays.values()])
     return xr.Dataset({"data": ("entry", data)}, attrs={"index": json.dumps(index)})
 
 

@@ -91,15 +91,15 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             values that moments lose, at up to 1.5 times the state and a few times the products of such a
             layer. By default for widths to 512, where ``memory`` allows; ``effective_rank_bound`` says what
             is known either way.
-        route: ``"moments"`` sums up second moments as the batches come. ``"samples"`` takes all rows of a
-            position at once, in a fraction of the time. It holds the rows of all layers until the end, but
-            for a :class:`ResidualStack` with ``mixing="none"``, which takes a few positions at a time through
-            all layers and has nothing held. It is for fp32 on the CPU, ``views=["position"]``, ``pairs``
-            adjacent or all, and at most 4,096 sequences, without mask, padding, targets, refine or
-            checkpoint. CKA and drift then come from fp32 products (as those of :func:`rgfast.cka_matrix`:
-            within 1e-6, close neighbours from fp64 ones), and the result cannot be merged. ``"auto"`` takes
-            it where it can, with compiled kernels, where the rows fit ``memory`` and the work is more than a
-            moment's; ``result.dataset.attrs["route"]`` says which it was.
+        route: ``"moments"`` sums up second moments as the batches come. ``"samples"`` holds the rows of all
+            layers and takes those of a position at once, in a fraction of the time, on the smaller side of
+            rows and features. It is for at most 4,096 sequences on the CPU whose rows fit ``memory``, of
+            ``pairs`` adjacent or all, without targets or refine, one process by itself. CKA and drift of
+            positions then come from fp32 products (as those of :func:`rgfast.cka_matrix`: within 1e-6, close
+            neighbors from fp64 ones). A :class:`ResidualStack` with ``mixing="none"`` takes a few positions
+            at a time through all layers and has nothing held: its result cannot be merged. ``"auto"`` takes
+            it if it can, with compiled kernels, and the work is more than a moment's; what outgrows it is
+            summed up from the first batch on. ``result.dataset.attrs["route"]`` says which it was.
         distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
             one rank; False never; True or a process group always. Every rank returns the result of all

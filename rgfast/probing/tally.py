@@ -36,7 +36,8 @@ __all__ = ["Tally"]
 # Forwards to wait for a layer that does not run in every one.
 _PATIENCE = 16
 
-_BY_SAMPLES = "by samples: CKA and drift to 1e-6, nothing kept to merge (route='moments' keeps it)"
+_BY_SAMPLES = "by samples: CKA and drift to 1e-6"
+_NOTHING_KEPT = "nothing kept to merge (route='moments' keeps it)"
 
 
 class Tally:
@@ -63,6 +64,7 @@ class Tally:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
         self._why_moments = ""
+        self._too_big: ValueError | None = None
         self._early: list[RowBatch] = []
         self._rows: HoldsRows | None = None
         self._first_batch: FirstBatch | None = None
@@ -72,12 +74,20 @@ class Tally:
     @property
     def plan(self) -> Plan | None:
         """What is measured and what it costs; None before the first batch."""
-        return None if self._moments is None else self._moments.plan
+        if self._moments is None:
+            return None if self._rows is None else self._rows.plan
+        return self._moments.plan
+
+    @property
+    def _begun(self) -> bool:
+        """Whether it is known what is measured."""
+        return self._moments is not None or self._rows is not None
 
     @property
     def sequences(self) -> int:
-        """How many sequences the moments are of, rows held back not counted."""
-        return 0 if self._moments is None else self._moments.sequences
+        """How many sequences came."""
+        held = 0 if self._rows is None else self._rows.sequences
+        return held + (0 if self._moments is None else self._moments.sequences)
 
     @property
     def nbytes(self) -> int:
@@ -94,13 +104,13 @@ class Tally:
     ) -> tuple[ProbeResult | None, list[Any]]:
         """What :meth:`rgfast.Probe.by_samples` says."""
         spec, stack = self._spec, independent_stack(self._model, self._taps)
-        if self._no_samples or stack is None or spec.reads_layers:
+        if stack is None or not self._may_tile:
             return None, []
         x, taken = gather(stack, batches)
         plan = None if x is None else self._tile_plan(stack.width, x.shape[1], len(x))
         if x is None or plan is None:
             return None, taken
-        self._announce(plan, f"{plan.what}, {_BY_SAMPLES}")
+        self._announce(plan, f"{plan.what}, {plan.notes[-1]}")
         with torch.no_grad():
             found = measured_by_tiles(
                 stack, x, plan, uncentred=spec.uncentred, memory=spec.memory_bytes, advance=advance
@@ -113,46 +123,52 @@ class Tally:
             return None
         unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
         plan = self._plan([width] * len(self._taps), length, unbounded, masked=False)
-        if self._spec.route == "auto" and not worthwhile(plan, sequences):
-            return None
-        return replace(plan, notes=(_BY_SAMPLES,))
+        few = self._spec.route == "auto" and not worthwhile(plan, sequences)
+        return None if few or "flattened" in plan.views else plan.noted([f"{_BY_SAMPLES}, {_NOTHING_KEPT}"])
+
+    @property
+    def _may_tile(self) -> bool:
+        spec = self._spec
+        return not (self._no_samples or spec.reads_layers or spec.mask is not None or spec.checkpoint is not None)
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
         """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""
         stack = independent_stack(self._model, self._taps)
-        if not self._no_samples and stack is not None and not self._spec.reads_layers:
+        if stack is not None and self._may_tile:
             x, _ = gather(stack, iter([batch]))
             if x is not None and sequences <= LIMIT:
                 plan = self._tile_plan(stack.width, x.shape[1], sequences)
                 if plan is not None:
-                    held = at_once(plan, sequences, self._spec.memory_bytes)
+                    at_a_time = at_once(plan, sequences, self._spec.memory_bytes)
                     why = (
                         "the rows of a few positions go through all layers of a stack without mixing at once"
                     )
-                    return Foreseen("tiles", why, plan, 4 * held * sequences * sum(plan.widths))
-        assert self._moments is not None
-        plan = self._moments.plan
+                    return Foreseen("tiles", why, plan, 4 * at_a_time * sequences * sum(plan.widths))
+        held, moments = self._rows, self._moments
+        plan = held.plan if held is not None else moments.plan if moments is not None else None
+        assert plan is not None
         rows_bytes = 4 * sequences * plan.length * sum(plan.widths)
         reasons = {
-            self._no_samples or self._why_moments: True,
+            self._no_samples or self._why_moments: held is None,
             f"there are more than {LIMIT} sequences": sequences > LIMIT,
             "the rows of all layers do not fit memory=": rows_bytes > self._spec.memory_bytes,
             "there are too few sequences for every measure": not enough(sequences, self._spec.groups),
-            "they take a moment either way, and can be merged": not worthwhile(plan, sequences)
-            and self._spec.route == "auto",
+            "they take a moment either way": self._spec.route == "auto" and not worthwhile(plan, sequences),
         }
         why = next((reason for reason, holds in reasons.items() if reason and holds), "")
-        if why:
-            return Foreseen("moments", why, plan, plan.state_bytes)
-        why = f"the rows of at most {LIMIT} sequences fit memory="
-        return Foreseen("rows", why, plan, rows_bytes)
+        if not why:
+            why = f"the rows of at most {LIMIT} sequences fit memory="
+            return Foreseen("rows", why, plan, rows_bytes)
+        if moments is None:
+            raise ValueError(f"{self._too_big} (rows cannot be held, since {why})")
+        return Foreseen("moments", why, moments.plan, moments.plan.state_bytes)
 
     def name_layers(self, names: Sequence[str]) -> None:
         """Name the layers of the batches to come: a module that runs several times is as many layers.
 
         Raises ValueError if there are others than before.
         """
-        if self._moments is None:
+        if not self._begun:
             self._names = list(names)
         elif list(names) != self._names:
             raise ValueError(f"layers must be the same in all forwards, got {', '.join(names)}")
@@ -161,7 +177,7 @@ class Tally:
         """Add a batch."""
         if self._ranks is not None:
             self._ranks.check()
-        if self._moments is None:
+        if not self._begun:
             self._early.append(_owned(batch) if batch.missing else batch)
             unseen = [k for k in range(len(batch.layers)) if all(b.layers[k] is None for b in self._early)]
             if not unseen:
@@ -173,30 +189,48 @@ class Tally:
 
     def _begin(self, batch: RowBatch) -> None:
         """Plan what is measured, now that every layer has been seen, and add the batches so far."""
-        self._moments = self._start(batch)
-        if batch.masked is not None:
-            self._why_moments = "the sample route knows no mask"
-        elif not self._no_samples:
-            self._rows = Rows(
-                replace(self._moments.plan, notes=(*self._moments.plan.notes, _BY_SAMPLES)),
-                self._spec.memory_bytes,
-                copied=batch.reused,
-                uncentred=self._spec.uncentred,
-            )
+        first = self._seen_first(batch)
+        rows = None if self._no_samples else self._hold(first)
+        if rows is None:
+            self._why_moments = "layers or sequences differ in their positions"
+        try:
+            self._moments = self._empty(first)
+        except ValueError as error:
+            if rows is None:
+                raise
+            self._too_big = error
+        if rows is not None:
+            plan = rows.plan
+            said = f"{plan.what}, {plan.notes[-1]}"
+            if self._moments is None:
+                self._announce(plan, said, weights=checkpoints.fingerprint(self._model))
+            self._rows = rows
         early, self._early = self._early, []
         for one in early:
             self._add(one)
 
+    def _hold(self, first: FirstBatch) -> Rows | None:
+        """What holds rows back, if these views can be had from rows."""
+        if not first.aligned or any(first.places):
+            return None
+        unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
+        plan = self._plan_of(first, unbounded).noted([_BY_SAMPLES])
+        return None if plan.from_end else Rows(plan, self._spec.memory_bytes, uncentred=self._spec.uncentred)
+
     def _add(self, batch: RowBatch) -> None:
-        assert self._moments is not None
-        self._moments.note(batch.notes)
         if self._rows is not None:
             why = self._rows.accepts(batch)
             if not why:
-                self._moments.check(batch, self._rows.sequences)
+                self._rows.note(batch.notes)
                 self._rows.add(batch)
                 return
             self._hand_over(why)
+        self._sum_up(batch)
+
+    def _sum_up(self, batch: RowBatch) -> None:
+        """Add a batch to the moments."""
+        assert self._moments is not None
+        self._moments.note(batch.notes)
         if batch.padded and self._spec.counts_from_end and not self._moments.plan.from_end:
             raise ValueError(
                 "positions: those from the end are each sequence's own only if the first batch tells its "
@@ -219,7 +253,7 @@ class Tally:
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
-            return ProbeResult(assemble(rows.measures(), spec.measures, self._provenance))
+            return ProbeResult(assemble(rows.measures(), spec.measures, self._provenance), rows.state())
         if self._early:
             unseen = [k for k in range(len(self._names)) if all(b.layers[k] is None for b in self._early)]
             raise ValueError(self._never_ran(unseen))
@@ -308,17 +342,21 @@ class Tally:
         return first
 
     def _hand_over(self, why: str) -> None:
-        """Sum up the rows that were held back, since they will not be measured at once: ``why``."""
+        """Sum up the rows that were held back, since they will not be measured at once: ``why``.
+
+        Raises ValueError if that was asked for, or moments do not fit ``memory``.
+        """
         rows, self._rows = self._rows, None
         self._why_moments = self._why_moments or why
         if rows is not None:
             if self._spec.route == "samples":
                 raise ValueError(f"route: 'samples' cannot be taken, since {why}")
-            assert self._moments is not None
+            if self._too_big is not None:
+                raise ValueError(f"{self._too_big} (rows cannot be held, since {why})")
             for batch in rows.batches():
-                self._moments.add(batch)
+                self._sum_up(batch)
 
-    def _start(self, batch: RowBatch) -> Moments:
+    def _seen_first(self, batch: RowBatch) -> FirstBatch:
         rows = [
             next(x for b in self._early if (x := b.layers[k]) is not None) for k in range(len(self._names))
         ]
@@ -338,22 +376,24 @@ class Tally:
         )
         assert first is not None
         pair_keys(self._spec.compared, len(self._names))
-        return self._empty(first)
+        return first
 
     def _empty(self, first: FirstBatch) -> Moments:
-        plan = self._plan(
+        plan = self._plan_of(first, self._spec)
+        self._announce(plan, str(plan), weights=checkpoints.fingerprint(self._model))
+        return Moments(plan, masked=first.masked)
+
+    def _plan_of(self, first: FirstBatch, spec: ProbeSpec) -> Plan:
+        return self._plan(
             first.widths,
             first.length,
-            self._spec,
+            spec,
             masked=first.masked,
             aligned=first.aligned,
             places=first.places,
             padded=first.padded,
             targets=[(name, width) for name, width, _ in first.targets],
         )
-        # Hashing takes a second per GB, and what is measured at once can never be merged.
-        self._announce(plan, str(plan), weights=checkpoints.fingerprint(self._model))
-        return Moments(plan, masked=first.masked)
 
     def _plan(
         self, widths: Sequence[int], length: int, spec: ProbeSpec, *, masked: bool, **found: Any
@@ -401,8 +441,8 @@ def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None) -> str:
         return "several processes probe together"
     if spec.route == "auto" and why_slow() is not None:
         return "moments take less time without compiled kernels"
-    if spec.mask is not None or spec.targets or spec.refine is not None:
-        return "it knows no mask, targets or refine"
-    if spec.views != ("position",) or spec.compared not in ("adjacent", "all"):
-        return "it gives views=['position'] of adjacent or all pairs"
+    if spec.targets or spec.refine is not None:
+        return "it knows no targets or refine"
+    if spec.compared not in ("adjacent", "all", ()):
+        return "it compares adjacent or all pairs of layers"
     return ""

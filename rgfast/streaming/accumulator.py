@@ -121,6 +121,13 @@ class MomentAccumulator:
             at += take
         return self
 
+    def add_block(self, layers: Sequence[Tensor]) -> None:
+        """Add finite rows ``layers[l][P, b, d_l]`` as one block, whatever their number."""
+        self.flush()
+        if self._lead is None:
+            self._begin((len(layers[0]),), tuple(x.shape[2] for x in layers), layers[0].device)
+        self._sums.add(layers, None)
+
     def flush(self) -> None:
         """Sum the rows of the open block now. The next block begins at the next sample.
 

@@ -26,7 +26,7 @@ class NewestState(SampleState):
 class Newest:
     """Holds the rows of the last 40 sequences, whatever their dtype."""
 
-    def __init__(self, plan, memory, *, copied, uncentred):
+    def __init__(self, plan, memory, *, uncentred):
         self.plan, self._uncentred, self._held = plan, uncentred, deque()
 
     @property
@@ -42,6 +42,9 @@ class Newest:
         self._held.append(tally._owned(batch))
         while self.sequences - self._held[0].sequences >= MOST:
             self._held.popleft()
+
+    def note(self, sentences):
+        self.plan = self.plan.noted(sentences)
 
     def merge(self, other):
         self._held.extend(other._held)
@@ -62,11 +65,11 @@ class Newest:
         layers = [torch.cat([batch.layers[k] for batch in self._held]) for k in range(len(self.plan.names))]
         states = torch.stack([x[-MOST:].transpose(0, 1)[list(self.plan.positions)] for x in layers])
         part = measure_rows(states.float(), adjacent=self.plan.pairs == "adjacent", uncentred=self._uncentred)
-        return NewestState(self.plan, MOST, (part,))
+        return NewestState(self.plan, MOST, {"position": part})
 
 
 def _estimator(plan=None) -> HoldsRows:
-    return Newest(plan, 0, copied=False, uncentred=False)
+    return Newest(plan, 0, uncentred=False)
 
 
 @pytest.fixture

@@ -151,7 +151,9 @@ def test_when_it_is_taken(monkeypatch, tmp_path):
     assert route(batches=x[:20]) == "moments"  # little to do
     assert route(batches=[*x.split(100), x[:1]]) == "moments"
     assert route(route="moments") == "moments"
-    assert route(views=["position", "pooled"]) == "moments"
+    assert route(views=["position", "pooled"]) == "samples"
+    assert route(views=None) == "samples"
+    assert route(views=None, refine=False) == "moments"
     assert route(groups=2) == "samples"
     assert route(targets={"first": normal(400, 1)}) == "moments"
     assert route(pairs=[(0, 3)]) == "moments"
@@ -160,7 +162,7 @@ def test_when_it_is_taken(monkeypatch, tmp_path):
     assert route(layers=["blocks.0", "blocks.1"]) == "samples"
     assert route(layers=["blocks.0", "blocks.1"], memory="3MB") == "moments"
     assert route(rgfast.ResidualStack(64, 3, mixing="mixer", length=20)) == "samples"
-    assert route(stack_of(64, 3).double(), x.double()) == "moments"
+    assert route(stack_of(64, 3).double(), x.double()) == "samples"
     seen = []
     handle = stack.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     assert route() == "samples"
@@ -194,22 +196,20 @@ def test_refusals_name_the_reason(tmp_path):
             rgfast.probe(model, batches, **{"route": "samples", **OPTIONS, **options})
 
     refused("route must be one of", route="fast")
-    refused("cannot be taken, since it knows no mask", refine=True)
-    refused("cannot be taken, since it gives views", views=None)
-    refused("cannot be taken, since it gives views", pairs=[(0, 1)])
+    refused("cannot be taken, since it knows no targets or refine", refine=True)
+    refused("cannot be taken, since it compares adjacent or all pairs", pairs=[(0, 1)])
     refused("too few sequences", batches=x[:3])
     refused("too few sequences", mixer, x[:3])
     refused("too few sequences", batches=x[:15], groups=8)
     refused("at least 2 sequences", batches=[])
     refused("x must end in width 16", batches=normal(9, 3, 4))
-    refused("it is for fp32 on the CPU", stack_of(16, 2).double(), x.double())
     refused("do not fit memory=", mixer, memory="20kB", positions=[1])
-    refused("every batch the same positions", stack, [x, x[:, :2]])
+    refused("'flattened' needs sequences of one length", stack, [x, x[:, :2]], views=["flattened"])
     refused("checkpoint: the route 'samples'", checkpoint=tmp_path / "c")
     assert not list(tmp_path.iterdir())
     one, two = both(stack, x)
     for a, b in ((one, two), (two, one)):
-        with pytest.raises(ValueError, match="probed by samples"):
+        with pytest.raises(ValueError, match="whose rows were not held"):
             a.merge(b)
 
 

@@ -19,7 +19,7 @@ class RowBatch:
     which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``places[l]``
     numbers the places that a layer has its rows at. ``padded`` says that some entry tells the padding, and
     ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory is
-    about to be overwritten.
+    about to be overwritten, ``owned`` that nobody else has it.
     """
 
     layers: Sequence[Tensor | None]
@@ -30,6 +30,7 @@ class RowBatch:
     padded: bool = False
     notes: tuple[str, ...] = ()
     reused: bool = False
+    owned: bool = False
 
     @property
     def first(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,6 +82,9 @@ class HoldsRows(Estimator, Protocol):
     @property
     def plan(self) -> Plan:
         """What is measured."""
+
+    def note(self, sentences: Sequence[str]) -> None:
+        """Let the result say these too."""
 
     def batches(self) -> Iterator[RowBatch]:
         """What is held."""

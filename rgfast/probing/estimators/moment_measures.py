@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,17 +18,22 @@ from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
 
-__all__ = ["measure_moments"]
+__all__ = ["Again", "Centering", "measure_moments"]
 
 # Relative error of an effective rank to expect from moments, above which a factor is taken if there is one:
 # sums over ranks must agree to 1e-12.
 _DOUBT = 1e-12
 
-_Centering = Literal["mean", "none"]
+Centering = Literal["mean", "none"]
+# Solves the spectra of a layer again from its rows, in place, where moments resolve too little: says where.
+Again = Callable[[int, Centering, Solved], Tensor]
 
 
-def measure_moments(moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True) -> Measured:
-    """All measures of a view; ``refine`` uses triangular factors where moments resolve too little.
+def measure_moments(
+    moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True, again: Again | None = None
+) -> Measured:
+    """All measures of a view; ``refine`` uses triangular factors where moments resolve too little, or
+    ``again`` if there is one.
 
     Undefined values are NaN: a rank of fewer than two rows, a CKA or drift beside a layer without variance,
     a debiased one of fewer than four rows. A constant layer has rank 0.
@@ -41,8 +47,8 @@ def measure_moments(moments: MomentAccumulator, *, spectra: bool = True, refine:
         device=count.device,
     )
     for layer, width in enumerate(widths):
-        centred, at = _solved(moments, layer, "mean", refine)
-        raw, _ = _solved(moments, layer, "none", refine)
+        centred, at = _solved(moments, layer, "mean", refine, again)
+        raw, _ = _solved(moments, layer, "none", refine, again)
         refined.append(at)
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
         by_layer.append(of_spectra(centred, raw, constant))
@@ -64,13 +70,15 @@ def measure_moments(moments: MomentAccumulator, *, spectra: bool = True, refine:
 
 
 def _solved(
-    moments: MomentAccumulator, layer: int, centering: _Centering, refine: bool
+    moments: MomentAccumulator, layer: int, centering: Centering, refine: bool, again: Again | None
 ) -> tuple[Solved, Tensor]:
     """Spectra of a layer in its unit, and where singular values were too small for moments, so that they are
-    those of the factor that was kept."""
+    those of the factor that was kept, or of the rows."""
     count = moments.count.reshape(-1)
     summed = moments.accumulated(layer, scaled=True).reshape(-1) if centering == "mean" else None
     solved = solved_moment(_scatter(moments, layer, centering), count, centering, summed)
+    if again is not None:
+        return solved, again(layer, centering, solved)
     factor = moments.factor(layer, centering=centering, scaled=True) if refine else None
     if factor is None:
         return solved, torch.zeros_like(count, dtype=torch.bool)
@@ -84,7 +92,7 @@ def _solved(
     return solved, at
 
 
-def _scatter(moments: MomentAccumulator, layer: int, centering: _Centering) -> Tensor:
+def _scatter(moments: MomentAccumulator, layer: int, centering: Centering) -> Tensor:
     """``[P, d, d]`` in the layer's unit, in which the rest are too; zero where nothing was counted."""
     found = moments.scatter(layer, centering=centering, scaled=True)
     empty = moments.count.reshape(-1) == 0

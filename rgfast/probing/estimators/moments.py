@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import MomentAccumulator
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "all_but_one", "joined_moments"]
 
 
 class Moments:
@@ -60,9 +59,9 @@ class Moments:
         self.check(batch, self.sequences)
         length = batch.first.shape[1]
         if self.plan.positions and length > self.plan.length:
-            self._note_longer()
+            self.note([self.plan.longer])
         if "flattened" in self.plan.views and length != self.plan.length:
-            self._drop_flattened(length)
+            self.adopt(self.plan.without_flattened(length))
         if late := [layer for layer in batch.missing if layer not in self.plan.missed]:
             self.adopt(self.plan.without(late))
         groups = self.plan.groups
@@ -91,23 +90,7 @@ class Moments:
 
     def note(self, sentences: Sequence[str]) -> None:
         """Let the result say these too."""
-        new = [sentence for sentence in sentences if sentence not in self.plan.notes]
-        if new:
-            self.plan = replace(self.plan, notes=(*self.plan.notes, *new))
-
-    def _note_longer(self) -> None:
-        rest = "count in the pooled view only" if "pooled" in self.plan.views else "are left out"
-        note = f"the first batch had {self.plan.length} positions; further ones of longer sequences {rest}"
-        if note not in self.plan.notes:
-            self.plan = replace(self.plan, notes=(*self.plan.notes, note))
-
-    def _drop_flattened(self, length: int) -> None:
-        found = f"sequences of one length, got {length} after {self.plan.length}"
-        if self.plan.views_asked:
-            raise ValueError(f"views: 'flattened' needs {found}; leave it out of views=")
-        views = tuple(view for view in self.plan.views if view != "flattened")
-        notes = (*self.plan.notes, f"the flattened view was dropped: it needs {found}")
-        self.adopt(replace(self.plan, views=views, notes=notes))
+        self.plan = self.plan.noted(sentences)
 
     def _add_to(self, accumulator: MomentAccumulator, held: Held, batch: RowBatch) -> None:
         layers: list[Any] = [batch.layers[layer] for layer in held.layers]
@@ -186,7 +169,7 @@ class Moments:
         targets, r2 = len(self.plan.targets), None
         for members in self._streams(view):
             folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
-            rest = list(_all_but_one(folds, []))
+            rest = list(all_but_one(folds, []))
             left_out.append(
                 [
                     measure_moments(_layers_of(part, len(members)), spectra=False, refine=False)
@@ -221,7 +204,10 @@ class Moments:
         only."""
         for members in self._streams(view):
             groups = range(self.plan.groups)
-            yield members, _joined([self._of_group(group, view, members, factors=True) for group in groups])
+            yield (
+                members,
+                joined_moments([self._of_group(group, view, members, factors=True) for group in groups]),
+            )
 
     def _of_group(
         self, group: int, view: str, members: tuple[int, ...], *, factors: bool
@@ -371,19 +357,19 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
     means.update(rows, some, finite=True)
 
 
-def _all_but_one(
+def all_but_one(
     parts: Sequence[MomentAccumulator], more: list[MomentAccumulator]
 ) -> Iterator[MomentAccumulator]:
     """All of ``parts`` but one, for every one in order, and ``more``; in G log G steps for G parts."""
     if len(parts) == 1:
-        yield _joined(more, factors=False)
+        yield joined_moments(more, factors=False)
         return
     half = len(parts) // 2
     for mine, others in ((parts[:half], parts[half:]), (parts[half:], parts[:half])):
-        yield from _all_but_one(mine, [_joined([*more, *others], factors=False)])
+        yield from all_but_one(mine, [joined_moments([*more, *others], factors=False)])
 
 
-def _joined(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:
+def joined_moments(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:
     """All of them as one; the only one itself."""
     if len(parts) == 1:
         return parts[0]

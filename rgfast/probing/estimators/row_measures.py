@@ -3,34 +3,87 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.ops.cka.api import alignment
-from rgfast.ops.spectrum.measures import numpy_on_cpu
 from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows, spectra_without_groups
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
 from rgfast.probing.measures import Kernels
 
-__all__ = ["measure_rows"]
+__all__ = ["DOUBT", "measure_rows"]
 
 # Relative error of an effective rank to expect from moments, above which it is computed again from the rows.
-_DOUBT = 1e-11
+DOUBT = 1e-11
 
 
 def measure_rows(
-    states: Tensor, *, adjacent: bool, uncentred: bool, groups: int = 1
+    layers: Sequence[Tensor] | Tensor,
+    *,
+    adjacent: bool,
+    uncentred: bool,
+    groups: int = 1,
+    compared: bool = True,
 ) -> tuple[Measured, ...] | None:
-    """The measures of ``states[L, P, n, d]`` for P positions; None where NaN or infinity is met.
+    """The measures of ``layers[l][P, n, d_l]`` for P positions; None if there is NaN or infinity.
 
-    CKA of all pairs, or of ``adjacent`` ones; ranks of rows as they are where ``uncentred``, else NaN. With
-    ``groups``, also those without the samples g, g + groups, ... for every g.
+    CKA is of all pairs, or of ``adjacent`` ones, and NaN unless ``compared``; ranks of rows as they are are
+    NaN unless ``uncentred``. What n is too small for is NaN. With ``groups``, there follow the measures
+    without the samples g, g + groups, ... for every g.
     """
+    rows = list(layers)
+    positions, n = rows[0].shape[:2]
+    widths = [x.shape[2] for x in rows]
+    if n < 2 or not positions:
+        return (_nothing(rows),) * (1 + groups if groups > 1 else 1)
+    found: list[list[_Spectral | None]] = [[None] * len(rows) for _ in range(1 + groups if groups > 1 else 1)]
+    for width in dict.fromkeys(widths):
+        at = [layer for layer, one in enumerate(widths) if one == width]
+        alike = layers if isinstance(layers, Tensor) else torch.stack([rows[layer] for layer in at])
+        variants = _of_one_width(alike, uncentred, groups)
+        if variants is None:
+            return None
+        for variant, some in zip(found, variants, strict=True):
+            for k, layer in enumerate(at):
+                variant[layer] = some.of_layer(k)
+    parts = [_joined([one for one in variant if one is not None], widths) for variant in found]
+    if not compared:
+        shape = (len(rows), len(rows), positions)
+        unknown = torch.full(shape, torch.nan, dtype=torch.float64, device=rows[0].device)
+        kernels = Kernels(unknown, unknown, unknown.diagonal(1).T)
+        return tuple(replace(part, values=part.values | of_kernels(kernels)) for part, _ in parts)
+    aligned = alignment(rows, adjacent=adjacent, groups=groups)
+    return tuple(_with_pairs(*part, pairs) for part, pairs in zip(parts, aligned, strict=True))
+
+
+@dataclass(frozen=True)
+class _Spectral:
+    """What spectra lead to, ``[L, P]`` (of one layer ``[P]``), with ‖K‖² of the centred kernels."""
+
+    count: Tensor
+    values: dict[str, Tensor]
+    bounds: dict[str, Tensor]
+    refined: Tensor
+    spectrum: Tensor
+    norm: Tensor
+
+    def of_layer(self, k: int) -> _Spectral:
+        return _Spectral(
+            self.count[k],
+            {name: value[k] for name, value in self.values.items()},
+            {name: bound[k] for name, bound in self.bounds.items()},
+            self.refined[k],
+            self.spectrum[k],
+            self.norm[k],
+        )
+
+
+def _of_one_width(states: Tensor, uncentred: bool, groups: int) -> list[_Spectral] | None:
+    """Of ``states[L, P, n, d]``, and without each group; None if there is NaN or infinity."""
     layers, positions, n, d = states.shape
     x = states.reshape(layers * positions, n, d)
     whole = spectra_of_rows(x, uncentred=uncentred)
@@ -40,52 +93,69 @@ def measure_rows(
     group = torch.arange(n, dtype=torch.int64, device=states.device) % groups
     found = [_spectral(states, *whole, None)]
     found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
-    aligned = alignment(list(states), adjacent=adjacent, groups=groups)
-    return tuple(_with_pairs(part, pairs) for part, pairs in zip(found, aligned, strict=True))
+    return found
 
 
-def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor | None) -> Measured:
+def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor | None) -> _Spectral:
     """All but drifts and pairs of the samples ``kept`` (or all)."""
     layers, positions, n, d = states.shape
     n = n if kept is None else int(kept.sum())
     shape, most = (layers, positions), torch.full_like(centred.rank_limit, n)
-    again = doubtful(centred.sigma, most - 1, _DOUBT)
+    again = doubtful(centred.sigma, most - 1, DOUBT)
     _refine(states, kept, centred, again, "mean")
     constant = torch.zeros_like(again)
     if raw is not None:
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        _refine(states, kept, raw, doubtful(raw.sigma, most, _DOUBT) & ~constant, "none")
+        _refine(states, kept, raw, doubtful(raw.sigma, most, DOUBT) & ~constant, "none")
     values, bounds = (
         {name: value.reshape(shape) for name, value in found.items()}
         for found in of_spectra(centred, raw, constant)
     )
     spectrum = torch.zeros(*shape, d, dtype=torch.float64, device=states.device)
     spectrum[..., : centred.sigma.shape[1]] = centred.singular_values().reshape(*shape, -1)
-    return Measured(most.reshape(shape), values, bounds, again.reshape(shape), spectrum)
+    norm = spectrum.square().square().sum(-1)
+    return _Spectral(most.reshape(shape), values, bounds, again.reshape(shape), spectrum, norm)
 
 
-def _with_pairs(found: Measured, aligned: Tensor) -> Measured:
+def _joined(parts: list[_Spectral], widths: list[int]) -> tuple[Measured, Tensor]:
+    """All layers' measures but drifts and pairs, and ‖K‖² ``[L, P]``."""
+    first = parts[0]
+    spectrum = torch.full(
+        (len(parts), *first.count.shape, max(widths)),
+        torch.nan,
+        dtype=torch.float64,
+        device=first.count.device,
+    )
+    for to, part in zip(spectrum, parts, strict=True):
+        to[:, : part.spectrum.shape[-1]] = part.spectrum
+    measured = Measured(
+        torch.stack([part.count for part in parts]),
+        {name: torch.stack([part.values[name] for part in parts]) for name in first.values},
+        {name: torch.stack([part.bounds[name] for part in parts]) for name in first.bounds},
+        torch.stack([part.refined for part in parts]),
+        spectrum,
+    )
+    return measured, torch.stack([part.norm for part in parts])
+
+
+def _with_pairs(found: Measured, norm: Tensor, aligned: Tensor) -> Measured:
     """What was found with CKA ``aligned[2, P, L, L]``, debiased and biased, and the drifts it leads to."""
     debiased, biased = (matrix.permute(1, 2, 0) for matrix in aligned)
+    debiased = torch.where(found.count.amin(0) >= 4, debiased, torch.nan)
     drift = (1 - biased.diagonal(1).T).clamp_min(0.0)
-    change = _change_of(found.spectrum, drift)
+    change = _change_of(norm, drift)
     return replace(found, values=found.values | of_kernels(Kernels(debiased, biased, change)))
 
 
-@numpy_on_cpu
-def _change_of(sigma: Any, drift: Any) -> Any:
-    """‖K_{l+1} − K_l‖ / ‖K_l‖ ``[L-1, P]`` of centred kernels of rows with singular values ``[L, P, d]`` and
-    of drift ``[L-1, P]``.
+def _change_of(norm: Tensor, drift: Tensor) -> Tensor:
+    """‖K_{l+1} − K_l‖ / ‖K_l‖ ``[L-1, P]`` of centred kernels of ‖K‖² ``[L, P]`` and of drift ``[L-1, P]``.
 
     ‖K' − K‖² = (‖K'‖ − ‖K‖)² + 2 ‖K‖‖K'‖ (1 − CKA), which does not cancel.
     """
-    library: Any = torch if isinstance(sigma, Tensor) else np
-    norms = library.square(library.square(sigma)).sum(-1)  # ‖K‖²
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = library.sqrt(norms[1:] / norms[:-1])
-        turned = library.where(ratio > 0, 2 * ratio * drift, 0.0)
-        change = library.sqrt(library.square(ratio - 1) + turned)
-        return library.where(norms[:-1] > 0, change, math.nan)
+    ratio = (norm[1:] / norm[:-1]).sqrt()
+    turned = torch.where(ratio > 0, 2 * ratio * drift, 0.0)
+    change = ((ratio - 1).square() + turned).sqrt()
+    return torch.where(norm[:-1] > 0, change, math.nan)
 
 
 def _refine(states: Tensor, kept: Tensor | None, solved: Solved, doubt: Tensor, centering: str) -> None:
@@ -94,3 +164,28 @@ def _refine(states: Tensor, kept: Tensor | None, solved: Solved, doubt: Tensor, 
     if len(at):
         x = states.reshape(-1, *states.shape[2:])[at]
         refine_spectra(x if kept is None else x[:, kept], solved, at, centering=centering)
+
+
+def _nothing(rows: Sequence[Tensor]) -> Measured:
+    """Measures of too few rows: the count, and NaN."""
+    layers, (positions, n), device = len(rows), rows[0].shape[:2], rows[0].device
+
+    def unknown(*shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+
+    sigma = Solved(
+        unknown(layers * positions, 1),
+        unknown(layers * positions, 1),
+        *(torch.zeros(layers * positions, dtype=torch.int64, device=device) for _ in range(3)),
+    )
+    nowhere = torch.zeros(layers * positions, dtype=torch.bool, device=device)
+    values, bounds = (
+        {name: unknown(layers, positions) for name in found} for found in of_spectra(sigma, None, nowhere)
+    )
+    pairs = unknown(layers, layers, positions)
+    values |= of_kernels(Kernels(pairs, pairs, unknown(layers - 1, positions)))
+    count = torch.full((layers, positions), n, dtype=torch.int64, device=device)
+    widest = max(x.shape[2] for x in rows)
+    return Measured(
+        count, values, bounds, nowhere.reshape(layers, positions), unknown(layers, positions, widest)
+    )

@@ -18,8 +18,9 @@ from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.watcher import tile_streamer
 from rgfast.probing.estimators import samples
-from rgfast.probing.estimators.samples import Part, SampleState, at_once, measured_part
-from rgfast.probing.plan import Plan
+from rgfast.probing.estimators.row_views import RowViews, Tile
+from rgfast.probing.estimators.samples import LEAST_TILES, SampleState, tile_rows
+from rgfast.probing.plan import POSITIONAL, Plan
 
 __all__ = ["gather", "independent_stack", "measured_by_tiles"]
 
@@ -78,22 +79,52 @@ def measured_by_tiles(
 
     Raises ValueError if a layer is not finite, naming it and the position.
     """
-    parts: list[Part] = []
+    n, length = x.shape[:2]
+    every = any(view not in POSITIONAL for view in plan.views) or len(plan.positions) == length
+    where = tuple(range(length)) if every else plan.positions
+    x = (x if every else x[:, list(where)]).transpose(0, 1)
+    views = RowViews(plan, uncentred=uncentred, sequences=n, total=n * length)
+    step = max(1, min(tile_rows(plan, memory) // n, -(-len(where) // LEAST_TILES)))
 
     def take(first: int, states: Tensor) -> None:
-        found = measured_part(states, plan, uncentred)
-        if found is None:
-            raise ValueError(_not_finite(states, plan, plan.positions[first:]))
-        parts.append(found)
+        positions = where[first : first + states.shape[1]]
+        rows = states.view(len(states), -1, states.shape[3])
+        if not views.take(Tile(positions, [n] * len(positions), rows)):
+            raise ValueError(_not_finite(states, plan, positions))
         advance(states.shape[1])
 
-    handle = stack.stream_tiles(take, at_once(plan, len(x), memory))
+    _stream(stack, x, take, step)
+    return SampleState(plan, n, views.finish(_Again(stack, x, step, memory)))
+
+
+class _Again:
+    """All rows of a layer, by another forward: as many layers of one are held as memory allows."""
+
+    def __init__(self, stack: Any, x: Tensor, step: int, memory: int) -> None:
+        self._stack, self._x, self._step = stack, x, step
+        self._most = memory // (4 * x.numel())
+        self._held: dict[int, list[Tensor]] = {}
+
+    def __call__(self, layer: int) -> Tensor | None:
+        if layer not in self._held:
+            if not self._most:
+                return None
+            self._held = {k: [] for k in range(layer, layer + self._most)}
+
+            def take(first: int, states: Tensor) -> None:
+                for k, parts in self._held.items():
+                    parts += [states[k].flatten(0, 1).clone()] if k < len(states) else []
+
+            _stream(self._stack, self._x, take, self._step)
+        return torch.cat(self._held.pop(layer))
+
+
+def _stream(stack: Any, x: Tensor, take: Callable[[int, Tensor], None], step: int) -> None:
+    handle = stack.stream_tiles(take, step)
     try:
-        every = len(plan.positions) == x.shape[1]
-        stack((x if every else x[:, list(plan.positions)]).transpose(0, 1))
+        stack(x)
     finally:
         handle.remove()
-    return SampleState(plan, len(x), tuple(parts))
 
 
 def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:

@@ -1,0 +1,268 @@
+"""The measures of every view from rows that come a few positions at a time, all sequences of each at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgfast.ops.spectrum.measures import times_power
+from rgfast.ops.spectrum.rows import refine_spectra
+from rgfast.ops.spectrum.solve import Solved
+from rgfast.probing.estimators.moment_measures import Again, Centering, measure_moments
+from rgfast.probing.estimators.moments import all_but_one, joined_moments
+from rgfast.probing.estimators.row_measures import DOUBT, measure_rows
+from rgfast.probing.measured import Measured, doubtful, joined
+from rgfast.probing.plan import POSITIONAL, Plan
+from rgfast.streaming import MomentAccumulator
+
+__all__ = ["Part", "RowViews", "Tile"]
+
+# The measures of some positions: of all sequences, and of all but those of each group.
+Part = tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The rows of some positions, one position after another: ``rows[l][R, d_l]``, ``counts`` of each.
+
+    ``sequence[R]`` numbers the sequences that rows are of, None if every position has those of all in their
+    order; ``hidden[R]`` says whose token was hidden, None if there is no mask.
+    """
+
+    positions: Sequence[int]
+    counts: Sequence[int]
+    rows: Sequence[Tensor] | Tensor
+    sequence: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class RowViews:
+    """Takes every position once, and then gives the measures of the views of ``plan``.
+
+    ``uncentred`` says whether ranks of rows as they are are wanted, ``total`` is the number of rows of a
+    layer, ``sequences`` that of the sequences. Pooled rows are summed up unless they are fewer than features.
+    """
+
+    def __init__(self, plan: Plan, *, uncentred: bool, sequences: int, total: int) -> None:
+        self._plan, self._uncentred, self._sequences = plan, uncentred, sequences
+        self._adjacent, self._compared = plan.pairs == "adjacent", bool(plan.pairs)
+        self._followed = {*plan.positions}
+        self._positional = [view for view in plan.views if view in POSITIONAL]
+        self._parts: dict[str, list[tuple[int, Part]]] = {view: [] for view in self._positional}
+        self._pools = "pooled" in plan.views
+        self._few = self._pools and total < max(plan.widths)
+        self._clouds: list[Tile] = []
+        self._sums = [MomentAccumulator(pairs=plan.pairs) for _ in range(plan.groups)]
+        self._means: list[Tensor] = []
+        self._counted: Tensor | None = None
+
+    def take(self, tile: Tile) -> bool:
+        """Take the rows of some positions, which may be overwritten afterwards. False for NaN or infinity."""
+        if self._positional:
+            if not self._take_positions(tile):
+                return False
+            seen = all(t in self._followed for t in tile.positions)
+        else:
+            seen = False
+        if not seen and not all(_finite(x) for x in tile.rows):
+            return False
+        if self._pools:
+            self._pool(tile)
+        if "mean_pooled" in self._plan.views:
+            self._add_to_means(tile)
+        return True
+
+    def finish(self, rows_of: Callable[[int], Tensor | None]) -> dict[str, Part]:
+        """The measures of every view but ``flattened``; ``rows_of(l)`` are all rows ``[R, d_l]`` of a layer
+        again, None if they cannot be had."""
+        found: dict[str, Part] = {}
+        for view, parts in self._parts.items():
+            parts.sort(key=lambda part: part[0])
+            found[view] = tuple(joined(some) for some in zip(*(part for _, part in parts), strict=True))
+        if self._pools:
+            found["pooled"] = self._few_pooled() if self._few else self._pooled(rows_of)
+        if self._means:
+            found["mean_pooled"] = self._of_means()
+        return found
+
+    def cloud(self, rows: Sequence[Tensor], sequence: Tensor | None) -> Part | None:
+        """The measures of ``rows[l][R, d_l]`` of these sequences (None: all in order) as one cloud."""
+        return self._variants([x[None] for x in rows], sequence)
+
+    def _take_positions(self, tile: Tile) -> bool:
+        alike = tile.sequence is None and tile.hidden is None and {*tile.positions} <= self._followed
+        if alike:
+            n = tile.counts[0]
+            if isinstance(tile.rows, Tensor):
+                rows: Sequence[Tensor] | Tensor = tile.rows.view(len(tile.rows), -1, n, tile.rows.shape[2])
+            else:
+                rows = [x.view(-1, n, x.shape[1]) for x in tile.rows]
+            part = self._variants(rows, None)
+            if part is None:
+                return False
+            self._parts["position"].append((tile.positions[0], part))
+            return True
+        for position, at in _segments(tile):
+            if position not in self._followed:
+                continue
+            hidden = None if tile.hidden is None else tile.hidden[at]
+            for view in self._positional:
+                kept = None if view == "position" else hidden if view == "masked" else ~_given(hidden)
+                rows = [x[at] if kept is None else x[at][kept] for x in tile.rows]
+                sequence = None if tile.sequence is None else tile.sequence[at]
+                if kept is not None:
+                    numbers = torch.arange(len(kept), dtype=torch.int64, device=kept.device)
+                    sequence = (numbers if sequence is None else sequence)[kept]
+                part = self._variants([x[None] for x in rows], sequence)
+                if part is None:
+                    return False
+                self._parts[view].append((position, part))
+        return True
+
+    def _variants(self, rows: Sequence[Tensor] | Tensor, sequence: Tensor | None) -> Part | None:
+        """The measures of ``rows[l][P, R, d_l]``, and without each group of sequences."""
+        groups = self._plan.groups
+
+        def measure(rows: Sequence[Tensor] | Tensor, groups: int) -> Part | None:
+            return measure_rows(
+                rows,
+                adjacent=self._adjacent,
+                uncentred=self._uncentred,
+                groups=groups,
+                compared=self._compared,
+            )
+
+        enough = rows[0].shape[1] >= 2 * groups
+        if groups == 1 or (sequence is None and enough):
+            return measure(rows, groups)
+        n = rows[0].shape[1]
+        if sequence is None:
+            sequence = torch.arange(n, dtype=torch.int64, device=rows[0].device)
+        found = measure(rows, 1)
+        for group in range(groups):
+            kept = sequence % groups != group
+            rest = None if found is None else measure([x[:, kept] for x in rows], 1)
+            found = None if found is None or rest is None else found + rest
+        return found
+
+    def _pool(self, tile: Tile) -> None:
+        groups = self._plan.groups
+        if self._few:
+            self._clouds.append(
+                Tile(tile.positions, tile.counts, [x.clone() for x in tile.rows], _numbers(tile))
+            )
+            return
+        if groups == 1:
+            if len(tile.rows[0]):
+                self._sums[0].add_block([x[None] for x in tile.rows])
+            return
+        group = _numbers(tile) % groups
+        for g, sums in enumerate(self._sums):
+            at = (group == g).nonzero()[:, 0]
+            if len(at):
+                sums.add_block([x[at][None] for x in tile.rows])
+
+    def _few_pooled(self) -> Part:
+        rows = [
+            torch.cat([tile.rows[layer] for tile in self._clouds]) for layer in range(len(self._plan.widths))
+        ]
+        sequence = torch.cat([_given(tile.sequence) for tile in self._clouds])
+        found = self.cloud(rows, sequence)
+        assert found is not None  # every tile was looked at
+        return found
+
+    def _pooled(self, rows_of: Callable[[int], Tensor | None]) -> Part:
+        held: dict[int, Tensor | None] = {}
+
+        def again(layer: int, centering: Centering, solved: Solved) -> Tensor:
+            most = whole.count.reshape(-1) - int(centering == "mean")
+            doubt: Tensor = doubtful(solved.sigma, most, DOUBT)
+            if not bool(doubt.any()):
+                return doubt
+            if layer not in held:
+                held.clear()
+                held[layer] = rows_of(layer)
+            rows = held[layer]
+            if rows is None:
+                return torch.zeros_like(doubt)
+            _solve_again(rows, solved, centering, whole.exponent(layer))
+            return doubt
+
+        whole = joined_moments(self._sums)
+        better: Again = again
+        found = [measure_moments(whole, refine=False, again=better)]
+        if self._plan.groups > 1:
+            found += [
+                measure_moments(part, spectra=False, refine=False) for part in all_but_one(self._sums, [])
+            ]
+        return tuple(found)
+
+    def _add_to_means(self, tile: Tile) -> None:
+        if not self._means:
+            device = tile.rows[0].device
+            self._means = [
+                torch.zeros(self._sequences, width, dtype=torch.float64, device=device)
+                for width in self._plan.widths
+            ]
+            self._counted = torch.zeros(self._sequences, dtype=torch.float64, device=device)
+        counted = _given(self._counted)
+        for _, at in _segments(tile):
+            if tile.sequence is None:
+                counted += 1.0
+                for sums, x in zip(self._means, tile.rows, strict=True):
+                    sums += x[at]
+                continue
+            sequence = tile.sequence[at]
+            counted[sequence] += 1.0
+            for sums, x in zip(self._means, tile.rows, strict=True):
+                sums.index_add_(0, sequence, x[at].to(torch.float64))
+
+    def _of_means(self) -> Part:
+        counted = _given(self._counted)
+        kept = (counted > 0).nonzero()[:, 0]
+        every = len(kept) == len(counted)
+        rows = [
+            sums / counted[:, None] if every else sums[kept] / counted[kept, None] for sums in self._means
+        ]
+        found = self.cloud(rows, None if every else kept)
+        assert found is not None
+        return found
+
+
+def _solve_again(rows: Tensor, solved: Solved, centering: str, exponent: int) -> None:
+    """The one spectrum of a layer from its rows, in the unit that it was in."""
+    at = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    refine_spectra(rows[None], solved, at, centering=centering)
+    move = solved.exponent[:, None] - exponent
+    solved.sigma, solved.error = times_power(solved.sigma, move), times_power(solved.error, move)
+    solved.exponent.zero_()
+
+
+def _segments(tile: Tile) -> Iterator[tuple[int, slice]]:
+    ends = [*itertools.accumulate(tile.counts)]
+    for position, count, end in zip(tile.positions, tile.counts, ends, strict=True):
+        yield position, slice(end - count, end)
+
+
+def _numbers(tile: Tile) -> Tensor:
+    """The sequence of every row."""
+    if tile.sequence is not None:
+        return tile.sequence
+    every = torch.arange(tile.counts[0], dtype=torch.int64, device=tile.rows[0].device)
+    return every.repeat(len(tile.counts))
+
+
+def _finite(x: Tensor) -> bool:
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
