@@ -75,7 +75,8 @@ void check_samples(const View& x) {
 using Info = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, const Tensor& result,
-                                     std::uintptr_t raw, const Info& info, int threads, int route) {
+                                     std::uintptr_t raw, const Info& info, int threads, int route,
+                                     std::uintptr_t matrix) {
   const View in = view(x, "x", 3);
   const View out = view(result, "result", solve ? 2 : 3);
   checked_threads(threads);
@@ -92,10 +93,11 @@ std::pair<std::int64_t, int> moments(const Tensor& x, bool centred, bool solve, 
   const auto& [accumulated, exponent, limit, mean] = info;
   if (raw != 0 && !(solve && centred && in.size(1) >= in.size(2)))
     throw std::invalid_argument("raw goes with eigenvalues of centred x of no fewer samples than features");
-  if (solve && mean != 0) throw std::invalid_argument("means come with matrices, not with eigenvalues");
+  if (!solve && matrix != 0) throw std::invalid_argument("matrices beside the result come with eigenvalues");
   const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
                                   reinterpret_cast<std::int64_t*>(exponent),
-                                  reinterpret_cast<std::int64_t*>(limit), reinterpret_cast<double*>(mean)};
+                                  reinterpret_cast<std::int64_t*>(limit), reinterpret_cast<double*>(mean),
+                                  reinterpret_cast<double*>(matrix)};
   auto* const to = reinterpret_cast<double*>(out.data);
   const spectrum::Route way = checked_route(route);
   spectrum::Status status;
@@ -168,11 +170,12 @@ void register_spectrum(py::module_& m) {
         "What eigvalsh does, for a[batch, d, d] and contiguous values[batch, d] by their addresses.");
   m.def(
       "moments", &moments, py::arg("x"), py::arg("centred"), py::arg("solve"), py::arg("result"),
-      py::arg("raw"), py::arg("info"), py::arg("threads"), py::arg("route") = 0,
+      py::arg("raw"), py::arg("info"), py::arg("threads"), py::arg("route") = 0, py::arg("matrix") = 0,
       "fp64 second moments of x[b, n, d] on its smaller side, result[b, m, m], or with `solve` their "
       "ascending eigenvalues, result[b, m]. raw: the address of as many that the moments of x itself have, "
       "or 0. info: the addresses of what was accumulated (fp64), the exponents and the rank limits (int64), "
-      "b entries each, and of the column means (fp64 [b, d], or 0). Returns what eigvalsh does.");
+      "b entries each, and of the column means (fp64 [b, d], or 0). matrix: the address of the moments "
+      "[b, m, m] beside the eigenvalues, or 0. Returns what eigvalsh does.");
   m.def(
       "left_out_moments", &left_out_moments, py::arg("x"), py::arg("groups"), py::arg("values"),
       py::arg("raw"), py::arg("info"), py::arg("threads"),

@@ -45,6 +45,24 @@ void scale_mean(double* mean, std::int64_t d, std::int64_t samples) {
   for (std::int64_t j = 0; j < d; ++j) mean[j] *= root;
 }
 
+// A lower triangle c, column-major, as a whole symmetric matrix: by blocks that stay in the first-level cache.
+void spread(const double* c, std::int64_t stride, std::int64_t m, double* out) {
+  constexpr std::int64_t kSide = 16;
+  for (std::int64_t j0 = 0; j0 < m; j0 += kSide)
+    for (std::int64_t i0 = j0; i0 < m; i0 += kSide)
+      for (std::int64_t j = j0; j < std::min(j0 + kSide, m); ++j)
+        for (std::int64_t i = std::max(i0, j); i < std::min(i0 + kSide, m); ++i)
+          out[j * m + i] = out[i * m + j] = c[j * stride + i];
+}
+
+// The mean and the moment that were asked for beside the eigenvalues.
+void keep(const MomentInfo& info, std::int64_t index, const GramTask& task) {
+  if (info.mean != nullptr) std::copy(task.mean, task.mean + task.d, info.mean + index * task.d);
+  if (info.matrix == nullptr) return;
+  const std::int64_t m = std::min(task.n, task.d);
+  spread(task.c, task.stride, m, info.matrix + index * m * m);
+}
+
 // What lanes are filled with: moments, a vector of them at a time.
 struct Lanes {
   double* buffer;  // [lanes, d, stride]
@@ -67,11 +85,13 @@ struct Source {
     for (int i = 0; i < count; ++i) {
       GramTask task = task_for(x, centred, first + from + i);
       task.c = to.buffer + i * to.size;
-      task.mean = to.means == nullptr ? nullptr : to.means + i * task.d;
+      double* const own = info.mean == nullptr ? nullptr : info.mean + (first + from + i) * task.d;
+      task.mean = to.means == nullptr ? own : to.means + i * task.d;
       task.stride = to.stride;
       task.workspace = to.workspace;
       tell(info, first + from + i, kernel.run(task));
-      if (task.mean != nullptr) scale_mean(task.mean, task.d, task.n);
+      keep(info, first + from + i, task);
+      if (to.means != nullptr) scale_mean(task.mean, task.d, task.n);
     }
   }
 };
@@ -206,13 +226,7 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
     task.mean = info.mean == nullptr ? nullptr : info.mean + index * d;
     task.c = reinterpret_cast<double*>(static_cast<std::byte*>(workspace.data()) + scratch);
     tell(info, index, kernel.run(task));
-    double* const out = matrix + index * m * m;
-    constexpr std::int64_t kSide = 16;  // both triangles, by blocks that stay in the first-level cache
-    for (std::int64_t j0 = 0; j0 < m; j0 += kSide)
-      for (std::int64_t i0 = j0; i0 < m; i0 += kSide)
-        for (std::int64_t j = j0; j < std::min(j0 + kSide, m); ++j)
-          for (std::int64_t i = std::max(i0, j); i < std::min(i0 + kSide, m); ++i)
-            out[j * m + i] = out[i * m + j] = task.c[j * stride + i];
+    spread(task.c, stride, m, matrix + index * m * m);
   });
 }
 
@@ -238,8 +252,10 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
       gram.c = reinterpret_cast<double*>(bytes);
       gram.stride = task.stride;
       gram.workspace = bytes + for_solver;
-      if (raw != nullptr) task.mean = gram.mean = reinterpret_cast<double*>(bytes + for_solver + for_gram);
+      gram.mean = reinterpret_cast<double*>(bytes + for_solver + for_gram);
+      if (raw != nullptr) task.mean = gram.mean;
       tell(info, index, kernel.run(gram));
+      keep(info, index, gram);
       if (raw != nullptr) scale_mean(gram.mean, d, n);
       solver.single_run(task);
     };

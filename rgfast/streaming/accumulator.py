@@ -128,6 +128,19 @@ class MomentAccumulator:
             self._begin((len(layers[0]),), tuple(x.shape[2] for x in layers), layers[0].device)
         self._sums.add(layers, None)
 
+    @classmethod
+    def of_sums(
+        cls, pairs: Pairs, shifts: Sequence[Tensor], moments: Mapping[tuple[int, int], Tensor]
+    ) -> MomentAccumulator:
+        """One with leading shape ``[P]`` of given sums: ``moments[i, j][P, d_i + 2, d_j + 2]`` of
+        ``[x, |x|², 1]`` of rows less ``shifts[l][P, d_l]``, every position with some."""
+        made = cls(pairs=pairs)
+        widths, positions = [shift.shape[1] for shift in shifts], len(shifts[0])
+        sums = Sums.empty(widths, [], positions, shifts[0].device)
+        sums.begun.fill_(True)
+        sums.exponents, sums.shift, sums.moment = [0] * len(widths), list(shifts), dict(moments)
+        return made._made((positions,), sums)
+
     def flush(self) -> None:
         """Sum the rows of the open block now. The next block begins at the next sample.
 

@@ -235,13 +235,17 @@ def test_nan_is_named_with_layer_and_position(pairs):
     rgfast.probe(stack, x, route="samples", **OPTIONS)  # nothing is left behind
 
 
-def test_the_same_bits_on_any_number_of_threads():
-    stack, x = stack_of(48, 4), normal(300, 9, 48)
+@pytest.mark.parametrize("views", [["position"], None])
+@pytest.mark.parametrize("n", [300, 30])
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_the_same_bits_on_any_number_of_threads(n, views, pairs):
+    stack, x = stack_of(48, 4), normal(n, 9, 48)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(rgfast.probe(stack, x, route="samples", pairs="all", **OPTIONS).dataset)
+            options = {"route": "samples", "pairs": pairs, "views": views, "progress": False}
+            found.append(rgfast.probe(stack, x, **options).dataset)
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

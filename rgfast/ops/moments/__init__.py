@@ -1,5 +1,5 @@
 """Products of layers' rows, added up position by position: what streamed moments are made of."""
 
-from rgfast.ops.moments.api import add_products, first_mean, shifted
+from rgfast.ops.moments.api import add_positions, add_products, first_mean, pair_products, shifted
 
-__all__ = ["add_products", "first_mean", "shifted"]
+__all__ = ["add_positions", "add_products", "first_mean", "pair_products", "shifted"]

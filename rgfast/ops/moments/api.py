@@ -9,13 +9,22 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
-from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
 from rgfast.ops.moments.impl import native
 from rgfast.ops.moments.reference import shifted
 from rgfast.runtime.threads import no_autocast, one_thread
 from rgfast.validation import as_real_tensor
 
-__all__ = ["OP", "add_products", "first_mean", "shifted"]
+__all__ = [
+    "OP",
+    "PAIRS",
+    "POSITIONS",
+    "add_positions",
+    "add_products",
+    "first_mean",
+    "pair_products",
+    "shifted",
+]
 
 
 def _reference(call: Products) -> None:
@@ -31,6 +40,49 @@ OP = Op(
         Impl("reference", _reference, cost=lambda call: 2e-4 + call.multiplications() / 20e9),
     ],
 )
+
+
+def _pairs_reference(call: Pairs) -> PairSums:
+    with one_thread(), no_autocast(call.device.type):
+        return reference.pair_products(call.totals, call.rows, call.shifts, call.moves)
+
+
+PAIRS = Op(
+    "pair products",
+    [
+        native.PAIRS,
+        Impl("reference", _pairs_reference, cost=lambda call: 2e-4 + call.multiplications() / 20e9),
+    ],
+    part_of="moments",
+)
+
+
+POSITIONS = Op(
+    "position sums",
+    [
+        native.POSITIONS,
+        Impl(
+            "reference",
+            lambda call: reference.add_positions(*call),
+            cost=lambda call: 1e-5 + call.rows.numel() / 5e8,
+        ),
+    ],
+    part_of="moments",
+)
+
+
+def add_positions(rows: Tensor, to: Tensor, *, impl: ImplName = "auto") -> None:
+    """Adds the sum over positions of ``rows[P, n, d]`` to ``to[n, d]`` (fp64), one position after another.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import add_positions
+    >>> total = torch.zeros(1, 2, dtype=torch.float64)
+    >>> add_positions(torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), total)
+    >>> total
+    tensor([[4., 6.]], dtype=torch.float64)
+    """
+    _check(to, "to", tuple(rows.shape[1:]))
+    POSITIONS(impl, Positions(rows, to))
 
 
 def add_products(
@@ -60,6 +112,39 @@ def add_products(
     tensor([10., 28.,  4.], dtype=torch.float64)
     """
     OP(impl, _checked(sums, rows, shifts, keep, exponents))
+
+
+def pair_products(
+    totals: Mapping[tuple[int, int], Tensor],
+    rows: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    *,
+    owns: Sequence[Tensor | None],
+    moves: Sequence[Tensor | None],
+    units: Sequence[Tensor],
+    impl: ImplName = "auto",
+) -> PairSums:
+    """What cross moments of pairs of layers lead to at every position; their sum is added to ``totals``.
+
+    With u and v the rows ``rows[l][P, n, d_l]`` (fp32 or fp64) of two layers less ``shifts[l][P, d_l]``, the
+    sum over positions of C = Σ u vᵀ is added to ``totals[i, j][d_i, d_j]``, i ≤ j. Compiled kernels multiply
+    in fp32 with sums of 32 products, where ``owns[i]`` has the layer's own moments ``[P, d, d]`` only u by
+    v − u: then a cross moment errs by as little as its layers differ. ``units[l][P]`` are powers of two that
+    bring rows to about 1, 0 if all are zero. All other sums are fp64; the bits do not depend on the number
+    of threads.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import pair_products
+    >>> x, one = torch.tensor([[[1.0], [-1.0]]]), torch.ones(1, dtype=torch.float64)
+    >>> total, zero = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    >>> sums = pair_products(
+    ...     {(0, 1): total}, [x, 2 * x], [zero] * 2, owns=[None] * 2, moves=[None] * 2, units=[one] * 2
+    ... )
+    >>> float(total), float(sums.norm), float(sums.products)
+    (4.0, 16.0, 8.0)
+    """
+    found: PairSums = PAIRS(impl, Pairs(totals, rows, shifts, units, owns, moves))
+    return found
 
 
 def first_mean(rows: Tensor, keep: Tensor | None = None) -> Tensor:

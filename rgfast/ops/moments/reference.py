@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_products", "first_mean", "shifted"]
+from rgfast.ops.moments.call import PairSums
+
+__all__ = ["add_positions", "add_products", "first_mean", "pair_products", "shifted"]
 
 _WORK_BYTES = 64 << 20
 
@@ -64,6 +66,12 @@ def add_products(
             total[part] += torch.bmm(z[i].mT, z[j])
 
 
+def add_positions(rows: Tensor, to: Tensor) -> None:
+    """``to[n, d] += Σ_P rows[P, n, d]``, one position after another."""
+    for x in rows:
+        to += x
+
+
 def first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
     """Mean ``[P, d]`` of the rows ``[P, b, d]`` that are kept, in fp64; exact for constant columns.
 
@@ -77,3 +85,32 @@ def first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
     first = wide[at, keep.to(torch.uint8).argmax(1)][:, None]
     off = (wide - first).masked_fill_(~keep[..., None], 0.0)
     return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
+
+
+def pair_products(
+    totals: Mapping[tuple[int, int], Tensor],
+    rows: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    moves: Sequence[Tensor | None],
+) -> PairSums:
+    """``totals[i, j] += Σ_P uᵀ v`` of rows less their shifts, and what else it leads to, in fp64."""
+    positions, width = len(rows[0]), max(x.shape[2] for x in rows)
+    shape = (len(totals), positions)
+    found = PairSums(
+        *(torch.zeros(shape, dtype=torch.float64, device=rows[0].device) for _ in range(2)),
+        *(torch.zeros(*shape, width, dtype=torch.float64, device=rows[0].device) for _ in range(4)),
+    )
+    for k, ((i, j), total) in enumerate(totals.items()):
+        u, v = shifted(rows[i], shifts[i]), shifted(rows[j], shifts[j])
+        cross = torch.bmm(u.mT, v)
+        total += cross.sum(0)
+        a, b = u.square().sum(2), v.square().sum(2)
+        found.norm[k] = cross.square().sum((1, 2))
+        found.products[k] = (a * b).sum(1)
+        found.right_sums[k, :, : v.shape[2]] = (a[..., None] * v).sum(1)
+        found.left_sums[k, :, : u.shape[2]] = (b[..., None] * u).sum(1)
+        e, f = moves[i], moves[j]
+        if e is not None and f is not None:
+            found.moved_right[k, :, : v.shape[2]] = (cross * e[:, :, None]).sum(1)
+            found.moved_left[k, :, : u.shape[2]] = (cross * f[:, None]).sum(2)
+    return found

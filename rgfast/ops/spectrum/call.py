@@ -30,7 +30,8 @@ class Rows(NamedTuple):
     """Second moments of `x[b, n, d]`, their spectra, or effective ranks good to `rtol`, computed in `dtype`.
 
     Where given, `raw[b, d]` gets the spectra of the data as they are (for n >= d and `centering="mean"`), and
-    `means[b, d]` the column means of what the moments are of. `variance` asks for ranks of variances.
+    `means[b, d]` the column means of what the moments are of; `matrix[b, m, m]` gets the moments themselves
+    where spectra are asked for. `variance` asks for ranks of variances.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Rows(NamedTuple):
     dtype: torch.dtype = torch.float64
     raw: Tensor | None = None
     means: Tensor | None = None
+    matrix: Tensor | None = None
     variance: bool = False
     rtol: float = 1e-6
 

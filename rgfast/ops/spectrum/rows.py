@@ -16,14 +16,17 @@ from rgfast.ops.spectrum.solve import REFINE, Solved, from_eigenvalues
 __all__ = ["refine_spectra", "spectra_of_rows", "spectra_without_groups", "without_each"]
 
 
-def spectra_of_rows(x: Tensor, *, uncentred: bool) -> tuple[Solved, Solved | None] | None:
+def spectra_of_rows(
+    x: Tensor, *, uncentred: bool, matrix: Tensor | None = None, means: Tensor | None = None
+) -> tuple[Solved, Solved | None] | None:
     """Spectra of centred `x[b, n, d]` and, if `uncentred`, of x itself; None where NaN or infinity is met.
 
-    From second moments in fp64: what these lose is to be had from `refine_spectra`.
+    From second moments in fp64: what these lose is to be had from `refine_spectra`. `matrix[b, m, m]` and
+    `means[b, d]` get the centred moments and the column means, in units of the results' exponents.
     """
     n, d = x.shape[1:]
     lifted = torch.empty(len(x), d, dtype=torch.float64, device=x.device) if uncentred and n >= d else None
-    values, trace, exponent, limit = SPECTRUM("auto", Rows(x, raw=lifted))
+    values, trace, exponent, limit = SPECTRUM("auto", Rows(x, raw=lifted, means=means, matrix=matrix))
     if not bool(torch.isfinite(trace).all()):
         return None
     centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))

@@ -31,6 +31,9 @@ def _reference_gram(call: Rows) -> Found:
 
 def _reference_spectrum(call: Rows) -> Found:
     with one_thread(), no_autocast(call.device.type):
+        if call.matrix is not None:
+            found = reference.gram(call.x, centering=call.centering, dtype=call.dtype, means=call.means)
+            call.matrix.copy_(found[0])
         return reference.gram_spectrum(call.x, centering=call.centering, dtype=call.dtype, raw=call.raw)
 
 
@@ -48,10 +51,12 @@ def _reference_eigvalsh(call: Symmetric) -> Tensor:
 
 def _in_parts(call: Rows) -> Found:
     """The moment, then its eigenvalues, each by the fastest for it: for matrices too large for one pass."""
-    means = None
-    if call.raw is not None:
+    means = call.means
+    if call.raw is not None and means is None:
         means = torch.empty((len(call.x), call.side), dtype=torch.float64, device=call.device)
-    matrix, accumulated, exponent, limit = GRAM("auto", call._replace(raw=None, means=means))
+    matrix, accumulated, exponent, limit = GRAM("auto", call._replace(raw=None, means=means, matrix=None))
+    if call.matrix is not None:
+        call.matrix.copy_(matrix)
     bad = ~torch.isfinite(accumulated)
     matrix[bad] = 0.0
     values = EIGVALSH("auto", Symmetric(matrix))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,10 @@ from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
 from rgfast.probing.measures import Kernels
 
-__all__ = ["DOUBT", "measure_rows"]
+__all__ = ["DOUBT", "Align", "Room", "measure_rows"]
+
+# Compares layers ``rows[l][P, n, d_l]`` of which the centred moments and the means are known.
+Align = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 # Relative error of an effective rank to expect from moments, above which it is computed again from the rows.
 DOUBT = 1e-11
@@ -28,36 +31,79 @@ def measure_rows(
     uncentred: bool,
     groups: int = 1,
     compared: bool = True,
+    align: Align | None = None,
+    room: Room | None = None,
 ) -> tuple[Measured, ...] | None:
     """The measures of ``layers[l][P, n, d_l]`` for P positions; None if there is NaN or infinity.
 
     CKA is of all pairs, or of ``adjacent`` ones, and NaN unless ``compared``; ranks of rows as they are are
     NaN unless ``uncentred``. What n is too small for is NaN. With ``groups``, there follow the measures
-    without the samples g, g + groups, ... for every g.
+    without the samples g, g + groups, ... for every g. ``align`` takes the layers' moments, made in ``room``,
+    and compares them, if there are no groups, n ≥ d_l and squares of squares are numbers of fp64.
     """
     rows = list(layers)
     positions, n = rows[0].shape[:2]
     widths = [x.shape[2] for x in rows]
     if n < 2 or not positions:
         return (_nothing(rows),) * (1 + groups if groups > 1 else 1)
+    moments = None if align is None else _Moments(rows, room or Room())
     found: list[list[_Spectral | None]] = [[None] * len(rows) for _ in range(1 + groups if groups > 1 else 1)]
     for width in dict.fromkeys(widths):
         at = [layer for layer, one in enumerate(widths) if one == width]
         alike = layers if isinstance(layers, Tensor) else torch.stack([rows[layer] for layer in at])
-        variants = _of_one_width(alike, uncentred, groups)
+        variants = _of_one_width(alike, uncentred, groups, None if moments is None else moments.at(at))
         if variants is None:
             return None
         for variant, some in zip(found, variants, strict=True):
             for k, layer in enumerate(at):
                 variant[layer] = some.of_layer(k)
     parts = [_joined([one for one in variant if one is not None], widths) for variant in found]
+    aligned = None
+    if align is not None and moments is not None:
+        aligned = align(rows, moments.owns, moments.means)[None]
     if not compared:
         shape = (len(rows), len(rows), positions)
         unknown = torch.full(shape, torch.nan, dtype=torch.float64, device=rows[0].device)
         kernels = Kernels(unknown, unknown, unknown.diagonal(1).T)
         return tuple(replace(part, values=part.values | of_kernels(kernels)) for part, _ in parts)
-    aligned = alignment(rows, adjacent=adjacent, groups=groups)
+    if aligned is None:
+        aligned = alignment(rows, adjacent=adjacent, groups=groups)
     return tuple(_with_pairs(*part, pairs) for part, pairs in zip(parts, aligned, strict=True))
+
+
+class Room:
+    """Memory that is used again and again: fresh pages cost as much as a copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialised memory, which the next call for ``name`` takes again."""
+        count, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < count or held.dtype != dtype:
+            held = self._held[name] = torch.empty(count, dtype=dtype, device="cpu")
+        return held[:count].view(shape)
+
+
+class _Moments:
+    """The centred moments ``[P, d_l, d_l]`` and means ``[P, d_l]`` of layers, to be filled in."""
+
+    def __init__(self, rows: Sequence[Tensor], room: Room) -> None:
+        self._positions, self._room = len(rows[0]), room
+        self.owns: list[Tensor] = [*rows]
+        self.means: list[Tensor] = [*rows]
+        self._widths = [x.shape[2] for x in rows]
+
+    def at(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Room for these layers of one width, ``[layers · P, ...]``."""
+        width = self._widths[layers[0]]
+        count = len(layers) * self._positions
+        matrix = self._room.take(f"moments {width}", torch.float64, count, width, width)
+        means = torch.empty(len(matrix), width, dtype=torch.float64, device="cpu")
+        for k, layer in enumerate(layers):
+            part = slice(k * self._positions, (k + 1) * self._positions)
+            self.owns[layer], self.means[layer] = matrix[part], means[part]
+        return matrix, means
 
 
 @dataclass(frozen=True)
@@ -82,14 +128,21 @@ class _Spectral:
         )
 
 
-def _of_one_width(states: Tensor, uncentred: bool, groups: int) -> list[_Spectral] | None:
+def _of_one_width(
+    states: Tensor, uncentred: bool, groups: int, room: tuple[Tensor, Tensor] | None
+) -> list[_Spectral] | None:
     """Of ``states[L, P, n, d]``, and without each group; None if there is NaN or infinity."""
     layers, positions, n, d = states.shape
     x = states.reshape(layers * positions, n, d)
-    whole = spectra_of_rows(x, uncentred=uncentred)
+    matrix, means = (None, None) if room is None else room
+    whole = spectra_of_rows(x, uncentred=uncentred, matrix=matrix, means=means)
     left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
     if whole is None or left is None:
         return None
+    if matrix is not None and means is not None and states.dtype == torch.float64:
+        power = whole[0].exponent.double()
+        matrix *= torch.exp2(2 * power)[:, None, None]
+        means *= torch.exp2(power)[:, None]
     group = torch.arange(n, dtype=torch.int64, device=states.device) % groups
     found = [_spectral(states, *whole, None)]
     found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]

@@ -5,21 +5,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rgfast.ops.cka.api import alignment
+from rgfast.ops.moments import add_positions
 from rgfast.ops.spectrum.measures import times_power
 from rgfast.ops.spectrum.rows import refine_spectra
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.estimators.moment_measures import Again, Centering, measure_moments
 from rgfast.probing.estimators.moments import all_but_one, joined_moments
-from rgfast.probing.estimators.row_measures import DOUBT, measure_rows
+from rgfast.probing.estimators.pooled import Pooled
+from rgfast.probing.estimators.row_measures import DOUBT, Align, Room, measure_rows
 from rgfast.probing.measured import Measured, doubtful, joined
 from rgfast.probing.plan import POSITIONAL, Plan
 from rgfast.streaming import MomentAccumulator
 
 __all__ = ["Part", "RowViews", "Tile"]
+
+_T = TypeVar("_T")
+
+# Sizes of fp64 rows whose fourth powers are numbers.
+_MODERATE = 1e-30, 1e30
 
 # The measures of some positions: of all sequences, and of all but those of each group.
 Part = tuple[Measured, ...]
@@ -57,20 +66,22 @@ class RowViews:
         self._few = self._pools and total < max(plan.widths)
         self._clouds: list[Tile] = []
         self._sums = [MomentAccumulator(pairs=plan.pairs) for _ in range(plan.groups)]
+        self._pool_of_all = Pooled(plan.widths, plan.pairs) if plan.groups == 1 else None
+        self._room = Room()
         self._means: list[Tensor] = []
         self._counted: Tensor | None = None
 
     def take(self, tile: Tile) -> bool:
         """Take the rows of some positions, which may be overwritten afterwards. False for NaN or infinity."""
+        seen, pooled = False, False
         if self._positional:
-            if not self._take_positions(tile):
+            pooled = self._is_alike(tile) and self._pools and self._shares(tile)
+            if not self._take_positions(tile, pooled):
                 return False
             seen = all(t in self._followed for t in tile.positions)
-        else:
-            seen = False
         if not seen and not all(_finite(x) for x in tile.rows):
             return False
-        if self._pools:
+        if self._pools and not pooled:
             self._pool(tile)
         if "mean_pooled" in self._plan.views:
             self._add_to_means(tile)
@@ -93,15 +104,24 @@ class RowViews:
         """The measures of ``rows[l][R, d_l]`` of these sequences (None: all in order) as one cloud."""
         return self._variants([x[None] for x in rows], sequence)
 
-    def _take_positions(self, tile: Tile) -> bool:
-        alike = tile.sequence is None and tile.hidden is None and {*tile.positions} <= self._followed
-        if alike:
+    def _is_alike(self, tile: Tile) -> bool:
+        """Whether all positions are measured, of all sequences."""
+        return tile.sequence is None and tile.hidden is None and {*tile.positions} <= self._followed
+
+    def _shares(self, tile: Tile) -> bool:
+        """Whether pooled moments are summed up from those of the positions."""
+        fits = not self._few and tile.counts[0] >= max(self._plan.widths)
+        return self._pool_of_all is not None and fits and tile.rows[0].dtype == torch.float32
+
+    def _take_positions(self, tile: Tile, pooled: bool) -> bool:
+        if self._is_alike(tile):
             n = tile.counts[0]
             if isinstance(tile.rows, Tensor):
                 rows: Sequence[Tensor] | Tensor = tile.rows.view(len(tile.rows), -1, n, tile.rows.shape[2])
             else:
                 rows = [x.view(-1, n, x.shape[1]) for x in tile.rows]
-            part = self._variants(rows, None)
+            align = _Aligned(_given(self._pool_of_all), self._adjacent) if pooled else None
+            part = self._variants(rows, None, align)
             if part is None:
                 return False
             self._parts["position"].append((tile.positions[0], part))
@@ -123,7 +143,9 @@ class RowViews:
                 self._parts[view].append((position, part))
         return True
 
-    def _variants(self, rows: Sequence[Tensor] | Tensor, sequence: Tensor | None) -> Part | None:
+    def _variants(
+        self, rows: Sequence[Tensor] | Tensor, sequence: Tensor | None, align: Align | None = None
+    ) -> Part | None:
         """The measures of ``rows[l][P, R, d_l]``, and without each group of sequences."""
         groups = self._plan.groups
 
@@ -134,6 +156,8 @@ class RowViews:
                 uncentred=self._uncentred,
                 groups=groups,
                 compared=self._compared,
+                align=align,
+                room=self._room,
             )
 
         enough = rows[0].shape[1] >= 2 * groups
@@ -156,9 +180,9 @@ class RowViews:
                 Tile(tile.positions, tile.counts, [x.clone() for x in tile.rows], _numbers(tile))
             )
             return
-        if groups == 1:
+        if self._pool_of_all is not None:
             if len(tile.rows[0]):
-                self._sums[0].add_block([x[None] for x in tile.rows])
+                self._pool_of_all.add(tile.rows)
             return
         group = _numbers(tile) % groups
         for g, sums in enumerate(self._sums):
@@ -192,7 +216,7 @@ class RowViews:
             _solve_again(rows, solved, centering, whole.exponent(layer))
             return doubt
 
-        whole = joined_moments(self._sums)
+        whole = joined_moments(self._sums) if self._pool_of_all is None else self._pool_of_all.moments()
         better: Again = again
         found = [measure_moments(whole, refine=False, again=better)]
         if self._plan.groups > 1:
@@ -210,12 +234,12 @@ class RowViews:
             ]
             self._counted = torch.zeros(self._sequences, dtype=torch.float64, device=device)
         counted = _given(self._counted)
+        if tile.sequence is None:
+            counted += float(len(tile.counts))
+            for sums, x in zip(self._means, tile.rows, strict=True):
+                add_positions(x.view(len(tile.counts), -1, x.shape[1]), sums)
+            return
         for _, at in _segments(tile):
-            if tile.sequence is None:
-                counted += 1.0
-                for sums, x in zip(self._means, tile.rows, strict=True):
-                    sums += x[at]
-                continue
             sequence = tile.sequence[at]
             counted[sequence] += 1.0
             for sums, x in zip(self._means, tile.rows, strict=True):
@@ -228,8 +252,26 @@ class RowViews:
         rows = [
             sums / counted[:, None] if every else sums[kept] / counted[kept, None] for sums in self._means
         ]
-        found = self.cloud(rows, None if every else kept)
+        fits = len(kept) >= max(self._plan.widths) and self._plan.groups == 1
+        fits = fits and all(_MODERATE[0] < float(x.abs().max()) < _MODERATE[1] for x in rows)
+        align = _Aligned(Pooled(self._plan.widths, self._plan.pairs), self._adjacent) if fits else None
+        found = self._variants([x[None] for x in rows], None if every else kept, align)
         assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    """Compares layers by what ``pooled`` sums up, again by themselves where that would be blurred."""
+
+    pooled: Pooled
+    adjacent: bool
+
+    def __call__(self, rows: Sequence[Tensor], owns: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+        found, blurred = self.pooled.aligned(rows, owns, means)
+        if bool(blurred.any()):
+            at = blurred.nonzero()[:, 0]
+            found[:, at] = alignment([x[at] for x in rows], adjacent=self.adjacent)[0]
         return found
 
 
@@ -263,6 +305,6 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def _given(x: Tensor | None) -> Tensor:
+def _given(x: _T | None) -> _T:
     assert x is not None
     return x

@@ -15,6 +15,7 @@ from rgfast.ops.fast import made_for
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.finite import FiniteCheck
+from rgfast.probing.estimators.row_measures import Room
 from rgfast.probing.estimators.row_views import Part, RowViews, Tile
 from rgfast.probing.estimators.samples import SampleState, enough, tile_rows, worthwhile
 from rgfast.probing.plan import Plan
@@ -229,16 +230,17 @@ class _Held:
         plan = self._plan
         every = any(view in ("pooled", "mean_pooled") for view in plan.views)
         wanted = list(range(self.longest)) if every else [t for t in plan.positions if t < self.longest]
-        room: list[Tensor] = []
+        room, kinds = Room(), self._kinds()
+        alike = len({*zip(plan.widths, kinds, strict=True)}) == 1
         for positions in self._groups(wanted, most):
             rows = sum(self._counts[t] for t in positions)
-            if not room or len(room[0]) < rows:
-                # One for all turns: fresh pages cost as much as a copy.
-                room = [
-                    torch.empty(rows, width, dtype=kind, device="cpu")
-                    for width, kind in zip(plan.widths, self._kinds(), strict=True)
-                ]
-            yield self._tile(positions, [x[:rows] for x in room])
+            if alike:  # what is one tensor need not be stacked
+                yield self._tile(positions, room.take("all", kinds[0], len(kinds), rows, plan.widths[0]))
+                continue
+            each = zip(plan.widths, kinds, strict=True)
+            yield self._tile(
+                positions, [room.take(str(k), kind, rows, d) for k, (d, kind) in enumerate(each)]
+            )
 
     def _kinds(self) -> list[torch.dtype]:
         """What rows are widened to: fp64 stay so."""
@@ -265,7 +267,7 @@ class _Held:
     def _whole(self, t: int) -> bool:
         return self._counts[t] == self._starts[-1]
 
-    def _tile(self, positions: list[int], room: list[Tensor]) -> Tile:
+    def _tile(self, positions: list[int], room: Sequence[Tensor] | Tensor) -> Tile:
         counts = [self._counts[t] for t in positions]
         hidden = None
         if self._whole(positions[0]):

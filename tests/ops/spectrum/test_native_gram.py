@@ -9,8 +9,10 @@ from torch import Tensor
 
 import rgfast
 from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.call import Rows
 from rgfast.ops.spectrum.impl import native as room
 from rgfast.ops.spectrum.measures import effective_rank_of
+from rgfast.ops.spectrum.selection import SPECTRUM, _in_parts
 from rgfast.ops.spectrum.solve import from_eigenvalues
 from rgfast.runtime import native
 
@@ -347,11 +349,34 @@ def test_the_binding_checks(x: Tensor, result: Tensor, solve: bool, said: str) -
         )
 
 
-def test_means_come_with_matrices_alone() -> None:
-    x, values = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.float64)
+def test_matrices_beside_the_result_come_with_eigenvalues_alone() -> None:
+    x, matrix = torch.zeros(2, 3, 4), torch.zeros(2, 3, 3, dtype=torch.float64)
     info = torch.zeros(8, dtype=torch.int64).data_ptr()
-    with pytest.raises(ValueError, match="means come with matrices"):
-        native.load().moments(native.tensor(x), True, True, native.tensor(values), 0, (info,) * 4, 1)
+    with pytest.raises(ValueError, match="matrices beside the result come with eigenvalues"):
+        native.load().moments(
+            native.tensor(x), True, False, native.tensor(matrix), 0, (info, info, info, 0), 1, 0, info
+        )
+
+
+@pytest.mark.parametrize("uncentred", [True, False])
+@pytest.mark.parametrize("impl", ["native", "parts", "reference"])
+@pytest.mark.parametrize("shape", [(9, 40, 12), (2, 300, 17), (3, 5, 5), (1, 600, 300)])
+def test_moments_and_means_beside_the_eigenvalues(
+    shape: tuple[int, int, int], impl: str, uncentred: bool
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 2.0
+    b, _, d = shape
+    matrix, means = (torch.full(size, torch.nan, dtype=torch.float64) for size in ((b, d, d), (b, d)))
+    raw = torch.empty(b, d, dtype=torch.float64) if uncentred else None
+    call = Rows(x, raw=raw, means=means, matrix=matrix)
+    values, *_ = _in_parts(call) if impl == "parts" else SPECTRUM(impl, call)
+    wide = x.double() - x.double().mean(1, keepdim=True)
+    torch.testing.assert_close(matrix, wide.mT @ wide, rtol=0, atol=1e-10 * shape[1])
+    torch.testing.assert_close(means, x.double().mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), rtol=0, atol=1e-9 * shape[1])
+    if raw is not None:
+        want = torch.linalg.eigvalsh(x.double().mT @ x.double())
+        torch.testing.assert_close(raw, want, rtol=0, atol=1e-9 * shape[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -108,14 +108,20 @@ def gram(
 
 
 def gram_spectrum(
-    x: Tensor, *, centering: str = "mean", raw: Tensor | None = None
+    x: Tensor,
+    *,
+    centering: str = "mean",
+    raw: Tensor | None = None,
+    means: Tensor | None = None,
+    matrix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ascending eigenvalues `[b, m]` of `gram(x)`, and the rest of what it returns.
 
-    `raw` as in `reference.gram_spectrum`, from the same tridiagonal form.
+    `raw` as in `reference.gram_spectrum`, from the same tridiagonal form; `means` and `matrix[b, m, m]` get
+    what `gram(x)` has.
     """
     values = torch.empty((x.shape[0], min(x.shape[1:])), dtype=torch.float64, device="cpu")
-    return values, *_moments(x, centering, values, raw=raw)
+    return values, *_moments(x, centering, values, means, raw, matrix)
 
 
 def left_out_spectrum(
@@ -187,7 +193,12 @@ def _stuck(index: int) -> Exception:
 
 
 def _moments(
-    x: Tensor, centering: str, result: Tensor, means: Tensor | None = None, raw: Tensor | None = None
+    x: Tensor,
+    centering: str,
+    result: Tensor,
+    means: Tensor | None = None,
+    raw: Tensor | None = None,
+    matrix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach()
     b, m = len(x), min(x.shape[1:])
@@ -206,6 +217,8 @@ def _moments(
             native.address(means, torch.float64, b * x.shape[2], "means"),
         ),
         native.threads(),
+        0,
+        native.address(matrix, torch.float64, b * m * m, "matrix"),
     )
     if trouble == _NOT_CONVERGED:
         raise _stuck(index)
@@ -225,7 +238,11 @@ def _impl(run: Any, can_run: Any, cost: Any, by_name_only: Any = lambda call: No
 EIGVALSH = _impl(lambda call: eigvalsh(call.a), _eigvalsh_refusal, _eigvalsh_cost)
 GRAM = _impl(lambda call: gram(call.x, centering=call.centering, means=call.means), _rows_refusal, _gram_cost)
 SPECTRUM = _impl(
-    lambda call: gram_spectrum(call.x, centering=call.centering, raw=call.raw), _rows_refusal, _rows_cost
+    lambda call: gram_spectrum(
+        call.x, centering=call.centering, raw=call.raw, means=call.means, matrix=call.matrix
+    ),
+    _rows_refusal,
+    _rows_cost,
 )
 RANKS = _impl(
     lambda call: effective_ranks(call.x, centering=call.centering, variance=call.variance, rtol=call.rtol),
