@@ -35,10 +35,14 @@ __all__ = [
 
 # Depth, positions and width of what is timed; n = 1,024 sequences.
 SHAPES = ((6, 64, 64), (12, 32, 128), (24, 16, 256))
-# "none" is a stack without mixing; "collapsed" layers are of rank one but for noise; "groups" adds a
-# jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a plain torch module of the stack's
-# blocks, of which only neighbors are compared.
-KINDS = ("none", "collapsed", "groups", "mixer", "foreign")
+# Of the position view: "none" is a stack without mixing; "collapsed" layers are of rank one but for noise;
+# "groups" adds a jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a plain torch module
+# of the stack's blocks, of which only neighbors are compared. The call without options: "default" is of the
+# plain module and a whole array, "loader" of its batches of 64, "own" of the stack, and "views" of the stack
+# and all pairs of layers.
+KINDS = ("none", "collapsed", "groups", "mixer", "foreign", "default", "loader", "own", "views")
+_PLAIN, _EVERY_VIEW = ("foreign", "default", "loader"), ("default", "loader", "own", "views")
+_LOADED = 64
 _EPS = 1e-5
 
 
@@ -68,19 +72,24 @@ class Case:
     model: Any
     x: Tensor
     options: dict[str, Any]
+    batches: Any = None
 
     @classmethod
     def make(cls, kind: str, depth: int, length: int, width: int, n: int, device: str) -> Case:
         """One of KINDS with ``n`` sequences."""
         mixing = "mixer" if kind == "mixer" else "none"
         model = stack(depth, length, width, device, mixing=mixing, collapsed=kind == "collapsed")
-        if kind == "foreign":
+        if kind in _PLAIN:
             model = nn.Sequential(*(Plain(block.mlp) for block in model.blocks)).to(device).eval()
         x = torch.randn(
             n, length, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu"
         ).to(device)
-        options: dict[str, Any] = {"pairs": "adjacent" if kind == "foreign" else "all"}
-        return cls(model, x, options | ({"groups": 8} if kind == "groups" else {}))
+        if kind in _EVERY_VIEW:
+            batches = [*torch.split(x, _LOADED)] if kind == "loader" else x
+            return cls(model, x, {"pairs": "all"} if kind == "views" else {}, batches)
+        options: dict[str, Any] = {"views": ["position"], "batch_size": n}
+        options |= {"pairs": "adjacent" if kind == "foreign" else "all"}
+        return cls(model, x, options | ({"groups": 8} if kind == "groups" else {}), x)
 
 
 def gate(device: str) -> Iterator[Checked]:
@@ -144,8 +153,7 @@ def stack(
 
 def probed(case: Case) -> rgfast.ProbeResult:
     """The whole probe."""
-    options: dict[str, Any] = {"views": ["position"], "batch_size": len(case.x), "progress": False}
-    return rgfast.probe(case.model, case.x, **options, **case.options)
+    return rgfast.probe(case.model, case.batches, progress=False, **case.options)
 
 
 def states(model: Any, x: Tensor) -> Iterator[Tensor]:
@@ -177,21 +185,42 @@ def stored(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checks(case: Case, name: str, places: list[int]) -> Iterator[Checked]:
-    """Errors of ranks and of biased CKA at some positions, against an eager fp64 forward."""
-    found = probed(case).dataset.sel(view="position")
+    """Errors of ranks and of biased CKA at some positions, and of pooled rows where there are such views,
+    against an eager fp64 forward."""
+    found = probed(case).dataset
     with torch.no_grad():
         truth = states(copy.deepcopy(case.model).double(), case.x.double())
         layers = torch.stack([state[:, places].transpose(0, 1) for state in truth]).cpu()
-    at = found.sel(position=places)
+    yield from _compared(case, f"position, {name}", layers, found.sel(view="position", position=places))
+    for view in ("pooled", "mean_pooled"):
+        if view not in found.view.values:
+            continue
+        with torch.no_grad():
+            each = states(copy.deepcopy(case.model).double(), case.x.double())
+            clouds = [x.flatten(0, 1) if view == "pooled" else x.mean(1) for x in each]
+        at = found.sel(view=view, position=[-1])
+        yield from _compared(case, f"{view}, {name}", torch.stack(clouds)[:, None].cpu(), at)
+
+
+def _compared(case: Case, name: str, layers: Tensor, at: Any) -> Iterator[Checked]:
+    """Errors of what was found at the positions of ``layers[L, P, n, d]``."""
     ranks = svd_rank(layers)
     got = torch.from_numpy(at.effective_rank.transpose("layer", "position").values)
     # The probe saw what an fp32 forward puts out.
     yield Checked(f"probe, effective rank, {name}", float(((got - ranks).abs() / ranks).max()), 1e-4)
-    adjacent = case.options["pairs"] == "adjacent"
+    adjacent = case.options.get("pairs", "adjacent") == "adjacent"
     matrix = torch.from_numpy(at.cka_biased.transpose("position", "layer", "other_layer").values)
     pairs = matrix.diagonal(1, -2, -1) if adjacent else matrix
-    off = (pairs - gram_einsum(layers, adjacent)).abs().max()
+    off = (pairs - _truth(layers, adjacent)).abs().max()
     yield Checked(f"probe, CKA, {name}", float(off), 1e-4)
+
+
+def _truth(layers: Tensor, adjacent: bool) -> Tensor:
+    """Biased CKA of ``layers[L, P, n, d]``; over features where a Gram of the samples would not fit."""
+    if layers.shape[2] <= 2048:
+        return gram_einsum(layers, adjacent)
+    found = pair_loop(layers, adjacent)
+    return found if adjacent else found.reshape(-1, len(layers), len(layers))
 
 
 def check(case: Case, impl: str = "auto") -> Checked:

@@ -20,7 +20,8 @@ from rgfast.probing.estimators.moments import all_but_one, joined_moments
 from rgfast.probing.estimators.pooled import Pooled
 from rgfast.probing.estimators.row_measures import DOUBT, Align, Room, measure_rows
 from rgfast.probing.measured import Measured, doubtful, joined
-from rgfast.probing.plan import POSITIONAL, Plan
+from rgfast.probing.options import POSITIONAL
+from rgfast.probing.plan import Plan
 from rgfast.streaming import MomentAccumulator
 
 __all__ = ["Part", "RowViews", "Tile"]

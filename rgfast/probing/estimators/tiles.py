@@ -20,7 +20,8 @@ from rgfast.probing.capture.watcher import tile_streamer
 from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.row_views import RowViews, Tile
 from rgfast.probing.estimators.samples import LEAST_TILES, SampleState, tile_rows
-from rgfast.probing.plan import POSITIONAL, Plan
+from rgfast.probing.options import POSITIONAL
+from rgfast.probing.plan import Plan
 
 __all__ = ["gather", "independent_stack", "measured_by_tiles"]
 
