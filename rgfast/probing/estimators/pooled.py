@@ -102,7 +102,9 @@ class Pooled:
         if not self._shift:
             self._begin([first_mean(x)[0] for x in rows])
         shifts, layers = [shift[None] for shift in self._shift], range(len(rows))
-        sums = {(k, k): torch.zeros(1, d + 2, d + 2, dtype=_F64) for k, d in enumerate(self._widths)}
+        sums = {
+            (k, k): torch.zeros(1, d + 2, d + 2, dtype=_F64, device="cpu") for k, d in enumerate(self._widths)
+        }
         add_products(sums, rows, shifts)
         own = [sums[k, k][0] for k in layers]
         traces = torch.stack([moment[-2:-1, -1] for moment in own])
@@ -133,16 +135,16 @@ class Pooled:
     def _begin(self, shift: list[Tensor]) -> None:
         self._shift = shift
         for i, j in self.keys:
-            wide, high = (torch.zeros(self._widths[k], dtype=_F64) for k in (j, i))
-            body = torch.zeros(self._widths[i], self._widths[j], dtype=_F64)
-            self._cross[i, j] = _Cross(body, wide, high, torch.zeros((), dtype=_F64))
+            wide, high = (torch.zeros(self._widths[k], dtype=_F64, device="cpu") for k in (j, i))
+            body = torch.zeros(self._widths[i], self._widths[j], dtype=_F64, device="cpu")
+            self._cross[i, j] = _Cross(body, wide, high, torch.zeros((), dtype=_F64, device="cpu"))
 
     def moments(self) -> MomentAccumulator:
         """All that was added, with the leading shape ``[1]``."""
         found, shifts = {}, [shift[None] for shift in self._shift]
         for (i, j), cross in self._cross.items():
             d, e = self._widths[i], self._widths[j]
-            moment = found[i, j] = torch.zeros(1, d + 2, e + 2, dtype=_F64)
+            moment = found[i, j] = torch.zeros(1, d + 2, e + 2, dtype=_F64, device="cpu")
             moment[0, :d, :e], moment[0, d, :e], moment[0, :d, e] = cross.body, cross.right, cross.left
             moment[0, d, e], moment[0, d + 1, e + 1] = cross.products, self._count
             moment[0, d, e + 1], moment[0, d + 1, e] = self._trace[i], self._trace[j]
@@ -165,8 +167,10 @@ def _cka(
 ) -> tuple[Tensor, Tensor]:
     """Debiased and biased CKA ``[2, P, L, L]`` from ‖C‖² and Σ|u|²|v|² ``[K, P]``, and where blurred."""
     layers, positions = traces.shape
-    left, right = (torch.tensor([key[side] for key in keys], dtype=torch.int64) for side in (0, 1))
-    inner = torch.full((2, positions, layers, layers), torch.nan, dtype=_F64)
+    left, right = (
+        torch.tensor([key[side] for key in keys], dtype=torch.int64, device="cpu") for side in (0, 1)
+    )
+    inner = torch.full((2, positions, layers, layers), torch.nan, dtype=_F64, device="cpu")
     both = (traces[left] * traces[right]).T
     debiased = norm.T
     if n > 3:

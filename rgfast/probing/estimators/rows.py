@@ -215,11 +215,13 @@ class _Held:
         self._lengths = [batch.first.shape[1] for batch in batches]
         self._starts = [0, *itertools.accumulate(batch.sequences for batch in batches)]
         sizes = [
-            batch.keeps[0].sum(0) if batch.keeps[0] is not None else torch.full((length,), batch.sequences)
+            batch.keeps[0].sum(0)
+            if batch.keeps[0] is not None
+            else torch.full((length,), batch.sequences, dtype=torch.int64, device="cpu")
             for batch, length in zip(batches, self._lengths, strict=True)
         ]
         self.longest = max(self._lengths)
-        counts = torch.zeros(self.longest, dtype=torch.int64)
+        counts = torch.zeros(self.longest, dtype=torch.int64, device="cpu")
         for size in sizes:
             counts[: len(size)] += size
         self._counts: list[int] = counts.tolist()
@@ -293,14 +295,14 @@ class _Held:
             for place in places
             for (_, kept), start in zip(place, self._firsts(place), strict=True)
         ]
-        sequence = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
+        sequence = torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64, device="cpu")
         if self._batches[0].masked is not None:
             found = [
                 _given(b.masked)[kept, t]
                 for t, place in zip(positions, places, strict=True)
                 for b, kept in place
             ]
-            hidden = torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+            hidden = torch.cat(found) if found else torch.zeros(0, dtype=torch.bool, device="cpu")
         return Tile(positions, counts, room, sequence, hidden)
 
     def _firsts(self, place: list[tuple[RowBatch, Tensor]]) -> list[int]:
@@ -314,7 +316,11 @@ class _Held:
             if t >= length:
                 continue
             keep = batch.keeps[0]
-            kept = torch.arange(batch.sequences) if keep is None else keep[:, t].nonzero()[:, 0]
+            kept = (
+                torch.arange(batch.sequences, dtype=torch.int64, device="cpu")
+                if keep is None
+                else keep[:, t].nonzero()[:, 0]
+            )
             if len(kept):
                 found.append((batch, kept))
         return found
@@ -338,7 +344,7 @@ class _Held:
             return flat, None
         whole = torch.cat(
             [
-                torch.ones(b.sequences, dtype=torch.bool) if keep is None else keep.all(1)
+                torch.ones(b.sequences, dtype=torch.bool, device="cpu") if keep is None else keep.all(1)
                 for b, keep in zip(self._batches, keeps, strict=True)
             ]
         ).nonzero()[:, 0]
