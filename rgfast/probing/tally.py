@@ -200,10 +200,9 @@ class Tally:
                 raise
             self._too_big = error
         if rows is not None:
-            plan = rows.plan
-            said = f"{plan.what}, {plan.notes[-1]}"
             if self._moments is None:
-                self._announce(plan, said, weights=checkpoints.fingerprint(self._model))
+                said = f"{rows.plan.what}, {rows.plan.notes[-1]}"
+                self._announce(rows.plan, said, weights=checkpoints.fingerprint(self._model))
             self._rows = rows
         early, self._early = self._early, []
         for one in early:
