@@ -143,9 +143,10 @@ static void multiply_panels(const PairJob& job, std::int64_t samples, bool add) 
     for (std::int64_t c = 0; c < columns; c += side) {
       const std::int64_t wide = columns - c < side ? columns - c : side;
       simd::Ahead ahead;
-      simd::tile<float>(job.left_panels + r * job.panel, job.right_panels + c * job.panel, samples,
-                        cka::kStretch<float>, job.panel, static_cast<int>(rows - r < side ? rows - r : side),
-                        static_cast<int>(wide), false, job.tile, ahead);
+      simd::tile<cka::kStretch<float>>(job.left_panels + r * job.panel, job.right_panels + c * job.panel,
+                                       samples, job.panel,
+                                       static_cast<int>(rows - r < side ? rows - r : side),
+                                       static_cast<int>(wide), false, job.tile, ahead);
       const std::int64_t high = height - r * kPairLanes < line ? height - r * kPairLanes : line;
       for (std::int64_t i = 0; i < high; ++i) {
         const double* const from = job.tile + i * line;

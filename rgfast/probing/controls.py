@@ -157,7 +157,7 @@ def shuffled(
     shuffler = _Shuffler(unwrapped(model), mask, padding, reserved)
     for number, batch in enumerate(batches):
         words = np.random.SeedSequence([seed, rank, number]).generate_state(2)
-        generator = torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        generator = torch.Generator("cpu").manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
         yield shuffler(batch, generator) if batch_rows(batch) else batch
 
 
@@ -222,14 +222,16 @@ class _Shuffler:
             own = tokens.cpu()
             flat = own[moves]
             changed = own.clone()
-            changed[moves] = flat[torch.randperm(len(flat), generator=generator)]
+            changed[moves] = flat[
+                torch.randperm(len(flat), generator=generator, dtype=torch.int64, device="cpu")
+            ]
             found[name] = changed.to(tokens.device)
         return found
 
     def _moves(self, entries: Mapping[str, Any], name: str) -> Tensor:
         """``[B, T]`` bool: where a token may move, which is neither padding nor hidden."""
         tokens = entries[name]
-        moves = torch.ones(tokens.shape, dtype=torch.bool)
+        moves = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         for entry in self._padding_of(entries, name):
             keep = as_keep(entries[entry], entry, self._binary).cpu()
             if keep.shape == moves.shape:

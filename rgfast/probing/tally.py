@@ -20,7 +20,7 @@ from rgfast.probing.distributed import FirstBatch, agree, all_reduce
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
-from rgfast.probing.estimators.samples import LIMIT, at_once, enough, worthwhile
+from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
 from rgfast.probing.estimators.tiles import gather, independent_stack, measured_by_tiles
 from rgfast.probing.plan import Plan, make_plan
 from rgfast.probing.predict import Foreseen
@@ -129,7 +129,9 @@ class Tally:
     @property
     def _may_tile(self) -> bool:
         spec = self._spec
-        return not (self._no_samples or spec.reads_layers or spec.mask is not None or spec.checkpoint is not None)
+        return not (
+            self._no_samples or spec.reads_layers or spec.mask is not None or spec.checkpoint is not None
+        )
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
         """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""
@@ -139,11 +141,11 @@ class Tally:
             if x is not None and sequences <= LIMIT:
                 plan = self._tile_plan(stack.width, x.shape[1], sequences)
                 if plan is not None:
-                    at_a_time = at_once(plan, sequences, self._spec.memory_bytes)
+                    rows = min(tile_rows(plan, self._spec.memory_bytes), sequences * plan.length)
                     why = (
                         "the rows of a few positions go through all layers of a stack without mixing at once"
                     )
-                    return Foreseen("tiles", why, plan, 4 * at_a_time * sequences * sum(plan.widths))
+                    return Foreseen("tiles", why, plan, 4 * rows * sum(plan.widths))
         held, moments = self._rows, self._moments
         plan = held.plan if held is not None else moments.plan if moments is not None else None
         assert plan is not None
