@@ -38,10 +38,7 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     if not isinstance(other, ProbeResult):
         raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
     if result.moments is None or other.moments is None:
-        raise ValueError(
-            "other cannot be merged: one of the two results was saved with moments=False, or is of a stack "
-            "whose rows were not held (probe with route='moments' to merge)"
-        )
+        raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
     (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (result, other))
     same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places")
     for name in same:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class ProbeResult(Accessor):
     def __init__(
         self,
         dataset: xr.Dataset,
-        moments: Mapping[str, NDArray[Any]] | None = None,
+        moments: Mapping[str, NDArray[Any]] | Callable[[], Mapping[str, NDArray[Any]]] | None = None,
         *,
         writes: bool = True,
     ) -> None:
@@ -50,8 +50,12 @@ class ProbeResult(Accessor):
 
     @property
     def moments(self) -> Mapping[str, NDArray[Any]] | None:
-        """What :meth:`merge` adds up, moments or rows; None if the result was saved without, or is of a
-        stack whose rows were not held."""
+        """What :meth:`merge` adds up, moments or rows; None if the result was saved without.
+
+        The rows of a stack without mixing take a forward when they are first asked for.
+        """
+        if callable(self._moments):
+            self._moments = self._moments()
         return self._moments
 
     @property
@@ -241,7 +245,7 @@ class ProbeResult(Accessor):
         """
         if not self._writes:
             return
-        state = self._moments if moments else None
+        state = self.moments if moments else None
         groups = {"moments": _packed(state)} if state else {}
         write_netcdf(path, self.dataset.assign_attrs(moments=int(bool(state))), **groups)
 

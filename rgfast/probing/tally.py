@@ -14,6 +14,7 @@ from torch import nn
 from rgfast.ops.fast import why_slow
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
+from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import FirstBatch, agree, all_reduce
@@ -21,7 +22,7 @@ from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
-from rgfast.probing.estimators.tiles import gather, independent_stack, measured_by_tiles
+from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
 from rgfast.probing.plan import Plan, make_plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
@@ -37,7 +38,6 @@ __all__ = ["Tally"]
 _PATIENCE = 16
 
 _BY_SAMPLES = "by samples: CKA and drift to 1e-6"
-_NOTHING_KEPT = "nothing kept to merge (route='moments' keeps it)"
 
 
 class Tally:
@@ -110,21 +110,25 @@ class Tally:
         plan = None if x is None else self._tile_plan(stack.width, x.shape[1], len(x))
         if x is None or plan is None:
             return None, taken
-        self._announce(plan, f"{plan.what}, {plan.notes[-1]}")
+        self._announce(plan, f"{plan.what}, {plan.notes[-1]}", weights=checkpoints.fingerprint(self._model))
         with torch.no_grad():
             found = measured_by_tiles(
                 stack, x, plan, uncentred=spec.uncentred, memory=spec.memory_bytes, advance=advance
             )
-        return ProbeResult(assemble(found, spec.measures, self._provenance)), taken
+        given = {batch_items(batch)[0].untyped_storage().data_ptr() for batch in taken}
+        own = x.untyped_storage().data_ptr() not in given
+        dataset = assemble(found, spec.measures, self._provenance)
+        return ProbeResult(dataset, LaterRows(stack, x, own=own)), taken
 
     def _tile_plan(self, width: int, length: int, sequences: int) -> Plan | None:
         """What a stack without mixing measures of all samples at once, if so many are enough and worth it."""
         if not enough(sequences, self._spec.groups):
             return None
         unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
-        plan = self._plan([width] * len(self._taps), length, unbounded, masked=False)
+        places = (0,) * len(self._taps)
+        plan = self._plan([width] * len(self._taps), length, unbounded, masked=False, places=places)
         few = self._spec.route == "auto" and not worthwhile(plan, sequences)
-        return None if few or "flattened" in plan.views else plan.noted([f"{_BY_SAMPLES}, {_NOTHING_KEPT}"])
+        return None if few or "flattened" in plan.views else plan.noted([_BY_SAMPLES])
 
     @property
     def _may_tile(self) -> bool:

@@ -1,5 +1,7 @@
 """The sample route of the probe: the values of the moments route and of brute force, and when it is taken."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -207,10 +209,34 @@ def test_refusals_name_the_reason(tmp_path):
     refused("'flattened' needs sequences of one length", stack, [x, x[:, :2]], views=["flattened"])
     refused("checkpoint: the route 'samples'", checkpoint=tmp_path / "c")
     assert not list(tmp_path.iterdir())
-    one, two = both(stack, x)
-    for a, b in ((one, two), (two, one)):
-        with pytest.raises(ValueError, match="whose rows were not held"):
-            a.merge(b)
+
+
+@pytest.mark.parametrize("views", [None, ["position"]])
+def test_results_of_tiles_are_saved_and_merge(views, tmp_path):
+    stack, x = stack_of(16, 3), normal(60, 5, 16)
+    options = {**OPTIONS, "views": views}
+    whole = rgfast.probe(stack, x, route="moments", **options)
+    own = x.clone()
+    parts = [rgfast.probe(stack, piece, route="samples", **options) for piece in (own[:25], own[25:])]
+    summed = rgfast.probe(stack, x[:25], route="moments", **options)
+    own.zero_()  # what comes after the probe changes nothing
+    parts[0].save(tmp_path / "part.nc")
+    parts[1].save(tmp_path / "small.nc", moments=False)
+    kept = {name: value.clone() for name, value in stack.state_dict().items()}
+    with torch.no_grad():
+        stack.blocks[0].mlp.w1.zero_()
+    other = rgfast.probe(stack, x[25:], route="samples", **options)
+    stack.load_state_dict(kept)
+    loaded = rgfast.ProbeResult.load(tmp_path / "part.nc")
+    for first in (parts[0], loaded, summed, pickle.loads(pickle.dumps(parts[0]))):
+        found = first.merge(parts[1])
+        assert found.dataset.attrs["sequences"] == 60
+        for name in ("effective_rank", "kernel_drift", "cka", "effective_rank_uncentred"):
+            np.testing.assert_allclose(found.dataset[name], whole.dataset[name], rtol=0, atol=3e-6)
+    with pytest.raises(ValueError, match="the same weights"):
+        parts[0].merge(other)
+    with pytest.raises(ValueError, match="saved with moments=False"):
+        parts[0].merge(rgfast.ProbeResult.load(tmp_path / "small.nc"))
 
 
 @pytest.mark.parametrize("pairs", ["all", "adjacent"])

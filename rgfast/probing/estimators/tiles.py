@@ -7,9 +7,11 @@ positions than these.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from rgfast.probing.estimators.samples import LEAST_TILES, SampleState, tile_row
 from rgfast.probing.options import POSITIONAL
 from rgfast.probing.plan import Plan
 
-__all__ = ["gather", "independent_stack", "measured_by_tiles"]
+__all__ = ["LaterRows", "gather", "independent_stack", "measured_by_tiles"]
 
 
 def independent_stack(model: nn.Module, taps: Sequence[Tap]) -> Any:
@@ -34,7 +36,10 @@ def independent_stack(model: nn.Module, taps: Sequence[Tap]) -> Any:
 
 
 def gather(model: Any, batches: Iterator[Any]) -> tuple[Tensor | None, list[Any]]:
-    """All batches as one ``[n, T, D]``, or None if they are not few and alike; and what was taken."""
+    """All batches as one ``[n, T, D]``, or None if they are not few and alike; and what was taken.
+
+    Pieces of one tensor are a view of it.
+    """
     taken: list[Any] = []
     parts: list[Tensor] = []
     if not all(made_for(w) and w.dtype == torch.float32 for w in model.parameters()):
@@ -96,6 +101,30 @@ def measured_by_tiles(
 
     _stream(stack, x, take, step)
     return SampleState(plan, n, views.finish(_Again(stack, x, step, memory)))
+
+
+class LaterRows:
+    """The rows of every layer in the form of :meth:`Rows.state`, by a forward when they are asked for.
+
+    The stack and its input may be written to until then, so that both are copies.
+    """
+
+    def __init__(self, stack: Any, x: Tensor, *, own: bool) -> None:
+        self._stack = copy.deepcopy(stack)
+        self._x = x if own else x.clone()
+
+    def __call__(self) -> dict[str, np.ndarray[Any, Any]]:
+        layers: list[Tensor] = []
+
+        def take(first: int, states: Tensor) -> None:
+            if not layers:
+                layers.extend(torch.empty_like(self._x) for _ in states)
+            for layer, rows in zip(layers, states, strict=True):
+                layer[:, first : first + len(rows)] = rows.transpose(0, 1)
+
+        with torch.no_grad():
+            _stream(self._stack, self._x.transpose(0, 1), take, max(1, self._x.shape[1] // LEAST_TILES))
+        return {f"rows.0.{number}": layer.numpy() for number, layer in enumerate(layers)}
 
 
 class _Again:
