@@ -39,6 +39,16 @@ def left_out_moments(
     info: tuple[int, int, int, int],
     threads: int,
 ) -> tuple[int, int] | None: ...
+def refine(
+    x: tuple[int, list[int], list[int], int],
+    at: int,
+    batch: int,
+    centred: bool,
+    stage: tuple[int, float],
+    results: list[int],
+    info: tuple[int, int, int, int],
+    threads: int,
+) -> tuple[int, int]: ...
 def effective_ranks(
     x: tuple[int, list[int], list[int], int],
     centred: bool,

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 
 #include "bind/register.hpp"
@@ -132,6 +134,56 @@ std::optional<std::pair<std::int64_t, int>> left_out_moments(const Tensor& x, st
   return std::pair<std::int64_t, int>{status.index, static_cast<int>(status.trouble)};
 }
 
+std::pair<std::int64_t, int> refine(const Tensor& x, std::uintptr_t at, std::int64_t batch, bool centred,
+                                    std::tuple<int, double> stage,
+                                    const std::array<std::uintptr_t, 4>& results, const Info& info,
+                                    int threads) {
+  const View in = view(x, "x", 3);
+  checked_threads(threads);
+  check_samples(in);
+  const auto [number, share] = stage;
+  if (number < 0 || number >= spectrum::kRefineStages)
+    throw std::invalid_argument("stage must be from 0 to " + std::to_string(spectrum::kRefineStages - 1) +
+                                ", got " + std::to_string(number));
+  const auto& [accumulated, exponent, limit, mean] = info;
+  const std::int64_t m = std::min(in.size(1), in.size(2));
+  if (batch < 0) throw std::invalid_argument("batch must not be negative");
+  if (batch != 0 && (at == 0 || accumulated == 0 || exponent == 0 || limit == 0 ||
+                     std::count(results.begin(), results.end(), std::uintptr_t{0}) != 0))
+    throw std::invalid_argument("at, results and info must not hold null pointers");
+  const auto* const index = reinterpret_cast<const std::int64_t*>(at);
+  for (std::int64_t i = 0; i < batch; ++i)
+    if (index[i] < 0 || index[i] >= in.size(0))
+      throw std::invalid_argument("at must be from 0 to " + std::to_string(in.size(0) - 1) + ", got " +
+                                  std::to_string(index[i]));
+  const auto& [values, vectors, ends, residual] = results;
+  for (std::int64_t i = 0; i < batch; ++i) {
+    long long before = 0;
+    for (int s = 0; s < number; ++s) {
+      const long long end = reinterpret_cast<const long long*>(ends)[i * spectrum::kRefineStages + s];
+      if (end < before || end > m)
+        throw std::invalid_argument("numbers of vectors must not fall and be at most " + std::to_string(m) +
+                                    ", got " + std::to_string(end));
+      before = end;
+    }
+  }
+  const spectrum::Refinement step{index,
+                                  centred,
+                                  number,
+                                  share,
+                                  reinterpret_cast<double*>(vectors),
+                                  (m + 7) / 8 * 8,
+                                  reinterpret_cast<long long*>(ends),
+                                  reinterpret_cast<double*>(residual)};
+  const spectrum::MomentInfo told{reinterpret_cast<double*>(accumulated),
+                                  reinterpret_cast<std::int64_t*>(exponent),
+                                  reinterpret_cast<std::int64_t*>(limit)};
+  const py::gil_scoped_release release;
+  const spectrum::Status status =
+      spectrum::refine(in, batch, step, reinterpret_cast<double*>(values), told, threads);
+  return {status.index, static_cast<int>(status.trouble)};
+}
+
 std::tuple<std::int64_t, int, double> effective_ranks(const Tensor& x, bool centred, bool variance,
                                                       std::uintptr_t rank, std::uintptr_t scratch,
                                                       int threads) {
@@ -185,6 +237,13 @@ void register_spectrum(py::module_& m) {
       "moments, of b groups entries. Returns what eigvalsh does, or None, having done nothing, for sizes "
       "that "
       "are not solved in lanes.");
+  m.def(
+      "refine", &refine, py::arg("x"), py::arg("at"), py::arg("batch"), py::arg("centred"), py::arg("stage"),
+      py::arg("results"), py::arg("info"), py::arg("threads"),
+      "One stage of refinement of matrices at[batch] (int64) of x[b, n, d]. stage: its number and the share "
+      "of the largest eigenvalue under which others are small. results: the addresses of eigenvalues "
+      "[batch, m], vectors [batch, m, m rounded up to 8], their numbers by stage [batch, 3] (int64) and the "
+      "norms of their residuals [batch]. info as for moments, without means. Returns what eigvalsh does.");
   m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
         py::arg("rank"), py::arg("scratch"), py::arg("threads"),
         "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "

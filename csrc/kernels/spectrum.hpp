@@ -54,6 +54,27 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
 bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, double* raw,
                           const MomentInfo& info, int threads, Status& status);
 
+// One stage of recovering small eigenvalues of the moments of matrices at[i] of x, which the README of the op
+// describes: the directions found in the stages before are taken out of the data, and what is left has a
+// moment of its own. Its eigenvectors whose eigenvalues are no less than `share` of the largest follow those
+// there are, unless none is smaller or the stage is the last.
+constexpr int kRefineStages = 3;
+struct Refinement {
+  const std::int64_t* at;
+  bool centred;
+  int stage;  // from 0
+  double share;
+  double* vectors;      // [batch, m, stride]
+  std::int64_t stride;  // at least m, whole vectors of any instruction set: a multiple of 8
+  long long* ends;      // [batch, kRefineStages]: how many vectors there are by the end of each stage
+  double* residual;     // norm of A V - V Lambda of a stage's vectors
+};
+
+// Ascending eigenvalues into values[batch, m]; info (without means) as for `gram`, but that what is
+// accumulated after stage 0 is the trace alone.
+Status refine(const View& x, std::int64_t batch, const Refinement& step, double* values,
+              const MomentInfo& info, int threads);
+
 // Effective ranks by singular values or by variance, and the bound on the relative error of the former that
 // the README of the op derives (infinite where the data are not finite): b entries each.
 struct RankInfo {

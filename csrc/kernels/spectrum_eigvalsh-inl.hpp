@@ -15,6 +15,8 @@
 
 #include "kernels/spectrum_ql-inl.hpp"
 
+#include "kernels/spectrum_leading-inl.hpp"
+
 namespace rgfast {
 namespace RGFAST_NS {
 
@@ -156,14 +158,27 @@ inline std::size_t eigen_lanes_workspace(long long n) {
   return sizeof(T) * L * (size * (size + 1) / 2 + 5 * size + 4 * kQlGroups * size);
 }
 
+// With eigenvectors every group keeps its triangle, reflectors by then, and what they are made of.
+template <class T>
+inline std::size_t leading_workspace(long long n, int groups) {
+  constexpr std::size_t L = Simd<T>::lanes;
+  const auto size = static_cast<std::size_t>(n);
+  const std::size_t kept = size * (size + 1) / 2 + kKeptRows * size;
+  return eigen_lanes_workspace<T>(n) +
+         sizeof(T) * L * (static_cast<std::size_t>(groups) * kept + (size + kLeadingRows) * size);
+}
+
 template <class T>
 inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   constexpr int L = Simd<T>::lanes;
   const long long n = task.n;
-  T* const packed = static_cast<T*>(task.workspace);
+  T* packed = static_cast<T*>(task.workspace);
   T* const scratch = packed + n * (n + 1) / 2 * L;
   T* const mean = scratch + 4 * n * L;
   T* const rows = mean + n * L;
+  T* const kept = rows + 4 * kQlGroups * n * L;
+  const long long kept_size = (n * (n + 1) / 2 + kKeptRows * n) * L;
+  int exponents_of[kQlGroups][L];
 
   QlGroup<T> groups[kQlGroups];
   Scale<T> scales[kQlGroups];
@@ -172,6 +187,7 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
     place_group(group, rows, count, n);
+    if (task.leading != nullptr) packed = kept + count * kept_size + kKeptRows * n * L;
     // A group that is not full repeats its first matrix.
     long long offsets[L];
     for (int lane = 0; lane < L; ++lane)
@@ -190,7 +206,12 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
       extreme = extreme || out;
     }
     if (extreme) scale_all(packed, n * (n + 1) / 2, outer.down_a, outer.down_b);
-    if (task.raw == nullptr) {
+    if (task.leading != nullptr) {
+      T* const keep = kept + count * kept_size;
+      tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr, keep);
+      for (long long i = 0; i < n * L; ++i) keep[2 * n * L + i] = group.d[i];
+      for (int lane = 0; lane < L; ++lane) exponents_of[count][lane] = exponents[lane];
+    } else if (task.raw == nullptr) {
       tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr);
     } else {
       for (int lane = 0; lane < L; ++lane) {
@@ -210,6 +231,13 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
     if (task.raw != nullptr) ++count;
   }
   finish_groups(groups, scales, bad, count, task);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (task.leading == nullptr) return;
+    T* const vectors = kept + (task.count + L - 1) / L * kept_size;
+    for (int g = 0; g < count; ++g)
+      leading_lanes(*task.leading, n, kept + g * kept_size, groups[g].d, exponents_of[g], vectors, g * L,
+                    task.count - g * L < L ? task.count - g * L : L);
+  }
 }
 
 // Columns of whole vectors, but not a page apart: those would share the sets of the cache.
@@ -369,6 +397,7 @@ inline spectrum::EigenKernels<T> eigen_kernels() {
           kQlGroups,
           &eigen_lanes_workspace<T>,
           &eigen_lanes<T>,
+          &leading_workspace<T>,
           &single_stride<T>,
           &single_workspace<T>,
           &eigen_single<T>,

@@ -8,45 +8,10 @@
 
 #include "kernels/spectrum_range-inl.hpp"
 
+#include "kernels/spectrum_panels-inl.hpp"
+
 namespace rgfast {
 namespace RGFAST_NS {
-
-constexpr long long kGramTile = 256;  // terms per partial sum: part of the error bound that Python states
-// From one panel to the next; a power of two would put them all in the same sets of the cache.
-constexpr long long kPanel = (kGramTile + 1) * Simd<double>::lanes;
-
-// c += y'y for one tile of terms, lower triangle, from panels [panel][term][lane].
-inline void gram_tile(const double* panels, long long count, long long terms, double* c, long long stride,
-                      bool first) {
-  constexpr int L = Simd<double>::lanes;
-  for (long long i = 0; i < count;) {
-    const long long left = count - i;
-    const int rows = left >= 3 && left != 4 ? 3 : left >= 2 ? 2 : 1;
-    for (long long j = 0; j < i + rows; ++j) {
-      const int above = j > i ? static_cast<int>(j - i) : 0;  // panels that lie above the diagonal
-      const double* const a = panels + (i + above) * kPanel;
-      const double* const b = panels + j * kPanel;
-      double* const at = c + j * L * stride + (i + above) * L;
-      if (rows - above == 3)
-        panel_block<3, L, kPanel>(a, b, terms, at, stride, first);
-      else if (rows - above == 2)
-        panel_block<2, L, kPanel>(a, b, terms, at, stride, first);
-      else
-        panel_block<1, L, kPanel>(a, b, terms, at, stride, first);
-    }
-    i += rows;
-  }
-}
-
-// The same in stretches whose panels stay in the first-level cache, where that leaves the error within what
-// Python states for tiles: `total` terms in sums of b err by no more than b + total / b roundings.
-inline void gram_tiles(const double* panels, long long count, long long terms, double* c, long long stride,
-                       bool first, long long total) {
-  const long long step = total <= kGramTile * kGramTile / 2 ? kGramTile / 2 : kGramTile;
-  for (long long k = 0; k < terms; k += step)
-    gram_tile(panels + k * Simd<double>::lanes, count, terms - k < step ? terms - k : step, c, stride,
-              first && k == 0);
-}
 
 inline long long gram_stride(long long m) {
   constexpr long long L = Simd<double>::lanes;
@@ -275,6 +240,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     for_row_tiles(task, scale, at.wide,
                   [&](const auto& rows, long long count) __attribute__((always_inline)) {
                     pack_tall(rows, count, d, at);
+                    project_stages(task, at.panels, panels, count);
                     gram_tiles(at.panels, panels, count, task.c, stride, first, n);
                     first = false;
                   });
@@ -287,11 +253,13 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
                       pack_wide(rows, some, done, start, count, at);
                       done += some;
                     });
+      project_stages(task, at.panels, panels, count);
       gram_tiles(at.panels, panels, count, task.c, stride, first, d);
       first = false;
     }
   }
   long long live = 0;
+  if (task.stages > 0) result.accumulated = 0.0;
   for (long long j = 0; j < m; ++j) {
     result.accumulated += task.c[j * stride + j];
     live += task.c[j * stride + j] > 0.0 ? 1 : 0;

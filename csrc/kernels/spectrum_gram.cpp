@@ -14,14 +14,13 @@
 #include "rgfast/foreach_target.hpp"
 
 namespace rgfast::spectrum {
-namespace {
 
-GramKernels grams() {
+GramKernels active_gram_kernels() {
   static constexpr IsaTable<GramKernels (*)()> table = RGFAST_ISA_TABLE(gram_kernels);
   return table.active()();
 }
 
-GramTask task_for(const View& x, bool centred, std::int64_t index) {
+GramTask moment_of(const View& x, bool centred, std::int64_t index) {
   GramTask task{};
   task.x = x.data + x.batch_offset(index, 2) * static_cast<std::int64_t>(item_size(x.dtype));
   task.dtype = x.dtype;
@@ -32,6 +31,8 @@ GramTask task_for(const View& x, bool centred, std::int64_t index) {
   task.centred = centred;
   return task;
 }
+
+namespace {
 
 void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
   info.accumulated[index] = result.accumulated;
@@ -83,7 +84,7 @@ struct Source {
 
   void fill(int from, int count) {
     for (int i = 0; i < count; ++i) {
-      GramTask task = task_for(x, centred, first + from + i);
+      GramTask task = moment_of(x, centred, first + from + i);
       task.c = to.buffer + i * to.size;
       double* const own = info.mean == nullptr ? nullptr : info.mean + (first + from + i) * task.d;
       task.mean = to.means == nullptr ? own : to.means + i * task.d;
@@ -126,9 +127,9 @@ struct LeftOut {
     }
     held = matrix;
     accumulated = 0.0;
-    kernel.first_row(task_for(x, true, matrix), origin.data());
+    kernel.first_row(moment_of(x, true, matrix), origin.data());
     for (std::int64_t g = 0; g < groups; ++g) {
-      GramTask task = task_for(x, true, matrix);
+      GramTask task = moment_of(x, true, matrix);
       task.x = static_cast<const std::byte*>(task.x) +
                g * task.row_stride * static_cast<std::int64_t>(item_size(x.dtype));
       task.row_stride *= groups;
@@ -211,16 +212,16 @@ Status solve_in_lanes(const EigenKernels<double>& solver, std::int64_t batch, st
 }  // namespace
 
 void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, int threads) {
-  const GramKernels kernel = grams();
+  const GramKernels kernel = active_gram_kernels();
   const std::int64_t n = x.size(-2);
   const std::int64_t d = x.size(-1);
   const std::int64_t m = std::min(n, d);
   const std::int64_t stride = kernel.stride(m);
   threads = useful_threads(threads, x.batch(2), n * d * (m + 30) / 2);
   parallel_for(x.batch(2), threads, [&](std::int64_t index, int) {
-    const std::size_t scratch = aligned(kernel.workspace(task_for(x, centred, 0)));
+    const std::size_t scratch = aligned(kernel.workspace(moment_of(x, centred, 0)));
     const Workspace workspace(scratch + sizeof(double) * static_cast<std::size_t>(stride * stride));
-    GramTask task = task_for(x, centred, index);
+    GramTask task = moment_of(x, centred, index);
     task.workspace = workspace.data();
     task.stride = stride;
     task.mean = info.mean == nullptr ? nullptr : info.mean + index * d;
@@ -232,7 +233,7 @@ void gram(const View& x, bool centred, double* matrix, const MomentInfo& info, i
 
 Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw, const MomentInfo& info,
                         int threads, Route route) {
-  const GramKernels kernel = grams();
+  const GramKernels kernel = active_gram_kernels();
   const EigenKernels<double> solver = active_eigen_kernels<double>();
   const std::int64_t batch = x.batch(2);
   const std::int64_t n = x.size(-2);
@@ -243,7 +244,7 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
   const Results<double> results{values, 1, raw};
   if (!takes_lanes(solver, batch, m, route)) {
     const auto reduce = [&](std::int64_t index, SingleTask<double>& task) {
-      GramTask gram = task_for(x, centred, index);
+      GramTask gram = moment_of(x, centred, index);
       const std::size_t for_solver = aligned(solver.single_workspace(m, task.stride));
       const std::size_t for_gram = aligned(kernel.workspace(gram));
       const Workspace workspace(for_solver + for_gram + sizeof(double) * static_cast<std::size_t>(d));
@@ -263,13 +264,13 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
                         [m](std::int64_t index) { return index * m; });
   }
   return solve_in_lanes(
-      solver, batch, m, threads, kernel.stride(m), kernel.workspace(task_for(x, centred, 0)), results,
+      solver, batch, m, threads, kernel.stride(m), kernel.workspace(moment_of(x, centred, 0)), results,
       [&](std::int64_t first, const Lanes& to) { return Source{kernel, x, centred, info, first, to}; });
 }
 
 bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, double* raw,
                           const MomentInfo& info, int threads, Status& status) {
-  const GramKernels kernel = grams();
+  const GramKernels kernel = active_gram_kernels();
   const EigenKernels<double> solver = active_eigen_kernels<double>();
   const std::int64_t n = x.size(-2);
   const std::int64_t d = x.size(-1);
@@ -278,7 +279,7 @@ bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, do
   status = {};
   if (batch == 0) return true;
   threads = useful_threads(threads, batch, eigen_products(d) + n * d * d / (2 * groups));
-  GramTask task = task_for(x, true, 0);
+  GramTask task = moment_of(x, true, 0);
   task.tall = true;
   status = solve_in_lanes(
       solver, batch, d, threads, kernel.stride(d), kernel.workspace(task), Results<double>{values, 1, raw},

@@ -44,6 +44,9 @@ std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int th
          kernel.lanes;
 }
 
+// The task that makes the moment of matrix `index` of x[b, n, d]: all but where to.
+GramTask moment_of(const View& x, bool centred, std::int64_t index);
+
 inline Status first_trouble(const std::vector<unsigned char>& trouble) {
   const auto found =
       std::find_if(trouble.begin(), trouble.end(), [](unsigned char code) { return code != 0; });

@@ -7,6 +7,20 @@
 
 namespace rgfast::spectrum {
 
+// The eigenvectors of a task's matrices whose eigenvalues are no less than `share` of the largest. Of matrix
+// i the first from[i] rows of vectors + i * size are there already: so many eigenvalues, the least, are not
+// looked at, and the rows that follow are written, to whole strides. Where all that are looked at are as
+// large, none is.
+struct LeadingTask {
+  double share;
+  double* vectors;
+  long long size;
+  long long stride;
+  const long long* from;
+  long long* count;  // vectors written
+  double* residual;  // the norm of A V - V Lambda
+};
+
 // Up to `groups` groups of matrices, each with its own place to write to. They are read from a at their own
 // offsets; or, with `fill`, a group at a time from the same `lanes` offsets, after fill(context, first,
 // count) has put matrices first, first + 1, ... there. With `raw` (and `fill`, which then puts rows of n into
@@ -28,6 +42,7 @@ struct EigenTask {
   void* workspace;
   void (*fill)(void* context, int first, int count);
   void* context;
+  const LeadingTask* leading;  // fp64 alone, without `raw`; or null
 };
 
 // One matrix to tridiagonal form: `diagonal` and `off_squared`, n entries each, of the matrix times
@@ -72,6 +87,7 @@ struct EigenKernels {
   int groups;  // groups in one task
   std::size_t (*lanes_workspace)(long long n);
   void (*lanes_run)(const EigenTask<T>& task);
+  std::size_t (*leading_workspace)(long long n, int groups);  // with leading eigenvectors
   long long (*single_stride)(long long n);
   std::size_t (*single_workspace)(long long n, long long stride);
   void (*single_run)(const SingleTask<T>& task);
@@ -97,6 +113,12 @@ struct GramTask {
   double* mean;      // d column means out, or nullptr
   // Taken off every row first, if centred, and then no part of the mean; nullptr for the first row, which is.
   const double* origin;
+  // Stage after stage, ends[s] vectors in all by the end of stage s, orthonormal ones, whose directions are
+  // taken out of every term before the sum: what is accumulated is then the trace alone.
+  const double* project;
+  long long project_stride;  // whole vectors, zeros beyond m
+  const long long* ends;
+  int stages;
   void* workspace;
 };
 
@@ -133,5 +155,7 @@ struct GramKernels {
   // The moment c [d, stride] and the mean of all samples but those of a group.
   void (*leave_out)(const PooledMoments& all, long long group, double* c, double* mean);
 };
+
+GramKernels active_gram_kernels();
 
 }  // namespace rgfast::spectrum

@@ -94,10 +94,12 @@ inline void update_and_multiply(T* packed, long long n, long long first, const T
 
 // Destroys `packed`; writes the diagonal and the squares of the off-diagonal (its last entry is 0).
 // `scratch` holds 4 n vectors. Where `mean` (n vectors) is given, a reflection that takes it to the first
-// axis goes first: mean mean' is then square e1 e1', square being its squared norm.
+// axis goes first: mean mean' is then square e1 e1', square being its squared norm. Where `keep` (2 n
+// vectors) is given, it gets the factors tau and then the off-diagonal with its signs, and the columns of
+// `packed` below the diagonal become the reflectors' vectors: what takes eigenvectors back.
 template <class T>
 inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_squared, T* scratch, T* mean,
-                              T* square) {
+                              T* square, T* keep = nullptr) {
   using V = typename Simd<T>::Vec;
   using M = typename Simd<T>::Mask;
   constexpr int L = Simd<T>::lanes;
@@ -123,6 +125,10 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     if (k >= 0) store(diagonal + k * L, load(column + k * L));
     if (k == n - 1) {
       store(off_squared + k * L, zero);
+      if (keep != nullptr) {
+        store(keep + k * L, zero);
+        store(keep + (n + k) * L, zero);
+      }
       break;
     }
     const V alpha = load(column + (k + 1) * L);
@@ -140,7 +146,13 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     const V rest = (part[0] + part[1]) + (part[2] + part[3]);
     const V total = fma(alpha, alpha, rest);
     store(k < 0 ? square : off_squared + k * L, total);
-    if (k == n - 2) continue;
+    if (k == n - 2) {
+      if (keep != nullptr) {
+        store(keep + k * L, zero);
+        store(keep + (n + k) * L, alpha);
+      }
+      continue;
+    }
     const V norm = sqrt(total);
     // beta = -sign(alpha) norm, u = x / (alpha - beta) with first entry 1, tau = (beta - alpha) / beta.
     const M negative = less(alpha, zero);
@@ -150,6 +162,11 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     const V tau = select(null, zero, abs(shifted) / norm);
     store(next + (k + 1) * L, one);
     for (i = k + 2; i < n; ++i) store(next + i * L, load(column + i * L) * inverse);
+    if (keep != nullptr) {
+      store(keep + k * L, tau);
+      store(keep + (n + k) * L, select(null, alpha, select(negative, norm, zero - norm)));
+      for (i = k + 1; i < n; ++i) store(column + i * L, load(next + i * L));
+    }
     if (pending)
       update_and_multiply<T, true>(packed, n, k + 1, u, w, next, y);
     else

@@ -195,4 +195,62 @@ TEST(effective_ranks_of_flat_spectra) {
     }
 }
 
+// Columns of random numbers on a scale that falls by a factor from one to the next.
+std::vector<double> graded(std::int64_t batch, std::int64_t n, std::int64_t d, double factor) {
+  std::mt19937 draw(static_cast<unsigned>(n + d));
+  std::normal_distribution<double> normal(0.0, 1.0);
+  std::vector<double> x(static_cast<std::size_t>(batch * n * d));
+  for (std::size_t i = 0; i < x.size(); ++i)
+    x[i] = normal(draw) * std::pow(factor, static_cast<double>(i % static_cast<std::size_t>(d)));
+  return x;
+}
+
+// A stage's vectors are orthonormal, and what they leave of the data has their eigenvalues no longer. Buffers
+// of the exact size, so that a sanitizer sees one step beyond them.
+void check_refinement(std::int64_t batch, std::int64_t n, std::int64_t d, double factor) {
+  using rgfast::spectrum::kRefineStages;
+  const std::int64_t m = std::min(n, d);
+  const std::int64_t stride = (m + 7) / 8 * 8;
+  std::vector<double> x = graded(batch, n, d, factor);
+  const auto results = static_cast<std::size_t>(batch);
+  std::vector<std::int64_t> at(results), exponent(results), limit(results);
+  for (std::int64_t i = 0; i < batch; ++i) at[static_cast<std::size_t>(i)] = batch - 1 - i;
+  std::vector<double> values(results * static_cast<std::size_t>(m)), first, accumulated(results),
+      residual(results);
+  std::vector<double> vectors(results * static_cast<std::size_t>(m * stride), std::nan(""));
+  std::vector<long long> ends(results * kRefineStages, 0);
+  for (int stage = 0; stage < kRefineStages; ++stage) {
+    const rgfast::spectrum::Refinement step{at.data(),      true,   stage,       1e-6,
+                                            vectors.data(), stride, ends.data(), residual.data()};
+    const auto status = rgfast::spectrum::refine(contiguous(x, {batch, n, d}), batch, step, values.data(),
+                                                 {accumulated.data(), exponent.data(), limit.data()}, 2);
+    CHECK(status.index == -1);
+    if (stage == 0) first = values;
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const long long* const end = ends.data() + b * kRefineStages;
+      const double* const basis = vectors.data() + b * m * stride;
+      const double top = values[static_cast<std::size_t>(b * m + m - 1)];
+      CHECK(residual[static_cast<std::size_t>(b)] <= 1e-14 * static_cast<double>(m) * top);
+      if (stage == 1 && end[0] > 0) CHECK(top < 1.001e-6 * first[static_cast<std::size_t>(b * m + m - 1)]);
+      const long long before = stage == 0 ? 0 : end[stage - 1];
+      CHECK(end[stage] >= before && end[stage] < m);
+      if (stage == kRefineStages - 1) CHECK(end[stage] == before);
+      for (long long i = before; i < end[stage]; ++i)
+        for (long long j = before; j <= i; ++j) {
+          double dot = i == j ? -1.0 : 0.0;
+          for (std::int64_t c = 0; c < stride; ++c) dot += basis[i * stride + c] * basis[j * stride + c];
+          CHECK(std::fabs(dot) < 1e-13);
+        }
+    }
+  }
+}
+
+TEST(stages_of_refinement) {
+  for (const std::int64_t batch : {1, 9, 40})
+    for (const auto& [n, d] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+             {1, 1}, {2, 3}, {9, 2}, {40, 17}, {17, 40}, {300, 8}, {33, 33}})
+      for (const double factor : {1.0, 0.5, 1e-2, 1e-9, 0.0}) check_refinement(batch, n, d, factor);
+  check_refinement(3, 150, 140, 0.8);
+}
+
 }  // namespace

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgfast.dispatch import is_plain
 
-__all__ = ["Groups", "Measure", "Rows", "Symmetric"]
+__all__ = ["Again", "Groups", "Measure", "Rows", "Symmetric"]
 
 
 class Measure(NamedTuple):
@@ -55,6 +55,27 @@ class Rows(NamedTuple):
     def shape_class(self) -> Hashable | None:
         x = self.x
         return (x.device.type, x.dtype, x.shape, self.dtype) if is_plain(x) else None
+
+
+class Again(NamedTuple):
+    """Spectra of matrices `at[k]` (int64) of `x[b, n, d]`, solved again from the data in fp64 to `rtol`."""
+
+    x: Tensor
+    at: Tensor
+    centering: str = "mean"
+    rtol: float = 1e-6
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def side(self) -> int:
+        """Rows of a second moment."""
+        return min(self.x.shape[1:])
+
+    def shape_class(self) -> Hashable | None:
+        return None  # the number of matrices is seldom the same
 
 
 class Groups(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.ops.spectrum.call import Measure, Rows
+from rgfast.ops.spectrum.call import Again, Measure, Rows
 from rgfast.ops.spectrum.lanczos import effective_rank_estimate
 from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
@@ -138,7 +138,8 @@ def spectra(call: Measure, tol: float | None = None) -> tuple[Tensor, Solved, st
 def _solved(x: Tensor, call: Measure, dtype: torch.dtype, tol: float | None = None) -> tuple[Solved, str]:
     rows = flat(x)
     if call.method == "svd":
-        dense = Rows(rows, call.centering, rtol=call.rtol)
+        whole = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+        dense = Again(rows, whole, call.centering, call.rtol)
         chosen = SVD.select(call.impl, dense)
         finite = bool(torch.isfinite(rows).all())
         return _finite(SVD.run(chosen, dense, named=True) if finite else None, x), "lapack"

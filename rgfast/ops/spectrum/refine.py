@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,11 +13,33 @@ from torch import Tensor
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.measures import TINY, UNIT_ROUNDOFF, Array, entropy_error
 
-__all__ = ["gram_error", "refined"]
+__all__ = ["SMALL", "STAGES", "LibraryStages", "Stage", "Stages", "gram_error", "refined"]
 
 _U = UNIT_ROUNDOFF[torch.float64]
-_SMALL = 1e-6  # eigenvalues under this share of the largest are computed again
-_LEVELS = 3  # beyond, what is left is under u sigma_1 and no algorithm knows it
+SMALL = 1e-6  # eigenvalues under this share of the largest are computed again
+STAGES = 3  # beyond, what is left is under u sigma_1 and no algorithm knows it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage has computed of each of `l` matrices.
+
+    `values[l, m]` are the eigenvalues of the moment, ascending, and `trace[l]` its trace; `leading[l]` is the
+    number of eigenvectors that are taken out before the next stage, 0 where no value is small, and
+    `residual[l]` is the norm of A V - V Lambda of these, as far as it is not the rounding of A itself.
+    """
+
+    values: Array
+    trace: Array
+    leading: Array
+    residual: Array
+
+
+class Stages(Protocol):
+    """Moments of a batch, stage after stage, each of what the stage before has left."""
+
+    def __call__(self, live: Array, stage: int) -> Stage:
+        """The next stage of matrices `live[l]`, a subset of those of the stage before."""
 
 
 def gram_error(unit: float, terms: Any, accumulated: Any, top: Any, m: int) -> Any:
@@ -30,64 +53,96 @@ def gram_error(unit: float, terms: Any, accumulated: Any, top: Any, m: int) -> A
     return unit * (chain * accumulated + max(50, m / 2) * top)
 
 
-def refined(tall: Tensor, accumulated: Tensor, limit: int, rtol: float) -> tuple[Array, Array]:
-    """Singular values `[m]` of fp64 `tall[n, m]`, descending, and a bound `[m]` on the error of each.
+def refined(
+    stages: Stages, terms: int, accumulated: Array, limit: Array, rtol: float, first: Stage
+) -> tuple[Array, Array]:
+    """Singular values `[b, m]`, descending, no more than `limit[b]` of them not zero, and their error bounds.
 
-    The eigenvectors V_s of the Gram matrix with small eigenvalues span what it has lost; the data times V_s
-    have a Gram matrix of their own, in which the same values are large. Again, until the bound on the
-    relative error of the effective rank is under `rtol` or nothing is left to gain.
+    The eigenvectors of the Gram matrix with large eigenvalues span what it knows. Without their directions
+    the data have a Gram matrix of their own, in which the values that were small are large. Again, until the
+    bound on the relative error of the effective rank is under `rtol` or nothing is left to gain. `first` is
+    stage 0 of all matrices, summed over `terms` rows.
     """
-    n = tall.shape[0]
-    frobenius = math.sqrt(float(accumulated))
-    part, floor = tall, 2 * _U * frobenius
-    coupling: list[tuple[float, float]] = []
-    sigma: list[Array] = []
-    error: list[Array] = []
-    for level in range(_LEVELS):
-        matrix = _gram(part)
-        trace = float(accumulated if level == 0 else matrix.diagonal().sum())
-        width = part.shape[1]
-        vector: Tensor | None = None
-        if level == 0:
-            eigenvalues, vector = torch.linalg.eigh(matrix)
-        else:
-            eigenvalues = torch.linalg.eigvalsh(matrix)
-        value = np.maximum(eigenvalues.cpu().numpy()[::-1], 0.0)
-        epsilon = float(gram_error(_U, n, trace, float(value[0]), width))
-        e = _root_error(value, epsilon) + floor
+    b, m = first.values.shape
+    column = np.arange(m)
+    sigma, error = np.zeros((2, b, m))
+    settled = np.zeros(b, dtype=np.int64)
+    live = np.arange(b)
+    floor = 2 * _U * np.sqrt(accumulated)
+    coupling: list[tuple[Array, Array]] = []
+    found, trace = first, accumulated
+    for stage in range(STAGES):
+        if stage:
+            found = stages(live, stage)
+            trace = found.trace
+        value = np.maximum(found.values[:, ::-1], 0.0)
+        epsilon = gram_error(_U, terms, trace, value[:, 0], m)
+        doubt = _root_error(value, epsilon[:, None]) + floor[:, None]
         for gap_from, strength in coupling:
-            gap = np.maximum(gap_from - value, TINY)
-            e = e + _root_error(value, np.minimum(strength, strength / gap * strength))
-        done, doubt = np.concatenate([*sigma, np.sqrt(value)]), np.concatenate([*error, e])
-        small = int((value < _SMALL * value[0]).sum())
-        if small == 0:
+            gap = np.maximum(gap_from[:, None] - value, TINY)
+            moved = np.minimum(strength[:, None], strength[:, None] / gap * strength[:, None])
+            doubt = doubt + _root_error(value, moved)
+        # What was taken out is as many zeros at the end; the rest follows what is settled.
+        place = column - settled[live, None]
+        taken = np.maximum(place, 0)
+        root = np.take_along_axis(np.sqrt(value), taken, 1)
+        sigma[live] = np.where(place < 0, sigma[live], root)
+        error[live] = np.where(place < 0, error[live], np.take_along_axis(doubt, taken, 1))
+        if stage == STAGES - 1:
             break
-        if vector is None:
-            bound = entropy_error(done[:limit], doubt[:limit], np.int64(limit))
-            if level == _LEVELS - 1 or bound <= rtol:
-                break
-            vector = torch.linalg.eigh(matrix).eigenvectors
-        sigma.append(np.sqrt(value[: width - small]))
-        error.append(e[: width - small])
-        coupling.append((float(value[width - small - 1]), epsilon))
-        part = part @ vector[:, :small]
-        # Every entry of the product is a sum of `width` terms; the rest is what V lacks in orthogonality.
-        floor = floor + width * _U * small**0.5 * (frobenius if level == 0 else math.sqrt(trace))
-    order = np.argsort(-done, kind="stable")
-    done, doubt = done[order], doubt[order]
-    done[limit:] = doubt[limit:] = 0.0
-    return done, doubt
+        more = found.leading > 0
+        if stage:
+            known = column < limit[live, None]
+            more &= entropy_error(sigma[live] * known, error[live] * known, limit[live]) > rtol
+        if not more.any():
+            break
+        live, k, norm = live[more], found.leading[more], np.sqrt(trace[more])
+        coupling = [(gap_from[more], strength[more]) for gap_from, strength in coupling]
+        coupling.append((value[more, k - 1], (epsilon + found.residual)[more]))
+        settled[live] += k
+        # Products with k vectors of m entries, their difference from the data, and what the vectors lack in
+        # orthogonality.
+        floor = floor[more] + _U * norm * (2 * m * np.sqrt(k) + (k + 2) * (1 + np.sqrt(k)))
+    order = np.argsort(-sigma, axis=1, kind="stable")
+    sigma, error = np.take_along_axis(sigma, order, 1), np.take_along_axis(error, order, 1)
+    dead = column >= limit[:, None]
+    sigma[dead] = error[dead] = 0.0
+    return sigma, error
 
 
-def _gram(part: Tensor) -> Tensor:
-    total = torch.zeros((part.shape[1], part.shape[1]), dtype=part.dtype, device=part.device)
-    for row in range(0, part.shape[0], reference.TILE):
-        rows = part[row : row + reference.TILE]
-        total = torch.addmm(total, rows.mT, rows)
-    return total
+class LibraryStages:
+    """Stages by torch's batched products and LAPACK's eigenvectors, of fp64 `tall[b, n, m]`."""
+
+    def __init__(self, tall: Tensor) -> None:
+        self._part, self._live = tall, np.arange(len(tall))
+        self._settled = np.zeros(len(tall), dtype=np.int64)
+        self._leading, self._vectors = self._settled, tall.new_zeros(len(tall), tall.shape[2], 0)
+
+    def __call__(self, live: Array, stage: int) -> Stage:
+        at = np.searchsorted(self._live, live)
+        here = torch.from_numpy(at).to(self._part.device)
+        part, vectors = self._part[here], self._vectors[here]
+        if stage:
+            part = part - (part @ vectors) @ vectors.mT
+        m = part.shape[2]
+        matrix = part.new_zeros(len(part), m, m)
+        for row in range(0, part.shape[1], reference.TILE):
+            rows = part[:, row : row + reference.TILE]
+            matrix = torch.baddbmm(matrix, rows.mT, rows)
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        values = eigenvalues.cpu().numpy()
+        settled = self._settled[at] + self._leading[at]
+        large = (values >= SMALL * values[:, -1:]).sum(1)
+        leading = np.where((large + settled < m) & (values[:, -1] > 0), large, 0)
+        first = torch.from_numpy(m - leading).to(part.device)
+        taken = torch.arange(m, dtype=torch.int64, device=part.device) >= first[:, None]
+        self._part, self._live = part, live
+        self._settled, self._leading, self._vectors = settled, leading, vectors * taken[:, None, :]
+        trace = matrix.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
+        return Stage(values, trace, leading, np.zeros(len(live)))
 
 
-def _root_error(value: Array, error: float | Array) -> Array:
+def _root_error(value: Array, error: Array) -> Array:
     """Bound on the square root of what errs by `error`: |a - b| / (sqrt a + sqrt b), and sqrt|a - b|."""
     root = np.sqrt(error)
     bound: Array = error / np.maximum(np.sqrt(value), np.maximum(root, TINY))

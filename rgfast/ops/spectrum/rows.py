@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl, Op
-from rgfast.ops.spectrum.call import Groups, Rows
+from rgfast.ops.spectrum.call import Again, Groups, Rows
 from rgfast.ops.spectrum.impl import native
 from rgfast.ops.spectrum.selection import SPECTRUM
 from rgfast.ops.spectrum.solve import REFINE, Solved, from_eigenvalues
@@ -106,6 +106,16 @@ def without_each(x: Tensor, groups: int) -> Iterator[Tensor]:
         yield twice[:, end : end + n - size]
 
 
-def refine_spectra(x: Tensor, solved: Solved, at: Tensor, *, centering: str) -> None:
-    """Overwrite the spectra of matrices `at` by what is computed from their rows `x[len(at), n, d]`."""
-    solved.put(at, REFINE("library", Rows(x, centering)))
+def refine_spectra(
+    x: Tensor, solved: Solved, at: Tensor, *, centering: str, kept: Tensor | None = None
+) -> None:
+    """Overwrite the spectra of matrices `at` of `x[b, n, d]` by what is computed from their rows.
+
+    From rows `kept[n]` alone, if given.
+    """
+    if kept is None:
+        again = Again(x, at, centering)
+    else:
+        chosen = x[at][:, kept]
+        again = Again(chosen, torch.arange(len(chosen), dtype=torch.int64, device=x.device), centering)
+    solved.put(at, REFINE("auto", again))

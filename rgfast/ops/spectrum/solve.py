@@ -11,21 +11,25 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl, Op
 from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.call import Measure, Rows
+from rgfast.ops.spectrum.call import Again, Measure
+from rgfast.ops.spectrum.impl import native
 from rgfast.ops.spectrum.measures import (
     TINY,
     UNIT_ROUNDOFF,
+    Array,
     entropy_error,
     largest_entropy_error,
     numpy_on_cpu,
     times_power,
 )
-from rgfast.ops.spectrum.refine import gram_error, refined
-from rgfast.runtime.threads import one_thread
+from rgfast.ops.spectrum.refine import SMALL, LibraryStages, Stage, gram_error, refined
+from rgfast.runtime.threads import no_autocast, one_thread
 
 __all__ = ["PATHS", "REFINE", "SVD", "Solved", "from_eigenvalues", "settle"]
 
 PATHS = ("gram", "refined", "svd")
+# Elements of eigenvectors, and of fp64 copies of the data, that are refined at a time.
+_VECTORS, _CHUNK = 1 << 20, 1 << 22
 _FIELDS = ("sigma", "error", "exponent", "rank_limit", "path")
 
 
@@ -80,6 +84,11 @@ class Solved:
         """Overwrite the matrices at `index`."""
         for name in _FIELDS:
             getattr(self, name)[index] = getattr(other, name)
+
+    def write(self, index: slice, sigma: Array, error: Array, exponent: Array, rank_limit: Array) -> None:
+        """Overwrite all but the path of the matrices at `index`."""
+        for name, value in zip(_FIELDS, (sigma, error, exponent, rank_limit), strict=False):
+            getattr(self, name)[index] = torch.from_numpy(value).to(self.sigma.device)
 
     def take(self, index: slice) -> Solved:
         """A copy of the matrices at `index`."""
@@ -141,46 +150,75 @@ def settle(
         return None
     solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
     if call.method == "auto" and dtype == torch.float64:
-        for op in (REFINE, SVD):
+        for op, impl in ((REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")):
             again = solved.unsettled(call.rtol, tol)
             if not len(again):
                 break
-            solved.put(again, op("library", Rows(x[again], call.centering, rtol=call.rtol)))
+            solved.put(again, op(impl, Again(x, again, call.centering, call.rtol)))
     return solved
 
 
-def _refine(x: Tensor, centering: str, rtol: float) -> Solved:
-    """Spectra of `x[b, n, d]` with small singular values recovered, one matrix at a time."""
-    result = _empty(x, "refined")
-    with one_thread():
-        for i in range(len(x)):
-            tall, accumulated = _tall(x, i, centering, result)
-            found = refined(tall, accumulated, int(result.rank_limit[i]), rtol)
-            result.sigma[i], result.error[i] = (torch.from_numpy(value) for value in found)
+def _refine_natively(call: Again) -> Solved:
+    """Refined spectra, some at a time, of which the compiled module makes moments, values and vectors."""
+    result = _empty(call, "refined")
+    m, at = call.side, call.at.numpy()
+    for start in range(0, len(at), step := max(8, _VECTORS // (m * m) // 8 * 8)):
+        part = slice(start, start + step)
+        stages = native.RefineStages(call.x, at[part], call.centering, SMALL)
+        first = Stage(*stages(np.arange(len(at[part])), 0))
+        accumulated, exponent, limit = stages.info
+        found = refined(
+            lambda live, stage, stages=stages: Stage(*stages(live, stage)),
+            max(call.x.shape[1:]),
+            accumulated,
+            limit,
+            call.rtol,
+            first,
+        )
+        result.write(part, *found, exponent, limit)
     return result
 
 
-def _from_svd(x: Tensor, centering: str) -> Solved:
-    """Singular values of `x[b, n, d]` by QR and LAPACK's SVD in fp64, one matrix at a time."""
-    result = _empty(x, "svd")
+def _refine(call: Again) -> Solved:
+    """The same by torch, in fp64 on the device of the data."""
+    result = _empty(call, "refined")
+    with one_thread(), no_autocast(call.device.type):
+        for start in range(0, len(call.at), step := max(1, _CHUNK // call.x[0].numel())):
+            part = slice(start, start + step)
+            y, exponent = reference.scaled(call.x[call.at[part]])
+            y, accumulated = reference.centred(y, call.centering)
+            limit = reference.rank_limit(y, call.centering).cpu().numpy()
+            stages = LibraryStages(y if y.shape[1] >= y.shape[2] else y.mT)
+            first = stages(np.arange(len(y)), 0)
+            found = refined(stages, max(y.shape[1:]), accumulated.cpu().numpy(), limit, call.rtol, first)
+            result.write(part, *found, exponent.cpu().numpy(), limit)
+    return result
+
+
+def _from_svd(call: Again) -> Solved:
+    """Singular values by QR and LAPACK's SVD in fp64, one matrix at a time."""
+    result = _empty(call, "svd")
     m = result.sigma.shape[-1]
     with one_thread():
-        for i in range(len(x)):
-            tall, accumulated = _tall(x, i, centering, result)
+        for i, index in enumerate(call.at.tolist()):
+            y, exponent = reference.scaled(call.x[index : index + 1])
+            y, accumulated = reference.centred(y, call.centering)
+            live = int(reference.rank_limit(y, call.centering)[0])
+            tall = y[0] if y.shape[1] >= y.shape[2] else y[0].mT
             if len(tall) > 3 * m // 2:
                 tall = torch.linalg.qr(tall, mode="r").R
-            live = int(result.rank_limit[i])
+            result.exponent[i], result.rank_limit[i] = int(exponent[0]), live
             result.sigma[i] = torch.linalg.svdvals(tall)
-            result.error[i] = (m + 50) * UNIT_ROUNDOFF[torch.float64] * float(accumulated.sqrt())
+            result.error[i] = (m + 50) * UNIT_ROUNDOFF[torch.float64] * float(accumulated[0].sqrt())
             result.sigma[i, live:] = result.error[i, live:] = 0.0
     return result
 
 
-def _empty(x: Tensor, path: str) -> Solved:
-    b, m = len(x), min(x.shape[-2:])
+def _empty(call: Again, path: str) -> Solved:
+    b, m = len(call.at), call.side
 
     def values(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
+        return torch.empty(shape, dtype=dtype, device=call.device)
 
     return Solved(
         sigma=values(b, m, dtype=torch.float64),
@@ -191,17 +229,12 @@ def _empty(x: Tensor, path: str) -> Solved:
     )
 
 
-def _tall(x: Tensor, i: int, centering: str, result: Solved) -> tuple[Tensor, Tensor]:
-    """Matrix i scaled, centred, fp64, with the longer side first, and its accumulated trace."""
-    y, exponent = reference.scaled(x[i : i + 1])
-    y, accumulated = reference.centred(y, centering)
-    result.exponent[i] = int(exponent[0])
-    result.rank_limit[i] = int(reference.rank_limit(y, centering)[0])
-    return (y[0] if y.shape[1] >= y.shape[2] else y[0].mT), accumulated[0]
+def _library_cost(call: Again) -> float:
+    """Eigenvectors cost LAPACK about ten times what values do."""
+    n, m = max(call.x.shape[1:]), call.side
+    return 1e-4 + len(call.at) * (1e-4 + 10 * m**3 / 5e9 + 4 * n * m * m / 12e9)
 
 
-# Both are torch's LAPACK whatever implementation found the eigenvalues, and are recorded as such.
-REFINE = Op("refine", [Impl("library", lambda call: _refine(call.x, call.centering, call.rtol))])
-SVD = Op(
-    "svd", [Impl(name, lambda call: _from_svd(call.x, call.centering)) for name in ("library", "reference")]
-)
+REFINE = Op("refine", [native.refine(_refine_natively), Impl("library", _refine, cost=_library_cost)])
+# torch's LAPACK whatever implementation found the eigenvalues, and recorded as such.
+SVD = Op("svd", [Impl(name, _from_svd) for name in ("library", "reference")])

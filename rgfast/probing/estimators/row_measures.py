@@ -215,8 +215,8 @@ def _refine(states: Tensor, kept: Tensor | None, solved: Solved, doubt: Tensor, 
     """Solve again from the rows what is in ``doubt``, of the matrices of all layers and positions."""
     at = doubt.nonzero()[:, 0]
     if len(at):
-        x = states.reshape(-1, *states.shape[2:])[at]
-        refine_spectra(x if kept is None else x[:, kept], solved, at, centering=centering)
+        x = states.reshape(-1, *states.shape[2:])
+        refine_spectra(x, solved, at, centering=centering, kept=kept)
 
 
 def _nothing(rows: Sequence[Tensor]) -> Measured:

@@ -10,12 +10,25 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast.dispatch import Impl
-from rgfast.ops.spectrum.call import Groups, Rows, Symmetric
+from rgfast.ops.spectrum.call import Again, Groups, Rows, Symmetric
 from rgfast.runtime import native
 
-__all__ = ["effective_ranks", "eigvalsh", "gram", "gram_spectrum", "left_out_spectrum", "without_groups"]
+__all__ = [
+    "RefineStages",
+    "effective_ranks",
+    "eigvalsh",
+    "gram",
+    "gram_spectrum",
+    "left_out_spectrum",
+    "refine",
+    "without_groups",
+]
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _NOT_CONVERGED = 2
+_STAGES = 3  # of refinement, as the compiled module has them
+_MOST_IN_LANES = 256  # rows
 # Beyond so many bytes a matrix the reduction, which reads all of it at every step, waits for memory.
 _LARGEST = 10 << 20
 # Seconds a call and a matrix, and rates on one thread of an AVX-512 core (README, "Speed").
@@ -41,6 +54,18 @@ def _groups_refusal(call: Groups) -> str | None:
         return "it takes fewer bits than float64"
     left = n - -(-n // call.groups)
     return f"without a group {left} samples are fewer than {d} features" if left < d else None
+
+
+def _again_refusal(call: Again) -> str | None:
+    wide = call.side > _MOST_IN_LANES
+    return f"moments of {call.side} rows are too large for its lanes" if wide else None
+
+
+def _again_cost(call: Again) -> float:
+    """Two stages, in whole groups of lanes."""
+    groups = -(-len(call.at) // 8)
+    work = call.x[0].numel() * call.side
+    return _CALL + 2 * len(call.at) * work / _PRODUCTS + 16 * groups * _solving(call.side, 8)
 
 
 def _solving(d: int, itemsize: int) -> float:
@@ -186,6 +211,45 @@ def effective_ranks(
     return scratch[4 * b :].view(b, m), scratch[:b], whole[:b], whole[b:]
 
 
+class RefineStages:
+    """Stages of refinement (see `refine.Stages`) of matrices `at` of `x[b, n, d]`, by their indices in x.
+
+    A call returns eigenvalues `[l, m]`, ascending, traces, numbers of leading vectors and the norms of their
+    residuals as arrays; `info` are accumulated traces, exponents and rank limits after stage 0.
+    """
+
+    def __init__(self, x: Tensor, at: Array, centering: str, share: float) -> None:
+        self._x, self._at, self._centering, self._share = native.tensor(x.detach()), at, centering, share
+        self._m, b = min(x.shape[1:]), len(at)
+        self._vectors = np.empty((b, self._m, -(-self._m // 8) * 8))
+        self._ends = np.zeros((b, _STAGES), dtype=np.int64)
+        self._live = np.arange(b)
+
+    def __call__(self, live: Array, stage: int) -> tuple[Array, Array, Array, Array]:
+        here = np.searchsorted(self._live, live)
+        if len(here) < len(self._live):
+            self._vectors, self._ends = self._vectors[here], self._ends[here]
+        self._live, count = live, len(live)
+        values, residual = np.empty((count, self._m)), np.empty(count)
+        trace, whole, at = np.empty(count), np.empty((2, count), dtype=np.int64), self._at[live]
+        index, trouble = native.load().refine(
+            self._x,
+            at.ctypes.data,
+            count,
+            self._centering == "mean",
+            (stage, self._share),
+            [array.ctypes.data for array in (values, self._vectors, self._ends, residual)],
+            (trace.ctypes.data, whole[0].ctypes.data, whole[1].ctypes.data, 0),
+            native.threads(),
+        )
+        if trouble == _NOT_CONVERGED:
+            raise _stuck(int(at[index]))
+        if stage == 0:
+            self.info = trace, whole[0], whole[1]
+        before = self._ends[:, stage - 1] if stage else 0
+        return values, trace, self._ends[:, stage] - before, residual
+
+
 def _stuck(index: int) -> Exception:
     message = f"the eigenvalues of the second moment did not converge on matrix {index} of the batch"
     error: Exception = LinAlgError(message)
@@ -255,3 +319,8 @@ RANKS = _impl(
 def without_groups(run: Any) -> Impl:
     """The fused form of spectra without each group: `run(call)` makes its result of `left_out_spectrum`."""
     return _impl(run, _groups_refusal, lambda call: 0.0)
+
+
+def refine(run: Any) -> Impl:
+    """Refinement in lanes: `run(call)` makes its result of `RefineStages`."""
+    return _impl(run, _again_refusal, _again_cost)
