@@ -49,6 +49,14 @@ def refine(
     info: tuple[int, int, int, int],
     threads: int,
 ) -> tuple[int, int]: ...
+def refined_moments(
+    x: tuple[int, list[int], list[int], int],
+    limits: tuple[float, float],
+    results: tuple[int, int],
+    info: tuple[int, int, int, int],
+    second: list[list[int]],
+    threads: int,
+) -> tuple[int, int] | None: ...
 def effective_ranks(
     x: tuple[int, list[int], list[int], int],
     centred: bool,

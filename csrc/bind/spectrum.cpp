@@ -184,6 +184,38 @@ std::pair<std::int64_t, int> refine(const Tensor& x, std::uintptr_t at, std::int
   return {status.index, static_cast<int>(status.trouble)};
 }
 
+std::optional<std::pair<std::int64_t, int>> refined_moments(
+    const Tensor& x, std::tuple<double, double> limits, std::pair<std::uintptr_t, std::uintptr_t> results,
+    const Info& info, const std::array<std::array<std::uintptr_t, 4>, 2>& second, int threads) {
+  const View in = view(x, "x", 3);
+  checked_threads(threads);
+  check_samples(in);
+  const auto [doubt, share] = limits;
+  const auto [values, raw] = results;
+  const auto& [accumulated, exponent, limit, mean] = info;
+  if (!(doubt >= 0.0)) throw std::invalid_argument("doubt must not be negative");
+  if (raw != 0 && in.size(1) < in.size(2))
+    throw std::invalid_argument("raw goes with no fewer samples than features");
+  bool null = values == 0 || accumulated == 0 || exponent == 0 || limit == 0;
+  const auto real = [](std::uintptr_t address) { return reinterpret_cast<double*>(address); };
+  std::array<spectrum::SecondStage, 2> stages{};
+  for (std::size_t way = 0; way < (raw == 0 ? 1 : 2); ++way) {
+    const auto& [found, count, residual, trace] = second[way];
+    null = null || found == 0 || count == 0 || residual == 0 || trace == 0;
+    stages[way] = {real(found), reinterpret_cast<long long*>(count), real(residual), real(trace)};
+  }
+  if (in.size(0) != 0 && null)
+    throw std::invalid_argument("results, info and second must not hold null pointers");
+  const spectrum::MomentInfo told{real(accumulated), reinterpret_cast<std::int64_t*>(exponent),
+                                  reinterpret_cast<std::int64_t*>(limit)};
+  spectrum::Status status;
+  const py::gil_scoped_release release;
+  if (!spectrum::refined_eigenvalues(in, doubt, share, real(values), real(raw), told, stages.data(), threads,
+                                     status))
+    return std::nullopt;
+  return std::pair<std::int64_t, int>{status.index, static_cast<int>(status.trouble)};
+}
+
 std::tuple<std::int64_t, int, double> effective_ranks(const Tensor& x, bool centred, bool variance,
                                                       std::uintptr_t rank, std::uintptr_t scratch,
                                                       int threads) {
@@ -244,6 +276,18 @@ void register_spectrum(py::module_& m) {
       "of the largest eigenvalue under which others are small. results: the addresses of eigenvalues "
       "[batch, m], vectors [batch, m, m rounded up to 8], their numbers by stage [batch, 3] (int64) and the "
       "norms of their residuals [batch]. info as for moments, without means. Returns what eigvalsh does.");
+  m.def(
+      "refined_moments", &refined_moments, py::arg("x"), py::arg("limits"), py::arg("results"),
+      py::arg("info"), py::arg("second"), py::arg("threads"),
+      "Ascending eigenvalues of the centred fp64 moments of x[b, n, d], and a second stage of refinement of "
+      "those whose effective rank may be off by more than the first of `limits`, the second being the share "
+      "of "
+      "the largest eigenvalue under which others are small. results: the addresses of values[b, m] and of "
+      "those of rows as they are, or 0. info as for moments, without means. second: of centred rows and of "
+      "rows as they are, the addresses of values of the second stage [b, m], the numbers of leading vectors "
+      "(int64, 0: no second stage), the norms of their residuals, and traces [b]. Returns what eigvalsh "
+      "does, "
+      "or None, having done nothing, for sizes that are not solved in lanes.");
   m.def("effective_ranks", &effective_ranks, py::arg("x"), py::arg("centred"), py::arg("variance"),
         py::arg("rank"), py::arg("scratch"), py::arg("threads"),
         "fp64 effective ranks of x[b, n, d] to address `rank`. scratch: the address of b (4 + m) items of 8 "

@@ -75,6 +75,22 @@ struct Refinement {
 Status refine(const View& x, std::int64_t batch, const Refinement& step, double* values,
               const MomentInfo& info, int threads);
 
+// What the second of two stages gives, for every matrix: its eigenvalues, how many lead (0: there was no
+// second stage), the norm of their residual, and the trace.
+struct SecondStage {
+  double* values;
+  long long* count;
+  double* residual;
+  double* trace;
+};
+
+// What `gram_eigenvalues` does of centred x in lanes, and a second stage, as `refine` makes it, while the
+// data are in the cache: of matrices whose effective rank may be off by more than `doubt`, centred and, in
+// second[1], as they are. Returns false, having done nothing, for sizes whose matrices are not solved in
+// lanes.
+bool refined_eigenvalues(const View& x, double doubt, double share, double* values, double* raw,
+                         const MomentInfo& info, const SecondStage* second, int threads, Status& status);
+
 // Effective ranks by singular values or by variance, and the bound on the relative error of the former that
 // the README of the op derives (infinite where the data are not finite): b entries each.
 struct RankInfo {

@@ -178,7 +178,9 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   T* const rows = mean + n * L;
   T* const kept = rows + 4 * kQlGroups * n * L;
   const long long kept_size = (n * (n + 1) / 2 + kKeptRows * n) * L;
+  const int ways = task.raw == nullptr ? 1 : 2;
   int exponents_of[kQlGroups][L];
+  T squares_of[kQlGroups][L] = {};
 
   QlGroup<T> groups[kQlGroups];
   Scale<T> scales[kQlGroups];
@@ -187,7 +189,8 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   for (int first = 0; first < task.count; first += L, ++count) {
     QlGroup<T>& group = groups[count];
     place_group(group, rows, count, n);
-    if (task.leading != nullptr) packed = kept + count * kept_size + kKeptRows * n * L;
+    T* const keep = task.leading == nullptr ? nullptr : kept + count / ways * kept_size;
+    if (keep != nullptr) packed = keep + kKeptRows * n * L;
     // A group that is not full repeats its first matrix.
     long long offsets[L];
     for (int lane = 0; lane < L; ++lane)
@@ -206,27 +209,26 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
       extreme = extreme || out;
     }
     if (extreme) scale_all(packed, n * (n + 1) / 2, outer.down_a, outer.down_b);
-    if (task.leading != nullptr) {
-      T* const keep = kept + count * kept_size;
+    for (int lane = 0; lane < L; ++lane) exponents_of[count / ways][lane] = exponents[lane];
+    if (task.raw == nullptr) {
       tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr, keep);
-      for (long long i = 0; i < n * L; ++i) keep[2 * n * L + i] = group.d[i];
-      for (int lane = 0; lane < L; ++lane) exponents_of[count][lane] = exponents[lane];
-    } else if (task.raw == nullptr) {
-      tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr);
     } else {
       for (int lane = 0; lane < L; ++lane) {
         const int from = ((bad[count] >> lane) & 1U) != 0 ? -1 : first + lane < task.count ? lane : 0;
         for (long long i = 0; i < n; ++i) mean[i * L + lane] = from < 0 ? T(0) : task.means[from * n + i];
       }
       T square[L];
-      tridiagonal_lanes(packed, n, group.d, group.e, scratch, mean, square);
+      tridiagonal_lanes(packed, n, group.d, group.e, scratch, mean, square, keep);
       QlGroup<T>& lifted = groups[count + 1];
       place_group(lifted, rows, count + 1, n);
       lift_group(group, lifted, exponents, load(square));
+      for (int lane = 0; lane < L; ++lane) squares_of[count / ways][lane] = square[lane];
       const int none[L] = {};
       prepare_group(lifted, scales[count + 1], none);
       bad[count + 1] = bad[count];
     }
+    if (keep != nullptr)
+      for (long long i = 0; i < n * L; ++i) keep[4 * n * L + i] = group.d[i];
     prepare_group(group, scales[count], exponents);
     if (task.raw != nullptr) ++count;
   }
@@ -234,9 +236,14 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   if constexpr (sizeof(T) == sizeof(double)) {
     if (task.leading == nullptr) return;
     T* const vectors = kept + (task.count + L - 1) / L * kept_size;
-    for (int g = 0; g < count; ++g)
-      leading_lanes(*task.leading, n, kept + g * kept_size, groups[g].d, exponents_of[g], vectors, g * L,
-                    task.count - g * L < L ? task.count - g * L : L);
+    for (int g = 0; g < count; ++g) {
+      const int own = g / ways;
+      const bool lifted = g % ways != 0;
+      if (lifted && task.leading_raw == nullptr) continue;
+      leading_lanes(lifted ? *task.leading_raw : *task.leading, n, kept + own * kept_size, groups[g].d,
+                    exponents_of[own], task.raw != nullptr, lifted ? squares_of[own] : nullptr, vectors,
+                    own * L, task.count - own * L < L ? task.count - own * L : L);
+    }
   }
 }
 

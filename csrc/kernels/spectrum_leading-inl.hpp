@@ -4,8 +4,8 @@
 namespace rgfast {
 namespace RGFAST_NS {
 
-constexpr int kKeptRows = 3;     // tau, signed off-diagonal and diagonal, of n vectors each
-constexpr int kLeadingRows = 5;  // scratch besides the vectors
+constexpr int kKeptRows = 5;     // of n vectors each: four of tridiagonal_lanes, then the diagonal
+constexpr int kLeadingRows = 7;  // scratch besides the vectors
 constexpr int kInverseSteps = 3;
 
 // P (T - x) = L U of a tridiagonal matrix with row interchanges, lane by lane: n vectors each.
@@ -127,29 +127,64 @@ inline VecD residual_lanes(const double* d, const double* e, long long n, VecD x
   return sum;
 }
 
-// Vectors of the tridiagonal form become those of the matrix, K at a time.
+// One reflection of K vectors, from row `from` on.
 template <int K>
-inline void reflect_lanes(const double* packed, const double* tau, long long n, double* vectors) {
+RGFAST_INLINE void reflect_once(const double* u, VecD tau, long long n, long long from, double* vectors) {
   constexpr int L = Simd<double>::lanes;
-  for (long long k = n - 3; k >= 0; --k) {
-    const double* const u = lane_column(const_cast<double*>(packed), n, k);
-    VecD dot[K] = {};
-    for (long long i = k + 1; i < n; ++i) {
-      const VecD ui = load(u + i * L);
+  VecD dot[K] = {};
+  for (long long i = from; i < n; ++i) {
+    const VecD ui = load(u + i * L);
 #pragma GCC unroll 4
-      for (int c = 0; c < K; ++c) dot[c] = fma(ui, load(vectors + (c * n + i) * L), dot[c]);
-    }
+    for (int c = 0; c < K; ++c) dot[c] = fma(ui, load(vectors + (c * n + i) * L), dot[c]);
+  }
 #pragma GCC unroll 4
-    for (int c = 0; c < K; ++c) dot[c] *= load(tau + k * L);
-    for (long long i = k + 1; i < n; ++i) {
-      const VecD ui = load(u + i * L);
+  for (int c = 0; c < K; ++c) dot[c] *= tau;
+  for (long long i = from; i < n; ++i) {
+    const VecD ui = load(u + i * L);
 #pragma GCC unroll 4
-      for (int c = 0; c < K; ++c) {
-        double* const at = vectors + (c * n + i) * L;
-        store(at, fnma(dot[c], ui, load(at)));
-      }
+    for (int c = 0; c < K; ++c) {
+      double* const at = vectors + (c * n + i) * L;
+      store(at, fnma(dot[c], ui, load(at)));
     }
   }
+}
+
+// Vectors of the tridiagonal form become those of the matrix, K at a time.
+template <int K>
+inline void reflect_lanes(const double* packed, const double* kept, bool first, long long n,
+                          double* vectors) {
+  constexpr int L = Simd<double>::lanes;
+  for (long long k = n - 3; k >= 0; --k)
+    reflect_once<K>(packed + (k * n - k * (k + 1) / 2) * L, load(kept + k * L), n, k + 1, vectors);
+  if (first) reflect_once<K>(kept + 2 * n * L, load(kept + 3 * n * L), n, 0, vectors);
+}
+
+// Whether the effective rank that eigenvalues x[i L], ascending, of a moment lead to is expected to be off by
+// more than `allowed`, if no more than `most` are not zero. They err by about 4 u x_1, so their roots s by
+// e = min(4 u s_1^2 / s, sqrt(4 u) s_1), and the entropy by about the sum of e ln(S / s) / S, S being that of
+// s.
+inline bool doubtful(const double* x, long long n, long long most, double allowed) {
+  constexpr int L = Simd<double>::lanes;
+  constexpr double unit = 0x1p-51;
+  const double top = x[(n - 1) * L] > 0.0 ? scalar_sqrt(x[(n - 1) * L]) : 0.0;
+  if (!(top > 0.0)) return false;
+  const long long end = most < n ? n - most : 0;
+  double sum = 0.0;
+  for (long long i = 0; i < n; ++i) sum += x[i * L] > 0.0 ? scalar_sqrt(x[i * L]) : 0.0;
+  const double least = x[end * L] > 0.0 ? scalar_sqrt(x[end * L]) : 0.0;
+  constexpr double longest = 36.8;  // no logarithm that counts is larger
+  if (least > 0.0 && unit * longest * static_cast<double>(n) * top / least * (top / sum) <= allowed)
+    return false;
+  double expected = 0.0;
+  for (long long i = n - 1; i >= end; --i) {
+    const double s = x[i * L] > 0.0 ? scalar_sqrt(x[i * L]) : 0.0;
+    const double share = s / sum > 0x1p-53 ? s / sum : 0x1p-53;
+    const double most_error = 0x1.6a09e667f3bcdp-26 * top;  // sqrt(4 u)
+    double error = s > 0.0 ? unit * top * (top / s) : most_error;
+    error = error < most_error ? error : most_error;
+    expected -= error / sum * __builtin_log(share);
+  }
+  return expected > allowed;
 }
 
 // A number in [-1, 1) that depends on nothing but its place.
@@ -163,11 +198,11 @@ RGFAST_INLINE double start_of(long long i, long long j) {
 // (rows and reflectors) and whose ascending eigenvalues are `values`, in units that kept ones have times
 // 2^exponents. `scratch` holds n + kLeadingRows times n vectors.
 inline void leading_lanes(const spectrum::LeadingTask& task, long long n, double* kept, const double* values,
-                          const int* exponents, double* scratch, int first, int count) {
+                          const int* exponents, bool mean, const double* square, double* scratch, int first,
+                          int count) {
   constexpr int L = Simd<double>::lanes;
-  double* const tau = kept;
-  double* const e = kept + n * L;
-  double* const d = e + n * L;
+  double* const d = scratch + 5 * n * L;
+  double* const e = d + n * L;
   double* const vectors = scratch + kLeadingRows * n * L;
   const TridiagonalFactors factors{scratch, scratch + n * L, scratch + 2 * n * L, scratch + 3 * n * L,
                                    scratch + 4 * n * L};
@@ -177,7 +212,8 @@ inline void leading_lanes(const spectrum::LeadingTask& task, long long n, double
     const long long from = task.from[first + lane];
     const double top = values[(n - 1) * L + lane];
     long long k = 0;
-    while (k < n - from && values[(n - 1 - k) * L + lane] >= task.share * top) ++k;
+    const bool asked = task.doubt < 0.0 || doubtful(values + lane, n, task.most, task.doubt);
+    while (asked && k < n - from && values[(n - 1 - k) * L + lane] >= task.share * top) ++k;
     // None where all are as large, nor of what is zero or NaN.
     wanted[lane] = k >= n - from || !(top > 0.0) ? 0 : k;
     task.count[first + lane] = wanted[lane];
@@ -185,6 +221,13 @@ inline void leading_lanes(const spectrum::LeadingTask& task, long long n, double
     most = wanted[lane] > most ? wanted[lane] : most;
   }
   if (most == 0) return;
+  for (long long i = 0; i < n; ++i) {
+    store(d + i * L, load(kept + (4 * n + i) * L));
+    store(e + i * L, load(kept + (n + i) * L));
+  }
+  for (int lane = 0; square != nullptr && lane < L; ++lane)
+    d[lane] += square[lane] * Range<double>::power(-exponents[lane] / 2) *
+               Range<double>::power(exponents[lane] / 2 - exponents[lane]);
 
   // To a norm of about 1, all of them.
   VecD top{};
@@ -227,8 +270,8 @@ inline void leading_lanes(const spectrum::LeadingTask& task, long long n, double
 
   const double* const packed = kept + kKeptRows * n * L;
   long long j = 0;
-  for (; j + 4 <= most; j += 4) reflect_lanes<4>(packed, tau, n, vectors + j * n * L);
-  for (; j < most; ++j) reflect_lanes<1>(packed, tau, n, vectors + j * n * L);
+  for (; j + 4 <= most; j += 4) reflect_lanes<4>(packed, kept, mean, n, vectors + j * n * L);
+  for (; j < most; ++j) reflect_lanes<1>(packed, kept, mean, n, vectors + j * n * L);
   for (int lane = 0; lane < count; ++lane)
     for (j = 0; j < wanted[lane]; ++j) {
       const long long from = task.from[first + lane];

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <vector>
@@ -15,6 +16,21 @@ namespace {
 constexpr std::int64_t kManyRows =
     128;  // above, a task takes one group: the triangles of more leave the cache
 
+// Lanes and scratch that the fills below write to.
+struct Lanes {
+  double* buffer;  // [lanes, m, stride]
+  double* means;   // [lanes, m], or null
+  std::int64_t stride;
+  std::int64_t size;
+  void* workspace;  // of the moment's kernel
+};
+
+void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
+  info.accumulated[index] = result.accumulated;
+  info.exponent[index] = result.exponent;
+  info.rank_limit[index] = result.rank_limit;
+}
+
 // Fills a buffer with the moments of one group of matrices, what is settled taken out.
 struct Source {
   const GramKernels& kernel;
@@ -22,27 +38,68 @@ struct Source {
   const Refinement& step;
   const MomentInfo& info;
   std::int64_t first;
-  double* buffer;
-  std::int64_t stride;
-  std::int64_t size;
-  void* workspace;
+  Lanes to;
 
   void fill(int from, int count) const {
     const std::int64_t m = std::min(x.size(-2), x.size(-1));
     for (int i = 0; i < count; ++i) {
       const std::int64_t index = first + from + i;
       GramTask task = moment_of(x, step.centred, step.at[index]);
-      task.c = buffer + i * size;
-      task.stride = stride;
+      task.c = to.buffer + i * to.size;
+      task.stride = to.stride;
       task.project = step.vectors + index * m * step.stride;
       task.project_stride = step.stride;
       task.ends = step.ends + index * kRefineStages;
       task.stages = step.stage;
-      task.workspace = workspace;
-      const GramResult result = kernel.run(task);
-      info.accumulated[index] = result.accumulated;
-      info.exponent[index] = result.exponent;
-      info.rank_limit[index] = result.rank_limit;
+      task.workspace = to.workspace;
+      tell(info, index, kernel.run(task));
+    }
+  }
+};
+
+// The first stage of matrices that follow each other, and the second of the chosen ones among them.
+struct Both {
+  const GramKernels& kernel;
+  const View& x;
+  const MomentInfo& info;
+  std::int64_t first;
+  std::int64_t columns;  // of a vector
+  Lanes to;
+  // For the second:
+  bool centred = true;
+  const double* vectors = nullptr;  // [matrix][m][columns]
+  const long long* found = nullptr;
+  double* trace = nullptr;
+  std::vector<std::int64_t> chosen = {};
+
+  GramTask task(std::int64_t index, int lane) const {
+    GramTask gram = moment_of(x, centred, index);
+    gram.c = to.buffer + lane * to.size;
+    gram.stride = to.stride;
+    gram.workspace = to.workspace;
+    return gram;
+  }
+
+  void fill_first(int from, int count) const {
+    for (int i = 0; i < count; ++i) {
+      GramTask gram = task(first + from + i, i);
+      gram.mean = to.means == nullptr ? nullptr : to.means + i * gram.d;
+      tell(info, first + from + i, kernel.run(gram));
+      // As the solver takes it: n mean mean' is that of this.
+      const double root = std::sqrt(static_cast<double>(gram.n));
+      for (std::int64_t j = 0; gram.mean != nullptr && j < gram.d; ++j) gram.mean[j] *= root;
+    }
+  }
+
+  void fill_second(int from, int count) const {
+    for (int i = 0; i < count; ++i) {
+      const std::int64_t own = chosen[static_cast<std::size_t>(from + i)];
+      GramTask gram = task(first + own, i);
+      gram.project = vectors + own * std::min(gram.n, gram.d) * columns;
+      gram.project_stride = columns;
+      gram.ends = found + own;
+      gram.stages = 1;
+      trace[first + own] = kernel.run(gram).accumulated;
     }
   }
 };
@@ -72,7 +129,7 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
                               sizeof(double) * static_cast<std::size_t>(solver.lanes * size));
     auto* const bytes = static_cast<std::byte*>(workspace.data());
     auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
-    Source source{kernel, x, step, info, first, buffer, stride, size, bytes + for_solver};
+    Source source{kernel, x, step, info, first, {buffer, nullptr, stride, size, bytes + for_solver}};
     std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
     std::vector<long long> from(static_cast<std::size_t>(count));
     std::vector<long long> found(static_cast<std::size_t>(count));
@@ -83,6 +140,8 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
       from[at] = step.stage == 0 ? 0 : step.ends[(first + i) * kRefineStages + step.stage - 1];
     }
     const LeadingTask leading{share,
+                              -1.0,
+                              m,
                               step.vectors + first * m * step.stride,
                               m * step.stride,
                               step.stride,
@@ -111,6 +170,100 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
     }
   });
   return first_trouble(trouble);
+}
+
+bool refined_eigenvalues(const View& x, double doubt, double share, double* values, double* raw,
+                         const MomentInfo& info, const SecondStage* second, int threads, Status& status) {
+  const GramKernels kernel = active_gram_kernels();
+  const EigenKernels<double> solver = active_eigen_kernels<double>();
+  const std::int64_t n = x.size(-2);
+  const std::int64_t d = x.size(-1);
+  const std::int64_t m = std::min(n, d);
+  const std::int64_t batch = x.batch(2);
+  if (!takes_lanes(solver, batch, m, Route::choose)) return false;
+  status = {};
+  if (batch == 0) return true;
+  threads = useful_threads(threads, batch, eigen_products(m) + n * d * m / 2);
+  const bool lifted = raw != nullptr;
+  const int ways = lifted ? 2 : 1;
+  const std::int64_t stride = kernel.stride(m);
+  const std::int64_t size = stride * stride;
+  const std::int64_t columns = (m + 7) / 8 * 8;
+  const std::int64_t each = m > kManyRows ? solver.lanes : task_size(solver, batch, threads, lifted);
+  const std::size_t for_solver = aligned(solver.leading_workspace(m, static_cast<int>(each / solver.lanes)));
+  const std::size_t for_gram = aligned(kernel.workspace(moment_of(x, true, 0)));
+  const auto lanes = static_cast<std::size_t>(solver.lanes);
+  std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
+  parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
+    const std::int64_t first = index * each;
+    const std::int64_t count = std::min(each, batch - first);
+    const Workspace workspace(
+        for_solver + for_gram +
+        sizeof(double) * static_cast<std::size_t>(solver.lanes * (size + d) + ways * count * m * columns));
+    auto* const bytes = static_cast<std::byte*>(workspace.data());
+    auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
+    double* const means = buffer + solver.lanes * size;
+    double* const vectors = means + solver.lanes * d;
+    Both both{kernel, x,       info,
+              first,  columns, {buffer, lifted ? means : nullptr, stride, size, bytes + for_solver}};
+    const std::vector<long long> from(static_cast<std::size_t>(count));
+    LeadingTask leading[2];
+    for (int way = 0; way < ways; ++way)
+      leading[way] = {
+          share,   doubt,       way == 0 ? n - 1 : n,      vectors + way * count * m * columns, m * columns,
+          columns, from.data(), second[way].count + first, second[way].residual + first};
+    std::vector<long long> offsets(lanes + static_cast<std::size_t>(count));
+    for (std::size_t lane = 0; lane < lanes; ++lane) offsets[lane] = static_cast<long long>(lane) * size;
+    for (std::int64_t i = 0; i < count; ++i) offsets[lanes + static_cast<std::size_t>(i)] = (first + i) * m;
+    EigenTask<double> task{};
+    task.a = buffer;
+    task.values = values;
+    task.raw = raw;
+    task.means = means;
+    task.offsets = offsets.data();
+    task.values_offsets = offsets.data() + lanes;
+    task.count = static_cast<int>(count);
+    task.n = m;
+    task.row_stride = 1;
+    task.column_stride = stride;
+    task.values_stride = 1;
+    task.trouble = trouble.data() + first;
+    task.workspace = bytes;
+    task.fill = [](void* context, int start, int some) {
+      static_cast<Both*>(context)->fill_first(start, some);
+    };
+    task.context = &both;
+    task.leading = &leading[0];
+    task.leading_raw = lifted ? &leading[1] : nullptr;
+    solver.lanes_run(task);
+
+    task.raw = nullptr;
+    task.leading = task.leading_raw = nullptr;
+    task.fill = [](void* context, int start, int some) {
+      static_cast<Both*>(context)->fill_second(start, some);
+    };
+    for (int way = 0; way < ways; ++way) {
+      both.centred = way == 0;
+      both.vectors = leading[way].vectors;
+      both.found = leading[way].count;
+      both.trace = second[way].trace;
+      both.chosen.clear();
+      for (std::int64_t i = 0; i < count; ++i)
+        if (both.found[i] > 0) {
+          offsets[lanes + both.chosen.size()] = (first + i) * m;
+          both.chosen.push_back(i);
+        }
+      std::vector<unsigned char> stuck(both.chosen.size());
+      task.values = second[way].values;
+      task.count = static_cast<int>(stuck.size());
+      task.trouble = stuck.data();
+      if (task.count > 0) solver.lanes_run(task);
+      for (std::size_t i = 0; i < stuck.size(); ++i)
+        if (stuck[i] != 0) trouble[static_cast<std::size_t>(first + both.chosen[i])] = stuck[i];
+    }
+  });
+  status = first_trouble(trouble);
+  return true;
 }
 
 }  // namespace rgfast::spectrum

@@ -11,8 +11,13 @@ namespace rgfast::spectrum {
 // i the first from[i] rows of vectors + i * size are there already: so many eigenvalues, the least, are not
 // looked at, and the rows that follow are written, to whole strides. Where all that are looked at are as
 // large, none is.
+//
+// With doubt >= 0 those alone whose effective rank the eigenvalues may not tell to that, of a rank of no more
+// than `most`.
 struct LeadingTask {
   double share;
+  double doubt;
+  long long most;
   double* vectors;
   long long size;
   long long stride;
@@ -42,7 +47,8 @@ struct EigenTask {
   void* workspace;
   void (*fill)(void* context, int first, int count);
   void* context;
-  const LeadingTask* leading;  // fp64 alone, without `raw`; or null
+  const LeadingTask* leading;      // fp64 alone; or null
+  const LeadingTask* leading_raw;  // the same of raw ones; or null
 };
 
 // One matrix to tridiagonal form: `diagonal` and `off_squared`, n entries each, of the matrix times

@@ -110,6 +110,7 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
   T* next = w + n * L;
   T* y = next + n * L;
   bool pending = false;
+  if (keep != nullptr) store(keep + 3 * n * L, zero);
   for (long long k = mean == nullptr ? 0 : -1; k < n; ++k) {
     T* const column = k < 0 ? mean : lane_column(packed, n, k);
     if (pending) {
@@ -147,7 +148,7 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     const V total = fma(alpha, alpha, rest);
     store(k < 0 ? square : off_squared + k * L, total);
     if (k == n - 2) {
-      if (keep != nullptr) {
+      if (keep != nullptr && k >= 0) {
         store(keep + k * L, zero);
         store(keep + (n + k) * L, alpha);
       }
@@ -163,9 +164,10 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
     store(next + (k + 1) * L, one);
     for (i = k + 2; i < n; ++i) store(next + i * L, load(column + i * L) * inverse);
     if (keep != nullptr) {
-      store(keep + k * L, tau);
-      store(keep + (n + k) * L, select(null, alpha, select(negative, norm, zero - norm)));
-      for (i = k + 1; i < n; ++i) store(column + i * L, load(next + i * L));
+      store(k < 0 ? keep + 3 * n * L : keep + k * L, tau);
+      if (k >= 0) store(keep + (n + k) * L, select(null, alpha, select(negative, norm, zero - norm)));
+      T* const reflector = k < 0 ? keep + 2 * n * L : column;
+      for (i = k + 1; i < n; ++i) store(reflector + i * L, load(next + i * L));
     }
     if (pending)
       update_and_multiply<T, true>(packed, n, k + 1, u, w, next, y);

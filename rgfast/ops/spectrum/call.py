@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgfast.dispatch import is_plain
 
-__all__ = ["Again", "Groups", "Measure", "Rows", "Symmetric"]
+__all__ = ["Again", "Doubtful", "Groups", "Measure", "Rows", "Symmetric"]
 
 
 class Measure(NamedTuple):
@@ -76,6 +76,22 @@ class Again(NamedTuple):
 
     def shape_class(self) -> Hashable | None:
         return None  # the number of matrices is seldom the same
+
+
+class Doubtful(NamedTuple):
+    """Spectra of `x[b, n, d]`, also uncentred if wanted, refined where effective ranks may err by `doubt`."""
+
+    x: Tensor
+    uncentred: bool
+    doubt: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def shape_class(self) -> Hashable | None:
+        x = self.x
+        return (x.device.type, x.dtype, x.shape, self.uncentred) if is_plain(x) else None
 
 
 class Groups(NamedTuple):

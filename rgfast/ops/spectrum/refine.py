@@ -13,7 +13,15 @@ from torch import Tensor
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.measures import TINY, UNIT_ROUNDOFF, Array, entropy_error
 
-__all__ = ["SMALL", "STAGES", "LibraryStages", "Stage", "Stages", "gram_error", "refined"]
+__all__ = [
+    "SMALL",
+    "STAGES",
+    "LibraryStages",
+    "Stage",
+    "Stages",
+    "gram_error",
+    "refined",
+]
 
 _U = UNIT_ROUNDOFF[torch.float64]
 SMALL = 1e-6  # eigenvalues under this share of the largest are computed again
@@ -79,9 +87,7 @@ def refined(
         epsilon = gram_error(_U, terms, trace, value[:, 0], m)
         doubt = _root_error(value, epsilon[:, None]) + floor[:, None]
         for gap_from, strength in coupling:
-            gap = np.maximum(gap_from[:, None] - value, TINY)
-            moved = np.minimum(strength[:, None], strength[:, None] / gap * strength[:, None])
-            doubt = doubt + _root_error(value, moved)
+            doubt = doubt + _root_error(value, _moved(value, gap_from, strength))
         # What was taken out is as many zeros at the end; the rest follows what is settled.
         place = column - settled[live, None]
         taken = np.maximum(place, 0)
@@ -100,12 +106,31 @@ def refined(
         coupling = [(gap_from[more], strength[more]) for gap_from, strength in coupling]
         coupling.append((value[more, k - 1], (epsilon + found.residual)[more]))
         settled[live] += k
-        # Products with k vectors of m entries, their difference from the data, and what the vectors lack in
-        # orthogonality.
-        floor = floor[more] + _U * norm * (2 * m * np.sqrt(k) + (k + 2) * (1 + np.sqrt(k)))
+        floor = floor[more] + norm * _projection_error(m, k)
+    return _descending(sigma, error, limit)
+
+
+def _moved(value: Array, gap_from: Array, strength: Array) -> Array:
+    """Bound on what a coupling of given strength moves eigenvalues that lie so far below others."""
+    gap = np.maximum(gap_from[:, None] - value, np.maximum(strength[:, None], TINY))
+    moved: Array = strength[:, None] * (strength[:, None] / gap)
+    return moved
+
+
+def _projection_error(m: int, k: Array) -> Array:
+    """What taking k of m directions out rounds, of the norm of the data.
+
+    Products with k vectors of m entries, their difference from the data, and what the vectors lack in
+    orthogonality.
+    """
+    error: Array = _U * (2 * m * np.sqrt(k) + (k + 2) * (1 + np.sqrt(k)))
+    return error
+
+
+def _descending(sigma: Array, error: Array, limit: Array) -> tuple[Array, Array]:
     order = np.argsort(-sigma, axis=1, kind="stable")
     sigma, error = np.take_along_axis(sigma, order, 1), np.take_along_axis(error, order, 1)
-    dead = column >= limit[:, None]
+    dead = np.arange(sigma.shape[1]) >= limit[:, None]
     sigma[dead] = error[dead] = 0.0
     return sigma, error
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl, Op
-from rgfast.ops.spectrum.call import Again, Groups, Rows
+from rgfast.ops.spectrum.call import Again, Doubtful, Groups, Rows
 from rgfast.ops.spectrum.impl import native
+from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, Array
+from rgfast.ops.spectrum.refine import SMALL, Stage, refined
 from rgfast.ops.spectrum.selection import SPECTRUM
-from rgfast.ops.spectrum.solve import REFINE, Solved, from_eigenvalues
+from rgfast.ops.spectrum.solve import PATHS, REFINE, Solved, from_eigenvalues
 
-__all__ = ["refine_spectra", "spectra_of_rows", "spectra_without_groups", "without_each"]
+__all__ = [
+    "refine_spectra",
+    "refined_spectra_of_rows",
+    "spectra_of_rows",
+    "spectra_without_groups",
+    "without_each",
+]
+
+_ENOUGH = 1e-6  # relative error of an effective rank that a refined spectrum may have, as far as is known
 
 
 def spectra_of_rows(
@@ -37,6 +49,82 @@ def spectra_of_rows(
         return centred, from_eigenvalues(values, *rest, samples=max(n, d))
     whole = trace.maximum(lifted.sum(-1))
     return centred, from_eigenvalues(lifted, whole, exponent, (limit + 1).clamp_max(d), samples=n)
+
+
+def refined_spectra_of_rows(
+    x: Tensor, *, uncentred: bool, doubt: float
+) -> tuple[Solved, Solved | None] | None:
+    """`spectra_of_rows(x)`, refined where effective ranks may be off by more than `doubt`, if that is cheap.
+
+    A second stage follows while rows are in the cache; `path` says where it was enough for a bound of 1e-6.
+    """
+    found: tuple[Solved, Solved | None] | None = WITH_SECOND_STAGE("auto", Doubtful(x, uncentred, doubt))
+    return found
+
+
+def _in_one_pass(call: Doubtful) -> tuple[Solved, Solved | None] | None:
+    b, n, d = call.x.shape
+    found = native.refined_spectrum(call.x, call.doubt, SMALL, uncentred=call.uncentred)
+    if found is None:
+        raise HandOff(f"{b} matrices of {min(n, d)} rows are not solved in its lanes", lambda run: run(call))
+    (values, raw, trace, exponent, limit), second = found
+    if not bool(torch.isfinite(trace).all()):
+        return None
+    centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
+    _accept(centred, values, trace, max(n, d), second[0])
+    if raw is None:
+        return centred, None
+    most = trace.maximum(raw.sum(-1))
+    whole = from_eigenvalues(raw, most, exponent, (limit + 1).clamp_max(d), samples=n)
+    # The vectors of rows as they are go by their mean, a sum of so many terms.
+    _accept(whole, raw, most, n, second[1], n * UNIT_ROUNDOFF[torch.float64] * (trace * most).sqrt().numpy())
+    return centred, whole
+
+
+def _accept(
+    solved: Solved,
+    values: Tensor,
+    trace: Tensor,
+    terms: int,
+    second: tuple[Array, ...],
+    off: Array | float = 0.0,
+) -> None:
+    """Overwrite spectra by those that a second stage has refined, if it was enough.
+
+    `values` and `trace` are those of the first, and `off` is the norm of what its moments err by besides.
+    """
+    eigenvalues, leading, residual, left = second
+    at = np.flatnonzero(leading)
+    if not len(at):
+        return
+
+    def last(live: Array, stage: int) -> Stage:
+        return Stage(eigenvalues[at[live]], left[at[live]], np.zeros_like(live), residual[at[live]])
+
+    index = torch.from_numpy(at)
+    first = Stage(values.numpy()[at], trace.numpy()[at], leading[at], (residual + off)[at])
+    limit = solved.rank_limit[index]
+    found = refined(last, terms, first.trace, limit.numpy(), math.inf, first)
+    sigma, error = (torch.from_numpy(value) for value in found)
+    path = torch.full_like(solved.path[index], PATHS.index("refined"))
+    new = Solved(sigma, error, solved.exponent[index], limit, path)
+    good = new.bound() <= _ENOUGH
+    solved.put(index[good], new.of(good))
+
+
+WITH_SECOND_STAGE = Op(
+    "spectra with a second stage",
+    [
+        native.with_second_stage(_in_one_pass),
+        Impl(
+            "moments",
+            lambda call: spectra_of_rows(call.x, uncentred=call.uncentred),
+            cost=lambda call: 1.0,
+            route=True,
+        ),
+    ],
+    part_of="spectrum",
+)
 
 
 def spectra_without_groups(

@@ -90,6 +90,10 @@ class Solved:
         for name, value in zip(_FIELDS, (sigma, error, exponent, rank_limit), strict=False):
             getattr(self, name)[index] = torch.from_numpy(value).to(self.sigma.device)
 
+    def of(self, index: Tensor) -> Solved:
+        """The matrices at `index`, or where it is true."""
+        return Solved(*(getattr(self, name)[index] for name in _FIELDS))
+
     def take(self, index: slice) -> Solved:
         """A copy of the matrices at `index`."""
         return Solved(*(getattr(self, name)[index].clone() for name in _FIELDS))

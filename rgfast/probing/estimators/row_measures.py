@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.cka.api import alignment
-from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows, spectra_without_groups
+from rgfast.ops.spectrum.rows import (
+    refine_spectra,
+    refined_spectra_of_rows,
+    spectra_of_rows,
+    spectra_without_groups,
+)
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
 from rgfast.probing.measures import Kernels
@@ -134,8 +139,12 @@ def _of_one_width(
     """Of ``states[L, P, n, d]``, and without each group; None if there is NaN or infinity."""
     layers, positions, n, d = states.shape
     x = states.reshape(layers * positions, n, d)
-    matrix, means = (None, None) if room is None else room
-    whole = spectra_of_rows(x, uncentred=uncentred, matrix=matrix, means=means)
+    if room is None:
+        whole = refined_spectra_of_rows(x, uncentred=uncentred, doubt=DOUBT)
+        matrix = means = None
+    else:
+        matrix, means = room
+        whole = spectra_of_rows(x, uncentred=uncentred, matrix=matrix, means=means)
     left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
     if whole is None or left is None:
         return None
@@ -155,11 +164,12 @@ def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor 
     n = n if kept is None else int(kept.sum())
     shape, most = (layers, positions), torch.full_like(centred.rank_limit, n)
     again = doubtful(centred.sigma, most - 1, DOUBT)
-    _refine(states, kept, centred, again, "mean")
+    _refine(states, kept, centred, again & (centred.path == 0), "mean")
     constant = torch.zeros_like(again)
     if raw is not None:
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        _refine(states, kept, raw, doubtful(raw.sigma, most, DOUBT) & ~constant, "none")
+        doubt = doubtful(raw.sigma, most, DOUBT) & (raw.path == 0) & ~constant
+        _refine(states, kept, raw, doubt, "none")
     values, bounds = (
         {name: value.reshape(shape) for name, value in found.items()}
         for found in of_spectra(centred, raw, constant)

@@ -9,7 +9,7 @@ import torch
 import rgfast
 from rgfast.dispatch import ImplUnavailable
 from rgfast.ops.spectrum.call import Again
-from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows
+from rgfast.ops.spectrum.rows import refine_spectra, refined_spectra_of_rows, spectra_of_rows
 from rgfast.ops.spectrum.solve import REFINE
 from rgfast.runtime import native
 
@@ -183,3 +183,92 @@ def test_the_reference_refines_by_lapack(known):
     with rgfast.record() as log:
         rgfast.effective_rank(x, impl="reference")
     assert [(entry.op, entry.impl) for entry in log] == [("spectrum", "reference"), ("refine", "library")]
+
+
+def moved(x, kind):
+    """The same data about another mean: within the leading direction, or across it."""
+    draw = np.random.default_rng(7)
+    if kind == "within":
+        return x + 3 * x[:, :1]
+    return x + {"none": 0.0, "a little": 1e-4, "far": 30.0}[kind] * draw.standard_normal(x.shape[2])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("mean", ["none", "within", "a little", "far"])
+@pytest.mark.parametrize("shape", [(96, 24), (33, 32), (300, 7), (400, 40), (24, 60)])
+def test_a_second_stage_is_within_the_bound_of_the_truth(known, dtype, mean, shape):
+    n, d = shape
+    names, made = hard(known, n, d)
+    x = torch.from_numpy(moved(made, mean)).to(dtype)
+    found = refined_spectra_of_rows(x, uncentred=True, doubt=1e-11)
+    for centering, solved in zip(("mean", "none"), found, strict=True):
+        sigma, error = solved.singular_values().numpy(), solved.singular_value_error().numpy()
+        bound = solved.bound().numpy()
+        for i, name in enumerate(names):
+            live = min(int(solved.rank_limit[i]), n - 1 if centering == "mean" else n)
+            truth = known.truth(x[i], centering)
+            lapack = 50 * 2.0**-53 * truth[0]
+            assert np.all(np.abs(sigma[i] - truth)[:live] <= error[i, :live] + lapack), (name, centering)
+            if sigma[i].any():
+                off = abs(known.rank_of(sigma[i]) / known.rank_of(truth[:live]) - 1)
+                assert off <= bound[i], (name, centering)
+            if solved.path[i] == 1:
+                assert bound[i] <= 1e-6
+    again = names.index("rank 1 + 1e-9")
+    assert n < d or found[0].path[again] == 1
+    assert n < d or mean in ("far", "a little") or found[1].path[again] == 1
+
+
+@needs_native
+def test_a_second_stage_is_that_of_the_op(known):
+    _, made = hard(known, 80, 24)
+    x = torch.from_numpy(made).float()
+    one_pass, _ = refined_spectra_of_rows(x, uncentred=False, doubt=1e-11)
+    at = one_pass.path.nonzero()[:, 0]
+    assert len(at) > 5
+    alone = REFINE("native", Again(x, at, "mean"))
+    torch.testing.assert_close(one_pass.sigma[at], alone.sigma, rtol=1e-6, atol=1e-13)
+    plain, _ = spectra_of_rows(x, uncentred=False)
+    rest = one_pass.path == 0
+    assert torch.equal(one_pass.sigma[rest], plain.sigma[rest])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_a_second_stage_does_not_depend_on_threads_and_neighbours(known, isa):
+    _, made = hard(known, 70, 33)
+    x = torch.from_numpy(made).float().repeat(2, 1, 1)
+    before = torch.get_num_threads()
+    with native.use_isa(isa):
+        whole = refined_spectra_of_rows(x, uncentred=True, doubt=1e-11)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        torch.set_num_threads(3)
+        try:
+            mixed = refined_spectra_of_rows(x[order], uncentred=True, doubt=1e-11)
+        finally:
+            torch.set_num_threads(before)
+    for ours, theirs in zip(whole, mixed, strict=True):
+        assert torch.equal(ours.sigma[order], theirs.sigma)
+        assert torch.equal(ours.path[order], theirs.path)
+
+
+@needs_native
+def test_nothing_doubtful_has_one_stage():
+    x = torch.randn(20, 90, 24, generator=torch.Generator().manual_seed(0))
+    once, twice = spectra_of_rows(x, uncentred=True), refined_spectra_of_rows(x, uncentred=True, doubt=1e-11)
+    for ours, theirs in zip(once, twice, strict=True):
+        assert torch.equal(ours.sigma, theirs.sigma)
+        assert not theirs.path.any()
+    x[3, 4, 5] = float("nan")
+    assert refined_spectra_of_rows(x, uncentred=True, doubt=1e-11) is None
+
+
+@needs_native
+def test_a_second_stage_needs_lanes():
+    x = torch.randn(2, 400, 300, generator=torch.Generator().manual_seed(0))
+    with rgfast.record() as log:
+        once = refined_spectra_of_rows(x, uncentred=True, doubt=1e-11)
+    assert torch.equal(once[0].sigma, spectra_of_rows(x, uncentred=True)[0].sigma)
+    assert [(r.op, r.impl) for r in log] == [("spectrum", "native")]
+    assert [r.op for r in log[0].nested] == ["spectrum"]

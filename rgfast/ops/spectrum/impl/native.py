@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast.dispatch import Impl
-from rgfast.ops.spectrum.call import Again, Groups, Rows, Symmetric
+from rgfast.ops.spectrum.call import Again, Doubtful, Groups, Rows, Symmetric
 from rgfast.runtime import native
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "gram_spectrum",
     "left_out_spectrum",
     "refine",
+    "refined_spectrum",
+    "with_second_stage",
     "without_groups",
 ]
 
@@ -54,6 +56,11 @@ def _groups_refusal(call: Groups) -> str | None:
         return "it takes fewer bits than float64"
     left = n - -(-n // call.groups)
     return f"without a group {left} samples are fewer than {d} features" if left < d else None
+
+
+def _doubtful_refusal(call: Doubtful) -> str | None:
+    n, d = call.x.shape[1:]
+    return f"{n} samples are fewer than {d} features" if call.uncentred and n < d else None
 
 
 def _again_refusal(call: Again) -> str | None:
@@ -180,6 +187,41 @@ def left_out_spectrum(
     if found[1] == _NOT_CONVERGED:
         raise _stuck(found[0] // groups)
     return values, accumulated, exponent, limit
+
+
+def refined_spectrum(
+    x: Tensor, doubt: float, share: float, *, uncentred: bool
+) -> tuple[tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], list[tuple[Array, ...]]] | None:
+    """What `gram_spectrum` returns with `raw` second, and what a second stage gives of doubtful matrices.
+
+    The latter is, of centred rows and, if `uncentred`, of rows as they are: eigenvalues `[b, m]`, numbers of
+    leading vectors (0: no second stage), norms of their residuals, and traces `[b]`, as of `refine.Stage`.
+    None for sizes that do not go in lanes.
+    """
+    b, m = len(x), min(x.shape[1:])
+    values = np.empty((b, m))
+    raw = np.empty((b, m)) if uncentred else None
+    trace, whole = np.empty(b), np.empty((2, b), dtype=np.int64)
+    second: list[tuple[Array, ...]] = [
+        (np.empty((b, m)), np.empty(b, dtype=np.int64), np.empty(b), np.empty(b))
+        for _ in range(2 if uncentred else 1)
+    ]
+    addresses = [[array.ctypes.data for array in stage] for stage in second]
+    found = native.load().refined_moments(
+        native.tensor(x.detach()),
+        (doubt, share),
+        (values.ctypes.data, 0 if raw is None else raw.ctypes.data),
+        (trace.ctypes.data, whole[0].ctypes.data, whole[1].ctypes.data, 0),
+        [addresses[0], addresses[-1]],
+        native.threads(),
+    )
+    if found is None:
+        return None
+    if found[1] == _NOT_CONVERGED:
+        raise _stuck(found[0])
+    eigenvalues, lifted = torch.from_numpy(values), None if raw is None else torch.from_numpy(raw)
+    info = torch.from_numpy(trace), torch.from_numpy(whole[0]), torch.from_numpy(whole[1])
+    return (eigenvalues, lifted, *info), second
 
 
 def effective_ranks(
@@ -319,6 +361,11 @@ RANKS = _impl(
 def without_groups(run: Any) -> Impl:
     """The fused form of spectra without each group: `run(call)` makes its result of `left_out_spectrum`."""
     return _impl(run, _groups_refusal, lambda call: 0.0)
+
+
+def with_second_stage(run: Any) -> Impl:
+    """Spectra with a second stage of refinement: `run(call)` makes its result of `refined_spectrum`."""
+    return _impl(run, _doubtful_refusal, lambda call: 0.0)
 
 
 def refine(run: Any) -> Impl:
