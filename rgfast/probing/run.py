@@ -79,8 +79,7 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         checkpoint: a file to write the moments to, atomically, after every ``checkpoint_every`` batches and
             at the end. Where it exists the run goes on from it: with the same batches in the same order the
             bits are those of a run that never stopped (on the same machine and versions).
-        progress: False is silent; otherwise what was chosen and what it costs is printed, and a bar is shown
-            where True, or by default on a terminal.
+        progress: show a bar, and print what was chosen and what it costs; by default on a terminal.
         memory: bytes, or text such as ``"4GiB"``, that the state may take.
         views: some of ``visible`` (rows whose token is seen), ``masked``, ``position`` (all rows at each
             position), ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
@@ -142,7 +141,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec) -> ProbeResult:
     _check_order(spec, batches)
     watched = opened(model, spec)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
-    quiet = True if rank else None if spec.progress is None else not spec.progress
+    quiet = bool(rank) or not spec.shows_progress
     pieces = iterate(batches, spec.batch_size)
     if spec.control == "shuffled_tokens":
         pieces = _shuffled(pieces, watched.model, spec, rank)
@@ -157,7 +156,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec) -> ProbeResult:
         done = 0
         if path is not None:
             path = rank_path(path, rank, ranks)
-            done = _resume(watched, path, stream, say=spec.progress is not False and not rank)
+            done = _resume(watched, path, stream, say=not quiet)
         bar = tqdm(unit="sequence", desc="probe", disable=quiet)
         last: Any = None
         with torch.no_grad(), bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -145,6 +146,11 @@ class ProbeSpec:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a bar is shown and what was chosen is printed; by default on a terminal."""
+        return sys.stderr.isatty() if self.progress is None else bool(self.progress)
 
     @property
     def memory_bytes(self) -> int:

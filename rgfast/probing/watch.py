@@ -97,7 +97,7 @@ class Probe:
         self._taps, chosen = resolve(self.model, spec.layers)
         if not (spec.layers == "auto" and len(self._taps) == 2):  # one block may run many times
             pair_keys(spec.compared, len(self._taps))
-        say = spec.progress is not False and (self._ranks is None or self._ranks.rank == 0)
+        say = spec.shows_progress and (self._ranks is None or self._ranks.rank == 0)
         if say and spec.layers == "auto":
             print(f"probe: {chosen}")
         targets = spec.new_targets()

@@ -321,7 +321,7 @@ def test_budget_is_stated_kept_and_refused_with_the_change_to_make(capsys):
     model = nn.Sequential(nn.Identity(), nn.Identity())
     x = torch.randn(64, 200, 8)
     options = {"layers": ["0", "1"], "views": ["position", "pooled"]}
-    result = rgfast.probe(model, x, memory="300 kB", **options)
+    result = rgfast.probe(model, x, memory="300 kB", progress=True, **options)
     printed = capsys.readouterr().out
     positions = result.dataset.position.values[1:]
     assert 2 < len(positions) < 200
