@@ -33,9 +33,8 @@ moments::Problem problem(const std::vector<Tensor>& rows, const std::vector<std:
 // A layer and the addresses of its shift, unit, own moment and move.
 using PairLayer = std::tuple<Tensor, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 // Layers, and the addresses of total, norm, products, right and left sums, moved right and left.
-using PairResult =
-    std::tuple<int, int, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-               std::uintptr_t, std::uintptr_t>;
+using PairResult = std::tuple<int, int, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                              std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
 void pair_products(const std::vector<PairLayer>& layers, const std::vector<PairResult>& pairs,
                    std::int64_t stride, int threads) {

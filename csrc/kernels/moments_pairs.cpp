@@ -50,8 +50,7 @@ void pair_products(const PairProblem& problem) {
   std::int64_t widest = 0;
   for (const Rows& layer : problem.layers) widest = std::max(widest, layer.width);
   const std::int64_t line = rounded(widest, lanes), entries = line * line;
-  const std::int64_t chunk =
-      std::min(problem.samples, entries <= kSmallMoment ? kFewSamples : kManySamples);
+  const std::int64_t chunk = std::min(problem.samples, entries <= kSmallMoment ? kFewSamples : kManySamples);
   const std::int64_t panel = (chunk | 1) * lanes;
   // A layer beside itself is taken along by its first pair with another one.
   std::vector<std::int64_t> alone(problem.layers.size(), -1), first(problem.layers.size(), -1);

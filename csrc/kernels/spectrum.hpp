@@ -29,8 +29,8 @@ std::size_t eigvalsh_workspace(DType dtype, std::int64_t batch, std::int64_t d);
 
 // Second moments of x[b, n, d], of any dtype, in fp64: x'x or x x', whichever is smaller, of x 2^-exponent
 // less its column means if `centred`. accumulated, exponent and rank_limit (int64) hold b entries each, mean
-// (or nullptr) b rows of d: the column means of x 2^-exponent, 0 unless `centred`. matrix (or nullptr) is where
-// gram_eigenvalues leaves the moments themselves [b, m, m].
+// (or nullptr) b rows of d: the column means of x 2^-exponent, 0 unless `centred`. matrix (or nullptr) is
+// where gram_eigenvalues leaves the moments themselves [b, m, m].
 struct MomentInfo {
   double* accumulated;
   std::int64_t* exponent;

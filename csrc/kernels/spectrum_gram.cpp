@@ -46,7 +46,8 @@ void scale_mean(double* mean, std::int64_t d, std::int64_t samples) {
   for (std::int64_t j = 0; j < d; ++j) mean[j] *= root;
 }
 
-// A lower triangle c, column-major, as a whole symmetric matrix: by blocks that stay in the first-level cache.
+// A lower triangle c, column-major, as a whole symmetric matrix: by blocks that stay in the first-level
+// cache.
 void spread(const double* c, std::int64_t stride, std::int64_t m, double* out) {
   constexpr std::int64_t kSide = 16;
   for (std::int64_t j0 = 0; j0 < m; j0 += kSide)
