@@ -9,6 +9,12 @@ from torch import nn
 import rgfast
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Other tests count towards torch's limit of compilations, beyond which a function runs eagerly."""
+    torch.compiler.reset()
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

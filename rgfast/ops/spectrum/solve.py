@@ -204,8 +204,8 @@ def _from_svd(call: Again) -> Solved:
     result = _empty(call, "svd")
     m = result.sigma.shape[-1]
     with one_thread():
-        for i, index in enumerate(call.at.tolist()):
-            y, exponent = reference.scaled(call.x[index : index + 1])
+        for i in range(len(call.at)):
+            y, exponent = reference.scaled(call.x[call.at[i : i + 1]])
             y, accumulated = reference.centred(y, call.centering)
             live = int(reference.rank_limit(y, call.centering)[0])
             tall = y[0] if y.shape[1] >= y.shape[2] else y[0].mT
