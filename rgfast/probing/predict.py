@@ -84,13 +84,14 @@ def _variants(plan: Plan) -> int:
 
 
 def _of_rows(plan: Plan, sequences: int, uncentred: bool) -> Work:
-    """Positions and means from their rows; of the pooled rows, moments and eigenvalues are sums' own."""
+    """Positions and means from their rows; pooled moments are sums of the positions' own."""
     variants, moments, kernels = _variants(plan), 0.0, 0.0
     eigenvalues: list[tuple[int, int]] = []
     for count, rows in _clouds(plan, sequences):
         for width in plan.widths:
             side = min(rows, width)
-            moments += count * rows * width * side
+            if rows == sequences or sequences < width:
+                moments += count * rows * width * side
             centrings = 2 if uncentred and rows < width else 1
             eigenvalues.append((count * variants * centrings, side))
         kernels += count * products(rows, plan.widths, plan.pairs)
