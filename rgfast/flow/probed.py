@@ -134,9 +134,8 @@ def _chosen(result: ProbeResult) -> str:
 
 
 def _curves(result: ProbeResult, view: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return tuple(  # type: ignore[return-value]
-        np.asarray(result.order_parameter(view, name).values) for name in ("effective_rank", "kernel_drift")
-    )
+    rank, drift = (result.order_parameter(view, name).values for name in ("effective_rank", "kernel_drift"))
+    return np.asarray(rank), np.asarray(drift)
 
 
 def _check_control(result: ProbeResult, control: ProbeResult, view: str) -> None:

@@ -78,11 +78,11 @@ def plan(
 ) -> Forecast:
     """What :func:`rgfast.probe` of the same arguments would do and cost, a :class:`Forecast`.
 
-    The model runs on four sequences of the first batch, and then on all of that batch, nothing measured, to
-    time its forward (a few times if that takes milliseconds). Some milliseconds more go to products of each
-    kind, which tell how fast this machine is. Times are a model's: expect a factor of 1.5. What is decided
-    from the data as they come (padding in a later batch, layers that miss one, layers so deficient that they
-    are measured twice) is not foreseen.
+    The model runs on four sequences of the first batch, and then at least twice on all of that batch, nothing
+    measured, to time its forward (a few times more if that takes milliseconds). Some milliseconds more go to
+    products of each kind, which tell how fast this machine is. Times are a model's: expect a factor of two.
+    What is decided from the data as they come (padding in a later batch, layers that miss one, layers so
+    deficient that they are measured twice) is not foreseen.
 
     ``batches`` and options are those of :func:`rgfast.probe`, of one process. An iterator would lose its
     first batch and is refused. ``sequences`` is how many there are in all: by default those of an array,

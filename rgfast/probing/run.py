@@ -96,9 +96,10 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             ``pairs`` adjacent or all, without targets or refine, one process by itself. CKA and drift of
             positions then come from fp32 products (as those of :func:`rgfast.cka_matrix`: within 1e-6, close
             neighbors from fp64 ones). A :class:`ResidualStack` with ``mixing="none"`` takes a few positions
-            at a time through all layers and has nothing held: its result cannot be merged. ``"auto"`` takes
-            it if it can, with compiled kernels, and the work is more than a moment's; what outgrows it is
-            summed up from the first batch on. ``result.dataset.attrs["route"]`` says which it was.
+            at a time through all layers and has nothing held: merging or saving its result takes another
+            forward. ``"auto"`` takes this route if it can, with compiled kernels, and the work is more than a
+            moment's; what outgrows it is summed up from the first batch on.
+            ``result.dataset.attrs["route"]`` says which it was.
         distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
             one rank; False never; True or a process group always. Every rank returns the result of all

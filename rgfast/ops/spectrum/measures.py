@@ -52,7 +52,7 @@ def numpy_on_cpu(function: _Call) -> _Call:
             return tuple(map(torch.from_numpy, found))
         return torch.from_numpy(np.asarray(found))
 
-    return call  # type: ignore[return-value]
+    return call  # type: ignore[return-value]  # it has the signature of what it wraps
 
 
 def _elsewhere(args: tuple[Any, ...]) -> bool:
