@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 import joblib
 import xarray as xr
-from joblib.externals.loky.backend import resource_tracker
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.parallel import SequentialBackend
 from tqdm import tqdm
 
@@ -127,8 +129,10 @@ def in_parallel(jobs: int | None, tasks: Sequence[Any]) -> Iterator[Any]:
     if not runs.return_generator:
         yield from runs(tasks)
         return
-    # Starting it later, with the first worker, would lift the shield from the others.
-    resource_tracker.ensure_running()
+    if os.name == "posix":
+        # Workers need both trackers, and starting one lifts the shield from what is started after it.
+        loky_tracker.ensure_running()
+        resource_tracker.ensure_running()
     results: Any = None
     try:
         with shielded():

@@ -56,6 +56,21 @@ def loaded(process, name):
         return False
 
 
+def workers(process):
+    """Those of its processes that compute points, by the signals that they do not take now."""
+    found = {}
+    for pid in others(process):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        if b"popen_loky" in words:
+            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+            found[pid] = int(fields["SigBlk"], 16) | int(fields["SigIgn"], 16)
+    return found
+
+
 def others(process):
     """The other processes of its group that have not ended."""
     found = []
@@ -94,8 +109,8 @@ def test_a_study_of_several_processes(number, code, word, tmp_path):
         pytest.skip("/proc is of Linux")
     out = tmp_path / "out"
     with started("sweep", "--quick", "--jobs", 2, "--out", out) as process:
-        # The resource tracker and two workers.
-        waited_for(lambda: len(others(process)) >= 3, process)
+        waited_for(lambda: len(workers(process)) == 2, process)
+        assert all(blocked >> (signal.SIGINT - 1) & 1 for blocked in workers(process).values())
         if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
