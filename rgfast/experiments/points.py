@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -137,6 +138,10 @@ def in_parallel(jobs: int | None, tasks: Sequence[Any]) -> Iterator[Any]:
     try:
         with shielded():
             results = runs(tasks)
+            if runs.n_jobs != 1:
+                # joblib's thread that hands out the first tasks does not bear being ended meanwhile: its
+                # traceback would be printed. The workers take longer than this to start.
+                time.sleep(0.5)
         for result in results:  # noqa: UP028 (the warning comes where an inner generator is closed)
             yield result
     finally:
