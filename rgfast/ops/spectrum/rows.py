@@ -16,6 +16,7 @@ from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, Array
 from rgfast.ops.spectrum.refine import SMALL, Stage, refined
 from rgfast.ops.spectrum.selection import SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, REFINE, Solved, from_eigenvalues
+from rgfast.ops.spectrum.trailing import few_small, with_trailing
 
 __all__ = [
     "refine_spectra",
@@ -201,9 +202,17 @@ def refine_spectra(
 
     From rows `kept[n]` alone, if given.
     """
-    if kept is None:
-        again = Again(x, at, centering)
-    else:
-        chosen = x[at][:, kept]
-        again = Again(chosen, torch.arange(len(chosen), dtype=torch.int64, device=x.device), centering)
-    solved.put(at, REFINE("auto", again))
+    here = at
+    if kept is not None:
+        x = x[at][:, kept]
+        here = torch.arange(len(x), dtype=torch.int64, device=x.device)
+    left = torch.ones_like(here, dtype=torch.bool)
+    few = few_small(x, solved.of(at))
+    for small in sorted({*few.tolist()} - {0}):
+        some = (few == small).nonzero()[:, 0]
+        found = with_trailing(x, here[some], solved.of(at[some]), small, centering)
+        good = found.bound() <= _ENOUGH
+        solved.put(at[some[good]], found.of(good))
+        left[some[good]] = False
+    if bool(left.any()):
+        solved.put(at[left], REFINE("auto", Again(x, here[left], centering)))

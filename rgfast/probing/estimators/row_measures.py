@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.cka.api import alignment
+from rgfast.ops.spectrum.equal_rows import limit_by_equal_rows
 from rgfast.ops.spectrum.rows import (
     refine_spectra,
     refined_spectra_of_rows,
@@ -163,13 +164,11 @@ def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor 
     layers, positions, n, d = states.shape
     n = n if kept is None else int(kept.sum())
     shape, most = (layers, positions), torch.full_like(centred.rank_limit, n)
-    again = doubtful(centred.sigma, most - 1, DOUBT)
-    _refine(states, kept, centred, again & (centred.path == 0), "mean")
+    again = _refine(states, kept, centred, "mean")
     constant = torch.zeros_like(again)
     if raw is not None:
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        doubt = doubtful(raw.sigma, most, DOUBT) & (raw.path == 0) & ~constant
-        _refine(states, kept, raw, doubt, "none")
+        _refine(states, kept, raw, "none", but=constant)
     values, bounds = (
         {name: value.reshape(shape) for name, value in found.items()}
         for found in of_spectra(centred, raw, constant)
@@ -221,12 +220,24 @@ def _change_of(norm: Tensor, drift: Tensor) -> Tensor:
     return torch.where(norm[:-1] > 0, change, math.nan)
 
 
-def _refine(states: Tensor, kept: Tensor | None, solved: Solved, doubt: Tensor, centering: str) -> None:
-    """Solve again from the rows what is in ``doubt``, of the matrices of all layers and positions."""
-    at = doubt.nonzero()[:, 0]
+def _refine(
+    states: Tensor, kept: Tensor | None, solved: Solved, centering: str, but: Tensor | None = None
+) -> Tensor:
+    """Solve again from the rows what is in doubt, of the matrices of all layers and positions but some.
+
+    Returns where spectra are not from moments alone.
+    """
+    x = states.reshape(-1, *states.shape[2:])
+    open_ = solved.path == 0
+    if but is not None:
+        open_ &= ~but
+    at = (doubtful(solved.sigma, solved.rank_limit, DOUBT) & open_).nonzero()[:, 0]
     if len(at):
-        x = states.reshape(-1, *states.shape[2:])
+        limit_by_equal_rows(x, solved, at, centering=centering, kept=kept)
+        at = at[doubtful(solved.sigma[at], solved.rank_limit[at], DOUBT)]
+    if len(at):
         refine_spectra(x, solved, at, centering=centering, kept=kept)
+    return solved.path > 0
 
 
 def _nothing(rows: Sequence[Tensor]) -> Measured:

@@ -279,6 +279,7 @@ class _Aligned:
 def _solve_again(rows: Tensor, solved: Solved, centering: str, exponent: int) -> None:
     """The one spectrum of a layer from its rows, in the unit that it was in."""
     at = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    solved.exponent.fill_(exponent)
     refine_spectra(rows[None], solved, at, centering=centering)
     move = solved.exponent[:, None] - exponent
     solved.sigma, solved.error = times_power(solved.sigma, move), times_power(solved.error, move)

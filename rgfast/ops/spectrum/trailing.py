@@ -1,0 +1,117 @@
+"""The few small singular values of data that are large in all other directions, as after a LayerNorm."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgfast.ops.moments.api import add_products
+from rgfast.ops.spectrum import reference
+from rgfast.ops.spectrum.measures import Array
+from rgfast.ops.spectrum.refine import Stage, refined
+from rgfast.ops.spectrum.solve import PATHS, Solved
+from rgfast.runtime.threads import no_autocast, one_thread
+
+__all__ = ["few_small", "with_trailing"]
+
+_NARROWEST = 96  # features; below, the compiled stages are as fast
+_MOST = 16  # small values; of more, the large ones are taken out of the rows instead
+_GAP, _LOST = 1e3, 1e-15  # from the least other eigenvalue; share of the largest that a moment does not tell
+_ROWS = 4096  # rows that are widened at a time
+_STEPS = 3  # of inverse iteration, each of which takes off a factor of _GAP at least
+_SHIFT = 1e-13  # of the trace: more than rounding takes from an eigenvalue, and no more than is lost anyway
+
+
+def few_small(x: Tensor, solved: Solved) -> Tensor:
+    """How many singular values `[b]` of `x[b, n, d]` are far below all others, 0 where that is none or many.
+
+    Also 0 where samples are fewer than features: the moment is then that of samples.
+    """
+    n, d = x.shape[1:]
+    if not n >= d >= _NARROWEST:
+        return torch.zeros_like(solved.rank_limit)
+    values = solved.sigma.square()
+    # What is below is rounding, and no gap.
+    values = values.maximum(_LOST * values[:, :1])
+    ratio, last = (values[:, -_MOST - 1 : -1] / values[:, -_MOST:]).max(1)
+    return torch.where(ratio > _GAP, _MOST - last, 0)
+
+
+def with_trailing(x: Tensor, at: Tensor, solved: Solved, small: int, centering: str) -> Solved:
+    """Spectra of matrices `at` of `x[b, n, d]`, n ≥ d, with the `small` least values from the rows.
+
+    `solved` are these matrices' spectra by their moments. Inverse iteration has a moment's eigenvectors V of
+    the least eigenvalues for one factorization, and x V has a moment of its own, in which they are large:
+    what `refined` otherwise gets by taking all other directions out of the rows.
+    """
+    b, d = solved.sigma.shape
+    exponent = solved.exponent.tolist()
+    told = torch.zeros(b, 3 + small, dtype=torch.float64, device=x.device)
+    with one_thread(), no_autocast(x.device.type):
+        for k, index in enumerate(at.tolist()):
+            told[k] = _of_rows(x[index], exponent[k], small, centering)
+    numbers: Array = told.cpu().numpy()
+    accumulated, residual, trace = numbers[:, 0], numbers[:, 1], numbers[:, 2]
+    # What was taken out counts as so many zeros.
+    values = np.zeros((b, d))
+    values[:, d - small :] = numbers[:, 3:]
+    none = np.zeros(b, dtype=np.int64)
+    by_moment = solved.sigma.square().flip(1).cpu().numpy()
+    first = Stage(by_moment, accumulated, none + d - small, residual)
+
+    def last(live: Array, stage: int) -> Stage:
+        return Stage(values[live], trace[live], none[live], np.zeros(len(live)))
+
+    limit = solved.rank_limit.cpu().numpy()
+    sigma, error = refined(last, x.shape[1], accumulated, limit, math.inf, first)
+    device, path = x.device, torch.full_like(solved.path, PATHS.index("refined"))
+    return Solved(
+        torch.from_numpy(sigma).to(device),
+        torch.from_numpy(error).to(device),
+        solved.exponent,
+        solved.rank_limit,
+        path,
+    )
+
+
+def _of_rows(x: Tensor, exponent: int, small: int, centering: str) -> Tensor:
+    """Of `x[n, d]` 2^-exponent: all that was accumulated, ‖A V − V Λ‖, ‖x V‖², eigenvalues of its moment."""
+    n, d = x.shape
+    shift = torch.zeros(d, dtype=torch.float64, device=x.device)
+    lost = shift.sum()
+    if centering == "mean":
+        # The first row goes first, see `reference.centred`.
+        first = _widened(x[0], exponent)
+        mean = sum(((_widened(rows, exponent) - first).sum(0) for rows in torch.split(x, _ROWS)), shift) / n
+        shift, lost = first + mean, n * mean.square().sum()
+    sums = torch.zeros(1, d + 2, d + 2, dtype=torch.float64, device=x.device)
+    add_products({(0, 0): sums}, [x[None]], [shift[None] * 2.0**exponent], exponents=[exponent])
+    moment = sums[0, :d, :d].contiguous()
+    vectors = _trailing_vectors(moment, small)
+    image = moment @ vectors
+    residual = torch.linalg.matrix_norm(image - vectors @ (vectors.mT @ image))
+    part = torch.zeros(small, small, dtype=torch.float64, device=x.device)
+    for rows in torch.split(x, _ROWS):
+        for y in torch.split((_widened(rows, exponent) - shift) @ vectors, reference.TILE):
+            part += y.mT @ y
+    told = torch.stack([moment.trace() + lost, residual, part.trace()])
+    return torch.cat([told, torch.linalg.eigvalsh(part)])
+
+
+def _trailing_vectors(moment: Tensor, small: int) -> Tensor:
+    """Orthonormal vectors `[d, small]` that about span the eigenspace of the least eigenvalues."""
+    start = torch.randn(len(moment), small, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vectors = start.to(moment.device)
+    shifted = moment.clone()
+    shifted.diagonal().add_(_SHIFT * moment.trace())
+    factor, _ = torch.linalg.cholesky_ex(shifted)
+    for _ in range(_STEPS):
+        vectors, _ = torch.linalg.qr(torch.cholesky_solve(vectors, factor))
+    return vectors
+
+
+def _widened(x: Tensor, exponent: int) -> Tensor:
+    return x.to(torch.float64) * 2.0**-exponent if exponent else x.to(torch.float64)
