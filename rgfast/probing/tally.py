@@ -300,7 +300,7 @@ class Tally:
                 raise ValueError(
                     f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
                 )
-        if header["model"] != checkpoints.model_digest(self._model):
+        if not checkpoints.is_model(header["model"], self._model):
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
         self._moments = Moments(plan, masked=header["masked"])
@@ -309,7 +309,7 @@ class Tally:
             target.classes = width
         if self._ranks is not None:
             self._agreed(FirstBatch.from_json(header["first"]))
-        self._provenance = {**header["provenance"], "weights": header["model"]}
+        self._provenance = {**header["provenance"], "weights": checkpoints.model_digest(self._model)}
 
     def _asked(self) -> dict[str, Any]:
         ranks = None if self._ranks is None else [self._ranks.rank, self._ranks.size]

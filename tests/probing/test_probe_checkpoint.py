@@ -1,5 +1,6 @@
 """Resuming: same bits after any number of kills, and refusals of checkpoints that do not fit."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -153,3 +154,27 @@ def test_stale_temporaries_are_removed(token_model, token_data, tmp_path):
     run(token_model, batches_of(token_data), tmp_path / "run.checkpoint")
     assert not stale.exists()
     assert all(path.exists() for path in others)
+
+
+def test_weights_are_told_apart_and_digests_of_0_1_still_count():
+    """A tensor of more than one part, an empty one, and what 0.1 wrote of the same model."""
+    model = torch.nn.Linear(2500, 900)
+    model.register_buffer("none", torch.zeros(0, 3))
+    before = hashlib.blake2b(b"Linear", digest_size=16)
+    for name, value in model.state_dict().items():
+        before.update(name.encode())
+        before.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        before.update(value.numpy().tobytes())
+    now = checkpoints.model_digest(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert checkpoints.model_digest(model) == now
+    finally:
+        torch.set_num_threads(threads)
+    assert checkpoints.is_model(now, model)
+    assert checkpoints.is_model(before.hexdigest(), model)
+    with torch.no_grad():
+        model.weight[-1, -1] += 1.0
+    assert not checkpoints.is_model(now, model)
+    assert not checkpoints.is_model(before.hexdigest(), model)
