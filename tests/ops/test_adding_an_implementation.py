@@ -1,7 +1,7 @@
 """The worked example of CONTRIBUTING, "Adding an implementation": a file, its line in the room's `Op`,
 and what a choice of this room now depends on, in `shape_class`.
 
-The file is `added_library.py` beside this one. It is added in this process and, as a contributor would do it,
+The file is `added_mkl.py` beside this one. It is added in this process and, as a contributor would do it,
 in a copy of the package.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import added_library
+import added_mkl
 import pytest
 import torch
 
@@ -27,8 +27,8 @@ F64 = torch.float64
 # What a contributor edits: the room's list, and what a choice depends on now.
 EDITS = {
     "rgfast/ops/moments/api.py": {
-        "moments.impl import native\n": "moments.impl import library, native\n",
-        "        native.MOMENTS,\n": "        native.MOMENTS,\n        library.MOMENTS,\n",
+        "moments.impl import library, native\n": "moments.impl import library, mkl, native\n",
+        "        native.MOMENTS,\n": "        native.MOMENTS,\n        mkl.MOMENTS,\n",
     },
     "rgfast/ops/moments/call.py": {
         "        return self.device.type\n": (
@@ -49,7 +49,7 @@ from rgfast.dispatch import implementations
 print(rgfast.__file__)
 print(implementations("moments", "cpu"))
 case = bench.Case(3, 2, 20, 4, "all")
-print(bench.check(case, case.data(), "library").good)
+print(bench.check(case, case.data(), "mkl").good)
 for rows, width in ((20, 4), (300, 200)):
     case = bench.Case(3, 4, rows, width, "all")
     print(rgfast.explain(add_products, case.sums(), *case.data()).chosen)
@@ -58,7 +58,7 @@ for rows, width in ((20, 4), (300, 200)):
 
 @pytest.fixture
 def added(monkeypatch):
-    monkeypatch.setattr(OP, "impls", {"library": added_library.MOMENTS, **OP.impls})
+    monkeypatch.setattr(OP, "impls", {"mkl": added_mkl.MOMENTS, **OP.impls})
     monkeypatch.setattr(OP, "_chosen", {})
     monkeypatch.setattr(
         Products,
@@ -95,8 +95,8 @@ def test_its_values(added, d):
     keep[0, 3:5] = keep[1] = False
     rows[1][0, 4] = torch.nan
     with rgfast.record() as log:
-        add_products(sums, rows, shifts, keep=keep, exponents=[1, -2], impl="library")
-    assert [(entry.op, entry.impl) for entry in log] == [("moments", "library")]
+        add_products(sums, rows, shifts, keep=keep, exponents=[1, -2], impl="mkl")
+    assert [(entry.op, entry.impl) for entry in log] == [("moments", "mkl")]
     sides = []
     for x, shift, exponent in zip(rows, shifts, (1, -2), strict=True):
         y = (x[0] - shift[0])[keep[0]] * 2.0**-exponent
@@ -109,7 +109,7 @@ def test_its_values(added, d):
 
 def test_auto_takes_it_while_it_costs_least(added):
     small, large = arguments(4, 4), arguments(100, 100, positions=4, b=300)
-    assert chosen(*small) == chosen(*small) == ["library"]
+    assert chosen(*small) == chosen(*small) == ["mkl"]
     assert chosen(*large) == [_usual()]
     assert chosen(*arguments(4, 5)) == [_usual()]
 
@@ -117,27 +117,25 @@ def test_auto_takes_it_while_it_costs_least(added):
 def test_by_its_name_it_runs_or_says_why_not(added):
     large = arguments(100, 100, positions=4, b=300)
     with rgfast.record() as log:
-        add_products(*large, impl="library")
-    assert [entry.impl for entry in log] == ["library"]
+        add_products(*large, impl="mkl")
+    assert [entry.impl for entry in log] == ["mkl"]
     sums, rows, shifts = arguments(4, 5)
-    refused = (
-        r"moments: impl='library' cannot run this input: layers must be equally wide, got widths \[4, 5\]"
-    )
+    refused = r"moments: impl='mkl' cannot run this input: layers must be equally wide, got widths \[4, 5\]"
     with pytest.raises(ImplUnavailable, match=refused):
-        add_products(sums, rows, shifts, impl="library")
+        add_products(sums, rows, shifts, impl="mkl")
     assert all((total == 0).all() for total in sums.values())
 
 
 def test_it_is_explained_and_listed(added):
     explained = rgfast.explain(add_products, *arguments(4, 4))
-    assert explained.candidates[0] == ("library", None)
-    assert explained.chosen == "library"
+    assert explained.candidates[0] == ("mkl", None)
+    assert explained.chosen == "mkl"
     assert explained.costs[0] < min(explained.costs[1:])
-    assert "library    chosen" in str(explained)
+    assert "mkl        chosen" in str(explained)
     refused = rgfast.explain("moments", *arguments(4, 5))
-    assert "library    no: layers must be equally wide, got widths [4, 5]" in str(refused)
-    assert "library" in implementations("moments", "cpu")
-    assert "library" not in implementations("moments", "cuda")
+    assert "mkl        no: layers must be equally wide, got widths [4, 5]" in str(refused)
+    assert "mkl" in implementations("moments", "cpu")
+    assert "mkl" not in implementations("moments", "cuda")
 
 
 def test_a_probe_takes_it_too(added):
@@ -146,12 +144,12 @@ def test_a_probe_takes_it_too(added):
     options = {"route": "moments", "views": ["position"], "progress": False}
     with rgfast.record() as log:
         found = rgfast.probe(stack, x, **options)
-    assert "library" in {entry.impl for entry in walk(log) if entry.op == "moments"}
-    OP.impls.pop("library")
+    assert "mkl" in {entry.impl for entry in walk(log) if entry.op == "moments"}
+    OP.impls.pop("mkl")
     OP._chosen.clear()
     with rgfast.record() as log:
         want = rgfast.probe(stack, x, **options)
-    assert "library" not in {entry.impl for entry in walk(log)}
+    assert "mkl" not in {entry.impl for entry in walk(log)}
     for name in found.measures:
         torch.testing.assert_close(
             torch.from_numpy(found.variable(name, "position").values),
@@ -164,7 +162,7 @@ def test_a_probe_takes_it_too(added):
 
 def test_a_contributor_touches_three_files(tmp_path):
     shutil.copytree(ROOT / "rgfast", tmp_path / "rgfast", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(added_library.__file__, tmp_path / "rgfast/ops/moments/impl/library.py")
+    shutil.copy(added_mkl.__file__, tmp_path / "rgfast/ops/moments/impl/mkl.py")
     for name, edits in EDITS.items():
         text = (tmp_path / name).read_text(encoding="utf-8")
         for before, after in edits.items():
@@ -183,8 +181,8 @@ def test_a_contributor_touches_three_files(tmp_path):
     assert done.returncode == 0, done.stderr
     where, names, good, small, large = done.stdout.splitlines()
     assert Path(where) == tmp_path / "rgfast/__init__.py"
-    assert names == str(("native", "library", "reference"))
-    assert (good, small, large) == ("True", "library", _usual())
+    assert names == str(("native", "mkl", "library", "reference"))
+    assert (good, small, large) == ("True", "mkl", _usual())
 
 
 def _usual():

@@ -20,15 +20,6 @@ ON_CPU = r"native cannot run \(it runs on the cpu, not on meta\); using referenc
 
 # What is called, and the op that falls back to its reference there.
 FALLS_BACK = {
-    "effective_rank": (lambda at: rgfast.effective_rank(at(X)), "spectrum"),
-    "singular_values": (lambda at: rgfast.singular_values(at(X)), "spectrum"),
-    "numerical_rank": (lambda at: rgfast.numerical_rank(at(X)), "spectrum"),
-    "rank_measures": (lambda at: rgfast.rank_measures(at(X)).effective_rank, "spectrum"),
-    "participation_ratio": (lambda at: rgfast.participation_ratio(at(X)), "gram"),
-    "stable_rank": (lambda at: rgfast.stable_rank(at(X)), "gram"),
-    "cka": (lambda at: rgfast.cka(at(X[0]), at(X[1])), "cka"),
-    "cka_matrix": (lambda at: rgfast.cka_matrix(at(X)), "cka"),
-    "kernel_drift": (lambda at: rgfast.kernel_drift(at(X)), "cka"),
     "residual_mlp": (
         lambda at: rgfast.residual_mlp(at(X.reshape(-1)[:160].view(10, 16)), at(W), None, at(W), None),
         "residual_mlp",
@@ -41,10 +32,27 @@ FALLS_BACK = {
     ),
 }
 
-# What has nothing faster anywhere, or is the library's own.
+# What the library's own routines compute, with the op.
+BY_THE_LIBRARY = {
+    "effective_rank": (lambda at: rgfast.effective_rank(at(X)), "spectrum"),
+    "singular_values": (lambda at: rgfast.singular_values(at(X)), "spectrum"),
+    "numerical_rank": (lambda at: rgfast.numerical_rank(at(X)), "spectrum"),
+    "rank_measures": (lambda at: rgfast.rank_measures(at(X)).effective_rank, "spectrum"),
+    "participation_ratio": (lambda at: rgfast.participation_ratio(at(X)), "gram"),
+    "stable_rank": (lambda at: rgfast.stable_rank(at(X)), "gram"),
+    "eigvalsh": (lambda at: rgfast.eigvalsh(at(X.mT @ X)), "eigvalsh"),
+    "from a moment": (
+        lambda at: rgfast.rank_measures_from_moment(at(X.double().mT @ X.double()), 12).effective_rank,
+        "eigvalsh",
+    ),
+    "svd": (lambda at: rgfast.singular_values(at(X), method="svd"), "svd"),
+    "cka": (lambda at: rgfast.cka(at(X[0]), at(X[1])), "cka"),
+    "cka_matrix": (lambda at: rgfast.cka_matrix(at(X)), "cka"),
+    "kernel_drift": (lambda at: rgfast.kernel_drift(at(X)), "cka"),
+}
+
+# What has nothing faster anywhere.
 SAYS_NOTHING = {
-    "eigvalsh": (lambda at: rgfast.eigvalsh(at(X.mT @ X)), "library"),
-    "svd": (lambda at: rgfast.singular_values(at(X), method="svd"), "library"),
     "rbf": (lambda at: rgfast.cka(at(X[0]), at(X[1]), kernel="rbf"), "reference"),
     "hsic": (lambda at: rgfast.hsic(at(X[0]), at(X[1])), "reference"),
     "kernel_change": (lambda at: rgfast.kernel_change(at(X)), "reference"),
@@ -91,6 +99,18 @@ def test_strict_makes_it_an_error_before_anything_is_computed(name, monkeypatch)
             there(call)
 
 
+@pytest.mark.parametrize("name", BY_THE_LIBRARY)
+def test_the_library_runs_and_nothing_is_said(name, monkeypatch):
+    call, op = BY_THE_LIBRARY[name]
+    monkeypatch.setenv("RGFAST_STRICT", "1")
+    with warnings.catch_warnings(), rgfast.record() as log:
+        warnings.simplefilter("error")
+        found = there(call)
+    assert [(r.op, r.impl) for r in dispatch.walk(log) if r.op == op] == [(op, "library")]
+    assert "reference" not in {r.impl for r in dispatch.walk(log)}
+    torch.testing.assert_close(found.held, call(lambda x: x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SAYS_NOTHING)
 def test_where_nothing_faster_is_meant_to_exist_nothing_is_said(name, monkeypatch):
     call, ran = SAYS_NOTHING[name]
@@ -109,4 +129,4 @@ def test_plain_meta_tensors_warn_too():
     told = rgfast.explain(rgfast.effective_rank, torch.zeros(4, 16, device="meta"))
     assert told.device == "meta"
     assert dict(told.candidates)["native"] == "it runs on the cpu, not on meta"
-    assert told.chosen == "reference"
+    assert told.chosen == "library"

@@ -12,7 +12,7 @@ from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import as_layers, as_pair, check_call, check_rows, check_same_rows
-from rgfast.ops.cka.impl import native
+from rgfast.ops.cka.impl import library, native
 from rgfast.runtime.threads import on_one_thread
 from rgfast.validation import check_choice, check_number, check_positive_int
 
@@ -49,12 +49,19 @@ def _reference(call: Call) -> Tensor:
     return on_one_thread(run, *(x for side in call.sides for x in side))
 
 
+def _reference_cost(call: Call) -> float:
+    """Passes over the data and fp64 products of PyTorch on one thread (README, "Against others")."""
+    if call.device.type == "cpu":
+        return 5e-4 + call.multiplications() / 8e9
+    return 2.0 * library.CKA.cost(call)
+
+
 OP = Op(
     "cka",
     [
         native.CKA,
-        # Passes over the data and fp64 products of PyTorch on one thread (README, "Against others").
-        Impl("reference", _reference, cost=lambda call: 5e-4 + call.multiplications() / 8e9),
+        library.CKA,
+        Impl("reference", _reference, cost=_reference_cost),
     ],
 )
 

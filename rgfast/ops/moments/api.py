@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
 from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
-from rgfast.ops.moments.impl import native
+from rgfast.ops.moments.impl import library, native
 from rgfast.ops.moments.reference import shifted
 from rgfast.runtime.threads import no_autocast, one_thread
 from rgfast.validation import as_real_tensor
@@ -32,12 +33,18 @@ def _reference(call: Products) -> None:
         reference.add_products(*call)
 
 
+def _as(impl: Impl) -> Callable[[Any], float]:
+    """The cost of the reference, which makes more passes and launches than the library off the CPU."""
+    return lambda call: impl.cost(call) * (1.0 if call.device.type == "cpu" else 2.0)
+
+
 OP = Op(
     "moments",
     [
         native.MOMENTS,
+        library.MOMENTS,
         # Passes over the rows and fp64 products of PyTorch on one thread (README, "Measurements").
-        Impl("reference", _reference, cost=lambda call: 2e-4 + call.multiplications() / 20e9),
+        Impl("reference", _reference, cost=_as(library.MOMENTS)),
     ],
 )
 
@@ -51,7 +58,8 @@ PAIRS = Op(
     "pair products",
     [
         native.PAIRS,
-        Impl("reference", _pairs_reference, cost=lambda call: 2e-4 + call.multiplications() / 20e9),
+        library.PAIRS,
+        Impl("reference", _pairs_reference, cost=_as(library.PAIRS)),
     ],
     part_of="moments",
 )
@@ -61,11 +69,8 @@ POSITIONS = Op(
     "position sums",
     [
         native.POSITIONS,
-        Impl(
-            "reference",
-            lambda call: reference.add_positions(*call),
-            cost=lambda call: 1e-5 + call.rows.numel() / 5e8,
-        ),
+        library.POSITIONS,
+        Impl("reference", lambda call: reference.add_positions(*call), cost=_as(library.POSITIONS)),
     ],
     part_of="moments",
 )

@@ -21,6 +21,7 @@ from rgfast.ops.spectrum.compute import (
     value,
 )
 from rgfast.ops.spectrum.contract import differentiable, wants_gradient
+from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.measures import (
     effective_rank_of,
     numerical_rank_of,
@@ -298,6 +299,8 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
         return torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
     try:
         values: Tensor = EIGVALSH.run(chosen, call, named=impl != "auto")
+        if values.device.type != "cpu":
+            library.finite(values)
     except RuntimeError:  # LinAlgError is one; its message names the matrix
         if bool(torch.isfinite(a).all()):
             raise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
 from rgfast.ops.spectrum.call import Symmetric
+from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.measures import (
     effective_rank_of,
     numerical_rank_of,
@@ -20,6 +21,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
+from rgfast.runtime.waiting import waits_for
 from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
 __all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_moment"]
@@ -112,12 +114,16 @@ def rank_measures_from_moment(
 def solved_moment(
     scatter: Tensor, n: Tensor, centering: Centering, accumulated: Tensor | None = None
 ) -> Solved:
-    """The spectra `[b]` that `rank_measures_from_moment` measures, of `scatter[b, d, d]` and n `[b]`."""
-    scatter, count = _checked(scatter, n, centering)
+    """The spectra `[b]` that `rank_measures_from_moment` measures, of `scatter[b, d, d]` and n `[b]`.
+
+    Where reading waits for a device, the eigenvalues alone are looked at, once.
+    """
+    scatter, count = _checked(scatter, n, centering, values=not waits_for(scatter.device))
     return _solved(scatter, count, centering, accumulated, "auto")
 
 
-def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Tensor]:
+def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = True) -> tuple[Tensor, Tensor]:
+    """Moments and counts ``[b]``, checked; ``values`` says whether their values are looked at."""
     scatter = as_real_tensor(scatter, "scatter", min_dim=2).detach()
     if scatter.dtype != torch.float64:
         raise TypeError(f"scatter must be float64, got {str(scatter.dtype).removeprefix('torch.')}")
@@ -131,6 +137,8 @@ def _checked(scatter: Any, n: int | Tensor, centering: str) -> tuple[Tensor, Ten
     if count.dim() and tuple(count.shape) != tuple(lead):
         raise ValueError(f"n must be one integer or have shape {tuple(lead)}, got {tuple(count.shape)}")
     counts = count.long().expand(lead).reshape(-1)
+    if not values:
+        return scatter, counts
     if bool((counts < 0).any()):
         raise ValueError(f"n must not be negative, got {int(counts.min())}")
     bad = (~torch.isfinite(scatter)).sum((-2, -1)).reshape(-1)
@@ -156,6 +164,8 @@ def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, im
     freedom = (count - 1 if centering == "mean" else count).clamp_min(0)
     limit = freedom.minimum((variance > 0).sum(-1))
     values = EIGVALSH(impl, Symmetric(flat))
+    if values.device.type != "cpu":
+        library.finite(values)
     return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=count)
 
 

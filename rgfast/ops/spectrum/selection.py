@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl, Op
+from rgfast.ops.device import TRANSFER, WAIT
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.ops.spectrum.impl import library, native
@@ -22,6 +23,7 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # fp64 products of PyTorch on one thread, and how much longer its passes over the data take (README, "Speed").
 _PRODUCTS, _PASSES = 12e9, 30.0
+_CORES = 8
 
 
 def _reference_gram(call: Rows) -> Found:
@@ -38,15 +40,29 @@ def _reference_spectrum(call: Rows) -> Found:
 
 
 def _gram_cost(call: Rows) -> float:
+    if call.device.type != "cpu":  # twice the passes and launches
+        return 2.0 * library.GRAM.cost(call)
     return 1e-4 + call.x.numel() * (call.side + _PASSES) / _PRODUCTS
 
 
 def _solving_cost(call: Rows) -> float:
-    return library.seconds(len(call.x), call.side, call.dtype)
+    return library.solving(len(call.x), call.side, call.dtype, call.device)
 
 
 def _reference_eigvalsh(call: Symmetric) -> Tensor:
     return library.finite(on_one_thread(reference.eigvalsh, call.a))
+
+
+def _solved_on_the_cpu(call: Symmetric) -> Tensor:
+    """By the fastest for matrices on the CPU, which they are copied to."""
+    values: Tensor = EIGVALSH("auto", Symmetric(call.a.to("cpu")))
+    return values.to(call.device)
+
+
+def _on_the_cpu_cost(call: Symmetric) -> float:
+    """Two copies, and compiled kernels on cores such as a GPU usually comes with."""
+    solving = native.EIGVALSH.cost(call) / _CORES
+    return 4 * WAIT + call.a.nbytes / TRANSFER + solving
 
 
 def _in_parts(call: Rows) -> Found:
@@ -73,14 +89,24 @@ EIGVALSH = Op(
     [
         native.EIGVALSH,
         library.EIGVALSH,
+        Impl(
+            "on the CPU",
+            _solved_on_the_cpu,
+            lambda call: None if library.loops("cuda") else "torch solves whole batches on the GPU",
+            cost=_on_the_cpu_cost,
+            devices=("cuda",),
+            missing=native.EIGVALSH.missing,
+            route=True,
+        ),
         Impl("reference", _reference_eigvalsh, cost=library.EIGVALSH.cost),
     ],
 )
-GRAM = Op("gram", [native.GRAM, Impl("reference", _reference_gram, cost=_gram_cost)])
+GRAM = Op("gram", [native.GRAM, library.GRAM, Impl("reference", _reference_gram, cost=_gram_cost)])
 SPECTRUM = Op(
     "spectrum",
     [
         native.SPECTRUM,
+        library.SPECTRUM,
         Impl(
             "parts",
             _in_parts,

@@ -12,7 +12,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl, Op
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.call import Again, Measure
-from rgfast.ops.spectrum.impl import native
+from rgfast.ops.spectrum.impl import library, native
 from rgfast.ops.spectrum.measures import (
     TINY,
     UNIT_ROUNDOFF,
@@ -25,7 +25,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.refine import SMALL, LibraryStages, Stage, gram_error, refined
 from rgfast.runtime.threads import no_autocast, one_thread
 
-__all__ = ["PATHS", "REFINE", "SVD", "Solved", "from_eigenvalues", "settle"]
+__all__ = ["PATHS", "REFINE", "SVD", "Solved", "came_out", "from_eigenvalues", "settle"]
 
 PATHS = ("gram", "refined", "svd")
 # Elements of eigenvectors, and of fp64 copies of the data, that are refined at a time.
@@ -137,6 +137,21 @@ def _roots(eigenvalues: Any, accumulated: Any, limit: Any, samples: Any, unit: f
     return sigma, error
 
 
+def came_out(values: Tensor, accumulated: Tensor) -> bool:
+    """Whether the data were finite, whose moments have these eigenvalues and accumulated traces.
+
+    Raises `torch.linalg.LinAlgError` where eigenvalues off the CPU are not finite although the data are.
+    """
+    if accumulated.device.type == "cpu":  # there every solver raises by itself
+        return bool(torch.isfinite(accumulated).all())
+    data = torch.isfinite(accumulated).all()
+    if bool(data & torch.isfinite(values).all()):
+        return True
+    if bool(data):
+        library.finite(values)
+    return False
+
+
 def settle(
     x: Tensor,
     found: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -150,7 +165,7 @@ def settle(
     rank at `tol` is open, is solved again from the data.
     """
     values, accumulated, exponent, limit = found
-    if not bool(torch.isfinite(accumulated).all()):
+    if not came_out(values, accumulated):
         return None
     solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
     if call.method == "auto" and dtype == torch.float64:

@@ -1,37 +1,263 @@
-"""LAPACK (on a GPU, cuSOLVER) through torch: eigenvalues of symmetric matrices, one after the other."""
+"""torch's own routines: LAPACK on the CPU, cuSOLVER's batches and cuBLAS's fp64 products on a GPU.
+
+Nothing here reads a value on a device. What went wrong there is NaN in the result, which `finite` looks for.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast.dispatch import Impl
-from rgfast.ops.spectrum.call import Symmetric
-from rgfast.runtime.threads import on_one_thread
+from rgfast.ops.device import LAUNCH, by_itself, cache_bytes, memory_bytes, seconds
+from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.runtime.threads import no_autocast, on_one_thread
 
-__all__ = ["EIGVALSH", "finite", "seconds"]
+__all__ = ["EIGVALSH", "GRAM", "SPECTRUM", "eigenvalues", "finite", "loops", "on_cpu", "solving"]
 
 # Seconds on one thread of an AVX-512 core: a call, of which setting the thread count is a third, a matrix
 # of a few rows, and the arithmetic of a large one.
 _CALL, _EACH, _FLOP = 2.5e-5, 3e-6, 1.0 / 15e9
+# Milliseconds that an H100 takes for batches of 64 and of 400 fp64 matrices with so many rows, and fp32's
+# share of it; and microseconds for each matrix where torch solves one after another.
+_BATCHED: dict[int, tuple[float, ...]] = {
+    16: (0.153, 0.189, 0.85),
+    32: (0.240, 0.413, 0.70),
+    64: (0.410, 1.17, 0.60),
+    100: (0.864, 3.37, 0.55),
+    128: (1.05, 4.45, 0.52),
+    200: (10.4, 23.0, 0.43),
+    256: (14.7, 31.5, 0.40),
+    384: (25.6, 76.6, 0.82),
+    512: (39.8, 140.0, 0.74),
+    1024: (141.0, 881.0, 0.84),
+}
+_ONE_BY_ONE: dict[int, tuple[float, ...]] = {
+    16: (68.0,),
+    32: (140.0,),
+    64: (335.0,),
+    128: (733.0,),
+    256: (1980.0,),
+    512: (4460.0,),
+    1024: (10200.0,),
+}
+# cuSOLVER's batches have a limit near 32 k matrices, and take about so many times their own memory to work,
+# of which a GPU's quarter is given.
+_MOST, _WORK = 16_384, 20
+_CHECKS = 25  # operators of a call, with its checks
+# Rows per partial sum of a moment, as the error bound counts them.
+_TILE = 256
+_PART_BYTES, _WORTH_A_LAUNCH = 32 << 20, 8 << 20
+
+
+def loops(device_type: str) -> bool:
+    """Whether torch solves the matrices of a batch one after another on a type of device."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return device_type != "cpu" and (major, minor) < (2, 12)
 
 
 def finite(values: Tensor) -> Tensor:
     """`values`; `torch.linalg.LinAlgError` where one is not finite: LAPACK may return NaN without a word."""
-    if not bool(torch.isfinite(values).all()):
-        raise LinAlgError("eigvalsh gave NaN or infinity")
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        where = ""
+        if values.dim() > 1:
+            first = tuple(int(i) for i in bad.any(-1).nonzero()[0])
+            where = f" for matrix {first[0] if len(first) == 1 else first} of the batch"
+        raise LinAlgError(f"eigvalsh gave NaN or infinity{where}")
     return values
 
 
-def seconds(count: int, d: int, dtype: torch.dtype) -> float:
-    """About how long the eigenvalues of `count` matrices of d rows take."""
+def on_cpu(count: int, d: int, dtype: torch.dtype) -> float:
+    """About how long LAPACK takes for the eigenvalues of `count` matrices of d rows."""
     return _CALL + count * (_EACH + 4 / 3 * d**3 * _FLOP * dtype.itemsize / 8)
 
 
+def solving(count: int, d: int, dtype: torch.dtype, device: torch.device) -> float:
+    """About how long torch takes for the eigenvalues of `count` matrices of d rows."""
+    if device.type == "cpu":
+        return on_cpu(count, d, dtype)
+    beyond = max(1.0, d / max(_BATCHED)) ** 3
+    if loops(device.type):
+        return 1e-6 * count * beyond * _between(_ONE_BY_ONE, d)[0]
+    few, many, single = _between(_BATCHED, d)
+    slope = (many - few) / (400 - 64)
+    # Every call has to fill its pipelines, and few matrices do not.
+    calls = -(-count // at_once(d, device)) if count else 0
+    milliseconds = calls * max(few - 64 * slope, 0.0) + count * slope
+    share = single if dtype == torch.float32 else 1.0
+    return _CHECKS * LAUNCH * calls + 1e-3 * milliseconds * share * beyond
+
+
+def _between(table: dict[int, tuple[float, ...]], d: int) -> tuple[float, ...]:
+    """A row of a table, between two sizes along a power of the size; those of its ends beyond them."""
+    sizes = sorted(table)
+    d = min(max(d, sizes[0]), sizes[-1])
+    above = next(size for size in sizes if size >= d)
+    if d == above:
+        return table[d]
+    below = sizes[sizes.index(above) - 1]
+    at = math.log(d / below) / math.log(above / below)
+    return tuple(low ** (1 - at) * high**at for low, high in zip(table[below], table[above], strict=True))
+
+
+def at_once(d: int, device: torch.device) -> int:
+    """Matrices of d rows in one call of cuSOLVER."""
+    return max(1, min(_MOST, memory_bytes(device) // 4 // (_WORK * 8 * max(1, d * d))))
+
+
+def eigenvalues(a: Tensor) -> Tensor:
+    """Eigenvalues of symmetric `a[..., d, d]`, ascending, by the lower triangle; NaN where they are not good.
+
+    On a device other than the CPU every matrix is scaled by a power of two, and what comes back is compared
+    with its trace and its norm: batched solvers have returned wrong values without an error.
+    """
+    if a.device.type == "cpu":
+        return on_one_thread(torch.linalg.eigvalsh, a)
+    d = a.shape[-1]
+    flat = a.reshape(math.prod(a.shape[:-2]), d, d)
+    with no_autocast(a.device.type):
+        parts = [_checked(part) for part in torch.split(flat, at_once(d, a.device))]
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return values.reshape(a.shape[:-1])
+
+
+def _checked(a: Tensor) -> Tensor:
+    if not a.numel():
+        return a.new_empty(a.shape[:-1])
+    d, lower = a.shape[-1], a.tril()
+    largest = lower.abs().amax((-2, -1))
+    known = torch.isfinite(largest)  # the maximum is NaN if any entry is
+    exponent = torch.frexp(torch.where(known, largest, 1.0)).exponent.long().clamp(-1000, 1000)
+    down, up = (((1023 + sign * exponent) << 52).view(torch.float64) for sign in (-1, 1))
+    scaled = torch.where(known[:, None, None], lower, 0.0).double() * down[:, None, None]
+    values = torch.linalg.eigvalsh(scaled.to(a.dtype)).double()
+    diagonal = scaled.diagonal(dim1=-2, dim2=-1)
+    norm = 2 * scaled.square().sum((-2, -1)) - diagonal.square().sum(-1)
+    each = max(50, d / 2) * torch.finfo(a.dtype).eps / 2 * norm.sqrt()  # what an eigenvalue may be off by
+    off_trace = (values.sum(-1) - diagonal.sum(-1)).abs()
+    off_norm = (values.square().sum(-1) - norm).abs()
+    good = known & (off_trace <= 2 * d * each) & (off_norm <= 4 * math.sqrt(d) * each * norm.sqrt())
+    return torch.where(good[:, None], values * up[:, None], torch.nan).to(a.dtype)
+
+
+def _eigvalsh(call: Symmetric) -> Tensor:
+    values = eigenvalues(call.a)
+    return finite(values) if call.device.type == "cpu" else values
+
+
 def _cost(call: Symmetric) -> float:
-    return seconds(call.matrices, call.side, call.a.dtype)
+    return solving(call.matrices, call.side, call.a.dtype, call.device)
 
 
 # LAPACK's bits depend on the number of threads.
-EIGVALSH = Impl("library", lambda call: finite(on_one_thread(torch.linalg.eigvalsh, call.a)), cost=_cost)
+EIGVALSH = Impl("library", _eigvalsh, cost=_cost)
+
+
+def gram(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `reference.gram` returns, in the same tiles, by fewer passes over rows that stay in the cache."""
+    x, m = call.x.detach(), call.side
+    b, n, d = x.shape
+    matrix = torch.empty((b, m, m), dtype=torch.float64, device=x.device)
+    accumulated = torch.empty(b, dtype=torch.float64, device=x.device)
+    exponent, limit = torch.zeros((2, b), dtype=torch.int64, device=x.device)
+    step = _matrices_at_once(call)
+    with by_itself(x.device.type):
+        for start in range(0, b, step):
+            part = slice(start, min(start + step, b))
+            y, first = _shifted(call, part, exponent)
+            if call.centering == "mean":
+                mean = y.mean(1, keepdim=True)
+                y.sub_(mean)
+                accumulated[part] = y.square().sum((1, 2)) + n * mean.square().sum((1, 2))
+            else:
+                mean = (y - first[:, None]).mean(1, keepdim=True)
+                accumulated[part] = y.square().sum((1, 2))
+            if call.means is not None:
+                call.means[part] = first + mean[:, 0]
+            live = y != 0
+            rows = live.any(2).sum(1) - (1 if call.centering == "mean" else 0)
+            limit[part] = torch.minimum(rows.clamp_min(0), live.any(1).sum(1))
+            tall = y if n >= d else y.mT
+            total = torch.bmm(tall[:, :_TILE].mT, tall[:, :_TILE])
+            for row in range(_TILE, max(n, d), _TILE):
+                total.baddbmm_(tall[:, row : row + _TILE].mT, tall[:, row : row + _TILE])
+            matrix[part] = total
+    return matrix, accumulated, exponent, limit
+
+
+def _shifted(call: Rows, part: slice, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """Widened rows less the first (times 2^-exponent for fp64 data), and that first; new tensors."""
+    x = call.x.detach()[part]
+    y = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+    if x.dtype == torch.float64:
+        largest = x.abs().amax((-2, -1))
+        exponent[part] = torch.frexp(largest).exponent.long().clamp(-1000, 1000)
+        unit = ((1023 - exponent[part]) << 52).view(torch.float64)[:, None, None]
+        torch.mul(x, unit, out=y)
+    else:
+        y.copy_(x)
+    first = y[:, 0].clone()
+    if call.centering == "mean":
+        # The first row goes first: an exactly constant column becomes exactly zero, which no mean promises.
+        y.sub_(first[:, None])
+    return y, first
+
+
+def _matrices_at_once(call: Rows) -> int:
+    """As many as stay in a GPU's cache, if launches then have enough to do."""
+    each = max(1, 8 * call.x.shape[1] * call.x.shape[2])
+    if call.device.type == "cpu":
+        return max(1, _PART_BYTES // each)
+    return max(1, cache_bytes(call.device) // 2 // each, _WORTH_A_LAUNCH // each)
+
+
+def spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `reference.gram_spectrum` returns."""
+    b, _, d = call.x.shape
+    means = call.means
+    if call.raw is not None and means is None:
+        means = torch.empty((b, d), dtype=torch.float64, device=call.device)
+    matrix, accumulated, exponent, limit = gram(call._replace(means=means))
+    if call.matrix is not None:
+        call.matrix.copy_(matrix)
+    matrix = torch.where(torch.isfinite(accumulated)[:, None, None], matrix, 0.0)
+    values = eigenvalues(matrix)
+    if call.raw is not None and means is not None:
+        means = torch.where(torch.isfinite(means), means, 0.0)
+        with by_itself(call.device.type):
+            lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=call.x.shape[1])
+        call.raw.copy_(eigenvalues(lifted))
+    return values, accumulated, exponent, limit
+
+
+def _refusal(call: Rows) -> str | None:
+    single = call.dtype != torch.float64
+    return "it computes in float64, and precision='single' asks for float32" if single else None
+
+
+def _by_name_only(call: Rows) -> str | None:
+    here = call.device.type == "cpu"
+    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
+
+
+def _gram_cost(call: Rows) -> float:
+    """On a GPU ten passes through the cache, and tiles of products."""
+    b, n, d = call.x.shape
+    if call.device.type == "cpu":
+        return 1e-4 + call.x.numel() * (call.side + 30.0) / 12e9
+    calls = -(-b // _matrices_at_once(call))
+    launches = calls * (16 + -(-max(n, d) // _TILE))
+    moved = call.x.numel() * (call.x.element_size() + 40.0) + 16.0 * b * call.side**2
+    return seconds(launches, moved, float(call.x.numel()) * call.side)
+
+
+def _spectrum_cost(call: Rows) -> float:
+    return _gram_cost(call) + solving(len(call.x), call.side, torch.float64, call.device)
+
+
+GRAM = Impl("library", gram, _refusal, _gram_cost, by_name_only=_by_name_only)
+SPECTRUM = Impl("library", spectrum, _refusal, _spectrum_cost, by_name_only=_by_name_only)

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING, "Adding an implementation": it is `rgfast/ops/moments/impl/library.py`.
+"""The worked example of CONTRIBUTING, "Adding an implementation": it is `rgfast/ops/moments/impl/mkl.py`.
 
 One batched product for all pairs of layers, which have to be equally wide. Its cost is made up.
 """
@@ -35,7 +35,7 @@ def _run(call: Products) -> None:
 
 
 MOMENTS = Impl(
-    "library",
+    "mkl",
     _run,
     can_run=_can_run,
     cost=lambda call: 5e-6 + call.multiplications() / 10e9,

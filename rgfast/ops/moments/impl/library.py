@@ -1,0 +1,188 @@
+"""The products by torch's batched fp64 GEMMs, without a wait for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import Impl
+from rgfast.ops.device import by_itself, cache_bytes, seconds
+from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
+
+__all__ = ["MOMENTS", "PAIRS", "POSITIONS", "positions_at_once"]
+
+# Widened rows of all layers in work at a time: most of them, and so few that a launch takes longer than what
+# it does.
+_WORK_BYTES, _WORTH_A_LAUNCH = 64 << 20, 8 << 20
+_WORK_BYTES_ON_DEVICE = 1 << 30
+# From this width on two more columns cost a product more (a tile of 64 in each direction) than to read the
+# rows again for them.
+_APART = 128
+
+
+def _on_cpu(call: Products | Pairs | Positions) -> str | None:
+    here = call.device.type == "cpu"
+    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
+
+
+def _run(call: Products) -> None:
+    """As `reference.add_products`, layer by layer: a layer is widened when its first pair is due, and let go
+    after its last, so that products find both in the cache."""
+    kind, positions = call.device.type, len(call.rows[0])
+    order = sorted(call.sums, key=lambda pair: (pair[1], pair[0]))
+    last = {layer: step for step, pair in enumerate(order) for layer in pair}
+    with by_itself(kind):
+        dropped = None if call.keep is None else ~call.keep[..., None]
+        step = positions_at_once(call)
+        for start in range(0, positions, step):
+            part = slice(start, min(start + step, positions))
+            wide: dict[int, Tensor] = {}
+            for at, (i, j) in enumerate(order):
+                for layer in (i, j):
+                    if layer not in wide:
+                        wide[layer] = _extended(call, layer, part, dropped)
+                _multiply(call.sums[i, j][part], wide[i], wide[j], same=i == j, here=kind == "cpu")
+                for layer in {i, j}:
+                    if last[layer] == at:
+                        del wide[layer]
+
+
+def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None) -> Tensor:
+    """``[z, |z|², 1]`` of the rows of a layer, all zero for rows that are not kept."""
+    x, exponent = call.rows[layer][part], call.exponents[layer]
+    d = x.shape[2]
+    z = torch.empty((*x.shape[:2], d + 2), dtype=torch.float64, device=x.device)
+    body = z[..., :d]
+    torch.sub(x, call.shifts[layer][part][:, None], out=body)  # widened first: the difference is fp64
+    z[..., d + 1] = 1.0
+    if dropped is not None:
+        z.masked_fill_(dropped[part], 0.0)
+    if exponent:
+        body.mul_(math.ldexp(1.0, -exponent))
+    torch.sum(body.square(), -1, out=z[..., d])
+    return z
+
+
+def _multiply(total: Tensor, left: Tensor, right: Tensor, *, same: bool, here: bool) -> None:
+    d, e = left.shape[2] - 2, right.shape[2] - 2
+    if min(d, e) < _APART:
+        _add(total, left, right, here)
+        return
+    _add(total[:, :d, :e], left[..., :d], right[..., :e], here)
+    _add(total[:, :, e:], left, right[..., e:], here)
+    if same:
+        total[:, d:, :e] = total[:, :d, e:].mT
+    else:
+        _add(total[:, d:, :e], left[..., d:], right[..., :e], here)
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor, here: bool) -> None:
+    if here:  # the caller's sums may lie anywhere, and the library's bits depend on where
+        total += torch.bmm(left.mT, right)
+    else:
+        total.baddbmm_(left.mT, right)
+
+
+def positions_at_once(call: Products) -> int:
+    """Positions whose rows are widened together: so few that a GPU's cache holds them, if launches then still
+    have enough to do, else as many as work space allows."""
+    positions, b = call.rows[0].shape[:2]
+    each = max(1, 8 * b * max(x.shape[2] + 2 for x in call.rows))
+    live = _layers_at_once(call.sums)
+    if call.device.type == "cpu":
+        return max(1, min(positions, _WORK_BYTES // (live * each)))
+    fits = cache_bytes(call.device) // 2 // (live * each)
+    if fits * each < _WORTH_A_LAUNCH:
+        fits = _WORK_BYTES_ON_DEVICE // (live * each)
+    return max(1, min(positions, fits))
+
+
+def _layers_at_once(sums: Mapping[tuple[int, int], Tensor]) -> int:
+    """How many layers are widened at a time, at most, in the order of the products."""
+    order = sorted(sums, key=lambda pair: (pair[1], pair[0]))
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for step, pair in enumerate(order):
+        for layer in pair:
+            first.setdefault(layer, step)
+            last[layer] = step
+    return max((sum(first[k] <= s <= last[k] for k in first) for s in range(len(order))), default=1)
+
+
+def _cost(call: Products) -> float:
+    """About the same as the reference on the CPU; on a GPU by launches, bytes and products."""
+    if call.device.type == "cpu":
+        return 2e-4 + call.multiplications() / 20e9
+    positions, b = call.rows[0].shape[:2]
+    wide = [x.shape[2] + 2 for x in call.rows]
+    chunks = math.ceil(positions / positions_at_once(call)) if positions else 0
+    apart = sum(min(wide[i], wide[j]) - 2 >= _APART for i, j in call.sums)
+    launches = chunks * (len(wide) * 5 + len(call.sums) + 2 * apart)
+    rows = positions * b * sum(wide)
+    sums = positions * sum(wide[i] * wide[j] for i, j in call.sums)
+    return seconds(launches, 40.0 * rows + 16.0 * sums, call.multiplications())
+
+
+MOMENTS = Impl("library", _run, cost=_cost, by_name_only=_on_cpu)
+
+
+def _run_pairs(call: Pairs) -> PairSums:
+    """As `reference.pair_products`, every layer widened once."""
+    positions, width, moved = len(call.rows[0]), call.width, all(move is not None for move in call.moves)
+    shape = (len(call.totals), positions)
+    found = PairSums(
+        *(torch.zeros(shape, dtype=torch.float64, device=call.device) for _ in range(2)),
+        *(torch.zeros(*shape, width, dtype=torch.float64, device=call.device) for _ in range(4)),
+    )
+    wide: dict[int, tuple[Tensor, Tensor]] = {}
+    with by_itself(call.device.type):
+        for k, ((i, j), total) in enumerate(call.totals.items()):
+            wide = {layer: each for layer, each in wide.items() if layer in (i, j)}
+            for layer in (i, j):
+                if layer not in wide:
+                    x, shift = call.rows[layer], call.shifts[layer]
+                    z = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+                    torch.sub(x, shift[:, None], out=z)
+                    wide[layer] = z, z.square().sum(2)
+            (u, a), (v, b) = wide[i], wide[j]
+            cross = torch.bmm(u.mT, v)
+            total += cross.sum(0)
+            found.norm[k] = cross.square().sum((1, 2))
+            found.products[k] = (a * b).sum(1)
+            found.right_sums[k, :, : v.shape[2]] = torch.bmm(a[:, None], v)[:, 0]
+            found.left_sums[k, :, : u.shape[2]] = torch.bmm(b[:, None], u)[:, 0]
+            e, f = call.moves[i], call.moves[j]
+            if moved and e is not None and f is not None:
+                found.moved_right[k, :, : v.shape[2]] = torch.bmm(e[:, None], cross)[:, 0]
+                found.moved_left[k, :, : u.shape[2]] = torch.bmm(cross, f[..., None])[..., 0]
+    return found
+
+
+def _pairs_cost(call: Pairs) -> float:
+    if call.device.type == "cpu":
+        return 2e-4 + call.multiplications() / 20e9
+    positions, n = call.rows[0].shape[:2]
+    rows = positions * n * sum(x.shape[2] for x in call.rows)
+    launches = 3 * len(call.rows) + 14 * len(call.totals)
+    return seconds(launches, 60.0 * rows, call.multiplications())
+
+
+PAIRS = Impl("library", _run_pairs, cost=_pairs_cost, by_name_only=_on_cpu)
+
+
+def _add_positions(call: Positions) -> None:
+    """In one sum over the positions, of which every row is read once."""
+    with by_itself(call.device.type):
+        call.to.add_(call.rows.sum(0, dtype=torch.float64))
+
+
+def _positions_cost(call: Positions) -> float:
+    if call.device.type == "cpu":
+        return 1e-5 + call.rows.numel() / 5e8
+    return seconds(2, float(call.rows.nbytes) + 24.0 * call.to.numel())
+
+
+POSITIONS = Impl("library", _add_positions, cost=_positions_cost, by_name_only=_on_cpu)
