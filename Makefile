@@ -10,7 +10,7 @@ WHEELS := dist
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test fuzz bench docs wheel clean
+.PHONY: reproduce test lint native-test fuzz bench gpu-check docs wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
@@ -37,6 +37,10 @@ fuzz: native-test
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU, under the Python that has torch there: no environment is made, nothing is downloaded.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs

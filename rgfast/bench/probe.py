@@ -20,6 +20,7 @@ from rgfast.probing.spec import Route
 
 __all__ = [
     "KINDS",
+    "ON_A_GPU",
     "SHAPES",
     "Case",
     "check",
@@ -35,6 +36,8 @@ __all__ = [
 
 # Depth, positions and width of what is timed; n = 1,024 sequences.
 SHAPES = ((6, 64, 64), (12, 32, 128), (24, 16, 256))
+# On a GPU, of the call without options: larger ones with their number of sequences, too.
+ON_A_GPU = (*((*shape, 1024) for shape in SHAPES), (24, 16, 512, 2048), (48, 4, 1024, 4096))
 # Of the position view: "none" is a stack without mixing; "collapsed" layers are of rank one but for noise;
 # "groups" adds a jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a plain torch module
 # of the stack's blocks, of which only neighbors are compared. The call without options: "default" is of the
@@ -107,6 +110,9 @@ def gate(device: str) -> Iterator[Checked]:
 
 def contests(device: str, size: Size) -> Iterator[Contest]:
     """Forward, ranks at every position, drift and CKA; n = 1,024. Quick ones are of plain stacks."""
+    if device != "cpu" and size != "tiny":
+        yield from _on_a_gpu(device)
+        return
     shapes = {"tiny": ((2, 3, 8),), "quick": SHAPES[:2], "full": SHAPES}[size]
     for kind in KINDS[: 1 if size == "quick" else None]:
         for shape in shapes:
@@ -126,6 +132,18 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
                 check,
                 rivals,
             )
+
+
+def _on_a_gpu(device: str) -> Iterator[Contest]:
+    """The call without options, of plain modules, against their bare forward."""
+    for depth, length, width, n in ON_A_GPU:
+        yield Contest(
+            f"default, L={depth} T={length} d={width} n={n}",
+            partial(Case.make, "default", depth, length, width, n, device),
+            lambda case, impl: partial(probed, case),
+            check_last,
+            {"bare eager forward, nothing measured": lambda case: partial(last, case.model, case.x)},
+        )
 
 
 def stack(
@@ -227,6 +245,19 @@ def check(case: Case, impl: str = "auto") -> Checked:
     """The first check that is not good, or else the first."""
     found = list(checks(case, "two positions", [0, case.x.shape[1] - 1]))
     return next((each for each in found if not each.good), found[0])
+
+
+def check_last(case: Case, impl: str = "auto") -> Checked:
+    """Ranks and CKA of the last two layers at the first position, which wide stacks have time for."""
+    found = probed(case).dataset
+    with torch.no_grad():
+        before = end = torch.empty(0, dtype=torch.float64, device=case.x.device)
+        for state in states(copy.deepcopy(case.model).double(), case.x[:, :1].double()):
+            before, end = end, state[:, 0]
+    layers = torch.stack([before, end])[:, None].cpu()
+    at = found.sel(view="position", position=[0]).isel(layer=slice(-2, None), other_layer=slice(-2, None))
+    each = list(_compared(case, "position 0, last layers", layers, at))
+    return next((one for one in each if not one.good), each[0])
 
 
 def _normed(mlp: Any, x: Tensor) -> Tensor:

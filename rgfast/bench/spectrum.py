@@ -20,13 +20,19 @@ _SIZES: dict[Size, tuple[int, ...]] = {
 }
 
 
+_ON_A_GPU = (16, 64, 128, 256, 768, 1024)
+_FEW = {768: 13, 1024: 33}
+# Matrices that are held against LAPACK, which has its time.
+_CHECKED = 8
+
+
 def gate(device: str) -> Iterator[Checked]:
     """Every function of the room on small inputs against LAPACK in fp64."""
     for dtype in (torch.float64, torch.float32):
         yield check_eigenvalues(symmetric(8, 33, dtype, device))
     x = _rows(5, 97, 17, device)
     yield check_ranks(x)
-    sigma = torch.linalg.svdvals(_centred(x.double()))
+    sigma = torch.linalg.svdvals(_centred(x.double().cpu()))
     energy = sigma.square().sum(-1)
     truths = {
         "singular_values": sigma,
@@ -35,19 +41,22 @@ def gate(device: str) -> Iterator[Checked]:
     }
     for name, truth in truths.items():
         found: Tensor = getattr(rgfast, name)(x)
-        yield Checked(name, _relative(found, truth), 1e-6)
+        yield Checked(name, _relative(found.cpu(), truth), 1e-6)
     centred = _centred(x.double())
     found = rgfast.rank_measures_from_moment(centred.mT @ centred, 97).effective_rank
-    yield Checked("rank_measures_from_moment", _relative(found, svd_rank(x.double())), 1e-6)
+    yield Checked("rank_measures_from_moment", _relative(found.cpu(), svd_rank(x.double().cpu())), 1e-6)
 
 
 def contests(device: str, size: Size) -> Iterator[Contest]:
-    """Symmetric matrices in both precisions, in batches and alone; effective ranks of fp32 data, n = 4d."""
+    """Symmetric matrices in both precisions, in batches and alone; effective ranks of fp32 data, n = 4d.
+
+    A GPU gets larger batches, and few large matrices such as a model's layers have.
+    """
     one_thread = device == "cpu"
-    sizes = _SIZES[size]
+    sizes = _SIZES[size] if one_thread or size == "tiny" else _ON_A_GPU
     for d in sizes:
         for dtype in (torch.float64, torch.float32):
-            for batch in (batch_of(d), 1)[: 1 if size == "quick" else None]:
+            for batch in (batch_of(d, device), 1)[: 1 if size == "quick" else None]:
                 yield Contest(
                     f"eigvalsh {str(dtype).removeprefix('torch.')}, {batch} of d={d}",
                     partial(symmetric, batch, d, dtype, device),
@@ -59,8 +68,8 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
                 )
     for d in sizes[: -1 if size == "quick" else None]:
         yield Contest(
-            f"effective_rank, {batch_of(d)} of n={4 * d} d={d}",
-            partial(_rows, batch_of(d), 4 * d, d, device),
+            f"effective_rank, {batch_of(d, device)} of n={4 * d} d={d}",
+            partial(_rows, batch_of(d, device), 4 * d, d, device),
             lambda x, impl: partial(rgfast.effective_rank, x, impl=impl),
             check_ranks,
             {"torch SVD": lambda x: partial(svd_rank, x)},
@@ -69,8 +78,10 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
         )
 
 
-def batch_of(d: int) -> int:
+def batch_of(d: int, device: str = "cpu") -> int:
     """How many matrices of a size are taken at once."""
+    if device != "cpu":
+        return _FEW.get(d, 400)
     return 64 if d < 512 else 8
 
 
@@ -93,6 +104,7 @@ def svd_rank(x: Tensor) -> Tensor:
 def check_eigenvalues(a: Tensor, impl: str = "auto") -> Checked:
     """The largest error of our eigenvalues, relative to the norm."""
     values = rgfast.eigvalsh(a, impl=impl)
+    values, a = (t if t.device.type == "cpu" else t[:_CHECKED].cpu() for t in (values, a))
     want = torch.linalg.eigvalsh(a.double())
     # The comparison value errs too when it is of the same precision.
     allowed = max(50, a.shape[-1] / 2) * torch.finfo(a.dtype).eps / 2 * (2 if a.dtype == torch.float64 else 1)
@@ -103,6 +115,7 @@ def check_eigenvalues(a: Tensor, impl: str = "auto") -> Checked:
 def check_ranks(x: Tensor, impl: str = "auto") -> Checked:
     """The largest relative error of our effective ranks."""
     found = rgfast.effective_rank(x, impl=impl)
+    found, x = (t if t.device.type == "cpu" else t[:_CHECKED].cpu() for t in (found, x))
     return Checked(f"effective_rank at d={x.shape[-1]}", _relative(found, svd_rank(x.double())), 1e-6)
 
 

@@ -33,12 +33,26 @@ _HEAD = (
 )
 
 
+def devices(asked: str | None = None) -> list[str]:
+    """Where the cases run: the CPU, and a GPU if torch finds one; or the one that is asked for alone.
+
+    Raises ValueError if that is a GPU, and torch finds none.
+    """
+    here = torch.cuda.is_available()
+    if asked is None:
+        return ["cpu", "cuda"] if here else ["cpu"]
+    if asked == "cuda" and not here:
+        raise ValueError(f"device must be cpu, got 'cuda': torch {torch.__version__} finds no GPU here")
+    return [asked]
+
+
 @dataclass
 class Report:
     """What was checked, timed and skipped, and on which machine."""
 
     command: str
     quick: bool
+    devices: list[str] = field(default_factory=devices)
     machine: dict[str, Any] = field(default_factory=facts)
     gate: list[Checked] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -55,6 +69,7 @@ class Report:
             "format": "rgfast.bench/1",
             "command": self.command,
             "quick": self.quick,
+            "devices": self.devices,
             "machine": self.machine,
             "green": self.green,
             "gate": [{**asdict(check), "good": check.good} for check in self.gate],
@@ -83,15 +98,10 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def devices() -> list[str]:
-    """Where the cases run: the CPU, and a GPU where torch finds one."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
 def check_all(report: Report, only: Sequence[str], tell: Callable[[str], object]) -> None:
     """Fill the report's gate; every check is told."""
     for name in only:
-        for device in devices():
+        for device in report.devices:
             with quiet(device):
                 for check in BENCHMARKS[name].gate(device):
                     report.gate.append(check)
@@ -112,7 +122,7 @@ def run(
         report.skipped[rival] = why
 
     for name in only:
-        for device in devices():
+        for device in report.devices:
             with quiet(device):
                 for contest in BENCHMARKS[name].contests(device, "quick" if report.quick else "full"):
                     try:
@@ -148,7 +158,7 @@ def table_line(cells: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def quiet(device: str) -> Iterator[None]:
-    """On a GPU the reference is what is timed, and the table says so: no warning that it was taken."""
+    """On a GPU the reference may be what is timed, and the table says so: no warning that it was taken."""
     with warnings.catch_warnings():
         if device != "cpu":
             warnings.simplefilter("ignore", FallbackWarning)

@@ -25,18 +25,22 @@ def add_bench(commands: Any) -> None:
         "a value is wrong nothing is timed, and the exit code is 1. Then each case in\n"
         "turns with its rivals in one process: plain PyTorch, and pytorch-cka and\n"
         "torch.compile where they are there (else skipped by name). On a GPU, where\n"
-        "there is one, the same cases run once more.\n\n"
+        "there is one, the same cases run once more; --device takes one of the two.\n\n"
         "Prints one Markdown table, the cases where we lose included, and leaves it in\n"
         "DIR as bench.md, and as bench.json with versions, instruction set and threads.\n\n"
         "benchmarks:\n" + "\n".join(f"  {name:<13} {what}" for name, what in ROOMS.items()),
         epilog="examples:\n"
         "  rgfast bench --quick\n"
         "  rgfast bench --only cka probe --threads 1 --out runs/bench-one\n"
+        "  rgfast bench --device cuda --only spectrum moments\n"
         "  RGFAST_ISA=avx2 rgfast bench --json > bench.json",
     )
     bench.add_argument("--quick", action="store_true", help="few and small cases: under two minutes")
     bench.add_argument(
         "--only", nargs="+", choices=tuple(ROOMS), metavar="NAME", help=f"{', '.join(ROOMS)} (default: all)"
+    )
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where the cases run (default: both, if there is a GPU)"
     )
     bench.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's own number)")
     bench.add_argument(
@@ -59,6 +63,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.threads is not None:
         check_integer(args.threads, "threads", least=1, most=os.cpu_count())
+    where = suite.devices(args.device)
     seconds = (0.5 if args.quick else 1.5) if args.seconds is None else args.seconds
     if not 0 < seconds < 3600:
         raise ValueError(f"seconds must lie between 0 and 3600, got {seconds:g}")
@@ -69,7 +74,7 @@ def _bench(args: argparse.Namespace) -> int:
     only = tuple(name for name in ROOMS if args.only is None or name in args.only)
 
     with threads(args.threads or torch.get_num_threads()):
-        report = suite.Report(shlex.join(["rgfast", "bench", *_said(args)]), args.quick)
+        report = suite.Report(shlex.join(["rgfast", "bench", *_said(args)]), args.quick, where)
         suite.check_all(report, only, _aside)
         if report.green:
             if not args.json:
@@ -101,6 +106,7 @@ def _said(args: argparse.Namespace) -> list[str]:
     """The options that decide what is measured, as they were given."""
     words = ["--quick"] if args.quick else []
     words += ["--only", *args.only] if args.only else []
+    words += ["--device", args.device] if args.device else []
     words += ["--threads", str(args.threads)] if args.threads else []
     return words + (["--seconds", f"{args.seconds:g}"] if args.seconds else [])
 

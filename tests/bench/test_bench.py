@@ -191,6 +191,18 @@ def test_the_table_and_the_document(small, tmp_path, capsys, monkeypatch):
         assert math.isclose(row["times_faster"], row["rival_seconds"] / row["seconds"])
 
 
+def test_one_device_is_asked_for(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert suite.devices() == ["cpu", "cuda"]
+    assert suite.devices("cuda") == ["cuda"]
+    words = ["bench", "--only", "spectrum", "--seconds", "0.01", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(words) == errors.DONE
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["devices"] == ["cpu"]
+    assert {row["device"] for row in document["rows"]} == {"cpu"}
+    assert "--device cpu" in document["command"]
+
+
 def test_json_is_all_that_is_printed(small, tmp_path, capsys):
     words = ["bench", "--only", "spectrum", "--seconds", "0.01", "--json", "--out", str(tmp_path)]
     assert cli.main(words) == errors.DONE
@@ -217,9 +229,14 @@ def test_a_value_that_is_wrong_on_the_case_itself_ends_it(tmp_path, capsys, monk
         (["--threads", "999999"], f"threads must be at most {os.cpu_count()}, got 999999"),
         (["--seconds", "-1"], "seconds must lie between 0 and 3600, got -1"),
         (["--seconds", "nan"], "seconds must lie between 0 and 3600, got nan"),
+        (
+            ["--device", "cuda"],
+            f"device must be cpu, got 'cuda': torch {torch.__version__} finds no GPU here",
+        ),
     ],
 )
-def test_wrong_options(words, message, tmp_path, capsys):
+def test_wrong_options(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["bench", *words, "--out", str(tmp_path / "out")]) == errors.WRONG
     assert capsys.readouterr().err == f"rgfast: {message}\n"
     assert not (tmp_path / "out").exists()
