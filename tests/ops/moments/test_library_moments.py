@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import weakref
 
 import guards
 import pytest
@@ -113,13 +112,12 @@ def test_positions_are_taken_a_few_at_a_time(monkeypatch):
     assert all(torch.equal(parts[0][key], whole[0][key]) for key in whole[0])
 
 
-def test_a_layer_is_widened_once_and_let_go_after_its_last_pair(monkeypatch):
+def test_a_layer_is_widened_once_into_the_place_of_one_that_is_done(monkeypatch):
     made = []
 
-    def extended(call, layer, part, dropped):
-        assert sum(each() is not None for _, each in made) <= 1
-        z = original(call, layer, part, dropped)
-        made.append((layer, weakref.ref(z)))
+    def extended(call, layer, part, dropped, spare):
+        z = original(call, layer, part, dropped, spare)
+        made.append((layer, z.data_ptr()))
         return z
 
     original = library._extended
@@ -127,6 +125,8 @@ def test_a_layer_is_widened_once_and_let_go_after_its_last_pair(monkeypatch):
     args = case((4,) * 5, 2, 6, "adjacent")
     add_products(*args, impl="library")
     assert [layer for layer, _ in made] == [0, 1, 2, 3, 4]
+    assert len({place for _, place in made}) == 2
+    check(*args)
     assert library._layers_at_once(args[0]) == 2
     assert library._layers_at_once(case((4,) * 5, 2, 6, "all")[0]) == 5
 

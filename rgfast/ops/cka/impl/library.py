@@ -24,6 +24,8 @@ __all__ = ["CKA", "run"]
 _TASKS = ("cka", "matrix", "drift", "alignment")
 # HSIC(K, K) below this fraction of (tr K)²/n is rounding, not variance.
 _NO_VARIANCE = 1e-13
+# Sums of so many products are cut in so many parts.
+_LONG, _CUTS = 1 << 16, 64
 # Bytes in work on the CPU; on a GPU an eighth of its memory, but no more than this.
 _WORK_BYTES, _WORK_BYTES_ON_DEVICE = 64 << 20, 2 << 30
 
@@ -196,12 +198,15 @@ class _Sums:
 
 
 def _sums(z: Tensor, wanted: _Wanted, sample_limit: int) -> _Sums:
-    """By features or, up to ``sample_limit`` samples, by samples: whichever takes less time."""
+    """By features or, up to ``sample_limit`` samples, by samples: whichever takes less time.
+
+    With more features than samples Q is most of ‖zᵀw‖², and what is left of it lacks digits.
+    """
     p, n, _, width = z.shape
     norms = z.square().sum(3)  # [p, n, L]
     same = torch.bmm(norms.mT, norms)
     by_features, by_samples = _seconds(p, n, width, wanted)
-    if n > sample_limit or by_features <= by_samples:
+    if n > sample_limit or (by_features <= by_samples and width <= n):
         off = _by_features(z, wanted) - same
     else:
         off = _by_samples(z, wanted)
@@ -250,17 +255,26 @@ def _by_samples(z: Tensor, wanted: _Wanted) -> Tensor:
         stop = min(start + step, n)
         kernels = stacked[:, :, start:stop] @ stacked.mT  # [p, L, rows, n]
         kernels[..., start:stop].diagonal(0, -2, -1).zero_()
+        flat = kernels.flatten(2)
         if wanted.near:
-            flat = kernels.flatten(2)
             total.diagonal(0, 1, 2).add_(flat.square().sum(2))
             total.diagonal(1, 1, 2).add_((flat[:, :-1] * flat[:, 1:]).sum(2))
         else:
-            flat = kernels.flatten(2)
-            total.baddbmm_(flat, flat.mT)
+            total += _inner(flat)
     for i in range(layers):
         for part in wanted.of(i):
             out[:, i, part] = total[:, i, part]
     return out
+
+
+def _inner(kernels: Tensor) -> Tensor:
+    """Inner products ``[p, L, L]`` of ``kernels[p, L, m]``; long sums are cut, to keep all of a GPU busy."""
+    m = kernels.shape[2]
+    if m < _LONG:
+        return torch.bmm(kernels, kernels.mT)
+    cut = math.gcd(m, _CUTS)
+    parts = [each.view(len(each), cut, m // cut).transpose(0, 1) for each in kernels]
+    return torch.stack([torch.bmm(part, part.mT).sum(0) for part in parts])
 
 
 def _rows_at_once(columns: int, device: torch.device) -> int:

@@ -40,29 +40,40 @@ def _run(call: Products) -> None:
         for start in range(0, positions, step):
             part = slice(start, min(start + step, positions))
             wide: dict[int, Tensor] = {}
+            spare: list[Tensor] = []
             for at, (i, j) in enumerate(order):
                 for layer in (i, j):
                     if layer not in wide:
-                        wide[layer] = _extended(call, layer, part, dropped)
+                        wide[layer] = _extended(call, layer, part, dropped, spare)
                 _multiply(call.sums[i, j][part], wide[i], wide[j], same=i == j, here=kind == "cpu")
                 for layer in {i, j}:
                     if last[layer] == at:
-                        del wide[layer]
+                        spare.append(wide.pop(layer))
 
 
-def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None) -> Tensor:
-    """``[z, |z|², 1]`` of the rows of a layer, all zero for rows that are not kept."""
+def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, spare: list[Tensor]) -> Tensor:
+    """``[z, |z|², 1]`` of the rows of a layer, all zero for rows that are not kept.
+
+    It takes the place of a spare one that is as wide.
+    """
     x, exponent = call.rows[layer][part], call.exponents[layer]
     d = x.shape[2]
-    z = torch.empty((*x.shape[:2], d + 2), dtype=torch.float64, device=x.device)
+    shape = (*x.shape[:2], d + 2)
+    used = next((k for k, each in enumerate(spare) if each.shape == shape), None)
+    if used is None:
+        z = torch.empty(shape, dtype=torch.float64, device=x.device)
+        z[..., d + 1] = 1.0 if dropped is None else (~dropped[part, :, 0]).to(torch.float64)
+    else:  # with its ones
+        z = spare.pop(used)
     body = z[..., :d]
     torch.sub(x, call.shifts[layer][part][:, None], out=body)  # widened first: the difference is fp64
-    z[..., d + 1] = 1.0
     if dropped is not None:
-        z.masked_fill_(dropped[part], 0.0)
+        body.masked_fill_(dropped[part], 0.0)
     if exponent:
         body.mul_(math.ldexp(1.0, -exponent))
-    torch.sum(body.square(), -1, out=z[..., d])
+    norms = z[..., d]
+    torch.linalg.vector_norm(body, dim=-1, out=norms)
+    norms.square_()
     return z
 
 

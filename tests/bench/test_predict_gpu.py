@@ -1,0 +1,136 @@
+"""The predictions' model of time gives what was measured on an H100, and counts what a probe does."""
+
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rgfast import record
+from rgfast.dispatch import walk
+from rgfast.ops.moments.api import OP as MOMENTS
+from rgfast.ops.moments.impl import library as products
+from rgfast.ops.spectrum.selection import EIGVALSH
+from rgfast.runtime import waiting
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "predict_gpu.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = util.spec_from_file_location("predict_gpu", SCRIPT)
+    module = sys.modules["predict_gpu"] = util.module_from_spec(spec)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows(script):
+    return script.validation()
+
+
+def test_what_was_measured_is_given_within_a_quarter(rows):
+    assert len(rows) == 40
+    off = [
+        f"{row.name}: {row.measured} was measured, the model gives {row.predicted}"
+        for row in rows
+        if not row.close
+    ]
+    assert off == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["forward fp32", "widen", "bmm fp64", "center", "CKA by", "eigenvalues", "spectra on top"]
+)
+def test_every_kind_of_figure_is_among_them(rows, kind):
+    assert any(row.name.startswith(kind) for row in rows)
+
+
+def test_a_row_that_is_far_off_is_seen(script):
+    assert script.Row("x", 1.0, 1.2).close
+    assert not script.Row("x", 1.0, 1.3).close
+    assert not script.Row("x", 1.0, 0.7).close
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def test_bytes_products_and_launches_are_counted(script):
+    z = meta(100, 1000, 256, dtype=torch.float64)
+    found = script.timed(lambda: torch.bmm(z.mT, z))
+    assert found.kernels == 1
+    assert found.device == pytest.approx(2 * 100 * 1000 * 256**2 / script.FP64[256])
+    moved = script.timed(lambda: meta(10**8).add_(1.0))
+    assert moved.device == pytest.approx(8e8 / script.PASS)
+    tiny = script.timed(lambda: [meta(1) + 1 for _ in range(10)])
+    assert tiny.host >= 10 * script.LAUNCH
+    assert tiny.seconds == tiny.host
+    linear = script.timed(lambda: F.linear(meta(4096, 512), meta(512, 512)))
+    assert linear.device == pytest.approx(
+        2 * 4096 * 512**2 / script.FP32 + 4 * (2 * 4096 * 512 + 512**2) / script.STREAM
+    )
+    read = script.timed(lambda: bool((torch.ones(3) > 0).any()))
+    assert read.waits == 1
+    strange = script.timed(lambda: torch.linalg.qr(torch.ones(3, 3)))
+    assert strange.unknown
+
+
+def test_sizes_of_a_stand_in_stand_for_the_real_ones(script):
+    clock = script.Clock(256)
+    assert [clock.size(n) for n in (37, 39, 74, 148, 38, 64, 16)] == [256, 258, 512, 1024, 257, 64, 16]
+    assert script.Clock().size(37) == 37
+    real = script.timed(lambda: meta(5, 64, 258) * 2.0)
+    stand_in = script.timed(lambda: meta(5, 64, 39) * 2.0, 256)
+    assert stand_in.device == real.device
+
+
+@pytest.fixture(scope="module")
+def predicted(script):
+    small = [script.predict(depth, 4, width, 256) for depth, width in ((2, 64), (2, 256), (4, 64))]
+    return small
+
+
+def test_a_whole_probe_is_counted(predicted):
+    narrow, wide, deep = predicted
+    for one in predicted:
+        assert one.bare > 0
+        assert one.forwards.seconds > one.bare
+        assert one.reading.kernels > 0
+        assert one.spectra > 0
+        assert one.share > 1
+    assert wide.bare > narrow.bare
+    assert wide.spectra > narrow.spectra
+    assert deep.reading.kernels > narrow.reading.kernels
+
+
+def test_the_whole_is_the_sum_of_its_parts(predicted):
+    for one in predicted:
+        parts = one.forwards.seconds + one.reading.seconds + one.spectra
+        assert one.share == pytest.approx(parts / one.bare)
+
+
+def test_nothing_is_left_changed(script, predicted):
+    before = dict(MOMENTS.impls), dict(EIGVALSH.impls), waiting._EVERYWHERE, products._add
+    with script.as_on_a_gpu(256) as solved:
+        assert {*MOMENTS.impls} == {"library", "reference"}
+        with record() as log:
+            EIGVALSH("auto", script.spectra.Symmetric(torch.eye(3, dtype=torch.float64).expand(5, 3, 3)))
+        assert [entry.impl for entry in walk(log)] == ["library"]
+        assert dict(solved) == {5: 1}
+    assert (dict(MOMENTS.impls), dict(EIGVALSH.impls), waiting._EVERYWHERE, products._add) == before
+
+
+def test_figures_of_a_probe_are_marked_as_predicted(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict_gpu.py", "--shapes", "1"])
+    monkeypatch.setattr(script, "ON_A_GPU", ((2, 4, 64, 256),))
+    monkeypatch.setattr(script, "validation", lambda: [script.Row("it", 1.0, 2.0)])
+    script.main()
+    told = capsys.readouterr().out
+    assert "| it | 1 | 2 | 2.00 | OFF BY MORE THAN A QUARTER |" in told
+    assert "PREDICTED, not measured" in told
+    line = told.splitlines()[-1]
+    assert line.startswith("| (2, 4, 64, 256) |")
+    assert "(predicted)" in line
