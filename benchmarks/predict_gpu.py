@@ -18,22 +18,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_clock import STAND_IN, Cost, timed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rgfast
 from rgfast.bench.probe import ON_A_GPU, Case, last
 from rgfast.dispatch import Op
 from rgfast.ops.cka.api import OP as CKA
-from rgfast.ops.device import LAUNCH, STREAM, WAIT
 from rgfast.ops.moments.api import OP as MOMENTS
 from rgfast.ops.moments.api import PAIRS, POSITIONS
 from rgfast.ops.moments.call import Products
@@ -42,151 +43,8 @@ from rgfast.ops.spectrum.impl import library as spectra
 from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
 from rgfast.runtime import waiting
 
-STAND_IN = 37
-# Measured on an H100: fp32 products (SIMT), fp64 ones by the width of a tile, passes over memory that compute
-# something, and the rows of a LayerNorm, which gets a thread block each (eager block at D = 64 and 128).
-FP32, FP64, PASS, NORM = 51e12, {16: 28e12, 64: 28.4e12, 128: 55.2e12, 256: 60.4e12}, 2.5e12, 1.3e-9
-# One thread block's step through the terms of a product, of the inner products of 7 kernels by samples.
-STEP = 7e-9
-# A view has no kernel, but the host makes it. Assumed.
-VIEW, LEAST_KERNEL = 1e-6, 2e-6
+MEASURED = Path(__file__).with_name("h100_measured.json")
 GPU = torch.device("cuda")
-VIEWS = {
-    *(
-        "view",
-        "_unsafe_view",
-        "slice",
-        "select",
-        "transpose",
-        "t",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-    ),
-    *(
-        "detach",
-        "alias",
-        "diagonal",
-        "as_strided",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "empty",
-        "new_empty",
-    ),
-    *("empty_like", "empty_strided", "lift_fresh", "promote_types", "result_type", "reshape", "unfold"),
-    *("_reshape_alias", "is_same_size", "sym_size", "_conj", "resolve_conj"),
-}
-READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
-MULTIPLY = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "baddbmm_": 1, "addmm_": 1}
-UNKNOWN = {
-    "geqrf",
-    "linalg_qr",
-    "_linalg_svd",
-    "linalg_svd",
-    "ormqr",
-    "linalg_householder_product",
-}
-
-
-@dataclass
-class Cost:
-    """Seconds of the host and of the device, and what was not counted."""
-
-    host: float = 0.0
-    device: float = 0.0
-    waits: int = 0
-    kernels: int = 0
-    unknown: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def seconds(self) -> float:
-        """The host queues ahead until it has to wait."""
-        return max(self.host, self.device) + self.waits * WAIT
-
-
-class Clock(TorchDispatchMode):
-    """Adds up what the operators inside would cost, their stand-in sizes read as ``width``."""
-
-    def __init__(self, width: int | None = None) -> None:
-        super().__init__()
-        self.width, self.cost = width, Cost()
-
-    def size(self, n: int) -> int:
-        """What a size of a stand-in stands for."""
-        if self.width is None or n < STAND_IN:
-            return n
-        for extra in (0, 2, 1):
-            if n % (STAND_IN + extra) == 0:
-                return n // (STAND_IN + extra) * (self.width + extra)
-        return n
-
-    def numel(self, x: Tensor) -> float:
-        """Elements in memory: a dimension of stride 0 has one."""
-        count = 1.0
-        for n, stride in zip(x.shape, x.stride(), strict=True):
-            count *= self.size(n) if stride or n <= 1 else 1
-        return count
-
-    def bytes(self, tensors: Any) -> float:
-        """Of all tensors in a tree; what is given twice is read once."""
-        found: dict[Any, float] = {}
-        for x in tree_leaves(tensors):
-            if isinstance(x, Tensor):
-                key = x.untyped_storage()._cdata, x.storage_offset()
-                found[key] = max(found.get(key, 0.0), self.numel(x) * x.element_size())
-        return sum(found.values())
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        found = function(*args, **(kwargs or {}))
-        cost = self.cost
-        if name in READS:
-            cost.waits += 1
-        elif name in UNKNOWN:
-            cost.unknown[name] += 1
-        elif name in VIEWS or name == "_linalg_eigh":  # spectra have a model of their own
-            cost.host += VIEW
-        else:
-            cost.host += LAUNCH
-            cost.kernels += 1
-            cost.device += max(LEAST_KERNEL, self.kernel(name, args, kwargs or {}, found))
-        return found
-
-    def kernel(self, name: str, args: Any, kwargs: Any, found: Any) -> float:
-        """Seconds of one operator on the device."""
-        moved = self.bytes((args, kwargs))
-        if kwargs.get("out") is None:
-            moved += self.bytes(found)
-        if name == "native_layer_norm":
-            return max(moved / PASS, self.numel(args[0]) / self.size(args[0].shape[-1]) * NORM)
-        if name not in MULTIPLY:
-            return moved / PASS
-        left, right = args[MULTIPLY[name] : MULTIPLY[name] + 2]
-        *batch, m, k = (self.size(n) for n in left.shape)
-        n = self.size(right.shape[-1])
-        count = batch[0] if batch else 1
-        if left.dtype != torch.float64:
-            return 2.0 * count * m * n * k / FP32 + moved / STREAM
-        m, n = _padded(m), _padded(n)
-        return max(2.0 * count * m * n * k / _rate(min(m, n)), moved / STREAM, k * STEP)
-
-
-def _padded(n: int) -> int:
-    """To whole tiles."""
-    return 16 if n <= 16 else 32 if n <= 32 else -(-n // 64) * 64
-
-
-def _rate(width: int) -> float:
-    return FP64[max(size for size in FP64 if size <= max(width, 16))]
-
-
-def timed(call: Callable[[], Any], width: int | None = None) -> Cost:
-    """What ``call`` costs."""
-    with Clock(width) as clock, torch.no_grad():
-        call()
-    return clock.cost
 
 
 @dataclass(frozen=True)
@@ -211,21 +69,10 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-FORWARDS = {(6, 64, 64, 1024): 1.887, (12, 32, 128, 1024): 4.184, (24, 16, 256, 1024): 11.37}
-FORWARDS |= {(24, 16, 512, 2048): 75.25, (48, 4, 1024, 4096): 280.4, (24, 2, 4096, 4096): 1092.0}
-WIDENED = {(448, 1024, 64): 0.1443, (416, 1024, 128): 0.2615, (400, 1024, 256): 0.5006}
-MULTIPLIED = {(448, 1024, 64): 0.1323, (416, 1024, 128): 0.2531, (400, 1024, 256): 0.8892}
-MULTIPLIED |= {(104, 4096, 1024): 14.73, (24, 4096, 4096): 59.19}
-CENTERED = {(7, 64, 1024, 64): 0.3979, (13, 32, 1024, 128): 0.72, (25, 16, 1024, 256): 1.37}
-CENTERED |= {(49, 16, 1024, 256): 2.6956}
-BY_FEATURES = {(7, 64, 1024, 64): 0.5046, (13, 32, 1024, 128): 3.277, (25, 16, 1024, 256): 24.92}
-NEIGHBORS = {(49, 16, 1024, 256): 4.307}
-BY_SAMPLES = {(13, 32, 1024, 128): 7.290, (25, 16, 1024, 256): 6.708}
-# Moments and neighbors on top of the forward, as shares of it in all; then spectra on top of that.
-WITH_MOMENTS, SPECTRA = (1.54, 1.39, 1.37, 1.36, 1.29), (0.7, 1.1, 2.9, 2.0, 1.9)
-# Microseconds of a matrix at a batch that the model of eigenvalues was not made from.
-EIGENVALUES = {(2048, 16): 0.2589, (2048, 64): 2.538, (2048, 100): 7.407, (2048, 128): 9.78}
-EIGENVALUES |= {(2048, 200): 45.29, (2048, 256): 63.64}
+def measured() -> dict[str, Any]:
+    """What was measured on an H100: by kind, pairs of a shape and its figure (the file says what of)."""
+    found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return found
 
 
 def forward(depth: int, length: int, width: int, n: int) -> Cost:
@@ -239,6 +86,11 @@ def forward(depth: int, length: int, width: int, n: int) -> Cost:
             x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (width,), norm, bias), up, high)), down, bias)
 
     return timed(run)
+
+
+def _multiply(*shape: int) -> None:
+    z = meta(*shape, dtype=torch.float64)
+    torch.bmm(z.mT, z)
 
 
 def _center(x: Tensor) -> Tensor:
@@ -280,33 +132,30 @@ def _moments(layers: int, positions: int, n: int, width: int) -> float:
 
 def validation() -> list[Row]:
     """Everything that was measured on an H100 and that the model is made to give."""
-    double, rows = torch.float64, []
-    for shape, ms in FORWARDS.items():
-        rows.append(Row(f"forward fp32 {shape}", ms, 1e3 * forward(*shape).seconds))
-    for shape, ms in WIDENED.items():
-        rows.append(Row(f"widen {shape}", ms, 1e3 * timed(lambda s=shape: meta(*s).double()).seconds))
-    for shape, ms in MULTIPLIED.items():
-        z = meta(*shape, dtype=double)
-        rows.append(Row(f"bmm fp64 {shape}", ms, 1e3 * timed(lambda z=z: torch.bmm(z.mT, z)).seconds))
-    for shape, ms in CENTERED.items():
-        rows.append(
-            Row(f"center in fp64 {shape}", ms, 1e3 * timed(lambda s=shape: _center(meta(*s))).seconds)
-        )
-    kinds: tuple[tuple[str, Any, Callable[..., None]], ...] = (
-        ("CKA by features", BY_FEATURES, _by_features),
-        ("CKA of neighbors by features", NEIGHBORS, _neighbors_by_features),
-        ("CKA by samples", BY_SAMPLES, _by_samples),
-    )
-    for kind, table, call in kinds:
-        for shape, ms in table.items():
-            rows.append(Row(f"{kind} {shape}", ms, 1e3 * timed(lambda c=call, s=shape: c(*s)).seconds))
-    for (batch, d), each in EIGENVALUES.items():
+    table, rows = measured(), []
+    calls: dict[str, Callable[..., object]] = {
+        "widen": lambda *shape: meta(*shape).double(),
+        "multiply": _multiply,
+        "center": lambda *shape: _center(meta(*shape)),
+        "cka_by_features": _by_features,
+        "neighbors_by_features": _neighbors_by_features,
+        "cka_by_samples": _by_samples,
+    }
+    for shape, ms in table["forward"]:
+        rows.append(Row(f"forward {tuple(shape)}, ms", ms, 1e3 * forward(*shape).seconds))
+    for kind, call in calls.items():
+        for shape, ms in table[kind]:
+            cost = timed(partial(call, *shape))
+            rows.append(Row(f"{kind} {tuple(shape)}, ms", ms, 1e3 * cost.seconds))
+    for (batch, d), each in table["eigenvalues"]:
         rows.append(Row(f"eigenvalues, {batch} of d={d}, us each", each, 1e6 * solved(batch, d) / batch))
-    for (depth, length, width, n), total, more in zip(ON_A_GPU, WITH_MOMENTS, SPECTRA, strict=True):
-        bare, at = forward(depth, length, width, n).seconds, f"{(depth, length, width, n)}, over forward"
+    for shape, total, more in zip(ON_A_GPU, table["with_moments"], table["spectra_on_top"], strict=True):
+        depth, length, width, n = shape
+        bare = forward(*shape).seconds
         added = _moments(depth + 1, length, n, width)
-        rows.append(Row(f"forward, moments, neighbors {at}", total, 1 + added / bare))
-        rows.append(Row(f"spectra on top {at}", more, solved((depth + 1) * length, width) / bare))
+        rows.append(Row(f"with_moments {shape}, over forward", total, 1 + added / bare))
+        eigen = solved((depth + 1) * length, width)
+        rows.append(Row(f"spectra_on_top {shape}, over forward", more, eigen / bare))
     return rows
 
 
@@ -318,8 +167,8 @@ def solved(count: int, d: int) -> float:
 
 @contextlib.contextmanager
 def _torch_with_batches() -> Iterator[None]:
-    before = torch.__version__
-    torch.__version__ = "2.13.0"
+    before: Any = torch.__version__
+    torch.__version__ = "2.13.0"  # type: ignore[assignment]
     try:
         yield
     finally:

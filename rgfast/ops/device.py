@@ -1,7 +1,7 @@
 """How torch's routines are run by implementations, and what they cost on a GPU for the rooms' models of time.
 
-The rates are an H100's, measured. A choice between implementations takes their ratios, which differ less from
-card to card than they do themselves.
+Rates of memory and products are an H100's, measured. Launches, waits and copies to the host are assumed.
+A choice between implementations takes their ratios, which differ less from card to card than they do.
 """
 
 from __future__ import annotations

@@ -292,6 +292,7 @@ def test_positions_are_checked_on_inputs_without_any(tmp_path, capsys):
         (["--mask", "missing"], "got 'missing'"),
         (["--length", "4"], "length cuts texts"),
         (["--device", "tpu9"], "device must be one that torch has here, got 'tpu9'"),
+        (["--device", "cuda:99"], "device must be one that torch has here, got 'cuda:99'"),
         (["--checkpoint", "absent/state"], "checkpoint must be in a folder that exists"),
     ],
 )
