@@ -168,6 +168,31 @@ inline std::size_t leading_workspace(long long n, int groups) {
          sizeof(T) * L * (static_cast<std::size_t>(groups) * kept + (size + kLeadingRows) * size);
 }
 
+// Puts matrices first, first + 1, ... of a task into lanes, and their means for raw eigenvalues. A group that
+// is not full repeats its first matrix.
+template <class T>
+inline unsigned fill_lanes(const spectrum::EigenTask<T>& task, int first, T* packed, T* mean, T* largest) {
+  constexpr int L = Simd<T>::lanes;
+  const long long n = task.n;
+  const int count = task.count - first < L ? task.count - first : L;
+  unsigned bad = 0;
+  if (task.fill_lanes != nullptr) {
+    task.fill_lanes(task.context, first, count, packed, task.raw == nullptr ? nullptr : mean);
+    bad = check_lanes(packed, n, largest);
+  } else {
+    if (task.fill != nullptr) task.fill(task.context, first, count);
+    long long offsets[L];
+    for (int lane = 0; lane < L; ++lane)
+      offsets[lane] = task.offsets[(task.fill == nullptr ? first : 0) + (lane < count ? lane : 0)];
+    bad = pack_lanes(task, offsets, packed, largest);
+    for (int lane = 0; task.raw != nullptr && lane < L; ++lane)
+      for (long long i = 0; i < n; ++i) mean[i * L + lane] = task.means[(lane < count ? lane : 0) * n + i];
+  }
+  for (int lane = 0; task.raw != nullptr && bad != 0 && lane < L; ++lane)
+    for (long long i = 0; ((bad >> lane) & 1U) != 0 && i < n; ++i) mean[i * L + lane] = T(0);
+  return bad;
+}
+
 template <class T>
 inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   constexpr int L = Simd<T>::lanes;
@@ -191,14 +216,8 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
     place_group(group, rows, count, n);
     T* const keep = task.leading == nullptr ? nullptr : kept + count / ways * kept_size;
     if (keep != nullptr) packed = keep + kKeptRows * n * L;
-    // A group that is not full repeats its first matrix.
-    long long offsets[L];
-    for (int lane = 0; lane < L; ++lane)
-      offsets[lane] =
-          task.offsets[(task.fill == nullptr ? first : 0) + (first + lane < task.count ? lane : 0)];
-    if (task.fill != nullptr) task.fill(task.context, first, task.count - first < L ? task.count - first : L);
     T largest[L];
-    bad[count] = pack_lanes(task, offsets, packed, largest);
+    bad[count] = fill_lanes(task, first, packed, mean, largest);
     int exponents[L];
     Scale<T> outer;
     bool extreme = false;
@@ -213,10 +232,6 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
     if (task.raw == nullptr) {
       tridiagonal_lanes<T>(packed, n, group.d, group.e, scratch, nullptr, nullptr, keep);
     } else {
-      for (int lane = 0; lane < L; ++lane) {
-        const int from = ((bad[count] >> lane) & 1U) != 0 ? -1 : first + lane < task.count ? lane : 0;
-        for (long long i = 0; i < n; ++i) mean[i * L + lane] = from < 0 ? T(0) : task.means[from * n + i];
-      }
       T square[L];
       tridiagonal_lanes(packed, n, group.d, group.e, scratch, mean, square, keep);
       QlGroup<T>& lifted = groups[count + 1];

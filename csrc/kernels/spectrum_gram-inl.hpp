@@ -4,19 +4,17 @@
 #include "rgfast/simd-inl.hpp"
 
 #include "rgfast/panels-inl.hpp"
+#include "rgfast/transpose-inl.hpp"
 #include "rgfast/widen-inl.hpp"
 
 #include "kernels/spectrum_range-inl.hpp"
 
 #include "kernels/spectrum_panels-inl.hpp"
 
+#include "kernels/spectrum_small-inl.hpp"
+
 namespace rgfast {
 namespace RGFAST_NS {
-
-inline long long gram_stride(long long m) {
-  constexpr long long L = Simd<double>::lanes;
-  return (m + L - 1) / L * L;
-}
 
 inline std::size_t gram_workspace(const spectrum::GramTask& task) {
   const long long m = task.tall || task.d < task.n ? task.d : task.n;
@@ -190,6 +188,15 @@ inline double largest_magnitude(const spectrum::GramTask& task, double* wide) {
   return found;
 }
 
+// The data that follow, spread over the blocks of all tiles.
+inline Ahead ahead_of(const spectrum::GramTask& task, long long panels, long long terms) {
+  const long long bytes = task.dtype == DType::f64 ? 8 : task.dtype == DType::f32 ? 4 : 2;
+  if (task.next == nullptr || task.column_stride != 1 || task.row_stride != task.d) return {nullptr, 0, 0};
+  const long long blocks = (panels * panels / 6 + 1) * ((terms + kGramTile / 2 - 1) / (kGramTile / 2));
+  const long long lines = task.n * task.d * bytes / 64;
+  return {static_cast<const char*>(task.next), lines, lines / blocks + 1};
+}
+
 // Lower triangle of the smaller side's moment into task.c; returns what is needed to bound its error.
 inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   const long long n = task.n;
@@ -211,11 +218,8 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
   double scale = 1.0;
   if (task.dtype == DType::f64) {
     const double top = largest_magnitude(task, at.wide);
-    if (top > 0.0 && top <= __DBL_MAX__) {
-      const int exponent = Range<double>::exponent(top);
-      result.exponent = exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
-      scale = Range<double>::power(-result.exponent);
-    }
+    result.exponent = data_exponent(top);
+    scale = Range<double>::power(-result.exponent);
   }
   if (task.centred) {
     // The first row goes first: a constant column is then exactly zero, and the mean of the signal's size.
@@ -236,12 +240,13 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
     for (long long j = 0; j < d; ++j)
       task.mean[j] = task.origin == nullptr ? at.origin[j] + at.mean[j] : at.mean[j];
   bool first = true;
+  Ahead ahead = ahead_of(task, panels, tall ? n : d);
   if (tall) {
     for_row_tiles(task, scale, at.wide,
                   [&](const auto& rows, long long count) __attribute__((always_inline)) {
                     pack_tall(rows, count, d, at);
                     project_stages(task, at.panels, panels, count);
-                    gram_tiles(at.panels, panels, count, task.c, stride, first, n);
+                    gram_tiles(at.panels, panels, count, task.c, stride, first, n, ahead);
                     first = false;
                   });
   } else {
@@ -254,7 +259,7 @@ inline spectrum::GramResult gram(const spectrum::GramTask& task) {
                       done += some;
                     });
       project_stages(task, at.panels, panels, count);
-      gram_tiles(at.panels, panels, count, task.c, stride, first, d);
+      gram_tiles(at.panels, panels, count, task.c, stride, first, d, ahead);
       first = false;
     }
   }
@@ -322,7 +327,8 @@ inline void leave_out(const spectrum::PooledMoments& all, long long group, doubl
 }
 
 inline spectrum::GramKernels gram_kernels() {
-  return {&gram_stride, &gram_workspace, &gram, &first_row, &pool_moments, &leave_out};
+  return {&gram_stride, &gram_workspace,  &gram,      &first_row, &pool_moments,
+          &leave_out,   &small_workspace, &gram_small};
 }
 
 }  // namespace RGFAST_NS

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <vector>
@@ -34,6 +35,11 @@ GramTask moment_of(const View& x, bool centred, std::int64_t index) {
 
 namespace {
 
+constexpr std::size_t kMostLanes = 8;  // fp64 values of a vector of any instruction set
+// Up to so many features, and so many data of a matrix, it is sooner done in lanes: the README has figures.
+constexpr std::int64_t kMostSmall = 16;
+constexpr std::int64_t kMostSmallData = 8192;
+
 void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
   info.accumulated[index] = result.accumulated;
   info.exponent[index] = result.exponent;
@@ -65,20 +71,12 @@ void keep(const MomentInfo& info, std::int64_t index, const GramTask& task) {
   spread(task.c, task.stride, m, info.matrix + index * m * m);
 }
 
-// What lanes are filled with: moments, a vector of them at a time.
-struct Lanes {
-  double* buffer;  // [lanes, d, stride]
-  double* means;   // [lanes, d], or null
-  std::int64_t stride;
-  std::int64_t size;
-  void* workspace;  // of the moment's kernel
-};
-
 // Fills a buffer with the moments of one group of matrices.
 struct Source {
   const GramKernels& kernel;
   const View& x;
   bool centred;
+  bool lifted;  // the means go to the solver
   const MomentInfo& info;
   std::int64_t first;
   Lanes to;
@@ -86,15 +84,52 @@ struct Source {
   void fill(int from, int count) {
     for (int i = 0; i < count; ++i) {
       GramTask task = moment_of(x, centred, first + from + i);
+      task.next = i + 1 < count ? moment_of(x, centred, first + from + i + 1).x : nullptr;
       task.c = to.buffer + i * to.size;
       double* const own = info.mean == nullptr ? nullptr : info.mean + (first + from + i) * task.d;
-      task.mean = to.means == nullptr ? own : to.means + i * task.d;
+      task.mean = lifted ? to.means + i * task.d : own;
       task.stride = to.stride;
       task.workspace = to.workspace;
       tell(info, first + from + i, kernel.run(task));
       keep(info, first + from + i, task);
-      if (to.means != nullptr) scale_mean(task.mean, task.d, task.n);
+      if (lifted) scale_mean(task.mean, task.d, task.n);
     }
+  }
+};
+
+// Moments small enough to be formed in the lanes themselves.
+struct SmallSource {
+  const GramKernels& kernel;
+  const View& x;
+  bool centred;
+  const MomentInfo& info;
+  std::int64_t first;
+  Lanes to;
+
+  // `means`, unless null, as the solver takes them.
+  void fill(int from, int count, double* packed, double* means) {
+    const std::int64_t n = x.size(-2), d = x.size(-1);
+    std::array<const void*, kMostLanes> begin{};
+    std::array<GramResult, kMostLanes> results{};
+    SmallTask task{moment_of(x, centred, first + from), begin.data(), packed, means, results.data()};
+    task.shared.workspace = to.workspace;
+    if (means == nullptr && info.mean != nullptr) task.means = to.means;
+    for (std::int64_t lane = 0; lane < to.count; ++lane)
+      begin[static_cast<std::size_t>(lane)] =
+          moment_of(x, centred, first + from + (lane < count ? lane : 0)).x;
+    kernel.run_small(task);
+    for (std::int64_t lane = 0; lane < count; ++lane) {
+      const std::int64_t index = first + from + lane;
+      tell(info, index, results[static_cast<std::size_t>(lane)]);
+      if (info.mean != nullptr)
+        for (std::int64_t j = 0; j < d; ++j) info.mean[index * d + j] = task.means[j * to.count + lane];
+      if (info.matrix == nullptr) continue;
+      double* const out = info.matrix + index * d * d;
+      const double* at = packed + lane;
+      for (std::int64_t j = 0; j < d; ++j)
+        for (std::int64_t i = j; i < d; ++i, at += to.count) out[i * d + j] = out[j * d + i] = *at;
+    }
+    if (means != nullptr) scale_mean(means, d * to.count, n);
   }
 };
 
@@ -104,6 +139,7 @@ struct LeftOut {
   const GramKernels& kernel;
   const View& x;
   std::int64_t groups;
+  bool lifted;
   const MomentInfo& info;
   std::int64_t first;
   Lanes to;
@@ -152,7 +188,7 @@ struct LeftOut {
       const std::int64_t index = first + from + i, group = index % groups;
       if (index / groups != held) hold(index / groups);
       double* const c = to.buffer + i * to.size;
-      double* const other = to.means == nullptr ? mean_left.data() : to.means + i * all.d;
+      double* const other = !lifted ? mean_left.data() : to.means + i * all.d;
       kernel.leave_out(all, group, c, other);
       std::int64_t live = 0;
       for (std::int64_t j = 0; j < all.d; ++j) live += c[j * to.stride + j] > 0.0 ? 1 : 0;
@@ -164,7 +200,7 @@ struct LeftOut {
 };
 
 // Solves so many matrices of m rows in lanes. make(first, lanes) gives what fills these with matrices from
-// the first on, in `scratch` bytes.
+// the first on, in `scratch` bytes; stride 0: the lanes of the solver themselves.
 template <class Make>
 Status solve_in_lanes(const EigenKernels<double>& solver, std::int64_t batch, std::int64_t m, int threads,
                       std::int64_t stride, std::size_t scratch, const Results<double>& out,
@@ -180,32 +216,14 @@ Status solve_in_lanes(const EigenKernels<double>& solver, std::int64_t batch, st
     const Workspace workspace(for_solver + aligned(scratch) +
                               sizeof(double) * static_cast<std::size_t>(solver.lanes * (size + m)));
     auto* const bytes = static_cast<std::byte*>(workspace.data());
-    auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + aligned(scratch));
-    double* const means = lifted ? buffer + solver.lanes * size : nullptr;
-    auto source = make(first, Lanes{buffer, means, stride, size, bytes + for_solver});
-    std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
-    for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
-    for (std::int64_t i = 0; i < count; ++i)
-      offsets[static_cast<std::size_t>(solver.lanes + i)] = (first + i) * m;
-    EigenTask<double> task{};
-    task.a = buffer;
-    task.values = out.values;
-    task.raw = out.raw;
-    task.means = means;
-    task.offsets = offsets.data();
-    task.values_offsets = offsets.data() + solver.lanes;
-    task.count = static_cast<int>(count);
-    task.n = m;
-    task.row_stride = 1;
-    task.column_stride = stride;
-    task.values_stride = out.stride;
-    task.trouble = trouble.data() + first;
-    task.workspace = bytes;
-    task.fill = [](void* context, int from, int some) {
-      static_cast<decltype(source)*>(context)->fill(from, some);
-    };
-    task.context = &source;
-    solver.lanes_run(task);
+    auto* const means = reinterpret_cast<double*>(bytes + for_solver + aligned(scratch));
+    const Lanes lanes{solver.lanes, means + solver.lanes * m, means, stride, size, bytes + for_solver};
+    auto source = make(first, lanes);
+    MomentsTask moments(lanes, first, count, m, trouble.data() + first, bytes);
+    moments.task.values = out.values;
+    moments.task.raw = out.raw;
+    moments.template fill_from<&decltype(source)::fill>(source);
+    solver.lanes_run(moments.task);
   });
   return first_trouble(trouble);
 }
@@ -264,9 +282,16 @@ Status gram_eigenvalues(const View& x, bool centred, double* values, double* raw
     return solve_singly(solver, batch, m, threads, results, reduce,
                         [m](std::int64_t index) { return index * m; });
   }
-  return solve_in_lanes(
-      solver, batch, m, threads, kernel.stride(m), kernel.workspace(moment_of(x, centred, 0)), results,
-      [&](std::int64_t first, const Lanes& to) { return Source{kernel, x, centred, info, first, to}; });
+  if (n >= d && d <= kMostSmall && n * d <= kMostSmallData)
+    return solve_in_lanes(solver, batch, m, threads, 0, kernel.small_workspace(n, d), results,
+                          [&](std::int64_t first, const Lanes& to) {
+                            return SmallSource{kernel, x, centred, info, first, to};
+                          });
+  return solve_in_lanes(solver, batch, m, threads, kernel.stride(m),
+                        kernel.workspace(moment_of(x, centred, 0)), results,
+                        [&](std::int64_t first, const Lanes& to) {
+                          return Source{kernel, x, centred, raw != nullptr, info, first, to};
+                        });
 }
 
 bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, double* raw,
@@ -282,9 +307,10 @@ bool left_out_eigenvalues(const View& x, std::int64_t groups, double* values, do
   threads = useful_threads(threads, batch, eigen_products(d) + n * d * d / (2 * groups));
   GramTask task = moment_of(x, true, 0);
   task.tall = true;
-  status = solve_in_lanes(
-      solver, batch, d, threads, kernel.stride(d), kernel.workspace(task), Results<double>{values, 1, raw},
-      [&](std::int64_t first, const Lanes& to) { return LeftOut{kernel, x, groups, info, first, to}; });
+  status = solve_in_lanes(solver, batch, d, threads, kernel.stride(d), kernel.workspace(task),
+                          Results<double>{values, 1, raw}, [&](std::int64_t first, const Lanes& to) {
+                            return LeftOut{kernel, x, groups, raw != nullptr, info, first, to};
+                          });
   return true;
 }
 

@@ -14,6 +14,22 @@ RGFAST_INLINE typename Simd<T>::Vec load_some(const T* p, long long count) {
   return load(part);
 }
 
+// Zeroes the lanes that hold NaN or infinity, and returns them.
+template <class T>
+RGFAST_INLINE unsigned clear_bad(T* packed, long long n, typename Simd<T>::Mask good,
+                                 typename Simd<T>::Vec top, T* largest) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  const unsigned bad = ((1U << L) - 1U) & ~bits(good);
+  if (bad != 0) {
+    for (long long i = 0; i < n * (n + 1) / 2; ++i)
+      store(packed + i * L, select(good, load(packed + i * L), V{}));
+    top = select(good, top, V{});
+  }
+  store(largest, top);
+  return bad;
+}
+
 // Copies the lower triangles of one group into lanes; returns the lanes that hold NaN or infinity, which
 // are zeroed, and writes each lane's largest magnitude.
 template <class T>
@@ -54,14 +70,22 @@ inline unsigned pack_lanes(const spectrum::EigenTask<T>& task, const long long* 
       for (long long j = 0; j <= i; ++j)
         put(i, j, gather(task.a + i * task.row_stride + j * task.column_stride, offsets));
   }
-  const unsigned bad = ((1U << L) - 1U) & ~bits(good);
-  if (bad != 0) {
-    for (long long i = 0; i < n * (n + 1) / 2; ++i)
-      store(packed + i * L, select(good, load(packed + i * L), V{}));
-    top = select(good, top, V{});
+  return clear_bad(packed, n, good, top, largest);
+}
+
+// What pack_lanes returns and writes, of lanes that are filled already.
+template <class T>
+inline unsigned check_lanes(T* packed, long long n, T* largest) {
+  using V = typename Simd<T>::Vec;
+  const V limit = broadcast(Range<T>::largest);
+  V top{};
+  auto good = less_equal(V{}, V{});
+  for (long long i = 0; i < n * (n + 1) / 2; ++i) {
+    const V size = abs(load(packed + i * Simd<T>::lanes));
+    good = both(good, less_equal(size, limit));
+    top = max(top, size);
   }
-  store(largest, top);
-  return bad;
+  return clear_bad(packed, n, good, top, largest);
 }
 
 }  // namespace RGFAST_NS

@@ -8,9 +8,35 @@ constexpr long long kGramTile = 256;  // terms per partial sum: part of the erro
 // From one panel to the next; a power of two would put them all in the same sets of the cache.
 constexpr long long kPanel = (kGramTile + 1) * Simd<double>::lanes;
 
+inline long long gram_stride(long long m) {
+  constexpr long long L = Simd<double>::lanes;
+  return (m + L - 1) / L * L;
+}
+
+// Of fp64 data whose largest magnitude this is, the power of two that they are divided by.
+inline int data_exponent(double top) {
+  if (!(top > 0.0 && top <= __DBL_MAX__)) return 0;
+  const int exponent = Range<double>::exponent(top);
+  return exponent < -1000 ? -1000 : exponent > 1000 ? 1000 : exponent;
+}
+
+// Data that the next moment is of, fetched line by line while this one's products keep the memory waiting.
+struct Ahead {
+  const char* at;
+  long long lines;
+  long long each;
+
+  RGFAST_INLINE void fetch() {
+    const long long some = lines < each ? lines : each;
+    for (long long i = 0; i < some; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+    at += some * 64;
+    lines -= some;
+  }
+};
+
 // c += y'y for one tile of terms, lower triangle, from panels [panel][term][lane].
 inline void gram_tile(const double* panels, long long count, long long terms, double* c, long long stride,
-                      bool first) {
+                      bool first, Ahead& ahead) {
   constexpr int L = Simd<double>::lanes;
   for (long long i = 0; i < count;) {
     const long long left = count - i;
@@ -20,6 +46,7 @@ inline void gram_tile(const double* panels, long long count, long long terms, do
       const double* const a = panels + (i + above) * kPanel;
       const double* const b = panels + j * kPanel;
       double* const at = c + j * L * stride + (i + above) * L;
+      ahead.fetch();
       if (rows - above == 3)
         panel_block<3, L, kPanel>(a, b, terms, at, stride, first);
       else if (rows - above == 2)
@@ -34,11 +61,11 @@ inline void gram_tile(const double* panels, long long count, long long terms, do
 // The same in stretches whose panels stay in the first-level cache, where that leaves the error within what
 // Python states for tiles: `total` terms in sums of b err by no more than b + total / b roundings.
 inline void gram_tiles(const double* panels, long long count, long long terms, double* c, long long stride,
-                       bool first, long long total) {
+                       bool first, long long total, Ahead& ahead) {
   const long long step = total <= kGramTile * kGramTile / 2 ? kGramTile / 2 : kGramTile;
   for (long long k = 0; k < terms; k += step)
     gram_tile(panels + k * Simd<double>::lanes, count, terms - k < step ? terms - k : step, c, stride,
-              first && k == 0);
+              first && k == 0, ahead);
 }
 
 // Takes the directions of K orthonormal vectors out of R terms that follow each other. Sums run across the

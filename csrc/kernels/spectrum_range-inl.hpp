@@ -1,7 +1,11 @@
-// Magnitudes and powers of two of a type. No include guard: see foreach_target.hpp.
+// Magnitudes and powers of two of a type, and where a packed triangle has its columns. No include guard: see
+// foreach_target.hpp.
 
 namespace rgfast {
 namespace RGFAST_NS {
+
+// Where column j of a packed lower triangle of n rows would have its row 0: element (i, j), i >= j, is i on.
+RGFAST_INLINE long long triangle_column(long long n, long long j) { return j * n - j * (j + 1) / 2; }
 
 // exponent(x): the e with 2^(e-1) <= |x| < 2^e; power(e): 2^e, a normal number. By bits, since the library's
 // calls cost more than a small matrix's share of everything else.

@@ -16,15 +16,6 @@ namespace {
 constexpr std::int64_t kManyRows =
     128;  // above, a task takes one group: the triangles of more leave the cache
 
-// Lanes and scratch that the fills below write to.
-struct Lanes {
-  double* buffer;  // [lanes, m, stride]
-  double* means;   // [lanes, m], or null
-  std::int64_t stride;
-  std::int64_t size;
-  void* workspace;  // of the moment's kernel
-};
-
 void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
   info.accumulated[index] = result.accumulated;
   info.exponent[index] = result.exponent;
@@ -83,6 +74,7 @@ struct Both {
   void fill_first(int from, int count) const {
     for (int i = 0; i < count; ++i) {
       GramTask gram = task(first + from + i, i);
+      gram.next = i + 1 < count ? moment_of(x, centred, first + from + i + 1).x : nullptr;
       gram.mean = to.means == nullptr ? nullptr : to.means + i * gram.d;
       tell(info, first + from + i, kernel.run(gram));
       // As the solver takes it: n mean mean' is that of this.
@@ -129,16 +121,12 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
                               sizeof(double) * static_cast<std::size_t>(solver.lanes * size));
     auto* const bytes = static_cast<std::byte*>(workspace.data());
     auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
-    Source source{kernel, x, step, info, first, {buffer, nullptr, stride, size, bytes + for_solver}};
-    std::vector<long long> offsets(static_cast<std::size_t>(solver.lanes + count));
+    const Lanes lanes{solver.lanes, buffer, nullptr, stride, size, bytes + for_solver};
+    Source source{kernel, x, step, info, first, lanes};
     std::vector<long long> from(static_cast<std::size_t>(count));
     std::vector<long long> found(static_cast<std::size_t>(count));
-    for (int lane = 0; lane < solver.lanes; ++lane) offsets[static_cast<std::size_t>(lane)] = lane * size;
-    for (std::int64_t i = 0; i < count; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      offsets[static_cast<std::size_t>(solver.lanes) + at] = (first + i) * m;
-      from[at] = step.stage == 0 ? 0 : step.ends[(first + i) * kRefineStages + step.stage - 1];
-    }
+    for (std::int64_t i = 0; step.stage > 0 && i < count; ++i)
+      from[static_cast<std::size_t>(i)] = step.ends[(first + i) * kRefineStages + step.stage - 1];
     const LeadingTask leading{share,
                               -1.0,
                               m,
@@ -148,22 +136,11 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
                               from.data(),
                               found.data(),
                               step.residual + first};
-    EigenTask<double> task{};
-    task.a = buffer;
-    task.values = values;
-    task.offsets = offsets.data();
-    task.values_offsets = offsets.data() + solver.lanes;
-    task.count = static_cast<int>(count);
-    task.n = m;
-    task.row_stride = 1;
-    task.column_stride = stride;
-    task.values_stride = 1;
-    task.trouble = trouble.data() + first;
-    task.workspace = bytes;
-    task.fill = [](void* context, int start, int some) { static_cast<Source*>(context)->fill(start, some); };
-    task.context = &source;
-    task.leading = &leading;
-    solver.lanes_run(task);
+    MomentsTask moments(lanes, first, count, m, trouble.data() + first, bytes);
+    moments.task.values = values;
+    moments.task.leading = &leading;
+    moments.fill_from<&Source::fill>(source);
+    solver.lanes_run(moments.task);
     for (std::int64_t i = 0; i < count; ++i) {
       const auto at = static_cast<std::size_t>(i);
       step.ends[(first + i) * kRefineStages + step.stage] = from[at] + found[at];
@@ -192,7 +169,6 @@ bool refined_eigenvalues(const View& x, double doubt, double share, double* valu
   const std::int64_t each = m > kManyRows ? solver.lanes : task_size(solver, batch, threads, lifted);
   const std::size_t for_solver = aligned(solver.leading_workspace(m, static_cast<int>(each / solver.lanes)));
   const std::size_t for_gram = aligned(kernel.workspace(moment_of(x, true, 0)));
-  const auto lanes = static_cast<std::size_t>(solver.lanes);
   std::vector<unsigned char> trouble(static_cast<std::size_t>(batch));
   parallel_for((batch + each - 1) / each, threads, [&](std::int64_t index, int) {
     const std::int64_t first = index * each;
@@ -204,44 +180,26 @@ bool refined_eigenvalues(const View& x, double doubt, double share, double* valu
     auto* const buffer = reinterpret_cast<double*>(bytes + for_solver + for_gram);
     double* const means = buffer + solver.lanes * size;
     double* const vectors = means + solver.lanes * d;
-    Both both{kernel, x,       info,
-              first,  columns, {buffer, lifted ? means : nullptr, stride, size, bytes + for_solver}};
+    const Lanes lanes{solver.lanes, buffer, lifted ? means : nullptr, stride, size, bytes + for_solver};
+    Both both{kernel, x, info, first, columns, lanes};
     const std::vector<long long> from(static_cast<std::size_t>(count));
     LeadingTask leading[2];
     for (int way = 0; way < ways; ++way)
       leading[way] = {
           share,   doubt,       way == 0 ? n - 1 : n,      vectors + way * count * m * columns, m * columns,
           columns, from.data(), second[way].count + first, second[way].residual + first};
-    std::vector<long long> offsets(lanes + static_cast<std::size_t>(count));
-    for (std::size_t lane = 0; lane < lanes; ++lane) offsets[lane] = static_cast<long long>(lane) * size;
-    for (std::int64_t i = 0; i < count; ++i) offsets[lanes + static_cast<std::size_t>(i)] = (first + i) * m;
-    EigenTask<double> task{};
-    task.a = buffer;
+    MomentsTask moments(lanes, first, count, m, trouble.data() + first, bytes);
+    EigenTask<double>& task = moments.task;
     task.values = values;
     task.raw = raw;
-    task.means = means;
-    task.offsets = offsets.data();
-    task.values_offsets = offsets.data() + lanes;
-    task.count = static_cast<int>(count);
-    task.n = m;
-    task.row_stride = 1;
-    task.column_stride = stride;
-    task.values_stride = 1;
-    task.trouble = trouble.data() + first;
-    task.workspace = bytes;
-    task.fill = [](void* context, int start, int some) {
-      static_cast<Both*>(context)->fill_first(start, some);
-    };
-    task.context = &both;
     task.leading = &leading[0];
     task.leading_raw = lifted ? &leading[1] : nullptr;
+    moments.fill_from<&Both::fill_first>(both);
     solver.lanes_run(task);
 
     task.raw = nullptr;
     task.leading = task.leading_raw = nullptr;
-    task.fill = [](void* context, int start, int some) {
-      static_cast<Both*>(context)->fill_second(start, some);
-    };
+    moments.fill_from<&Both::fill_second>(both);
     for (int way = 0; way < ways; ++way) {
       both.centred = way == 0;
       both.vectors = leading[way].vectors;
@@ -250,7 +208,7 @@ bool refined_eigenvalues(const View& x, double doubt, double share, double* valu
       both.chosen.clear();
       for (std::int64_t i = 0; i < count; ++i)
         if (both.found[i] > 0) {
-          offsets[lanes + both.chosen.size()] = (first + i) * m;
+          moments.place(both.chosen.size(), first + i);
           both.chosen.push_back(i);
         }
       std::vector<unsigned char> stuck(both.chosen.size());

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/spectrum.hpp"
@@ -46,6 +47,58 @@ std::int64_t task_size(const EigenKernels<T>& kernel, std::int64_t batch, int th
 
 // The task that makes the moment of matrix `index` of x[b, n, d]: all but where to.
 GramTask moment_of(const View& x, bool centred, std::int64_t index);
+
+// What the lanes of a task are filled with: moments, a vector of them at a time.
+struct Lanes {
+  std::int64_t count;
+  double* buffer;  // [count, m, stride]; null for what fills the lanes itself
+  double* means;   // [count, m], or null
+  std::int64_t stride;
+  std::int64_t size;
+  void* workspace;  // of the moment's kernel
+};
+
+// The task that solves matrices first, ..., first + count - 1 of m rows from such lanes. Set by the caller:
+// where values go, and, by fill_from, what puts the moments there.
+struct MomentsTask {
+  std::vector<long long> offsets;
+  std::size_t lanes;
+  EigenTask<double> task{};
+
+  MomentsTask(const Lanes& from, std::int64_t first, std::int64_t count, std::int64_t m,
+              unsigned char* trouble, void* workspace)
+      : offsets(static_cast<std::size_t>(from.count + count)), lanes(static_cast<std::size_t>(from.count)) {
+    for (std::size_t lane = 0; lane < lanes; ++lane) offsets[lane] = static_cast<long long>(lane) * from.size;
+    task.n = m;
+    for (std::int64_t i = 0; i < count; ++i) place(static_cast<std::size_t>(i), first + i);
+    task.a = from.buffer;
+    task.means = from.means;
+    task.offsets = offsets.data();
+    task.values_offsets = offsets.data() + lanes;
+    task.count = static_cast<int>(count);
+    task.row_stride = 1;
+    task.column_stride = from.stride;
+    task.values_stride = 1;
+    task.trouble = trouble;
+    task.workspace = workspace;
+  }
+
+  // The values of matrix i of the task are number `index` of all.
+  void place(std::size_t i, std::int64_t index) { offsets[lanes + i] = index * task.n; }
+
+  template <auto Fill, class Source>
+  void fill_from(Source& source) {
+    task.context = &source;
+    if constexpr (std::is_invocable_v<decltype(Fill), Source&, int, int>)
+      task.fill = [](void* context, int from, int some) {
+        (static_cast<Source*>(context)->*Fill)(from, some);
+      };
+    else
+      task.fill_lanes = [](void* context, int from, int some, double* packed, double* means) {
+        (static_cast<Source*>(context)->*Fill)(from, some, packed, means);
+      };
+  }
+};
 
 inline Status first_trouble(const std::vector<unsigned char>& trouble) {
   const auto found =

@@ -46,6 +46,8 @@ struct EigenTask {
   unsigned char* trouble;  // one per matrix: a Trouble
   void* workspace;
   void (*fill)(void* context, int first, int count);
+  // Or fills the lanes themselves: packed lower triangles, and n vectors of means unless null.
+  void (*fill_lanes)(void* context, int first, int count, T* packed, T* means);
   void* context;
   const LeadingTask* leading;      // fp64 alone; or null
   const LeadingTask* leading_raw;  // the same of raw ones; or null
@@ -107,6 +109,7 @@ EigenKernels<T> active_eigen_kernels();
 // The second moment of x[n, d] or, unless `tall`, of its transpose where that is smaller, as x'x in fp64.
 struct GramTask {
   const void* x;
+  const void* next;  // where the data of the task after this begin, of the same sizes, or null
   DType dtype;
   long long n;
   long long d;
@@ -152,6 +155,17 @@ struct PooledMoments {
   double between;  // what the means add to the trace, out
 };
 
+// Moments of as many small matrices as a vector has lanes, x[lane] being where each begins and `shared` all
+// else that they have in common: packed lower triangles, one per lane; means [d] likewise, or null. Sums are
+// of n terms in a row.
+struct SmallTask {
+  GramTask shared;
+  const void* const* x;
+  double* packed;
+  double* means;
+  GramResult* results;
+};
+
 struct GramKernels {
   long long (*stride)(long long m);
   std::size_t (*workspace)(const GramTask& task);
@@ -160,6 +174,8 @@ struct GramKernels {
   void (*pool)(PooledMoments& all);
   // The moment c [d, stride] and the mean of all samples but those of a group.
   void (*leave_out)(const PooledMoments& all, long long group, double* c, double* mean);
+  std::size_t (*small_workspace)(long long n, long long d);
+  void (*run_small)(const SmallTask& task);
 };
 
 GramKernels active_gram_kernels();

@@ -7,7 +7,7 @@ namespace RGFAST_NS {
 // column(j) + i * lanes.
 template <class T>
 RGFAST_INLINE T* lane_column(T* packed, long long n, long long j) {
-  return packed + (j * n - j * (j + 1) / 2) * Simd<T>::lanes;
+  return packed + triangle_column(n, j) * Simd<T>::lanes;
 }
 
 template <class T>
