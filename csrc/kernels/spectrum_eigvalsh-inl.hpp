@@ -155,7 +155,7 @@ template <class T>
 inline std::size_t eigen_lanes_workspace(long long n) {
   constexpr std::size_t L = Simd<T>::lanes;
   const auto size = static_cast<std::size_t>(n);
-  return sizeof(T) * L * (size * (size + 1) / 2 + 5 * size + 4 * kQlGroups * size);
+  return sizeof(T) * L * (size * (size + 1) / 2 + (kReductionRows + 1) * size + 4 * kQlGroups * size);
 }
 
 // With eigenvectors every group keeps its triangle, reflectors by then, and what they are made of.
@@ -199,7 +199,7 @@ inline void eigen_lanes(const spectrum::EigenTask<T>& task) {
   const long long n = task.n;
   T* packed = static_cast<T*>(task.workspace);
   T* const scratch = packed + n * (n + 1) / 2 * L;
-  T* const mean = scratch + 4 * n * L;
+  T* const mean = scratch + kReductionRows * n * L;
   T* const rows = mean + n * L;
   T* const kept = rows + 4 * kQlGroups * n * L;
   const long long kept_size = (n * (n + 1) / 2 + kKeptRows * n) * L;
@@ -274,7 +274,7 @@ inline long long single_stride(long long n) {
 template <class T>
 inline std::size_t single_workspace(long long n, long long stride) {
   const long long rows = whole_vectors(n, Simd<T>::lanes);
-  return sizeof(T) * static_cast<std::size_t>(n * stride + Simd<T>::lanes + 4 * rows);
+  return sizeof(T) * static_cast<std::size_t>(n * stride + Simd<T>::lanes + kReductionRows * rows);
 }
 
 template <class T>

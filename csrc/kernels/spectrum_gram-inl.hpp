@@ -31,16 +31,7 @@ struct Rows {
   double scale;
 
   RGFAST_INLINE VecD vector(long long i, long long j, long long count) const {
-    constexpr int L = Simd<double>::lanes;
-    const T* const from = x + i * stride + j;
-    VecD v;
-    if (count >= L) {
-      v = load_wide(from);
-    } else {
-      double tail[L] = {};
-      for (int lane = 0; lane < count; ++lane) tail[lane] = static_cast<double>(from[lane]);
-      v = load(tail);
-    }
+    const VecD v = load_wide_some(x + i * stride + j, count);
     return sizeof(T) == sizeof(double) ? v * broadcast(scale) : v;
   }
 };

@@ -44,6 +44,8 @@ void effective_ranks(const double* values, std::int64_t batch, std::int64_t m, s
       const double epsilon = kUnit * (chain * accumulated + std::max(50.0, size / 2.0) * top);
       const double root = std::max(std::sqrt(epsilon), kTiny);
       const double floor = 2.0 * kUnit * std::sqrt(accumulated);
+      const double per_top = top > 0.0 ? 1.0 / top : 0.0;
+      const double per_root = top > 0.0 ? 1.0 / std::sqrt(top) : 0.0;
       // With w = lambda / lambda_1: the entropy is ln S - T / S, S the sum and T that of its terms'
       // logarithms.
       double sum = 0.0;
@@ -56,8 +58,8 @@ void effective_ranks(const double* values, std::int64_t batch, std::int64_t m, s
         const double sigma = std::sqrt(lambda);
         error += epsilon / std::max(sigma, root) + floor;
         if (!(lambda > 0.0)) continue;
-        const double w = lambda / top;
-        const double s = std::sqrt(w);
+        const double w = lambda * per_top;
+        const double s = sigma * per_root;
         const double l = std::log(w);
         sum += s;
         logs += s * l;

@@ -5,15 +5,6 @@
 namespace rgfast {
 namespace RGFAST_NS {
 
-// `count` elements from p, zeros beyond.
-template <class T>
-RGFAST_INLINE typename Simd<T>::Vec load_some(const T* p, long long count) {
-  if (count >= Simd<T>::lanes) return load(p);
-  T part[Simd<T>::lanes] = {};
-  for (long long i = 0; i < count; ++i) part[i] = p[i];
-  return load(part);
-}
-
 // Zeroes the lanes that hold NaN or infinity, and returns them.
 template <class T>
 RGFAST_INLINE unsigned clear_bad(T* packed, long long n, typename Simd<T>::Mask good,

@@ -13,24 +13,31 @@ RGFAST_INLINE typename Simd<T>::Vec lane_numbers() {
 
 inline long long whole_vectors(long long n, long long lanes) { return (n + lanes - 1) / lanes * lanes; }
 
-// A -= u w' + w u' on columns [j, j + Columns) and their share of y = A next. Column-major, lower triangle,
-// rows padded to whole vectors with zeros in all four vectors; what is stored above the diagonal is ignored.
-template <class T, int Columns, bool Update>
-RGFAST_INLINE void single_block(T* a, long long stride, long long rows, long long j, const T* __restrict u,
-                                const T* __restrict w, const T* __restrict next, T* __restrict y) {
+// A -= u w' + w u' for what is pending on columns [j, j + Columns) and their share of y = A next.
+// Column-major, lower triangle, rows padded to whole vectors with zeros in all vectors; what is stored above
+// the diagonal is ignored.
+template <class T, int Columns, int Updates>
+RGFAST_INLINE void single_block(T* a, long long stride, long long rows, long long j, const Pending<T>& by,
+                                const T* __restrict next, T* __restrict y) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
+  constexpr int kRoom = Updates > 0 ? Updates : 1;
+  const T* u[kRoom] = {};
+  const T* w[kRoom] = {};
   T* column[Columns];
-  V uj[Columns];
-  V wj[Columns];
+  V uj[kRoom][Columns];
+  V wj[kRoom][Columns];
   V nj[Columns];
   V sum[Columns];
 #pragma GCC unroll 8
   for (int c = 0; c < Columns; ++c) {
     column[c] = a + (j + c) * stride;
-    if (Update) {
-      uj[c] = broadcast(u[j + c]);
-      wj[c] = broadcast(w[j + c]);
+#pragma GCC unroll 2
+    for (int p = 0; p < Updates; ++p) {
+      u[p] = by.u[p];
+      w[p] = by.w[p];
+      uj[p][c] = broadcast(u[p][j + c]);
+      wj[p][c] = broadcast(w[p][j + c]);
     }
     nj[c] = broadcast(next[j + c]);
     sum[c] = V{};
@@ -42,34 +49,37 @@ RGFAST_INLINE void single_block(T* a, long long stride, long long rows, long lon
     for (int c = 0; c < Columns; ++c) {
       const V diagonal = broadcast(static_cast<T>(j + c - i));
       V v = load(column[c] + i);
-      if (Update) {
-        v = fnma(load(u + i), wj[c], v);
-        v = fnma(load(w + i), uj[c], v);
+#pragma GCC unroll 2
+      for (int p = 0; p < Updates; ++p) {
+        v = fnma(load(u[p] + i), wj[p][c], v);
+        v = fnma(load(w[p] + i), uj[p][c], v);
       }
       v = select(less(numbers, diagonal), V{}, v);
-      if (Update) store(column[c] + i, v);
+      if (Updates > 0) store(column[c] + i, v);
       yi = fma(v, nj[c], yi);
       sum[c] = fma(select(less(diagonal, numbers), v, V{}), load(next + i), sum[c]);
     }
     store(y + i, yi);
   }
   for (; i < rows; i += L) {
-    V ui{};
-    V wi{};
-    if (Update) {
-      ui = load(u + i);
-      wi = load(w + i);
+    V ui[kRoom];
+    V wi[kRoom];
+#pragma GCC unroll 2
+    for (int p = 0; p < Updates; ++p) {
+      ui[p] = load(u[p] + i);
+      wi[p] = load(w[p] + i);
     }
     const V ni = load(next + i);
     V yi = load(y + i);
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
       V v = load(column[c] + i);
-      if (Update) {
-        v = fnma(ui, wj[c], v);
-        v = fnma(wi, uj[c], v);
-        store(column[c] + i, v);
+#pragma GCC unroll 2
+      for (int p = 0; p < Updates; ++p) {
+        v = fnma(ui[p], wj[p][c], v);
+        v = fnma(wi[p], uj[p][c], v);
       }
+      if (Updates > 0) store(column[c] + i, v);
       yi = fma(v, nj[c], yi);
       sum[c] = fma(v, ni, sum[c]);
     }
@@ -78,38 +88,71 @@ RGFAST_INLINE void single_block(T* a, long long stride, long long rows, long lon
   for (int c = 0; c < Columns; ++c) y[j + c] += sum_lanes(sum[c]);
 }
 
-template <class T, bool Update>
-inline void single_pass(T* a, long long stride, long long n, long long rows, long long first, const T* u,
-                        const T* w, const T* next, T* y) {
-  constexpr int kColumns = RGFAST_SIMD == 64 || RGFAST_TARGET == RGFAST_TARGET_NEON ? 4 : 2;
+template <class T, int Updates>
+inline void single_pass(T* a, long long stride, long long n, long long rows, long long first,
+                        const Pending<T>& by, const T* next, T* y) {
+  constexpr int kColumns = kMostPending == 2 ? 4 : 2;
   for (long long i = first / Simd<T>::lanes * Simd<T>::lanes; i < rows; ++i) y[i] = T(0);
   long long j = first;
   for (; j + kColumns <= n; j += kColumns)
-    single_block<T, kColumns, Update>(a, stride, rows, j, u, w, next, y);
-  for (; j < n; ++j) single_block<T, 1, Update>(a, stride, rows, j, u, w, next, y);
+    single_block<T, kColumns, Updates>(a, stride, rows, j, by, next, y);
+  for (; j < n; ++j) single_block<T, 1, Updates>(a, stride, rows, j, by, next, y);
+}
+
+// As `multiply`; next has zeros above row `first`.
+template <class T>
+inline void multiply_single(T* a, long long stride, long long n, long long rows, long long first,
+                            Pending<T>& pending, const T* next, T* y) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  if (pending.count == kMostPending) {
+    single_pass<T, kMostPending>(a, stride, n, rows, first, pending, next, y);
+    pending.count = 0;
+    return;
+  }
+  single_pass<T, 0>(a, stride, n, rows, first, pending, next, y);
+  if (pending.count == 0) return;
+  const long long from = first / L * L;
+  const T* const u = pending.u[0];
+  const T* const w = pending.w[0];
+  V by_w{};
+  V by_u{};
+  for (long long i = from; i < rows; i += L) {
+    by_w = fma(load(w + i), load(next + i), by_w);
+    by_u = fma(load(u + i), load(next + i), by_u);
+  }
+  const V along_w = broadcast(sum_lanes(by_w));
+  const V along_u = broadcast(sum_lanes(by_u));
+  for (long long i = from; i < rows; i += L)
+    store(y + i, fnma(load(w + i), along_u, fnma(load(u + i), along_w, load(y + i))));
 }
 
 // Destroys a (column-major, lower triangle; columns of `stride` >= whole vectors of rows, which past n may
-// hold anything). `scratch` holds four vectors of as many rows. `mean` and `square` as in tridiagonal_lanes.
+// hold anything). `scratch` holds kReductionRows vectors of as many rows. `mean` and `square` as in
+// tridiagonal_lanes.
 template <class T>
 inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal, T* off_squared, T* scratch,
                                const T* mean, T* square) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
   const long long rows = whole_vectors(n, L);
-  T* u = scratch;
-  T* w = u + rows;
-  T* next = w + rows;
-  T* y = next + rows;
-  for (long long i = 0; i < 4 * rows; ++i) scratch[i] = T(0);
+  T* next = scratch;
+  T* const y = next + rows;
+  Pending<T> pending;
+  for (int p = 0; p < kMostPending; ++p) {
+    pending.u[p] = y + (2 * p + 1) * rows;
+    pending.w[p] = y + (2 * p + 2) * rows;
+  }
+  for (long long i = 0; i < kReductionRows * rows; ++i) scratch[i] = T(0);
   for (long long j = 0; j < n; ++j)
     for (long long i = n; i < rows; ++i) a[j * stride + i] = T(0);
   if (mean != nullptr)
     for (long long i = 0; i < n; ++i) y[i] = mean[i];
-  bool pending = false;
   for (long long k = mean == nullptr ? 0 : -1; k < n; ++k) {
     T* const column = k < 0 ? y : a + k * stride;
-    if (pending) {
+    for (int p = 0; p < pending.count; ++p) {
+      const T* const u = pending.u[p];
+      const T* const w = pending.w[p];
       const V uk = broadcast(u[k]);
       const V wk = broadcast(w[k]);
       for (long long i = k / L * L; i < rows; i += L) {
@@ -150,19 +193,17 @@ inline void tridiagonal_single(T* a, long long stride, long long n, T* diagonal,
     const V factor = broadcast(inverse);
     for (long long i = from; i < rows; i += L) store(next + i, load(next + i) * factor);
     next[k + 1] = T(1);
-    if (pending)
-      single_pass<T, true>(a, stride, n, rows, k + 1, u, w, next, y);
-    else
-      single_pass<T, false>(a, stride, n, rows, k + 1, u, w, next, y);
+    multiply_single(a, stride, n, rows, k + 1, pending, next, y);
     V dots{};
     for (long long i = from; i < rows; i += L) dots = fma(load(y + i), load(next + i), dots);
     const T half = T(-0.5) * tau * tau * sum_lanes(dots);
+    T* const w = pending.w[pending.count];
     for (long long i = from; i < rows; i += L)
       store(w + i, fma(broadcast(half), load(next + i), broadcast(tau) * load(y + i)));
-    T* const spare = u;
-    u = next;
+    T* const spare = pending.u[pending.count];
+    pending.u[pending.count] = next;
     next = spare;
-    pending = true;
+    ++pending.count;
   }
 }
 

@@ -22,15 +22,7 @@ inline void interleave(const T* const* rows, long long count, double* to) {
   constexpr int L = Simd<double>::lanes;
   VecD part[L];
   for (long long k = 0; k < count; k += L) {
-    if (count - k >= L) {
-      for (int lane = 0; lane < L; ++lane) part[lane] = load_wide(rows[lane] + k);
-    } else {
-      for (int lane = 0; lane < L; ++lane) {
-        double some[L] = {};
-        for (long long i = 0; i < count - k; ++i) some[i] = widened(rows[lane][k + i]);
-        part[lane] = load(some);
-      }
-    }
+    for (int lane = 0; lane < L; ++lane) part[lane] = load_wide_some(rows[lane] + k, count - k);
     transpose<double>(part);
     for (int i = 0; i < L && k + i < count; ++i) store(to + (k + i) * L, part[i]);
   }

@@ -10,31 +10,44 @@ RGFAST_INLINE T* lane_column(T* packed, long long n, long long j) {
   return packed + triangle_column(n, j) * Simd<T>::lanes;
 }
 
+// Updates A -= u w' + w u' that are put off: what a step does to the trailing matrix is left to a later pass,
+// so that every other one only reads. Two need 31 of the 32 registers of AVX-512.
+constexpr int kMostPending = RGFAST_SIMD == 64 || RGFAST_TARGET == RGFAST_TARGET_NEON ? 2 : 1;
+
 template <class T>
-struct Reflector {
-  T* u;  // the vector, first entry 1
-  T* w;  // tau A u - (tau^2 / 2)(u' A u) u: A - u w' - w u' is the transformed trailing matrix
+struct Pending {
+  int count = 0;
+  T* u[kMostPending];  // the reflector's vector, first entry 1
+  T* w[kMostPending];  // tau A u - (tau^2 / 2)(u' A u) u
 };
 
-// A -= u w' + w u' over columns [first, n) and y = A next, in one pass over the lower triangle: every
-// element is read and written once a step, which is what bounds this beyond the first-level cache.
-template <class T, int Columns, bool Update>
-RGFAST_INLINE void update_and_multiply_block(T* packed, long long n, long long j, const T* __restrict u,
-                                             const T* __restrict w, const T* __restrict next,
-                                             T* __restrict y) {
+// Applies `Updates` of them to columns [first, n) and sets y = A next, in one pass over the lower triangle:
+// reading and writing every element is what bounds this beyond the first-level cache.
+template <class T, int Columns, int Updates>
+RGFAST_INLINE void update_and_multiply_block(T* packed, long long n, long long j, const Pending<T>& by,
+                                             const T* __restrict next, T* __restrict y) {
   using V = typename Simd<T>::Vec;
   constexpr int L = Simd<T>::lanes;
+  constexpr int kRoom = Updates > 0 ? Updates : 1;
+  const T* u[kRoom] = {};
+  const T* w[kRoom] = {};
   T* column[Columns];
-  V uj[Columns];
-  V wj[Columns];
+  V uj[kRoom][Columns];
+  V wj[kRoom][Columns];
   V nj[Columns];
   V sum[Columns];
+#pragma GCC unroll 2
+  for (int p = 0; p < Updates; ++p) {
+    u[p] = by.u[p];
+    w[p] = by.w[p];
+  }
 #pragma GCC unroll 8
   for (int c = 0; c < Columns; ++c) {
     column[c] = lane_column(packed, n, j + c);
-    if (Update) {
-      uj[c] = load(u + (j + c) * L);
-      wj[c] = load(w + (j + c) * L);
+#pragma GCC unroll 2
+    for (int p = 0; p < Updates; ++p) {
+      uj[p][c] = load(u[p] + (j + c) * L);
+      wj[p][c] = load(w[p] + (j + c) * L);
     }
     nj[c] = load(next + (j + c) * L);
     sum[c] = load(y + (j + c) * L);
@@ -44,32 +57,35 @@ RGFAST_INLINE void update_and_multiply_block(T* packed, long long n, long long j
 #pragma GCC unroll 8
     for (int r = c; r < Columns; ++r) {
       V a = load(column[c] + (j + r) * L);
-      if (Update) {
-        a = fnma(uj[r], wj[c], a);
-        a = fnma(wj[r], uj[c], a);
-        store(column[c] + (j + r) * L, a);
+#pragma GCC unroll 2
+      for (int p = 0; p < Updates; ++p) {
+        a = fnma(uj[p][r], wj[p][c], a);
+        a = fnma(wj[p][r], uj[p][c], a);
       }
+      if (Updates > 0) store(column[c] + (j + r) * L, a);
       sum[r] = fma(a, nj[c], sum[r]);
       if (r > c) sum[c] = fma(a, nj[r], sum[c]);
     }
   }
   for (long long i = j + Columns; i < n; ++i) {
-    V ui{};
-    V wi{};
-    if (Update) {
-      ui = load(u + i * L);
-      wi = load(w + i * L);
+    V ui[kRoom];
+    V wi[kRoom];
+#pragma GCC unroll 2
+    for (int p = 0; p < Updates; ++p) {
+      ui[p] = load(u[p] + i * L);
+      wi[p] = load(w[p] + i * L);
     }
     const V ni = load(next + i * L);
     V yi = load(y + i * L);
 #pragma GCC unroll 8
     for (int c = 0; c < Columns; ++c) {
       V a = load(column[c] + i * L);
-      if (Update) {
-        a = fnma(ui, wj[c], a);
-        a = fnma(wi, uj[c], a);
-        store(column[c] + i * L, a);
+#pragma GCC unroll 2
+      for (int p = 0; p < Updates; ++p) {
+        a = fnma(ui[p], wj[p][c], a);
+        a = fnma(wi[p], uj[p][c], a);
       }
+      if (Updates > 0) store(column[c] + i * L, a);
       yi = fma(a, nj[c], yi);
       sum[c] = fma(a, ni, sum[c]);
     }
@@ -79,23 +95,58 @@ RGFAST_INLINE void update_and_multiply_block(T* packed, long long n, long long j
   for (int c = 0; c < Columns; ++c) store(y + (j + c) * L, sum[c]);
 }
 
-template <class T, bool Update>
-inline void update_and_multiply(T* packed, long long n, long long first, const T* u, const T* w,
-                                const T* next, T* y) {
-  // Four columns need 21 registers: the 16 of AVX2 hold two.
-  constexpr int kColumns = RGFAST_SIMD == 64 || RGFAST_TARGET == RGFAST_TARGET_NEON ? 4 : 2;
+template <class T, int Updates>
+inline void update_and_multiply(T* packed, long long n, long long first, const Pending<T>& by, const T* next,
+                                T* y) {
+  // Four columns and one update need 21 registers: the 16 of AVX2 hold two.
+  constexpr int kColumns = kMostPending == 2 ? 4 : 2;
   const typename Simd<T>::Vec zero{};
   for (long long i = first; i < n; ++i) store(y + i * Simd<T>::lanes, zero);
   long long j = first;
   for (; j + kColumns <= n; j += kColumns)
-    update_and_multiply_block<T, kColumns, Update>(packed, n, j, u, w, next, y);
-  for (; j < n; ++j) update_and_multiply_block<T, 1, Update>(packed, n, j, u, w, next, y);
+    update_and_multiply_block<T, kColumns, Updates>(packed, n, j, by, next, y);
+  for (; j < n; ++j) update_and_multiply_block<T, 1, Updates>(packed, n, j, by, next, y);
 }
 
+template <class T>
+RGFAST_INLINE typename Simd<T>::Vec dot_rows(const T* a, const T* b, long long first, long long n) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  V part[4] = {};
+  long long i = first;
+  for (; i + 4 <= n; i += 4)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) part[c] = fma(load(a + (i + c) * L), load(b + (i + c) * L), part[c]);
+  for (; i < n; ++i) part[0] = fma(load(a + i * L), load(b + i * L), part[0]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// y = A next, A being the trailing matrix from row `first` on after all that is pending.
+template <class T>
+inline void multiply(T* packed, long long n, long long first, Pending<T>& pending, const T* next, T* y) {
+  using V = typename Simd<T>::Vec;
+  constexpr int L = Simd<T>::lanes;
+  if (pending.count == kMostPending) {
+    update_and_multiply<T, kMostPending>(packed, n, first, pending, next, y);
+    pending.count = 0;
+    return;
+  }
+  update_and_multiply<T, 0>(packed, n, first, pending, next, y);
+  if (pending.count == 0) return;
+  const T* const u = pending.u[0];
+  const T* const w = pending.w[0];
+  const V along_w = dot_rows(w, next, first, n);
+  const V along_u = dot_rows(u, next, first, n);
+  for (long long i = first; i < n; ++i)
+    store(y + i * L, fnma(load(w + i * L), along_u, fnma(load(u + i * L), along_w, load(y + i * L))));
+}
+
+constexpr int kReductionRows = 2 * kMostPending + 2;
+
 // Destroys `packed`; writes the diagonal and the squares of the off-diagonal (its last entry is 0).
-// `scratch` holds 4 n vectors. Where `mean` (n vectors) is given, a reflection that takes it to the first
-// axis goes first: mean mean' is then square e1 e1', square being its squared norm. Where `keep` (2 n
-// vectors) is given, it gets the factors tau and then the off-diagonal with its signs, and the columns of
+// `scratch` holds kReductionRows n vectors. Where `mean` (n vectors) is given, a reflection that takes it to
+// the first axis goes first: mean mean' is then square e1 e1', square being its squared norm. Where `keep` (2
+// n vectors) is given, it gets the factors tau and then the off-diagonal with its signs, and the columns of
 // `packed` below the diagonal become the reflectors' vectors: what takes eigenvectors back.
 template <class T>
 inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_squared, T* scratch, T* mean,
@@ -105,15 +156,19 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
   constexpr int L = Simd<T>::lanes;
   const V zero{};
   const V one = broadcast(T(1));
-  T* u = scratch;
-  T* w = u + n * L;
-  T* next = w + n * L;
-  T* y = next + n * L;
-  bool pending = false;
+  T* next = scratch;
+  T* const y = next + n * L;
+  Pending<T> pending;
+  for (int p = 0; p < kMostPending; ++p) {
+    pending.u[p] = y + (2 * p + 1) * n * L;
+    pending.w[p] = y + (2 * p + 2) * n * L;
+  }
   if (keep != nullptr) store(keep + 3 * n * L, zero);
   for (long long k = mean == nullptr ? 0 : -1; k < n; ++k) {
     T* const column = k < 0 ? mean : lane_column(packed, n, k);
-    if (pending) {
+    for (int p = 0; p < pending.count; ++p) {
+      const T* const u = pending.u[p];
+      const T* const w = pending.w[p];
       const V uk = load(u + k * L);
       const V wk = load(w + k * L);
       for (long long i = k; i < n; ++i) {
@@ -169,22 +224,14 @@ inline void tridiagonal_lanes(T* packed, long long n, T* diagonal, T* off_square
       T* const reflector = k < 0 ? keep + 2 * n * L : column;
       for (i = k + 1; i < n; ++i) store(reflector + i * L, load(next + i * L));
     }
-    if (pending)
-      update_and_multiply<T, true>(packed, n, k + 1, u, w, next, y);
-    else
-      update_and_multiply<T, false>(packed, n, k + 1, u, w, next, y);
-    V dots[4] = {zero, zero, zero, zero};
-    i = k + 1;
-    for (; i + 4 <= n; i += 4)
-      for (int c = 0; c < 4; ++c) dots[c] = fma(load(y + (i + c) * L), load(next + (i + c) * L), dots[c]);
-    for (; i < n; ++i) dots[0] = fma(load(y + i * L), load(next + i * L), dots[0]);
-    const V dot = (dots[0] + dots[1]) + (dots[2] + dots[3]);
-    const V half = broadcast(T(-0.5)) * tau * tau * dot;
+    multiply(packed, n, k + 1, pending, next, y);
+    const V half = broadcast(T(-0.5)) * tau * tau * dot_rows(y, next, k + 1, n);
+    T* const w = pending.w[pending.count];
     for (i = k + 1; i < n; ++i) store(w + i * L, fma(half, load(next + i * L), tau * load(y + i * L)));
-    T* const spare = u;
-    u = next;
+    T* const spare = pending.u[pending.count];
+    pending.u[pending.count] = next;
     next = spare;
-    pending = true;
+    ++pending.count;
   }
 }
 

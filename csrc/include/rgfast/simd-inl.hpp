@@ -246,6 +246,36 @@ RGFAST_INLINE float sum_lanes(VecF v) {
 #endif
 }
 
+// `count` elements from p, zeros beyond.
+template <class T>
+RGFAST_INLINE typename Simd<T>::Vec load_some(const T* p, long long count) {
+  if (count >= Simd<T>::lanes) return load(p);
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  const unsigned mask = (1U << count) - 1U;
+  if constexpr (sizeof(T) == sizeof(double))
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+  else
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+#else
+  T part[Simd<T>::lanes] = {};
+  for (long long i = 0; i < count; ++i) part[i] = p[i];
+  return load(part);
+#endif
+}
+
+// As many values as an fp64 vector has lanes, of which `count` are there and the others zero.
+RGFAST_INLINE VecD load_wide_some(const double* p, long long count) { return load_some(p, count); }
+RGFAST_INLINE VecD load_wide_some(const float* p, long long count) {
+  if (count >= Simd<double>::lanes) return load_wide(p);
+#if RGFAST_TARGET == RGFAST_TARGET_AVX512
+  return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1U << count) - 1U), p));
+#else
+  double part[Simd<double>::lanes] = {};
+  for (long long i = 0; i < count; ++i) part[i] = static_cast<double>(p[i]);
+  return load(part);
+#endif
+}
+
 template <class Mask>
 RGFAST_INLINE bool any(Mask m) {
   return bits(m) != 0;

@@ -80,5 +80,15 @@ RGFAST_INLINE VecD load_wide(const Half* p) {
 #endif
 }
 
+template <class T>
+RGFAST_INLINE VecD load_half_some(const T* p, long long count) {
+  if (count >= Simd<double>::lanes) return load_wide(p);
+  double part[Simd<double>::lanes] = {};
+  for (long long i = 0; i < count; ++i) part[i] = widened(p[i]);
+  return load(part);
+}
+RGFAST_INLINE VecD load_wide_some(const Brain* p, long long count) { return load_half_some(p, count); }
+RGFAST_INLINE VecD load_wide_some(const Half* p, long long count) { return load_half_some(p, count); }
+
 }  // namespace RGFAST_NS
 }  // namespace rgfast
