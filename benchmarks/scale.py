@@ -7,9 +7,11 @@
     slopes       time of a whole probe over depth, width, positions and samples, one at a time, beside the
                  slope that counting operations predicts: a JSON and a figure
     eigenvalues  time per matrix of `eigvalsh` over d = 2 ... 1,024, beside PyTorch's: a JSON and a figure
+    small        processor time per matrix of `effective_rank` (n = 4d, fp32) and `eigvalsh` on one thread,
+                 beside PyTorch's, and the share of it that the products alone would take
 
 `deep` and `wide` take 1,024 sequences. Values are compared with brute force. Times are those of single
-calls on all threads; memory is the peak of the process.
+calls on all threads but for `small`; memory is the peak of the process.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 
 import rgfast
-from rgfast.bench.spectrum import batch_of, check_eigenvalues, svd_rank, symmetric
+from rgfast.bench.spectrum import batch_of, check_eigenvalues, check_ranks, svd_rank, symmetric
 from rgfast.bench.timing import hold, on_one_thread, turns
 from rgfast.files import write_text
 
@@ -198,6 +200,49 @@ def eigenvalues(folder: Path) -> None:
     figure.savefig(folder / "eigvalsh.png", dpi=130)
 
 
+def processor_turns(calls: dict[str, Callable[[], Any]], turn: float) -> dict[str, float]:
+    """Median processor seconds of a call; the contenders take seven turns of about `turn` seconds."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = time.process_time()
+        call()
+        repeats[name] = max(1, int(turn / max(time.process_time() - start, 1e-6)))
+    for _ in range(7):
+        for name, call in calls.items():
+            start = time.process_time()
+            for _ in range(repeats[name]):
+                call()
+            spent[name].append((time.process_time() - start) / repeats[name])
+    return {name: statistics.median(each) for name, each in spent.items()}
+
+
+def small() -> None:
+    torch.set_num_threads(1)
+    a, b = torch.randn(2, 512, 512, dtype=torch.float64)
+    rate = 2 * 512**3 / processor_turns({"mm": lambda: a @ b}, 0.02)["mm"]
+    print(f"fp64 products of PyTorch: {rate / 1e9:.0f} GF/s")
+    print("d, us per matrix and times faster: effective_rank, share of products; eigvalsh fp32; fp64")
+    for d in (12, 24, 48, 64, 128, 200, 256, 512):
+        count = batch_of(d)
+        x = torch.randn(count, 4 * d, d, generator=torch.Generator().manual_seed(d))
+        hold(check_ranks(x))
+        cases: list[tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]] = [
+            (rgfast.effective_rank, svd_rank, x)
+        ]
+        for dtype in (torch.float32, torch.float64):
+            cases.append((rgfast.eigvalsh, torch.linalg.eigvalsh, symmetric(count, d, dtype)))
+            hold(check_eigenvalues(cases[-1][2]))
+        line = [f"{d:4}"]
+        for ours, theirs, data in cases:
+            found = processor_turns({"ours": partial(ours, data), "theirs": partial(theirs, data)}, 0.02)
+            line.append(f"{found['ours'] / count * 1e6:9.2f} {found['theirs'] / found['ours']:6.2f}")
+            if ours is rgfast.effective_rank:
+                line.append(f"{(4 + 4 / 3) * d**3 / rate * count / found['ours']:5.0%}")
+        print(*line, sep="  ", flush=True)
+
+
 def subplots(**options: Any) -> Any:
     import matplotlib
 
@@ -211,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", choices=(*LARGE, "moment", "stream", "slopes", "eigenvalues"))
+    parser.add_argument("case", choices=(*LARGE, "moment", "stream", "slopes", "eigenvalues", "small"))
     parser.add_argument("--out", type=Path, default=Path("runs/scale"), help="folder for figures")
     parser.add_argument("--d", type=int, default=8192, help="of `moment`")
     parser.add_argument("--seed", type=int, default=0, help="of `moment`")
@@ -221,6 +266,8 @@ def main() -> None:
         large(args.case)
     elif args.case == "moment":
         moment(args.d, args.seed)
+    elif args.case == "small":
+        small()
     elif args.case == "stream":
         stream(args.samples)
     else:

@@ -76,17 +76,6 @@ inline void solve_tridiagonal(const TridiagonalFactors& by, long long n, double*
   }
 }
 
-RGFAST_INLINE VecD dot_lanes(const double* a, const double* b, long long n) {
-  constexpr int L = Simd<double>::lanes;
-  VecD part[4] = {};
-  long long i = 0;
-  for (; i + 4 <= n; i += 4)
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) part[c] = fma(load(a + (i + c) * L), load(b + (i + c) * L), part[c]);
-  for (; i < n; ++i) part[0] = fma(load(a + i * L), load(b + i * L), part[0]);
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
 // a -= factor b
 RGFAST_INLINE void take_lanes(double* a, const double* b, long long n, VecD factor) {
   constexpr int L = Simd<double>::lanes;
@@ -106,9 +95,9 @@ inline void orthonormal_lanes(double* vectors, long long n, long long j) {
     for (long long i = 0; i < n; ++i) store(z + i * L, load(z + i * L) * factor);
     for (long long k = 0; k < j; ++k) {
       const double* const other = vectors + k * n * L;
-      take_lanes(z, other, n, dot_lanes(other, z, n));
+      take_lanes(z, other, n, dot_rows(other, z, 0, n));
     }
-    factor = one / max(sqrt(dot_lanes(z, z, n)), broadcast(__DBL_MIN__));
+    factor = one / max(sqrt(dot_rows<double>(z, z, 0, n)), broadcast(__DBL_MIN__));
   }
   for (long long i = 0; i < n; ++i) store(z + i * L, load(z + i * L) * factor);
 }

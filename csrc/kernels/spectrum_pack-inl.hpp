@@ -79,5 +79,30 @@ inline unsigned check_lanes(T* packed, long long n, T* largest) {
   return clear_bad(packed, n, good, top, largest);
 }
 
+// Puts matrices first, first + 1, ... of a task into lanes, and their means for raw eigenvalues. A group that
+// is not full repeats its first matrix.
+template <class T>
+inline unsigned fill_lanes(const spectrum::EigenTask<T>& task, int first, T* packed, T* mean, T* largest) {
+  constexpr int L = Simd<T>::lanes;
+  const long long n = task.n;
+  const int count = task.count - first < L ? task.count - first : L;
+  unsigned bad = 0;
+  if (task.fill_lanes != nullptr) {
+    task.fill_lanes(task.context, first, count, packed, task.raw == nullptr ? nullptr : mean);
+    bad = check_lanes(packed, n, largest);
+  } else {
+    if (task.fill != nullptr) task.fill(task.context, first, count);
+    long long offsets[L];
+    for (int lane = 0; lane < L; ++lane)
+      offsets[lane] = task.offsets[(task.fill == nullptr ? first : 0) + (lane < count ? lane : 0)];
+    bad = pack_lanes(task, offsets, packed, largest);
+    for (int lane = 0; task.raw != nullptr && lane < L; ++lane)
+      for (long long i = 0; i < n; ++i) mean[i * L + lane] = task.means[(lane < count ? lane : 0) * n + i];
+  }
+  for (int lane = 0; task.raw != nullptr && bad != 0 && lane < L; ++lane)
+    for (long long i = 0; ((bad >> lane) & 1U) != 0 && i < n; ++i) mean[i * L + lane] = T(0);
+  return bad;
+}
+
 }  // namespace RGFAST_NS
 }  // namespace rgfast
