@@ -27,6 +27,7 @@ from rgfast.experiments.study import chosen, run_study, write_table
 from rgfast.experiments.survival import FROM_LAYER, mode_survival, posterior_rank
 from rgfast.files import as_json, write_text
 from rgfast.flow import Interval, paired_interval
+from rgfast.flow.stages import in_words
 from rgfast.masking import balanced_counts, balanced_mask
 from rgfast.probing import probe
 from rgfast.stack import MaskedTokenModel
@@ -283,10 +284,11 @@ def decimation_text(done: Decimation) -> str:
         mean, k = part.mean(numeric_only=True), int(part.spacing.iloc[0])
         length = xi / k if arm == "grid" else xi
         lines.append(
-            f"  {stage:<11} {arm:<5} k={spacing} (ξ={length:.2f}, {mean.tokens_shown:.0f} shown) "
-            f"captured {mean.captured:.2f}; R visible {mean.R_visible:.2f}, masked {mean.R_masked:.2f}; own "
-            f"token slow {mean.slow_visible:.2f}, fast {mean.fast_visible:.2f}; final rank "
-            f"{mean.final_rank_masked:.2f}, posterior's {mean.log_posterior_rank:.2f}"
+            f"  {in_words(str(stage)):<24} {arm:<5} k={spacing} (ξ={length:.2f}, "
+            f"{mean.tokens_shown:.0f} shown) captured {mean.captured:.2f}; R visible {mean.R_visible:.2f}, "
+            f"masked {mean.R_masked:.2f}; own token slow {mean.slow_visible:.2f}, fast "
+            f"{mean.fast_visible:.2f}; final rank {mean.final_rank_masked:.2f}, posterior's "
+            f"{mean.log_posterior_rank:.2f}"
         )
     for name in MEASURES if done.slopes else ():
         told = []

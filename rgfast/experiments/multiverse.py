@@ -37,7 +37,7 @@ EFFECTS = {
     "fall_masked": ("concentration: 1 − R, short ξ, masked", 0.15),
     "gap_visible": ("(ii) R long − R short, visible", 0.15),
     "gap_masked": ("(ii) R long − R short, masked", 0.15),
-    "survival": ("(ii-b) slow − fast mode, short ξ, visible", 0.25),
+    "survival": ("reading of (i), (ii): slow − fast mode, short ξ, visible", 0.25),
     "top2_visible": ("(iii) top-2 share − broken stick, short ξ, visible", 0.0),
 }
 

@@ -26,6 +26,7 @@ from rgfast.experiments.runs import Run, Stage, build_model, one_thread, train_r
 from rgfast.experiments.study import chosen, run_study, write_table
 from rgfast.files import as_json, write_text
 from rgfast.flow import Interval, paired_interval
+from rgfast.flow.stages import in_words
 from rgfast.masking import balanced_mask
 from rgfast.ops.cka import cka
 from rgfast.stack import MaskedTokenModel
@@ -265,5 +266,5 @@ def observer_text(done: Observer) -> str:
         if own.notna().any():
             told += f"; largest CKA {own.max():.2f}"
         where = f"; radius by layer {' '.join(f'{w:.1f}' for w in ridge)}" if len(ridge) else ""
-        lines.append(f"  {stage:<22} ξ={xi:g}: {told}{where}")
+        lines.append(f"  {in_words(stage):<34} ξ={xi:g}: {told}{where}")
     return "\n".join(lines)

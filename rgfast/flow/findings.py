@@ -15,6 +15,7 @@ import numpy as np
 from rgfast.flow.answers import Answer, Check, Quantity, Status, Verdict, quantity, spread
 from rgfast.flow.curves import descent
 from rgfast.flow.saved import CONTROLS, FIRST_LAYER, VIEW, Runs, mean_of
+from rgfast.flow.stages import in_words
 
 __all__ = [
     "beside",
@@ -228,8 +229,8 @@ def _runaway(runs: Runs, xi: float) -> tuple[str, ...]:
 
     own = mean_of(runs.ratio(xi, s, VIEW) for s in runs.seeds)
     return tuple(
-        f"{stage} falls as far, with stable rank {last(stage):.2f} at the last layer (trained: "
-        f"{last('trained'):.2f}): 1 means that a single growing direction holds the variance"
+        f"a stack {in_words(stage)} falls as far, with stable rank {last(stage):.2f} at the last layer "
+        f"(trained: {last('trained'):.2f}): 1 means that a single growing direction holds the variance"
         for stage in runs.controls
         if mean_of(runs.ratio(xi, s, VIEW, stage) for s in runs.seeds) <= own
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rgfast.flow import Check, Interval, Thresholds, paired_interval
+from rgfast.flow.stages import in_words
 
 __all__ = ["HINT", "PROBE_TERMS", "TERMS", "definition", "interval_text", "missed", "number", "numbers_of"]
 
@@ -33,9 +34,9 @@ TERMS = (
     ("correlation length ξ", "−1/ln|λ₂| of the chain's transition matrix, in steps"),
     ("as stated, its reading", "whether the numbers are those that the paper states, and whether they mean "
      "what it reads there"),
-    ("trained controls", "stacks trained equally long on i.i.d. tokens (control_iid) and on targets "
-                         "permuted across the "
-     "batch (control_permuted): the same start, nothing to learn but frequencies"),
+    ("trained controls", "stacks trained equally long on i.i.d. tokens (control_iid in the files) and on "
+     "targets permuted across the batch (control_permuted): the same start, nothing to learn but "
+     "frequencies"),
 )  # fmt: skip
 
 PROBE_TERMS = (
@@ -120,7 +121,7 @@ def numbers_of(verdict: dict[str, Any]) -> list[tuple[str, Interval, list[float]
     for quantity in verdict.get("quantities", ()):
         values = [math.nan if v is None else float(v) for v in quantity["by_seed"].values()]
         if any(math.isfinite(value) for value in values):
-            found.append((str(quantity["name"]), paired_interval(values), values))
+            found.append((in_words(str(quantity["name"])), paired_interval(values), values))
     return found
 
 
@@ -137,5 +138,5 @@ def missed(checks: Iterable[Check]) -> list[str]:
         )
         values = ", ".join(f"{c.value:.3g}" for c in found)
         bars = ", ".join(dict.fromkeys(c.bar for c in found))
-        lines.append(f"{who}: {name} = {values}, wanted {bars}")
+        lines.append(f"{who}: {in_words(name)} = {values}, wanted {bars}")
     return lines

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from rgfast.flow import Check, Interval, paired_interval
+from rgfast.flow.stages import in_words
 from rgfast.report.definitions import HINT, TERMS, definition, interval_text, missed, number, numbers_of
 from rgfast.report.experiment_charts import experiment_charts, rank_chart
 from rgfast.report.extract import ratios_of, sorted_xi
@@ -88,7 +89,7 @@ def _verdicts(verdicts: Sequence[dict[str, Any]], caption: str) -> Markup:
             finding.append(_answer("Its reading", verdict["reading"]))
         if verdict["beside"]:
             finding.append(tag("p", f"Other views. {verdict['beside']}"))
-        finding.append(bullets([f"note: {text}" for text in verdict["notes"]]))
+        finding.append(bullets([f"note: {in_words(text)}" for text in verdict["notes"]]))
         folded = tag("details", tag("summary", f"{len(numbers)} numbers over seeds"), bullets(numbers))
         rows.append((join(finding), folded if numbers else "", definition(str(verdict["key"]))))
     heads = ("finding", "numbers and intervals", "what is asked")
@@ -100,7 +101,10 @@ def _answer(name: str, answer: dict[str, Any]) -> Markup:
     failed = missed(checks) if answer["status"] in ("partial", "not reproduced", "undertrained") else []
     claim = f" “{answer['claim']}”" if answer["claim"] else ""
     line = tag(
-        "p", f"{name}{claim}: " if name else "", verdict_badge(str(answer["status"])), f" {answer['summary']}"
+        "p",
+        f"{name}{claim}: " if name else "",
+        verdict_badge(str(answer["status"])),
+        f" {in_words(answer['summary'])}",
     )
     parts = [line, bullets([f"missed, {text}" for text in failed])]
     return join([*parts, _checks(checks)] if checks else parts)
@@ -108,7 +112,13 @@ def _answer(name: str, answer: dict[str, Any]) -> Markup:
 
 def _checks(checks: Sequence[Check]) -> Markup:
     rows = [
-        (c.name, "all" if c.seed is None else c.seed, number(c.value), c.bar, "holds" if c.holds else "fails")
+        (
+            in_words(c.name),
+            "all" if c.seed is None else c.seed,
+            number(c.value),
+            c.bar,
+            "holds" if c.holds else "fails",
+        )
         for c in checks
     ]
     held = sum(c.holds for c in checks)
@@ -131,7 +141,7 @@ def _controls(data: xr.Dataset, chain: str, told: str) -> Markup:
     for stage in (str(name) for name in data.stage.values):
         for view in ("visible", "masked"):
             cells = [_told(ratios_of(data, chain, xi, stage, view)) for xi in sorted_xi(data)]
-            rows.append((stage, view, *cells))
+            rows.append((in_words(stage), view, *cells))
     heads = ("stage", "rows", *(f"R at ξ = {xi:g}" for xi in sorted_xi(data)))
     return table(heads, rows, caption=f"Controls: R of the effective rank, {told}; masked rows from layer 1.")
 

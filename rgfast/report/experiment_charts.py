@@ -11,6 +11,7 @@ import xarray as xr
 
 from rgfast.flow import descent
 from rgfast.flow.answers import spread
+from rgfast.flow.stages import in_words
 from rgfast.report.extract import Array, by_seed, mean_of, rank_by_position, sorted_xi
 from rgfast.report.palette import CONTROL, CONTROLS, VIEW_MARKERS, xi_colours
 from rgfast.report.parts import component_axis, fit_series, layer_axis, spectrum_series, transition_axis
@@ -190,7 +191,7 @@ def survival_chart(result: xr.Dataset, chain: str, views: Sequence[str] = VIEWS)
             # Eigenspaces of other chains in the result are empty modes.
             modes = whole.sel(xi=xi).dropna("mode", how="all")["mode"].values
             trained = stage == "trained"
-            run = f"ξ = {xi:g}" if trained else f"i.i.d. control (ξ = {xi:g})"
+            run = f"ξ = {xi:g}" if trained else f"{in_words(stage)} (ξ = {xi:g})"
             for mode, which, dash in ((modes[0], "slowest", "-"), (modes[-1], "fastest", "--")):
                 part = whole.sel(xi=xi, stage=stage, process=view, mode=mode)
                 style: dict[str, Any] = {"dash": dash, "width": 2.2 if trained else 1.4}

@@ -10,6 +10,7 @@ import xarray as xr
 
 from rgfast.flow.probed import FALL, ViewFlow
 from rgfast.flow.saved import VIEW
+from rgfast.flow.stages import TRAINED_ON
 from rgfast.probing.result import ProbeResult
 from rgfast.report.definitions import number
 from rgfast.report.extract import by_seed, mean_of, ratios_of, sorted_xi
@@ -39,7 +40,6 @@ VIEW_WORDS = {
 _RANK = "effective rank, roughly the number of independent directions"
 _MARKS = {"reproduced": "good", "valid": "good", "supported": "good", "partial": "part", "undecided": "part"}
 _MARKS |= {"not reproduced": "bad", "undertrained": "bad", "refuted": "bad", "not supported": "bad"}
-_UNTAUGHT = {"control_iid": "i.i.d. tokens", "control_permuted": "permuted targets"}
 # What each finding states and what the paper reads in it, for who has not read the paper.
 _FINDINGS = {
     "i": ("The rank falls with depth", "what is lost is what the task does not need"),
@@ -113,7 +113,7 @@ def _came_out(result: xr.Dataset, chain: str, view: str) -> str:
         word = "fell" if ratio <= FALL else "rose" if ratio >= 1 / FALL else "changed little,"
         told.append(f"{word} from {number(first)} to {number(last)} at ξ = {xi:g} (ratio R = {ratio:.2f})")
     text = f"From the first to the last layer the rank {_listed(told)}"
-    ratios = {words: _mean_ratio(result, chain, xis[0], stage, view) for stage, words in _UNTAUGHT.items()}
+    ratios = {words: _mean_ratio(result, chain, xis[0], stage, view) for stage, words in TRAINED_ON.items()}
     controls = [f"R = {ratio:.2f} ({words})" for words, ratio in ratios.items() if math.isfinite(ratio)]
     if controls:
         text += (

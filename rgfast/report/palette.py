@@ -15,6 +15,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex, to_rgb
 
+from rgfast.flow.stages import in_words
+
 __all__ = [
     "BASELINE",
     "CONTROL",
@@ -37,8 +39,8 @@ BASELINE: Any = (0, (1, 2))
 HEAT = "viridis"
 # Stages that are compared with: color, dash, marker of their seeds, and words.
 CONTROLS = {
-    "control_iid": (CONTROL, "--", "^", "trained on i.i.d. tokens"),
-    "control_permuted": (DARK, "-.", "D", "trained on permuted targets"),
+    "control_iid": (CONTROL, "--", "^", in_words("control_iid")),
+    "control_permuted": (DARK, "-.", "D", in_words("control_permuted")),
 }
 VIEW_COLOURS = {
     "visible": "#009E73",

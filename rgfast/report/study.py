@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rgfast.flow.relevance import CAPTURED
+from rgfast.flow.stages import in_words
 from rgfast.report.definitions import number
 from rgfast.report.markup import Markup, join, table, tag
 from rgfast.report.openings import verdict_badge
@@ -49,6 +50,8 @@ def _whole(data: pd.DataFrame, caption: str) -> Markup:
 
 
 def _value(value: Any) -> object:
+    if isinstance(value, str):
+        return in_words(value)
     return number(value) if isinstance(value, float) else value
 
 
@@ -189,7 +192,7 @@ def _observer(study: Study) -> Page:
     page.charts("Figures", [observer_chart(study)])
     page.heading("Robustness")
     records = [{str(key): value for key, value in row.items()} for row in slopes.to_dict("records")]
-    rows = [(row["stage"], f"{row['xi']:g}", _interval(row), int(row["n"])) for row in records]
+    rows = [(in_words(str(row["stage"])), f"{row['xi']:g}", _interval(row), int(row["n"])) for row in records]
     caption = "Slope of ln w against the layer, with 95% t-intervals over seeds."
     page.add(table(("stage", "ξ", "slope per layer", "seeds"), rows, caption=caption))
     learnt = study.summary.get("captured", {})

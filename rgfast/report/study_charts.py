@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rgfast.flow.relevance import CAPTURED
+from rgfast.flow.stages import in_words
 from rgfast.report.extract import SPACING_ARMS, SPACING_PANELS, observer_cells, observer_grid
 from rgfast.report.palette import CONTROL, DASHES, LIGHT, MARKED, kind_colours
 from rgfast.report.sources import Study
@@ -23,7 +24,6 @@ _RATIOS = {
     "masked_R": Axis("R", "R: last over first layer, masked rows"),
 }
 _LAST = {"masked_last": Axis("effective rank", "effective rank of the last layer, masked rows")}
-_OBSERVED = {"control_iid": "i.i.d. control"}
 _SIZE = {2: (6.1, 3.9), 3: (4.3, 3.9)}
 
 
@@ -145,7 +145,7 @@ def spacing_chart(study: Study) -> Chart:
                 if stage != "trained" and name == "log_posterior_rank":
                     continue
                 paint = color if stage == "trained" else (CONTROL if color == drawn[0][2] else LIGHT)
-                label = f"{words}, {arm if stage == 'trained' else 'i.i.d. control'}"
+                label = f"{words}, {arm if stage == 'trained' else in_words(stage)}"
                 curves = part.pivot_table(index="seed", columns="spacing", values=name, dropna=False)
                 each = tuple(f"seed {seed}" for seed in curves.index)
                 facts = (f"mean over {len(curves)} seeds",)
@@ -180,7 +180,7 @@ def observer_chart(study: Study) -> Chart:
         at = np.arange(len(place), dtype=float)
         ridge = Series("ridge", at, place, "#FFFFFF", texts=tuple(texts), **style)
         count = curves[(curves.stage == stage) & (curves.xi == xi)].seed.nunique()
-        cell = f"{_OBSERVED.get(stage, stage)}, ξ = {xi:g}"
+        cell = f"{in_words(stage)}, ξ = {xi:g}"
         panel = heat_panel(
             relative,
             name="CKA over the layer's largest",

@@ -80,6 +80,7 @@ def test_a_run_leaves_its_files(tmp_path):
     again = observe(TINY, out=tmp_path / "b", merge=[done.out], jobs=1, progress=False)
     assert (again.out / "table.csv").read_bytes() == before
     assert "no ridge" in str(done)
+    assert "trained − trained on i.i.d. tokens" in str(done)
 
 
 def test_designs_are_checked():

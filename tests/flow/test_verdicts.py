@@ -195,7 +195,8 @@ def test_where_a_control_falls_as_far_the_modes_decide(modes, status):
     assert verdict.reading.status == status
     assert "i.i.d. falls as far (R 0.30" in verdict.reading.summary
     (note,) = verdict.notes
-    assert "control_iid falls as far, with stable rank 1.10 at the last layer (trained: 1.42)" in note
+    assert "a stack trained on i.i.d. tokens falls as far, with stable rank 1.10 at the last layer" in note
+    assert "(trained: 1.42)" in note
     assert "controls: i.i.d. 0.30" in verdict.as_stated.summary
     if status == "supported":
         assert all(check.holds for check in verdict.reading.checks)

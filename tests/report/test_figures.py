@@ -135,7 +135,7 @@ def test_survival_draws_the_slowest_and_the_fastest_mode(result):
         dashed = [line for line in lines(axes, COLOURS[7.0]) if line.get_linestyle() == "--"]
         np.testing.assert_allclose(dashed[0].get_ydata(), values[0, 1, :, 0, k, 1].mean(0))
     mean = values[0, 0, :, 1, 0, 1, -1].mean()
-    assert f"i.i.d. control (ξ = 1), fastest mode  (ends at {mean:.2f})" in labels(figure.axes[0])
+    assert f"trained on i.i.d. tokens (ξ = 1), fastest mode  (ends at {mean:.2f})" in labels(figure.axes[0])
 
 
 def test_the_caption_of_survival_says_what_its_numbers_belong_to(finished):

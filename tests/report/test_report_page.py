@@ -197,7 +197,6 @@ def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
     found = {key: {name: each for name, each, _ in numbers_of(v.to_dict())} for key, v in judged.items()}
     for key, name in (
         ("i", "R"),
-        ("i", "R, control_iid"),
         ("ii", "R_long − R_short, masked"),
         ("ii", "R² fast of the posterior, ξ = 7"),
         ("iii", "top-2 share"),
@@ -205,6 +204,9 @@ def test_intervals_over_seeds_are_those_of_the_verdicts(finished):
     ):
         assert found[key][name].mean == pytest.approx(judged[key].quantity(name).pooled.mean)
         assert found[key][name].n == 2
+    assert (
+        found["i"]["R, trained on i.i.d. tokens"].mean == judged["i"].quantity("R, control_iid").pooled.mean
+    )
     assert all(definition(key) for key in judged)
     assert definition("iii-long").startswith(definition("iii"))
     five = paired_interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -264,6 +266,15 @@ def test_damaged_files_are_named(finished, tmp_path):
     (tmp_path / "verdict.json").write_text("{")
     with pytest.raises(ValueError, match=r"verdict\.json is damaged"):
         write_report(tmp_path)
+
+
+def test_stages_are_called_by_words(finished):
+    """Names that files have for controls stand in the page only where they are explained."""
+    shown = re.sub(r"<script.*?</script>", "", read(finished.out / "report.html"), flags=re.DOTALL)
+    assert "R, trained on i.i.d. tokens" in shown
+    assert "R, trained on permuted targets" in shown
+    assert len(re.findall("control_(?:iid|permuted)", shown)) == 2
+    assert "control_" not in str(finished)
 
 
 # What rgfast 0.1 wrote, cut to one verdict.
