@@ -81,7 +81,7 @@ def main() -> None:
 
 def draw(results: dict[str, rgfast.ProbeResult], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
-    for stage, colour in (("untrained", "0.6"), ("trained", "tab:blue")):
+    for stage, colour in (("untrained", "#777777"), ("trained", "#0072B2")):
         data = results[stage].dataset.sel(view="pooled", position=-1)
         layers = data.layer.values
         axes[0, 0].errorbar(
@@ -95,16 +95,18 @@ def draw(results: dict[str, rgfast.ProbeResult], path: Path) -> None:
             marker="o",
             label=stage,
         )
-        axes[1, 0].semilogy(data.transition, data.kernel_drift, color=colour, marker="o", label=stage)
+        steps = data.transition.values
+        axes[1, 0].semilogy(steps, data.kernel_drift, color=colour, marker="o", label=stage)
+        axes[1, 0].set_xticks(steps, [f"{step}→{step + 1}" for step in steps])
     axes[0, 0].plot(layers, data.effective_rank_baseline, "k:", lw=1, label="isotropic, same n and d")
-    axes[0, 0].set(xlabel="layer", ylabel="effective rank", ylim=(0, None))
+    axes[0, 0].set(xlabel="layer", ylabel="effective rank, pooled rows", ylim=(0, None))
     axes[0, 1].set(xlabel="layer", ylabel="held-out R² of the digit", ylim=(0, 1))
-    axes[1, 0].set(xlabel="transition", ylabel="kernel drift 1 − CKA")
+    axes[1, 0].set(xlabel="transition between layers", ylabel="kernel drift 1 − CKA")
     for ax in axes.flat[:3]:
         ax.grid(alpha=0.25)
         ax.legend(fontsize="small")
     results["trained"].plot_spectra(ax=axes[1, 1])
-    axes[1, 1].set_title("trained")
+    axes[1, 1].set_title("spectra, trained")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ PAGES = sorted(
 )
 FENCE = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.*-->\s*$")
+NEEDS = re.compile(r"<!-- needs: (\S.*) -->\s*$")
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,22 @@ class Block:
     line: int
     code: str
     runs: bool
+    needs: bool = False
 
 
 def blocks(text: str) -> list[Block]:
-    """The Python blocks of a page; those right below ``<!-- not run: why -->`` are not to be run."""
+    """The Python blocks of a page; those right below ``<!-- not run: why -->`` are not to be run.
+
+    Those below ``<!-- needs: package, package -->`` run if these packages are installed.
+    """
     found = []
     for fence in FENCE.finditer(text):
         before = text[: fence.start()]
         code = re.sub(f"^{fence['indent']}", "", fence["code"], flags=re.MULTILINE)
-        found.append(Block(before.count("\n") + 2, code, NOT_RUN.search(before) is None))
+        needs = NEEDS.search(before)
+        lacking = needs and not all(importlib.util.find_spec(name) for name in needs[1].split(", "))
+        runs = not lacking and NOT_RUN.search(before) is None
+        found.append(Block(before.count("\n") + 2, code, runs, needs is not None))
     return found
 
 
@@ -68,7 +78,10 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     }
     for block in blocks((ROOT / page).read_text(encoding="utf-8")):
         if block.runs:
-            run(block, page, names)
+            with warnings.catch_warnings():
+                if block.needs:  # other packages' deprecations are not ours
+                    warnings.simplefilter("ignore")
+                run(block, page, names)
         else:
             compile(block.code, page, "exec")
     plt.close("all")
@@ -83,6 +96,10 @@ def test_a_wrong_example_is_noticed():
         run(broken, "page.md", {})
     spared, ran = blocks("<!-- not run: slow -->\n```python\na\n```\n\n  ```python\n  b\n  ```\n")
     assert (spared.runs, ran.runs, ran.code) == (False, True, "b\n")
+    has, lacks = blocks(
+        "<!-- needs: torch, sys -->\n```python\na\n```\n<!-- needs: torch, no_such -->\n```python\nb\n```\n"
+    )
+    assert (has.runs, lacks.runs) == (True, False)
 
 
 def test_every_public_name_is_in_the_reference():
