@@ -109,6 +109,16 @@ def test_a_table_that_is_too_wide_scrolls_and_says_so(browser, pages, name, widt
     assert any(wide for _, wide, *_ in found) or width != PHONE
 
 
+def test_on_a_phone_a_table_of_two_columns_does_not_repeat_its_head(browser, pages):
+    browser.open(pages["reproduction"], PHONE)
+    labels = browser.run(
+        "[...document.querySelectorAll('table.stack')].map(t => [t.tHead.rows[0].cells.length,"
+        " getComputedStyle(t.tBodies[0].rows[0].cells[1], '::before').content])"
+    )
+    assert [2, "none"] in labels
+    assert any(columns > 2 and label != "none" for columns, label in labels)
+
+
 def test_paired_panels_have_one_scale(browser, pages):
     ticks = (
         "[...document.querySelectorAll('#figure-1 .box svg')].map((svg) =>"
