@@ -86,14 +86,7 @@ def main() -> None:
                 )
             )
 
-    result = rgfast.probe(
-        model,
-        batches(),
-        pairs="all",
-        memory="800 MB",
-        views=["position", "pooled", "mean_pooled"],
-        checkpoint=options.out / "minilm.checkpoint",
-    )
+    result = rgfast.probe(model, batches(), pairs="all")
     result.save(options.out / "minilm.nc", moments=False)
     print(result, result.flow(), sep="\n")
     draw(result, options.out / "minilm.png")
