@@ -58,7 +58,7 @@ class Sums:
     zero so far.
 
     A layer's sums are where its rows are, those of two layers at :func:`place_of_both`. On a device no
-    exponent is read while rows come: fp64 rows are summed in a unit that only the device knows, ``late[layer]``,
+    exponent is read while rows come: fp64 rows are summed in a unit that the device knows, ``late[layer]``,
     and squares of squares of narrower ones are numbers of fp64 in any. ``unread`` are the layers of which
     :meth:`settle` has to be told the exponent before anything but adding and copying is done.
     """
@@ -197,10 +197,8 @@ class Sums:
             return
         self.begun = sent(self.begun, devices[0])
         self.shift = [sent(shift, device) for shift, device in zip(self.shift, devices, strict=True)]
-        self.moment = {
-            (i, j): sent(moment, place_of_both(devices[i], devices[j]))
-            for (i, j), moment in self.moment.items()
-        }
+        for (i, j), moment in self.moment.items():
+            self.moment[i, j] = sent(moment, place_of_both(devices[i], devices[j]))
         self.late = {layer: sent(exponent, devices[layer]) for layer, exponent in self.late.items()}
         if self.factors is not None:
             self.factors.place(devices)

@@ -92,9 +92,8 @@ def test_nothing_waits_and_values_are_the_cpus(name, place):
 
 def test_layers_on_the_cpu_and_on_a_device():
     case = CASES["default"]
-    here, there = (
-        probed(case | {"refine": False}, places) for places in (["cpu"] * 3, ["cpu", SECOND, "cpu"])
-    )
+    here = probed(case | {"refine": False}, ["cpu"] * 3)
+    there = probed(case | {"refine": False}, ["cpu", SECOND, "cpu"])
     assert_alike(there, here, rtol=1e-8)
 
 
@@ -145,9 +144,9 @@ def test_a_planted_fault_is_seen(name, where, monkeypatch):
     with devices():
         states = []
         for _ in range(2):
-            with opened(PLACES["one"], views=["position"]) as probe:
-                with watch if where == "add" else Making():
-                    probe.run(batch_of(0, {"dtype": torch.float32}))
+            mode = watch if where == "add" else Making()
+            with opened(PLACES["one"], views=["position"]) as probe, mode:
+                probe.run(batch_of(0, {"dtype": torch.float32}))
             states.append(probe._tally._moments)
         if where == "merge":
             with watch:
