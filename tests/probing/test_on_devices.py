@@ -10,6 +10,7 @@ from torch import nn
 from waits import Made, Waits
 
 import rgfast
+from rgfast.probing import tally
 from rgfast.probing.estimators.moments import Moments
 from rgfast.streaming import MomentAccumulator
 
@@ -175,3 +176,42 @@ def test_what_is_kept_between_forwards_does_not_grow():
     # Blocks of 128 rows: every second forward of 64 sums one up.
     assert kept[1] == kept[-1]
     assert all(made[k] == made[k - 2] for k in range(4, 12))
+
+
+SAMPLES = {
+    "all views": {"views": ["position", "pooled", "mean_pooled", "flattened"]},
+    "default": {},
+    "all pairs": {"pairs": "all", "views": ["position", "pooled"]},
+    "groups": {"groups": 3, "views": ["position", "pooled", "mean_pooled"]},
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16, "views": ["position"]},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_rows_are_held_and_measured_where_they_are(name):
+    case = SAMPLES[name] | {"route": "samples"}
+    watch = Waits()
+    there = probed(case, PLACES["one"], watch)
+    assert watch.found == []
+    assert there.dataset.attrs["route"] == "samples"
+    here = probed(case, ["cpu"] * 3)
+    # Products of the CPU's kernels are fp32, which keeps CKA to 1e-6.
+    assert_alike(there, here, rtol=1e-6)
+    assert there.moments.keys() == here.moments.keys()
+
+
+def test_rows_on_several_devices_or_padded_are_summed_up_instead():
+    for case, places, why in (
+        (CASES["plain"], PLACES["two"], "layers are on several devices"),
+        (CASES["padded"], PLACES["one"], "rows that do not count are told apart on the CPU only"),
+    ):
+        with pytest.raises(ValueError, match=f"'samples' cannot be taken, since {why}"):
+            probed(case | {"route": "samples"}, places)
+
+
+def test_the_route_is_taken_unasked_where_anything_but_the_reference_takes_rows(monkeypatch):
+    for takes, route in ((True, "samples"), (False, "moments")):
+        monkeypatch.setattr(tally, "takes_rows", lambda x, takes=takes: takes)
+        monkeypatch.setattr(tally, "worthwhile", lambda plan, sequences: True)
+        assert probed({"route": "auto"}, PLACES["one"]).dataset.attrs["route"] == route

@@ -12,6 +12,7 @@ from torch import Tensor
 from rgfast.ops.moments import add_products, first_mean, pair_products
 from rgfast.ops.moments.call import PairSums
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import numbers
 from rgfast.streaming import MomentAccumulator, Pairs, pair_keys
 
 __all__ = ["Pooled"]
@@ -172,9 +173,7 @@ def _cka(
 ) -> tuple[Tensor, Tensor]:
     """Debiased and biased CKA ``[2, P, L, L]`` from ‖C‖² and Σ|u|²|v|² ``[K, P]``, and where blurred."""
     layers, positions = traces.shape
-    left, right = (
-        torch.tensor([key[side] for key in keys], dtype=torch.int64, device=norm.device) for side in (0, 1)
-    )
+    left, right = (numbers([key[side] for key in keys], norm.device) for side in (0, 1))
     inner = torch.full((2, positions, layers, layers), torch.nan, dtype=_F64, device=norm.device)
     both = (traces[left] * traces[right]).T
     debiased = norm.T
