@@ -23,8 +23,9 @@ from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
 from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
-from rgfast.probing.first import FirstBatch, plan_of, room, unbounded_plan
+from rgfast.probing.first import FirstBatch
 from rgfast.probing.plan import Plan
+from rgfast.probing.planning import plan_of, room, unbounded_plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
