@@ -11,6 +11,7 @@ from waits import Made, Waits
 
 import rgfast
 from rgfast.probing import tally
+from rgfast.probing.estimators import moment_measures
 from rgfast.probing.estimators.moments import Moments
 from rgfast.streaming import MomentAccumulator
 
@@ -215,3 +216,19 @@ def test_the_route_is_taken_unasked_where_anything_but_the_reference_takes_rows(
         monkeypatch.setattr(tally, "takes_rows", lambda x, takes=takes: takes)
         monkeypatch.setattr(tally, "worthwhile", lambda plan, sequences: True)
         assert probed({"route": "auto"}, PLACES["one"]).dataset.attrs["route"] == route
+
+
+def test_layers_of_one_width_are_solved_together(monkeypatch):
+    calls, solve = [], moment_measures.solved_moment
+
+    def counted(scatter, *args):
+        calls.append(len(scatter))
+        return solve(scatter, *args)
+
+    monkeypatch.setattr(moment_measures, "solved_moment", counted)
+    case = {"views": ["position"], "refine": False}
+    probed(case, PLACES["one"])
+    together, calls[:] = list(calls), []
+    probed(case, ["cpu"] * 3)
+    assert together == [15, 15]
+    assert calls == [5] * 6  # where the number of matrices decides their last bits

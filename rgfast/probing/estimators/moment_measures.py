@@ -16,6 +16,7 @@ from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
 from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import MomentAccumulator
 
 __all__ = ["Again", "Centering", "measure_moments"]
@@ -23,7 +24,7 @@ __all__ = ["Again", "Centering", "measure_moments"]
 # Relative error of an effective rank to expect from moments, above which a factor is taken if there is one:
 # sums over ranks must agree to 1e-12.
 _DOUBT = 1e-12
-# Bytes of moments that are solved at once: a device is launch-bound on fewer.
+# Bytes of moments that are solved at once on a device, which launches hold up.
 _AT_ONCE = 128 << 20
 
 Centering = Literal["mean", "none"]
@@ -46,7 +47,9 @@ def measure_moments(
     spectrum = torch.full(shape, torch.nan, dtype=torch.float64, device=count.device)
     refined: list[Tensor] = [count] * layers
     by_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {})] * layers
-    for some in _together(widths, len(count), 1 if again is not None else layers):
+    # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
+    at_once = layers if again is None and waits_for(count.device) else 1
+    for some in _together(widths, len(count), at_once):
         centred, at = _solved(moments, some, "mean", refine, again)
         raw, _ = _solved(moments, some, "none", refine, again)
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
