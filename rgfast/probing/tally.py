@@ -271,7 +271,7 @@ class Tally:
 
     def result(self, *, last: bool) -> ProbeResult:
         """The measures of all that was seen; ``last`` makes it the last exchange with the other ranks."""
-        self._unread.look()
+        self._look()
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
@@ -294,9 +294,18 @@ class Tally:
         first = self._ranks is None or self._ranks.rank == 0
         return ProbeResult(dataset, moments.state(), writes=first)
 
+    def _look(self) -> None:
+        """Raise what was left unread; the other ranks know of it."""
+        try:
+            self._unread.look()
+        except ValueError as error:
+            if self._ranks is not None:
+                self._ranks.fail(error)
+            raise
+
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
-        self._unread.look()
+        self._look()
         self._hand_over("a snapshot is of moments")
         if self._moments is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")

@@ -4,6 +4,7 @@ The CPU stands in for a device here (`waiting._EVERYWHERE`), and a dispatch mode
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,3 +264,16 @@ def test_it_is_said_during_a_long_run_and_ever_after(monkeypatch):
             probe.run(bad)
     with pytest.raises(ValueError, match="sequences 0 to 63"):
         probe.result()
+
+
+def test_other_ranks_know_of_what_is_said_at_the_end(monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    bad = batch_of(0, {})
+    bad["x"][0] = float("nan")
+    with rgfast.Probe(Blocks(torch.float64), layers=["blocks.0"], progress=False, route="moments") as probe:
+        probe.run(bad)
+    told = []
+    probe._tally._ranks = SimpleNamespace(fail=told.append)
+    with pytest.raises(ValueError, match="activations must be finite") as raised:
+        probe.result()
+    assert told == [raised.value]
