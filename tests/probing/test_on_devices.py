@@ -64,8 +64,8 @@ def devices(*modes):
 
 
 def opened(places, dtype=torch.float32, **options):
-    layers = [f"blocks.{k}" for k in range(3)]
-    return rgfast.Probe(Blocks(places, dtype), layers=layers, progress=False, **options)
+    options = {"layers": [f"blocks.{k}" for k in range(3)], "route": "moments"} | options
+    return rgfast.Probe(Blocks(places, dtype), progress=False, **options)
 
 
 def probed(case, places, watch=None, given="host"):
