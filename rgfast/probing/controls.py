@@ -18,6 +18,7 @@ from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import check_model
 from rgfast.probing.capture.padding import PaddingSpec, as_keep, is_padding_name, looks_like_padding
 from rgfast.probing.distributed import unwrapped
+from rgfast.probing.unread import Unread
 from rgfast.validation import as_tensor
 
 __all__ = ["random_twin", "shuffled"]
@@ -170,7 +171,8 @@ class _Shuffler:
         ordered = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
         self._first = ordered[0].name if ordered else ""
         self._required = max(1, sum(p.default is p.empty for p in ordered))
-        self._binary: set[str] = set()
+        self._binary: dict[str, Tensor] = {}
+        self._unread = Unread()
 
     def __call__(self, batch: Any, generator: torch.Generator) -> Any:
         entries = self._caller.entries(batch)
@@ -233,7 +235,8 @@ class _Shuffler:
         tokens = entries[name]
         moves = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
         for entry in self._padding_of(entries, name):
-            keep = as_keep(entries[entry], entry, self._binary).cpu()
+            keep = as_keep(entries[entry], entry, self._binary, self._unread).cpu()
+            self._unread.look()
             if keep.shape == moves.shape:
                 moves &= keep
         if self._mask is not None:

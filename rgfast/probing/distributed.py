@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import nn
 
 from rgfast.probing.estimators.moments import Moments
+from rgfast.probing.first import FirstBatch
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
 
 __all__ = [
     "Distributed",
-    "FirstBatch",
     "agree",
     "all_reduce",
     "open_ranks",
@@ -40,26 +40,6 @@ __all__ = [
 Distributed = Literal["auto"] | bool | Any  # Any: a torch.distributed.ProcessGroup, which not every build has
 
 _opened: dict[str, int] = {}
-
-
-@dataclass(frozen=True)
-class FirstBatch:
-    """What a plan is made from: widths of layers, positions, and (name, width, has labels) of targets."""
-
-    widths: tuple[int, ...]
-    length: int
-    aligned: bool
-    places: tuple[int, ...]
-    padded: bool
-    masked: bool
-    targets: tuple[tuple[str, int, bool], ...]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FirstBatch:
-        """What ``asdict`` gave, after JSON."""
-        targets = tuple((name, width, labels) for name, width, labels in data["targets"])
-        lists = {name: tuple(data[name]) for name in ("widths", "places")}
-        return cls(**{**data, **lists, "targets": targets})
 
 
 def open_ranks(distributed: Distributed, timeout: float) -> Ranks | None:
@@ -191,7 +171,9 @@ def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> F
             )
             widths[k] = max(widths[k], theirs[1])
     targets = tuple((t[0], width, t[2]) for t, width in zip(chosen.targets, widths, strict=True))
-    return replace(chosen, targets=targets)
+    room = [first.free for _, first in firsts if first.free is not None]
+    factors = all(first.factors for _, first in firsts)
+    return replace(chosen, targets=targets, free=min(room, default=None), factors=factors)
 
 
 def _same(name: str, mine: tuple[int, Any], theirs: tuple[int, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rgfast.ops.spectrum.measures import TINY, numpy_on_cpu
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measures import MEASURES, Kernels, Kind, Measure
+from rgfast.runtime.waiting import numbers
 
 __all__ = ["Measured", "baselines", "doubtful", "joined", "of_kernels", "of_spectra", "spread", "to_host"]
 
@@ -141,7 +142,7 @@ def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers
         whole(layers, positions, most),
     )
     for members, part in zip(streams, parts, strict=True):
-        at = torch.tensor(members, dtype=torch.int64, device=first.count.device)
+        at = numbers(members, first.count.device)
         out.count[at], out.refined[at] = part.count, part.refined
         out.spectrum[at, :, : part.spectrum.shape[2]] = part.spectrum
         for name, bound in part.bounds.items():

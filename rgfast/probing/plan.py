@@ -246,6 +246,7 @@ def make_plan(
     padded: bool = False,
     targets: Sequence[tuple[str, int]] = (),
     refine: bool | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The :class:`Plan` that fits ``memory``; ``aligned`` says whether all layers have the same positions.
 
@@ -269,7 +270,7 @@ def make_plan(
         places=tuple(places),
         aligned=aligned,
         from_end=padded and not isinstance(positions, str) and any(index_of(t) < 0 for t in positions),
-        notes=() if aligned else (_UNALIGNED,),
+        notes=tuple(notes) if aligned else (*notes, _UNALIGNED),
     )
     if refine is not None:
         return _fitted(plan, positions, memory)

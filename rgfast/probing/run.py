@@ -80,7 +80,7 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             at the end. Where it exists the run goes on from it: with the same batches in the same order the
             bits are those of a run that never stopped (on the same machine and versions).
         progress: show a bar, and print what was chosen and what it costs; by default on a terminal.
-        memory: bytes, or text such as ``"4GiB"``, that the state may take.
+        memory: bytes, or text such as ``"4GiB"``, that the state may take, of those that a GPU has free.
         views: some of ``visible`` (rows whose token is seen), ``masked``, ``position`` (all rows at each
             position), ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
             over positions), ``flattened`` (a sequence as one row); by default all that the data allow, the
@@ -88,11 +88,12 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
         refine: whether to keep, beside the moments, triangular factors of layers whose rows are deficient but
             for rounding (what a LayerNorm puts out, more features than tokens): they give the small singular
             values that moments lose, at up to 1.5 times the state and a few times the products of such a
-            layer. By default for widths to 512, where ``memory`` allows; ``effective_rank_bound`` says what
-            is known either way.
+            layer. By default on the CPU for widths to 512, where ``memory`` allows; ``effective_rank_bound``
+            says what is known either way.
         route: ``"moments"`` sums up second moments as the batches come. ``"samples"`` holds the rows of all
             layers and takes those of a position at once, in a fraction of the time, on the smaller side of
-            rows and features. It is for at most 4,096 sequences on the CPU whose rows fit ``memory``, of
+            rows and features. It is for at most 4,096 sequences whose rows fit ``memory``, all on one device
+            and off the CPU without padding or masks, of
             ``pairs`` adjacent or all, without targets or refine, one process by itself. CKA and drift of
             positions then come from fp32 products (as those of :func:`rgfast.cka_matrix`: within 1e-6, close
             neighbors from fp64 ones). A :class:`ResidualStack` with ``mixing="none"`` takes a few positions

@@ -11,25 +11,30 @@ import numpy as np
 import torch
 from torch import nn
 
-from rgfast.ops.fast import why_slow
+from rgfast.ops.fast import factors_pay, takes_rows, why_slow
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.probing.distributed import FirstBatch, agree, all_reduce
+from rgfast.probing.distributed import agree, all_reduce
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
 from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
-from rgfast.probing.plan import Plan, make_plan
+from rgfast.probing.first import FirstBatch
+from rgfast.probing.plan import Plan
+from rgfast.probing.planning import plan_of, room, unbounded_plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
+from rgfast.probing.unread import Unread
+from rgfast.runtime.memory import free_bytes
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import pair_keys
 
 __all__ = ["Tally"]
@@ -53,13 +58,15 @@ class Tally:
         taps: Sequence[Tap],
         targets: Sequence[Target],
         ranks: Ranks | None,
+        unread: Unread,
         *,
         say: bool,
     ) -> None:
         self._model, self._spec, self._ranks, self._say = model, spec, ranks, say
+        self._unread = unread
         self._taps, self._targets = taps, targets
         self._names = [tap.name for tap in taps]
-        self._no_samples = _why_no_samples(spec, ranks)
+        self._no_samples = _why_no_samples(spec, ranks, self._device())
         if spec.route == "samples" and self._no_samples:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
@@ -70,6 +77,12 @@ class Tally:
         self._first_batch: FirstBatch | None = None
         self._summed: tuple[Moments | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}
+        self._weights: str | None = None
+
+    def open(self) -> None:
+        """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward."""
+        if not self._begun:
+            self._weights = checkpoints.fingerprint(self._model)
 
     @property
     def plan(self) -> Plan | None:
@@ -124,9 +137,9 @@ class Tally:
         """What a stack without mixing measures of all samples at once, if so many are enough and worth it."""
         if not enough(sequences, self._spec.groups):
             return None
-        unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
-        places = (0,) * len(self._taps)
-        plan = self._plan([width] * len(self._taps), length, unbounded, masked=False, places=places)
+        layers = len(self._taps)
+        first = FirstBatch((width,) * layers, length, True, (0,) * layers, False, False, ())
+        plan = unbounded_plan(first, self._spec, self._names)
         few = self._spec.route == "auto" and not worthwhile(plan, sequences)
         return None if few or "flattened" in plan.views else plan.noted([_BY_SAMPLES])
 
@@ -196,6 +209,8 @@ class Tally:
     def _begin(self, batch: RowBatch) -> None:
         """Plan what is measured, now that every layer has been seen, and add the batches so far."""
         first = self._seen_first(batch)
+        if not self._no_samples and self._spec.route == "auto" and not takes_rows(batch.first):
+            self._no_samples = "moments take less time on this device"
         rows = None if self._no_samples else self._hold(first)
         if rows is None:
             self._why_moments = "layers or sequences differ in their positions"
@@ -208,7 +223,7 @@ class Tally:
         if rows is not None:
             if self._moments is None:
                 said = f"{rows.plan.what}, {rows.plan.notes[-1]}"
-                self._announce(rows.plan, said, weights=checkpoints.fingerprint(self._model))
+                self._announce(rows.plan, said, weights=self._fingerprint())
             self._rows = rows
         early, self._early = self._early, []
         for one in early:
@@ -218,9 +233,10 @@ class Tally:
         """What holds rows back, if these views can be had from rows."""
         if not first.aligned or any(first.places):
             return None
-        unbounded = replace(self._spec, memory=sys.maxsize, refine=False)
-        plan = self._plan_of(first, unbounded).noted([_BY_SAMPLES])
-        return None if plan.from_end else Rows(plan, self._spec.memory_bytes, uncentred=self._spec.uncentred)
+        plan = unbounded_plan(first, self._spec, self._names).noted([_BY_SAMPLES])
+        if plan.from_end:
+            return None
+        return Rows(plan, room(first, self._spec), uncentred=self._spec.uncentred)
 
     def _add(self, batch: RowBatch) -> None:
         if self._rows is not None:
@@ -255,6 +271,7 @@ class Tally:
 
     def result(self, *, last: bool) -> ProbeResult:
         """The measures of all that was seen; ``last`` makes it the last exchange with the other ranks."""
+        self._look()
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
@@ -277,8 +294,18 @@ class Tally:
         first = self._ranks is None or self._ranks.rank == 0
         return ProbeResult(dataset, moments.state(), writes=first)
 
+    def _look(self) -> None:
+        """Raise what was left unread; the other ranks know of it."""
+        try:
+            self._unread.look()
+        except ValueError as error:
+            if self._ranks is not None:
+                self._ranks.fail(error)
+            raise
+
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
+        self._look()
         self._hand_over("a snapshot is of moments")
         if self._moments is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")
@@ -303,7 +330,7 @@ class Tally:
         if not checkpoints.is_model(header["model"], self._model):
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
-        self._moments = Moments(plan, masked=header["masked"])
+        self._moments = Moments(plan, masked=header["masked"], unread=self._unread)
         self._moments.load(arrays, self._device())
         for target, (_, width) in zip(self._targets, plan.targets, strict=True):
             target.classes = width
@@ -377,6 +404,8 @@ class Tally:
                     (t.name, x.shape[2], t.classes is not None)
                     for t, x in zip(self._targets, batch.targets, strict=True)
                 ),
+                free=free_bytes(rows[0].device),
+                factors=factors_pay(rows[0]),
             )
         )
         assert first is not None
@@ -384,38 +413,12 @@ class Tally:
         return first
 
     def _empty(self, first: FirstBatch) -> Moments:
-        plan = self._plan_of(first, self._spec)
-        self._announce(plan, str(plan), weights=checkpoints.fingerprint(self._model))
-        return Moments(plan, masked=first.masked)
+        plan = plan_of(first, self._spec, self._names)
+        self._announce(plan, str(plan), weights=self._fingerprint())
+        return Moments(plan, masked=first.masked, unread=self._unread)
 
-    def _plan_of(self, first: FirstBatch, spec: ProbeSpec) -> Plan:
-        return self._plan(
-            first.widths,
-            first.length,
-            spec,
-            masked=first.masked,
-            aligned=first.aligned,
-            places=first.places,
-            padded=first.padded,
-            targets=[(name, width) for name, width, _ in first.targets],
-        )
-
-    def _plan(
-        self, widths: Sequence[int], length: int, spec: ProbeSpec, *, masked: bool, **found: Any
-    ) -> Plan:
-        return make_plan(
-            self._names,
-            widths,
-            length,
-            positions=spec.positions,
-            views=spec.views,
-            pairs=spec.compared,
-            groups=spec.groups,
-            memory=spec.memory_bytes,
-            masked=masked,
-            refine=spec.refine,
-            **found,
-        )
+    def _fingerprint(self) -> str | None:
+        return self._weights or checkpoints.fingerprint(self._model)
 
     def _announce(self, plan: Plan, text: str, **found: Any) -> None:
         if self._say:
@@ -438,13 +441,13 @@ def _owned(batch: RowBatch) -> RowBatch:
     return replace(batch, layers=[None if x is None else x.clone() for x in batch.layers])
 
 
-def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None) -> str:
+def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None, device: torch.device) -> str:
     """Why the sample route is closed, whatever the batches are; nothing if it is open."""
     if spec.route == "moments":
         return "moments were asked for"
     if ranks is not None:
         return "several processes probe together"
-    if spec.route == "auto" and why_slow() is not None:
+    if spec.route == "auto" and not waits_for(device) and why_slow() is not None:
         return "moments take less time without compiled kernels"
     if spec.targets or spec.refine is not None:
         return "it knows no targets or refine"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.ops.spectrum.measures import numpy_on_cpu
+from rgfast.probing.unread import Unread
 from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
 from rgfast.validation import as_tensor, kind_and_way
@@ -55,14 +56,23 @@ class Target:
         """The batch entry that it is read from, if it is one."""
         return self._source if isinstance(self._source, str) else None
 
-    def rows(self, entries: Mapping[str, Any], start: int, batch: int, length: int) -> Tensor:
+    def rows(
+        self,
+        entries: Mapping[str, Any],
+        given: Mapping[str, Any],
+        start: int,
+        batch: int,
+        length: int,
+        unread: Unread,
+    ) -> Tensor:
         """``[B, T, m]`` fp64 for the sequences ``start`` … ``start + batch``; labels one-hot.
 
-        Raises ValueError for a missing entry, a shape that does not fit, a new label and for NaN or infinity.
+        A function gets ``entries``; others are taken from what was ``given`` for them. Raises ValueError for
+        a missing entry, a shape that does not fit, a new label and for NaN or infinity: ``unread`` says when.
         """
-        found = self._batch(entries, start, batch)
+        found = self._batch(entries if callable(self._source) else given, start, batch)
         if not found.is_floating_point():
-            found = self._one_hot(found)
+            found = self._one_hot(found, unread)
         elif found.dim() == 1:
             found = found[:, None]
         elif found.dim() == 2 and tuple(found.shape) == (batch, length) and length > 1:
@@ -74,8 +84,8 @@ class Target:
                 f"targets[{self.name!r}] must be [{batch}, {length}, m], [{batch}, m] or labels "
                 f"[{batch}, {length}] for this batch, got shape {tuple(found.shape)}"
             )
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(f"targets[{self.name!r}] must be finite, got NaN or infinity")
+        said = f"targets[{self.name!r}] must be finite, got NaN or infinity"
+        unread.check((~torch.isfinite(found)).any(), lambda bad: said if bool(bad) else "")
         return found.to(torch.float64)
 
     def _batch(self, entries: Mapping[str, Any], start: int, batch: int) -> Tensor:
@@ -100,17 +110,25 @@ class Target:
         _check_kind(found, self.name)
         return found
 
-    def _one_hot(self, labels: Tensor) -> Tensor:
+    def _one_hot(self, labels: Tensor, unread: Unread) -> Tensor:
         labels = labels.to(torch.int64)
-        low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-        if self.classes is None:
-            self.classes = high + 1
-        if low < 0 or high >= self.classes:
-            raise ValueError(
-                f"targets[{self.name!r}] must have labels 0 to {self.classes - 1} (those of the whole array "
+        if self.classes is None:  # which decides the width of all that follows, wherever the labels are
+            self.classes = int(labels.max()) + 1 if labels.numel() else 1
+        classes = self.classes
+
+        def said(ends: Tensor) -> str:
+            low, high = ends.tolist()
+            if low >= 0 and high < classes:
+                return ""
+            return (
+                f"targets[{self.name!r}] must have labels 0 to {classes - 1} (those of the whole array "
                 f"or the first batch; give one-hot vectors otherwise), got {low if low < 0 else high}"
             )
-        return torch.nn.functional.one_hot(labels, self.classes).to(torch.float64)
+
+        if labels.numel():
+            unread.check(torch.stack(torch.aminmax(labels)), said)
+        every = torch.arange(classes, dtype=torch.int64, device=labels.device)
+        return (labels[..., None] == every).to(torch.float64)
 
 
 def _check_kind(target: Tensor, name: str) -> None:

@@ -27,6 +27,8 @@ from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
 from rgfast.probing.tally import Tally
+from rgfast.probing.unread import Unread
+from rgfast.runtime.streams import Home, capturing, stream_of
 from rgfast.streaming import pair_keys
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ class Probe:
         if say and spec.layers == "auto":
             print(f"probe: {chosen}")
         targets = spec.new_targets()
-        notes = Notes()
+        notes, self._unread = Notes(), Unread()
         self._axes = Axes(spec.axes, self.model, self._taps, notes)
         self._entries = Entries(
             self.model,
@@ -111,17 +113,19 @@ class Probe:
             origin=spec.origin,
             targets=targets,
             notes=notes,
+            unread=self._unread,
         )
-        self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, say=say)
+        self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, self._unread, say=say)
         self._watcher = Watcher(
             self.model,
             self._taps,
             self,
-            Outputs(spec.output, self._taps),
+            Outputs(spec.output, self._taps, self._unread),
             tile=_TILE * spec.groups,
             tiles=not spec.reads_layers,
         )
         self._whole: RowBatch | None = None
+        self._home = Home()
 
     @property
     def plan(self) -> Plan | None:
@@ -143,6 +147,7 @@ class Probe:
             raise RuntimeError("this Probe has summed what all ranks saw; take a new one to see more")
         modes = [(module, module.training) for module in self.model.modules()]
         grad = torch.is_grad_enabled()
+        self._tally.open()
         self._watcher.__enter__()
         self._axes.open()
         self._modes, self._grad = modes, grad
@@ -205,14 +210,16 @@ class Probe:
 
         Raises ValueError for fewer than 2 sequences.
         """
-        return self._tally.result(last=not self._watcher.is_open)
+        with self._home.own():
+            return self._tally.result(last=not self._watcher.is_open)
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """All that a checkpoint holds: what is measured and on which model, and the moments.
 
         Raises RuntimeError before the first forward.
         """
-        return self._tally.snapshot()
+        with self._home.own():
+            return self._tally.snapshot()
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Go on from what :meth:`snapshot` gave. Raises ValueError if it was of another probe or model."""
@@ -222,6 +229,11 @@ class Probe:
 
     def began(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """:meta private:"""
+        if capturing():
+            raise RuntimeError(
+                "a probe cannot measure a forward that goes into a CUDA graph, which runs later and without "
+                "it; capture the model outside the with block, and probe it as it is"
+            )
         self._whole = None
         self._entries.begin(args, kwargs)
 
@@ -230,7 +242,8 @@ class Probe:
         """:meta private:"""
         rows = Activation(_of_stack(x, self._taps[0].name))
         every = range(len(self._taps))
-        self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
+        with self._home.reading([(x, stream_of(x))]):
+            self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
 
     @_without_grad
     def tile(self, first: int, states: Tensor) -> None:
@@ -238,7 +251,8 @@ class Probe:
         assert self._whole is not None
         rows = [_of_stack(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
         part = self._whole.some(slice(first, first + len(rows[0])))
-        self._tally.add(replace(part, layers=rows, reused=True))
+        with self._home.reading([(states, stream_of(states))]):
+            self._tally.add(replace(part, layers=rows, reused=True))
 
     @_without_grad
     def finished(self, seen: Sequence[Seen] | None) -> None:
@@ -248,7 +262,8 @@ class Probe:
             if any(x is not None and len(x.rows) for x in rows):
                 self._tally.name_layers([x.name for x in seen])
                 of_taps = [x.tap for x in seen]
-                self._tally.add(self._entries.batch(rows, of_taps, self._tally.sequences))
+                with self._home.reading([(x.value, x.stream) for x in seen if x.value is not None]):
+                    self._tally.add(self._entries.batch(rows, of_taps, self._tally.sequences))
         self._whole = None
         self._entries.end()
 

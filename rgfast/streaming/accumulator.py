@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.runtime.waiting import read, sent
 from rgfast.streaming.block import OpenBlock
 from rgfast.streaming.finite import check_finite
 from rgfast.streaming.pairs import PairMoments
@@ -21,7 +22,7 @@ from rgfast.streaming.sizes import BLOCK_ROWS, Pairs, as_pairs, block_rows, firs
 from rgfast.streaming.sums import Sums
 from rgfast.validation import as_bool_mask, as_real_tensor, check_choice
 
-__all__ = ["MomentAccumulator"]
+__all__ = ["MomentAccumulator", "settle"]
 
 _PENDING_BYTES = 256 << 20
 
@@ -57,7 +58,7 @@ class MomentAccumulator:
 
     def _clear(self) -> None:
         self._lead: tuple[int, ...] | None = None
-        self._sums = Sums.empty((), [], 0, torch.device("cpu"))
+        self._sums = Sums.empty((), [], 0, [torch.device("cpu")])
         self._block = OpenBlock((), 0, BLOCK_ROWS, torch.device("cpu"))
 
     @property
@@ -107,6 +108,7 @@ class MomentAccumulator:
         infinity in a row that counts; after an error nothing of the batch has been added.
         """
         flat, keep = self._checked(layers, mask, finite)
+        self._sums.place([x.device for x in flat])
         rows, at = flat[0].shape[1], 0
         while at < rows:
             take = min(rows - at, self._block.size - self._block.filled)
@@ -125,7 +127,7 @@ class MomentAccumulator:
         """Add finite rows ``layers[l][P, b, d_l]`` as one block, whatever their number."""
         self.flush()
         if self._lead is None:
-            self._begin((len(layers[0]),), tuple(x.shape[2] for x in layers), layers[0].device)
+            self._begin((len(layers[0]),), tuple(x.shape[2] for x in layers), [x.device for x in layers])
         self._sums.add(layers, None)
 
     @classmethod
@@ -136,10 +138,25 @@ class MomentAccumulator:
         ``[x, |x|², 1]`` of rows less ``shifts[l][P, d_l]``, every position with some."""
         made = cls(pairs=pairs)
         widths, positions = [shift.shape[1] for shift in shifts], len(shifts[0])
-        sums = Sums.empty(widths, [], positions, shifts[0].device)
+        sums = Sums.empty(widths, [], positions, [shift.device for shift in shifts])
         sums.begun.fill_(True)
         sums.exponents, sums.shift, sums.moment = [0] * len(widths), list(shifts), dict(moments)
         return made._made((positions,), sums)
+
+    @property
+    def asked(self) -> list[Tensor]:
+        """What :func:`settle` reads."""
+        self.flush()
+        return self._sums.asked()
+
+    def told(self, values: Sequence[Tensor]) -> None:
+        """What was :attr:`asked`, read."""
+        self._sums.settle([int(value) for value in values])
+
+    def _settled(self) -> Sums:
+        """All sums, in units that are known here."""
+        settle([self])
+        return self._sums
 
     def flush(self) -> None:
         """Sum the rows of the open block now. The next block begins at the next sample.
@@ -168,16 +185,15 @@ class MomentAccumulator:
                 f"got {other.lead}, {other.widths}"
             )
         self._check_factored(other)
-        self.flush()
+        settle([self, other])
         self._sums.merge(other._sums)
         return self
 
     def pooled(self) -> MomentAccumulator:
         """A new accumulator with leading shape (): the samples of all leading indices as one cloud."""
-        self.flush()
         if self._lead is None:
             return self._like()
-        return self._like()._made((), self._sums.pooled(self._factored))
+        return self._like()._made((), self._settled().pooled(self._factored))
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
@@ -202,13 +218,12 @@ class MomentAccumulator:
 
     def mean(self, layer: int) -> Tensor:
         """Mean over samples of a layer ``[*, d]``, fp64; NaN where nothing was counted."""
-        self.flush()
-        return self._shaped(self._sums.mean(layer))
+        return self._shaped(self._settled().mean(layer))
 
     def exponent(self, layer: int) -> int:
         """Exponent of the power of two that is a layer's unit: 0 but for data so far from 1 that squares of
         them might not be fp64 numbers. What is asked for ``scaled`` comes in this unit."""
-        return self._sums.exponent(layer)
+        return self._settled().exponent(layer)
 
     def scatter(
         self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
@@ -218,8 +233,7 @@ class MomentAccumulator:
 
     def accumulated(self, layer: int, *, scaled: bool = False) -> Tensor:
         """Σ|x−shift|² over samples of a layer ``[*]``, fp64: what its rounding errors scale with."""
-        self.flush()
-        return self._shaped(self._sums.accumulated(layer, scaled=scaled))
+        return self._shaped(self._settled().accumulated(layer, scaled=scaled))
 
     def cross(self, i: int, j: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
         """Σ (x−μ_x)(y−μ_y)ᵀ of layers i and j ``[*, d_i, d_j]``, fp64; ``centering="none"`` gives Σ x yᵀ.
@@ -236,17 +250,15 @@ class MomentAccumulator:
         ``[*, d, d]``, or ``[*, d + 1, d]`` for ``centering="none"``; NaN at positions where none was needed,
         None for a layer that ``factors`` does not name.
         """
-        self.flush()
         if self._lead is None or layer not in self._factored:
             return None
         check_choice(centering, "centering", ("mean", "none"))
-        return self._shaped(self._sums.factor(layer, centred=centering == "mean", scaled=scaled))
+        return self._shaped(self._settled().factor(layer, centred=centering == "mean", scaled=scaled))
 
     def pair(self, i: int, j: int) -> PairMoments:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
-        self.flush()
         self._check_kept(i, j)
-        sums = self._sums
+        sums = self._settled()
         return PairMoments(
             count=self._shaped(sums.count()).to(torch.int64),
             cross=self._shaped(sums.cross(i, j)),
@@ -259,6 +271,7 @@ class MomentAccumulator:
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Everything as named arrays (copies), open block included: restoring continues with equal bits."""
+        self.told(read(self._sums.asked()))
         held, keep = self._block.contents()
         arrays: dict[str, np.ndarray[Any, Any]] = {
             "lead": np.array([-1] if self._lead is None else self._lead, dtype=np.int64),
@@ -288,7 +301,7 @@ class MomentAccumulator:
         def tensor(name: str) -> Tensor:
             return torch.from_numpy(np.array(arrays[name])).to(device)
 
-        self._begin(lead, widths, torch.device(device))
+        self._begin(lead, widths, [torch.device(device)] * len(widths))
         self._sums.load_state_dict(arrays)
         size, filled = (int(v) for v in arrays["block"])
         self._block = OpenBlock(widths, self._sums.positions, size, self._sums.begun.device)
@@ -342,25 +355,34 @@ class MomentAccumulator:
             mask = as_bool_mask(mask, "mask")
             if tuple(mask.shape) != (*lead, rows):
                 raise ValueError(f"mask must have shape {(*lead, rows)}, got {tuple(mask.shape)}")
-            mask = mask.to(seq[0].device)
+            mask = sent(mask, seq[0].device)
         if not finite:
             for k, x in enumerate(seq):
                 check_finite(x, mask, k)
         if self._lead is None:
-            self._begin(lead, widths, seq[0].device)
+            self._begin(lead, widths, [x.device for x in seq])
         positions = math.prod(lead)
         flat = [x.detach().reshape(positions, rows, x.shape[-1]) for x in seq]
         return flat, None if mask is None else mask.reshape(positions, rows)
 
-    def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> None:
+    def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], devices: Sequence[torch.device]) -> None:
         keys = pair_keys(self._asked, len(widths))
-        self._made(lead, Sums.empty(widths, keys, math.prod(lead), device, self._factored))
+        self._made(lead, Sums.empty(widths, keys, math.prod(lead), devices, self._factored))
+        if self._sums.factors is not None:
+            self._sums.factors.place(devices)
 
     def _product(self, i: int, j: int, centering: str, scaled: bool) -> Tensor:
-        self.flush()
         check_choice(centering, "centering", ("mean", "none"))
         self._check_kept(i, j)
-        return self._shaped(self._sums.product(i, j, centred=centering == "mean", scaled=scaled))
+        return self._shaped(self._settled().product(i, j, centred=centering == "mean", scaled=scaled))
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape((*self.lead, *x.shape[1:]))
+
+
+def settle(accumulators: Sequence[MomentAccumulator]) -> None:
+    """Read, in one transfer, all that was left on the device while rows came."""
+    asked = [accumulator.asked for accumulator in accumulators]
+    values = iter(read([value for some in asked for value in some]))
+    for accumulator, some in zip(accumulators, asked, strict=True):
+        accumulator.told([next(values) for _ in some])

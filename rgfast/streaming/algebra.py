@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rgfast.runtime.waiting import waits_for
+
 __all__ = [
+    "NONE",
     "centred_cross",
     "centred_norm_product",
     "centred_trace",
     "common_exponent",
+    "in_parts",
     "joint_mean",
+    "late_exponent",
+    "place_of_both",
+    "power_of_two",
     "recentred",
     "rescaled",
     "scale_exponent",
+    "size_of_sums",
+    "times_power",
 ]
+
+# Stands for the exponent of a layer that was zero so far, where exponents are tensors.
+NONE = -(1 << 40)
 
 
 def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
@@ -32,6 +45,30 @@ def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
         return None
     exponent = math.frexp(largest)[1]
     return exponent if abs(exponent) > 32 else 0
+
+
+def late_exponent(x: Tensor, keep: Tensor | None) -> Tensor:
+    """:func:`scale_exponent` as an int64 tensor ``[]`` on the device of ``x``, `NONE` for all zero."""
+    if keep is not None:
+        x = x.masked_fill(~keep[..., None], 0.0)
+    return _exponent(x.abs().amax())
+
+
+def size_of_sums(shift: Tensor, moment: Tensor) -> Tensor:
+    """:func:`late_exponent` of rows of which only the sums of one layer are known, in units of 1."""
+    squares = moment.diagonal(dim1=1, dim2=2)[:, :-2]
+    return _exponent(torch.maximum(shift.abs().amax(), squares.amax().sqrt()))
+
+
+def _exponent(largest: Tensor) -> Tensor:
+    exponent = torch.frexp(largest.to(torch.float64)).exponent.to(torch.int64).clamp(-1000, 1000)
+    exponent = torch.where(exponent.abs() > 32, exponent, 0)
+    return torch.where(largest == 0, NONE, exponent)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent of int64 exponents between -1022 and 1023, fp64, exact on any device."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def common_exponent(a: int | None, b: int | None) -> tuple[int | None, float, float]:
@@ -56,9 +93,9 @@ def rescaled(moment: Tensor, left: float, right: float) -> Tensor:
     if left == right == 1.0:
         return moment
     rows = moment.new_full((moment.shape[1],), left)
-    rows[-2:] = moment.new_tensor([left * left, 1.0])
+    rows[-2], rows[-1] = left * left, 1.0
     cols = moment.new_full((moment.shape[2],), right)
-    cols[-2:] = moment.new_tensor([right * right, 1.0])
+    cols[-2], cols[-1] = right * right, 1.0
     return moment * rows[:, None] * cols
 
 
@@ -102,3 +139,22 @@ def centred_norm_product(moment: Tensor) -> Tensor:
     with_y = moment[:, -2, -2] + 2 * (moment[:, -2, :-2] * f).sum(1) + ff * sum_a
     with_x = 2 * (moment[:, :-2, -2] * e).sum(1) + 4 * xy + 2 * ff * ex
     return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)
+
+
+def times_power(x: Tensor, exponent: int) -> Tensor:
+    """x · 2^exponent, infinite or zero where that is no fp64 number."""
+    half = exponent // 2  # 2^exponent itself may be none
+    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) if exponent else x
+
+
+def place_of_both(first: torch.device, second: torch.device) -> torch.device:
+    """Where the products of layers on two devices are summed: on the first, unless rows would be sent to the
+    CPU, which waits for them."""
+    return first if waits_for(first) else second
+
+
+def in_parts(which: Tensor, rows: Sequence[Tensor], most: int) -> Sequence[Tensor]:
+    """Indices where ``which[P]`` is True, in chunks whose rows ``rows[l][P, b, d]`` take ``most`` bytes."""
+    at = which.nonzero()[:, 0]
+    widest = max((x.shape[2] for x in rows), default=1)
+    return torch.split(at, max(1, most // max(1, 8 * rows[0].shape[1] * widest))) if len(at) else ()

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import sent, waits_for
 
 __all__ = ["OpenBlock"]
 
 
 class OpenBlock:
-    """Up to ``size`` rows of every layer, ``[P, size, d_l]``, and which of them count ``[P, size]``."""
+    """Up to ``size`` rows of every layer, ``[P, size, d_l]``, where they came from, and which of them count
+    ``[P, size]``, on ``device``. The memory is taken once."""
 
     def __init__(self, widths: Sequence[int], positions: int, size: int, device: torch.device) -> None:
         self.size, self.filled, self._whole = size, 0, True
@@ -30,15 +31,16 @@ class OpenBlock:
         """Add rows ``piece[l][P, b, d_l]``, in the widest dtype that came for each layer."""
         if not self._rows:
             self._rows = [
-                torch.empty(self._positions, self.size, d, dtype=x.dtype, device=self._device)
+                torch.empty(self._positions, self.size, d, dtype=x.dtype, device=x.device)
                 for d, x in zip(self._widths, piece, strict=True)
             ]
             self._keep = torch.empty(self._positions, self.size, dtype=torch.bool, device=self._device)
         take = slice(self.filled, self.filled + piece[0].shape[1])
         for layer, x in enumerate(piece):
-            self._rows[layer] = self._rows[layer].to(torch.promote_types(self._rows[layer].dtype, x.dtype))
+            held = sent(self._rows[layer], x.device)
+            self._rows[layer] = held.to(torch.promote_types(held.dtype, x.dtype))
             self._rows[layer][:, take] = x
-        self._keep[:, take] = True if keep is None else keep
+        self._keep[:, take] = True if keep is None else sent(keep, self._device)
         self._whole = keep is None and (self._whole or not self.filled)
         self.filled = take.stop
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import Later, sent, waits_for
 
 __all__ = ["TriangularFactors"]
 
@@ -51,6 +51,8 @@ class TriangularFactors:
         }  # [P]
         self._seen = 0
         self._check_at = {layer: 2 * width for layer, width in self._width.items()}
+        # Where it would wait to look whether a factor is kept at any position: that, on its way.
+        self._any: dict[int, Later] = {}
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +68,11 @@ class TriangularFactors:
     def update(self, layer: int, z: Tensor, part: slice) -> None:
         """Add the rows ``z[m, b, d + 1]``, each 1 (0 where a row does not count) and the row less its shift,
         at the positions ``part``."""
+        if layer in self._any and self._any[layer].ready() and not self._any.pop(layer).value.any():
+            self._r.pop(layer, None)
         if layer not in self._r:
             return
-        if waits_for(z.device):  # where a factor is kept is read by `advance` alone
+        if waits_for(z.device):  # where a factor is kept is not known here
             r = self._r[layer][part]
             r.copy_(_triangle(torch.cat([r, z], 1)))
             return
@@ -128,6 +132,13 @@ class TriangularFactors:
         ``counted[P]`` says which positions have rows.
         """
         for layer, r in self._r.items():
+            if waits_for(r.device):  # rows of zeros stand for positions without any
+                flat = torch.where(counted[:, None, None], _moved(r, moves[layer], 1.0), 0.0).flatten(0, 1)
+                step = max(r.shape[1], _WORK_BYTES // (8 * r.shape[2]))
+                for some in torch.split(flat, step):
+                    one._r[layer] = _triangle(torch.cat([one._r[layer], some[None]], 1))
+                one._kept[layer] = (self._kept[layer] | ~counted).all().reshape(1)
+                continue
             if not bool((self._kept[layer] | ~counted).all()):
                 one._keep(layer, torch.zeros_like(one._kept[layer]))
                 continue
@@ -159,14 +170,26 @@ class TriangularFactors:
                 one._r[new] = self._r[layer]
         return one
 
+    def rescale(self, scales: Sequence[float]) -> None:
+        """Have the rows of every layer in another unit, a power of two."""
+        for layer, r in self._r.items():
+            if scales[layer] != 1.0:
+                self._r[layer] = torch.cat([r[:, :, :1], r[:, :, 1:] * scales[layer]], 2)
+
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Have every layer's factors on its device."""
+        for held in (self._r, self._kept):
+            for layer, x in held.items():
+                held[layer] = sent(x, devices[layer])
+
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Everything as named arrays: the factors that are kept, where, and when to look at them again."""
         layers = sorted(self._width)
         checks = [self._check_at[layer] for layer in layers]
         arrays = {"factors": np.array([self._seen, *checks], dtype=np.int64)}
         for layer in layers:
-            if layer in self._r:
-                kept = self._kept[layer]
+            kept = self._kept[layer]
+            if layer in self._r and (not waits_for(kept.device) or bool(kept.any())):
                 arrays[f"factor_kept.{layer}"] = kept.cpu().numpy().copy()
                 arrays[f"factor.{layer}"] = self._r[layer][kept].cpu().numpy()
         return arrays
@@ -174,6 +197,7 @@ class TriangularFactors:
     def load_state_dict(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Replace everything by what :meth:`state_dict` returned; where there is nothing, nothing is kept."""
         layers = sorted(self._width)
+        self._any.clear()
         if "factors" in arrays:
             self._seen, *checks = (int(v) for v in arrays["factors"])
             self._check_at = dict(zip(layers, checks, strict=True))
@@ -191,7 +215,9 @@ class TriangularFactors:
 
     def _keep(self, layer: int, kept: Tensor) -> None:
         self._kept[layer] = kept
-        if not bool(kept.any()):
+        if waits_for(kept.device):
+            self._any[layer] = Later(kept.any())
+        elif not bool(kept.any()):
             self._r.pop(layer, None)
 
 
@@ -225,11 +251,20 @@ def _well_conditioned(r: Tensor) -> Tensor:
     size = r.shape[-1]
     identity = torch.eye(size, dtype=r.dtype, device=r.device)
     well = torch.zeros(len(r), dtype=torch.bool, device=r.device)
-    at = (r.diagonal(dim1=1, dim2=2) != 0).all(1).nonzero()[:, 0]
+    solvable = (r.diagonal(dim1=1, dim2=2) != 0).all(1)
     step = max(1, _WORK_BYTES // (8 * size * size))
+    if waits_for(r.device):
+        for some, out in zip(torch.split(r, step), torch.split(well, step), strict=True):
+            out.copy_(_condition(some, identity) <= _WELL_CONDITIONED)  # NaN or infinite if not solvable
+        return well & solvable
+    at = solvable.nonzero()[:, 0]
     with one_thread():
         for some in torch.split(at, step):
-            inverse = torch.linalg.solve_triangular(r[some], identity.expand(len(some), -1, -1), upper=True)
-            condition = torch.linalg.matrix_norm(r[some]) * torch.linalg.matrix_norm(inverse)
-            well[some] = condition <= _WELL_CONDITIONED
+            well[some] = _condition(r[some], identity) <= _WELL_CONDITIONED
     return well
+
+
+def _condition(r: Tensor, identity: Tensor) -> Tensor:
+    inverse = torch.linalg.solve_triangular(r, identity.expand(len(r), -1, -1), upper=True)
+    found: Tensor = torch.linalg.matrix_norm(r) * torch.linalg.matrix_norm(inverse)
+    return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,23 +24,29 @@ from torch import Tensor
 
 from rgfast.ops import moments
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.algebra import (
+    NONE,
     centred_cross,
     centred_norm_product,
     centred_trace,
     common_exponent,
+    in_parts,
     joint_mean,
+    late_exponent,
+    place_of_both,
+    power_of_two,
     recentred,
     rescaled,
     scale_exponent,
+    size_of_sums,
+    times_power,
 )
 from rgfast.streaming.factors import TriangularFactors
 
 __all__ = ["Sums"]
 
 _WORK_BYTES = 64 << 20
-_NONE = -(1 << 40)
 
 
 @dataclass
@@ -50,6 +56,11 @@ class Sums:
     ``shift`` holds ``[P, d_l]`` of every layer, in true units, and ``begun[P]`` where it is set; ``moment``
     the products ``[P, d_i + 2, d_j + 2]`` of pairs (i, j), i ≤ j; ``exponents`` has None for a layer that was
     zero so far.
+
+    A layer's sums are where its rows are, those of two layers at :func:`place_of_both`. On a device no
+    exponent is read while rows come: fp64 rows are summed in a unit that the device knows, ``late[layer]``,
+    and squares of squares of narrower ones are numbers of fp64 in any. ``unread`` are the layers of which
+    :meth:`settle` has to be told the exponent before anything but adding and copying is done.
     """
 
     widths: tuple[int, ...]
@@ -59,6 +70,9 @@ class Sums:
     moment: dict[tuple[int, int], Tensor]
     factors: TriangularFactors | None
     settled: bool = False  # whether it is known without looking that all positions have begun
+    summed: bool = False  # whether a block was added
+    late: dict[int, Tensor] = field(default_factory=dict)
+    unread: set[int] = field(default_factory=set)
 
     @classmethod
     def empty(
@@ -66,21 +80,29 @@ class Sums:
         widths: Sequence[int],
         keys: Sequence[tuple[int, int]],
         positions: int,
-        device: torch.device,
+        devices: Sequence[torch.device],
         factored: Sequence[int] = (),
     ) -> Sums:
-        """Those of no rows, for the pairs ``keys``, with triangular factors of the layers ``factored``."""
+        """Those of no rows on these devices, for the pairs ``keys``, with triangular factors of the layers
+        ``factored``."""
         f64 = torch.float64
         return cls(
             widths=tuple(widths),
-            begun=torch.zeros(positions, dtype=torch.bool, device=device),
+            begun=torch.zeros(positions, dtype=torch.bool, device=devices[0]),
             exponents=[None] * len(widths),
-            shift=[torch.zeros(positions, d, dtype=f64, device=device) for d in widths],
+            shift=[
+                torch.zeros(positions, d, dtype=f64, device=at)
+                for d, at in zip(widths, devices, strict=False)
+            ],
             moment={
-                (i, j): torch.zeros(positions, widths[i] + 2, widths[j] + 2, dtype=f64, device=device)
+                (i, j): torch.zeros(
+                    (positions, widths[i] + 2, widths[j] + 2),
+                    dtype=f64,
+                    device=place_of_both(devices[i], devices[j]),
+                )
                 for i, j in keys
             },
-            factors=TriangularFactors(factored, widths, positions, device) if factored else None,
+            factors=TriangularFactors(factored, widths, positions, devices[0]) if factored else None,
         )
 
     @property
@@ -94,22 +116,92 @@ class Sums:
         return sum(t.numel() * t.element_size() for t in (*self.shift, *self.moment.values())) + factors
 
     def add(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
-        """Add one block ``[P, b, d_l]``."""
+        """Add one block ``[P, b, d_l]``, each layer's rows on the device of its sums."""
         b = rows[0].shape[1]
-        for layer, x in enumerate(rows):
-            if self.exponents[layer] is None:
-                self.exponents[layer] = scale_exponent(x, keep)
+        rows = [self._in_unit(layer, x, keep) for layer, x in enumerate(rows)]
         self._settle_shift(rows, keep)
-        moments.add_products(
-            self.moment, rows, self.shift, keep=keep, exponents=[self.exponent(k) for k in range(len(rows))]
-        )
+        for device, moment in self._by_device().items():
+            layers = sorted({layer for key in moment for layer in key})
+            new = {layer: k for k, layer in enumerate(layers)}
+            moments.add_products(
+                {(new[i], new[j]): total for (i, j), total in moment.items()},
+                [sent(rows[layer], device) for layer in layers],
+                [sent(self.shift[layer], device) for layer in layers],
+                keep=None if keep is None else sent(keep, device),
+                exponents=[self.exponent(layer) for layer in layers],
+            )
         if self.factors is not None:
             for layer in self.factors.followed:
                 self._add_to_factor(layer, rows[layer], keep)
         self.begun |= True if keep is None else keep.any(1)
-        self.settled = self.settled or keep is None
+        self.settled, self.summed = self.settled or keep is None, True
         if self.factors is not None:
             self.factors.advance(b)
+
+    def _by_device(self) -> dict[torch.device, dict[tuple[int, int], Tensor]]:
+        """The moments on each device."""
+        parts: dict[torch.device, dict[tuple[int, int], Tensor]] = {}
+        for key, total in self.moment.items():
+            parts.setdefault(total.device, {})[key] = total
+        return parts
+
+    def _in_unit(self, layer: int, x: Tensor, keep: Tensor | None) -> Tensor:
+        """The rows of a layer, of which the exponent is known from now on, or is on the device."""
+        if self.exponents[layer] is not None:
+            return x
+        if not waits_for(x.device):
+            self.exponents[layer] = scale_exponent(x, keep)
+            return x
+        first = layer not in self.unread
+        self.unread.add(layer)
+        if first and x.dtype == torch.float64:
+            self.late[layer] = torch.full((), NONE, dtype=torch.int64, device=x.device)
+        if layer not in self.late:
+            return x
+        before = self.late[layer]
+        now = late_exponent(x, None if keep is None else sent(keep, x.device))
+        self.late[layer] = found = torch.where(before == NONE, now, before)
+        return x * power_of_two(-torch.where(found == NONE, 0, found))
+
+    def asked(self) -> list[Tensor]:
+        """The exponents that :meth:`settle` has to be told, `NONE` for a layer that is zero."""
+        return [
+            self.late[layer]
+            if layer in self.late
+            else size_of_sums(self.shift[layer], self.moment[layer, layer])
+            for layer in sorted(self.unread)
+        ]
+
+    def settle(self, told: Sequence[int]) -> None:
+        """Bring all layers into units that are known here, and all sums to one device."""
+        scale = [1.0] * len(self.widths)
+        for layer, exponent in zip(sorted(self.unread), told, strict=True):
+            if exponent == NONE:
+                continue
+            self.exponents[layer] = exponent
+            if layer in self.late:
+                self.shift[layer] = times_power(self.shift[layer], exponent)
+            else:
+                scale[layer] = math.ldexp(1.0, -exponent)
+        self.late.clear()
+        self.unread.clear()
+        for (i, j), moment in self.moment.items():
+            self.moment[i, j] = rescaled(moment, scale[i], scale[j])
+        if self.factors is not None:
+            self.factors.rescale(scale)
+        self.place([self.begun.device] * len(self.widths))
+
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Have every layer's sums on the device of its rows."""
+        if [shift.device for shift in self.shift] == list(devices):
+            return
+        self.begun = sent(self.begun, devices[0])
+        self.shift = [sent(shift, device) for shift, device in zip(self.shift, devices, strict=True)]
+        for (i, j), moment in self.moment.items():
+            self.moment[i, j] = sent(moment, place_of_both(devices[i], devices[j]))
+        self.late = {layer: sent(exponent, devices[layer]) for layer, exponent in self.late.items()}
+        if self.factors is not None:
+            self.factors.place(devices)
 
     @one_thread()
     def merge(self, other: Sums) -> None:
@@ -130,7 +222,7 @@ class Sums:
             a = recentred(rescaled(moment, rescale[i][0], rescale[j][0]), move_a[i], move_a[j])
             b = rescaled(other.moment[i, j], rescale[i][1], rescale[j][1])
             self.moment[i, j] = a.add_(recentred(b, move_b[i], move_b[j])).contiguous()
-        self.begun = self.begun | other.begun
+        self.begun, self.summed = self.begun | other.begun, self.summed or other.summed
         if self.factors is not None:
             assert other.factors is not None
             self.factors.merge(other.factors, (move_a, move_b), rescale)
@@ -138,17 +230,17 @@ class Sums:
     @one_thread()
     def pooled(self, factored: Sequence[int]) -> Sums:
         """Those of the samples of all positions as one cloud, at a single position."""
-        one = Sums.empty(self.widths, list(self.moment), 1, self.begun.device, factored)
+        one = Sums.empty(self.widths, list(self.moment), 1, [self.begun.device] * len(self.widths), factored)
         one.exponents = list(self.exponents)
-        one.begun = self.begun.any().reshape(1)
         count = self.count()[:, None]
+        one.begun = (count > 0).any().reshape(1)
         moves = []
         for layer in range(len(self.widths)):
             mean = self.mean(layer)
-            base = mean[count[:, 0] > 0][:1]  # differences from it vanish exactly for a constant column
-            if not len(base):
-                return one
-            weighed = torch.where(count > 0, (mean - base) * count, 0.0).sum(0) / count.sum()
+            first = (count > 0).to(torch.uint8).argmax(0)
+            # Differences from it vanish exactly for a constant column.
+            base = torch.where(one.begun, mean.index_select(0, first)[0], 0.0)[None]
+            weighed = torch.where(count > 0, (mean - base) * count, 0.0).sum(0) / count.sum().clamp_min(1.0)
             one.shift[layer] = base + weighed
             unit = math.ldexp(1.0, -self.exponent(layer))
             moves.append((self.shift[layer] - one.shift[layer]) * unit)
@@ -167,6 +259,9 @@ class Sums:
             shift=[s[part].clone() for s in self.shift],
             moment={key: m[part].clone() for key, m in self.moment.items()},
             factors=self.factors.at(part) if factors and self.factors is not None else None,
+            summed=self.summed,
+            late=dict(self.late),
+            unread=set(self.unread),
         )
 
     def only(self, layers: Sequence[int]) -> Sums:
@@ -184,6 +279,9 @@ class Sums:
             shift=[self.shift[layer] for layer in layers],
             moment=moment,
             factors=None if self.factors is None else self.factors.only(layers),
+            summed=self.summed,
+            late={new[layer]: exponent for layer, exponent in self.late.items() if layer in new},
+            unread={new[layer] for layer in self.unread if layer in new},
         )
 
     def count(self) -> Tensor:
@@ -219,16 +317,16 @@ class Sums:
         product = self.cross(i, j)
         if not centred:
             count = self.count()[:, None, None]
-            mean_i, mean_j = (_times_power(self.mean(k), -self.exponent(k)) for k in (i, j))
+            mean_i, mean_j = (times_power(self.mean(k), -self.exponent(k)) for k in (i, j))
             product = product + mean_i[:, :, None] * mean_j[:, None, :] * count
         if not scaled:
-            product = _times_power(product, self.exponent(i) + self.exponent(j))
+            product = times_power(product, self.exponent(i) + self.exponent(j))
         return (product + product.transpose(1, 2)) / 2 if i == j else product
 
     def accumulated(self, layer: int, *, scaled: bool) -> Tensor:
         """Σ|x−shift|² ``[P]``, in true units, or in the layer's for ``scaled``."""
         trace = self.moment[layer, layer][:, -2, -1]
-        return trace if scaled else _times_power(trace, 2 * self.exponent(layer))
+        return trace if scaled else times_power(trace, 2 * self.exponent(layer))
 
     @one_thread()
     def trace(self, layer: int) -> Tensor:
@@ -247,16 +345,16 @@ class Sums:
         whole, exponent = self.factors.factor(layer), self.exponent(layer)
         found = whole[:, 1:, 1:]
         if not centred:
-            shift = _times_power(self.shift[layer], -exponent)
+            shift = times_power(self.shift[layer], -exponent)
             found = torch.addcmul(whole[:, :, 1:], whole[:, :, :1], shift[:, None])
-        return found if scaled else _times_power(found, exponent)
+        return found if scaled else times_power(found, exponent)
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Everything as named arrays (copies)."""
         arrays: dict[str, np.ndarray[Any, Any]] = {
             "pairs": np.array(sorted(self.moment), dtype=np.int64).reshape(-1, 2),
             "begun": self.begun.cpu().numpy().copy(),
-            "exponent": np.array([_NONE if e is None else e for e in self.exponents], dtype=np.int64),
+            "exponent": np.array([NONE if e is None else e for e in self.exponents], dtype=np.int64),
         }
         for layer, shift in enumerate(self.shift):
             arrays[f"shift.{layer}"] = shift.cpu().numpy().copy()
@@ -273,8 +371,8 @@ class Sums:
             # A copy in memory of torch's own: the library's bits depend on how its operands are aligned.
             return torch.from_numpy(np.array(arrays[name])).to(self.begun.device, copy=True)
 
-        self.begun = tensor("begun")
-        self.exponents = [None if e == _NONE else int(e) for e in arrays["exponent"]]
+        self.begun, self.summed = tensor("begun"), bool(arrays["begun"].any())
+        self.exponents = [None if e == NONE else int(e) for e in arrays["exponent"]]
         self.shift = [tensor(f"shift.{layer}") for layer in range(len(self.widths))]
         self.moment = {(i, j): tensor(f"moment.{i}.{j}") for i, j in self.moment}
         if self.factors is not None:
@@ -287,12 +385,14 @@ class Sums:
         new = ~self.begun
         if keep is not None:
             new = new & keep.any(1)
-        if waits_for(new.device):  # means of all positions, since which ones are new is not known here
+        if any(waits_for(x.device) for x in rows):  # which positions are new is not known here
             for layer, x in enumerate(rows):
-                shift = self.shift[layer]
-                shift.copy_(torch.where(new[:, None], moments.first_mean(x, keep), shift))
+                shift, kept = self.shift[layer], None if keep is None else sent(keep, x.device)
+                # Means of all rows cost as much as their products: a later position's shift is its first row.
+                found = moments.first_row(x, kept) if self.summed else moments.first_mean(x, kept)
+                shift.copy_(torch.where(sent(new, x.device)[:, None], found, shift))
             return
-        for at in _split(new, rows):
+        for at in in_parts(new, rows, _WORK_BYTES):
             for layer, x in enumerate(rows):
                 self.shift[layer][at] = moments.first_mean(x[at], None if keep is None else keep[at])
 
@@ -300,6 +400,7 @@ class Sums:
         """In chunks of positions, so that work space is bounded."""
         assert self.factors is not None
         positions, b, d = rows.shape
+        keep = None if keep is None else sent(keep, rows.device)
         step = max(1, _WORK_BYTES // (8 * b * (d + 1)))
         for start in range(0, positions, step):
             part = slice(start, min(start + step, positions))
@@ -308,16 +409,3 @@ class Sums:
             z[..., 0] = 1.0 if kept is None else kept.to(torch.float64)
             moments.shifted(rows[part], self.shift[layer][part], kept, self.exponent(layer), out=z[..., 1:])
             self.factors.update(layer, z, part)
-
-
-def _split(which: Tensor, rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Indices where ``which[P]`` is True, in chunks whose rows ``rows[l][P, b, d]`` take bounded memory."""
-    at = which.nonzero()[:, 0]
-    widest = max((x.shape[2] for x in rows), default=1)
-    return torch.split(at, max(1, _WORK_BYTES // max(1, 8 * rows[0].shape[1] * widest))) if len(at) else ()
-
-
-def _times_power(x: Tensor, exponent: int) -> Tensor:
-    """x · 2^exponent, infinite or zero where that is no fp64 number."""
-    half = exponent // 2  # 2^exponent itself may be none
-    return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) if exponent else x

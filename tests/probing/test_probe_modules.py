@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from elsewhere import Elsewhere
 from models import Block, Tokens, seeded
 from test_probe_masks import rank_of
 from torch import nn
@@ -219,25 +218,6 @@ def test_weights_that_wait_elsewhere():
     take(model, None, None)
     got = probe(model)
     assert got.dataset.effective_rank.equals(want.dataset.effective_rank)
-
-
-class Onward(Block):
-    """Puts its output on another device, as far as that says, as a model that is spread over several does."""
-
-    def forward(self, x):
-        return Elsewhere(super().forward(x.held if isinstance(x, Elsewhere) else x))
-
-
-@pytest.mark.parametrize("options", [{}, {"views": ["position"], "pairs": "all"}])
-def test_layers_on_several_devices(options):
-    plain = seeded(lambda: nn.Sequential(Block(), Block(), Block()))
-    spread = seeded(lambda: nn.Sequential(Block(), Block(), Block()))
-    for block in (spread[1], spread[2]):
-        block.__class__ = Onward
-    stream = ["0", "1", "2"]
-    want, got = (probe(model, layers=stream, batch_size=30, **options) for model in (plain, spread))
-    for name in want.measures:
-        assert got.dataset[name].equals(want.dataset[name]), name
 
 
 def test_code_that_does_not_run_its_modules():

@@ -1,5 +1,12 @@
 """Products of layers' rows, added up position by position: what streamed moments are made of."""
 
-from rgfast.ops.moments.api import add_positions, add_products, first_mean, pair_products, shifted
+from rgfast.ops.moments.api import (
+    add_positions,
+    add_products,
+    first_mean,
+    first_row,
+    pair_products,
+    shifted,
+)
 
-__all__ = ["add_positions", "add_products", "first_mean", "pair_products", "shifted"]
+__all__ = ["add_positions", "add_products", "first_mean", "first_row", "pair_products", "shifted"]

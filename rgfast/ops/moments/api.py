@@ -12,7 +12,7 @@ from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
 from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
 from rgfast.ops.moments.impl import library, native
-from rgfast.ops.moments.reference import shifted
+from rgfast.ops.moments.reference import first_row, shifted
 from rgfast.runtime.threads import no_autocast, one_thread
 from rgfast.validation import as_real_tensor
 
@@ -23,6 +23,7 @@ __all__ = [
     "add_positions",
     "add_products",
     "first_mean",
+    "first_row",
     "pair_products",
     "shifted",
 ]

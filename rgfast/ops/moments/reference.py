@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rgfast.ops.moments.call import PairSums
 
-__all__ = ["add_positions", "add_products", "first_mean", "pair_products", "shifted"]
+__all__ = ["add_positions", "add_products", "first_mean", "first_row", "pair_products", "shifted"]
 
 _WORK_BYTES = 64 << 20
 
@@ -85,6 +85,14 @@ def first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
     first = wide[at, keep.to(torch.uint8).argmax(1)][:, None]
     off = (wide - first).masked_fill_(~keep[..., None], 0.0)
     return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
+
+
+def first_row(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """The first of the rows ``[P, b, d]`` that is kept at every position ``[P, d]``, in fp64."""
+    if keep is None:
+        return rows[:, 0].to(torch.float64)
+    at = keep.to(torch.uint8).argmax(1)
+    return rows.gather(1, at[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0].to(torch.float64)
 
 
 def pair_products(

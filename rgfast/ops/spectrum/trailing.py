@@ -103,7 +103,8 @@ def _of_rows(x: Tensor, exponent: int, small: int, centering: str) -> Tensor:
 
 def _trailing_vectors(moment: Tensor, small: int) -> Tensor:
     """Orthonormal vectors `[d, small]` that about span the eigenspace of the least eigenvalues."""
-    start = torch.randn(len(moment), small, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(len(moment), small, generator=draw, dtype=torch.float64, device="cpu")
     vectors = start.to(moment.device)
     shifted = moment.clone()
     shifted.diagonal().add_(_SHIFT * moment.trace())

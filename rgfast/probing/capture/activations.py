@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from rgfast.runtime.waiting import numbers
+
 __all__ = ["Activation", "find_tensor", "locate", "unnested"]
 
 _PREFERRED = ("last_hidden_state", "hidden_states", "hidden_state", "logits")
@@ -76,12 +78,6 @@ class Activation:
     rows: Tensor
     keep: Tensor | None = None
 
-    def on(self, device: torch.device) -> Activation:
-        """On ``device``: layers that are spread over several are compared on the first one's."""
-        if self.rows.device == device:
-            return self
-        return Activation(self.rows.to(device), None if self.keep is None else self.keep.to(device))
-
     def longer(self, length: int) -> Activation:
         """With rows that do not count up to ``length``, if it tells which ones do."""
         lacking = length - self.rows.shape[1]
@@ -99,6 +95,6 @@ def unnested(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"layer {name!r} must hold sequences [T, D] if it is nested, got {x.dim()} dimensions"
         )
-    lengths = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=x.device)
+    lengths = numbers([len(part) for part in parts], x.device)
     rows = pad_sequence(list(parts), batch_first=True)
     return rows, torch.arange(rows.shape[1], dtype=torch.int64, device=x.device) < lengths[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgfast.probing.capture.batches import as_entry, batch_items, entry_name, is_array, only_numbers
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, is_padding_name, looks_like_padding
+from rgfast.runtime.waiting import sent
 
 __all__ = ["Caller"]
 
@@ -44,6 +45,16 @@ class Caller:
         )
         self._device = _device_of(model)
         self._masks: dict[int, str | None] = {}
+        self._sources: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def source(self, value: Any) -> Any:
+        """What was given for an entry of :meth:`entries`: where that is on the host, reading it waits for
+        nothing. Other values are themselves."""
+        return self._sources[id(value)][1] if id(value) in self._sources else value
+
+    def forget(self) -> None:
+        """Forget the sources, at the end of a forward."""
+        self._sources.clear()
 
     def entries(self, batch: Any) -> dict[str, Any]:
         """What a batch holds, by name (``input``, ``input1``, … for what has none), on the model's device.
@@ -145,7 +156,7 @@ class Caller:
 
     def _argument_for(self, k: int, values: list[Any], reserved: frozenset[str]) -> str | None:
         entry = f"input{k}"
-        if entry in reserved or not looks_like_padding(values[k], values[0]):
+        if entry in reserved or not looks_like_padding(self.source(values[k]), self.source(values[0])):
             return None
         names = [name for name in self._named if is_padding_name(name)]
         at_k = self._ordered[k] if k < len(self._ordered) else ""
@@ -162,7 +173,7 @@ class Caller:
         for k, name in enumerate(names, start=len(args) - len(names)):
             if k and k not in self._masks:
                 self._masks[k] = None
-                if name not in reserved and looks_like_padding(args[k], args[0]):
+                if name not in reserved and looks_like_padding(self.source(args[k]), self.source(args[0])):
                     self._read_too(k, "")
 
     def _read_too(self, k: int, more: str) -> None:
@@ -174,7 +185,12 @@ class Caller:
 
     def _placed(self, value: Any, name: str) -> Any:
         value = as_entry(value, name)
-        return value.to(self._device) if isinstance(value, Tensor) and self._device is not None else value
+        if not isinstance(value, Tensor) or self._device is None:
+            return value
+        placed = sent(value, self._device)
+        if placed is not value:
+            self._sources[id(placed)] = placed, value
+        return placed
 
 
 def _unnamed(number: int) -> list[str]:

@@ -19,6 +19,8 @@ from rgfast.probing.capture.padding import Padding, PaddingSpec
 from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.targets import Target
+from rgfast.probing.unread import Unread
+from rgfast.runtime.waiting import sent
 from rgfast.validation import as_tensor
 
 __all__ = ["Entries", "MaskSpec"]
@@ -39,11 +41,12 @@ class Entries:
         origin: Origin,
         targets: Sequence[Target],
         notes: Notes,
+        unread: Unread,
     ) -> None:
         self._model, self._mask, self._origin, self._targets = model, mask, origin, targets
-        self._notes = notes
+        self._notes, self._unread = notes, unread
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        self._padding = Padding(padding, [tap.name for tap in taps], modules, notes)
+        self._padding = Padding(padding, [tap.name for tap in taps], modules, notes, unread)
         self._caller = Caller(model, self._padding, notes)
         named = [mask, *(target.entry for target in targets)]
         self._reserved = frozenset(name for name in named if isinstance(name, str))
@@ -89,43 +92,48 @@ class Entries:
 
         Raises ValueError if a mask or a target does not fit, or an entry is missing.
         """
-        by_tap = self._padding.entries(self._now, self._reserved)
+        given = {name: self._caller.source(value) for name, value in self._now.items()}
+        by_tap = self._padding.entries(given, self._reserved)
         names = [by_tap[tap] for tap in taps]
         longest = max(a.rows.shape[1] for a in activations if a is not None)
         # A nested tensor ends with the longest sequence, the mask that it comes from with the last column.
         for name, a in zip(names, activations, strict=True):
-            if name is not None and a is not None and a.keep is not None and not self._now[name].is_nested:
-                longest = max(longest, self._now[name].shape[-1])
-        device = next(a.rows.device for a in activations if a is not None)
-        activations = [None if a is None else a.longer(longest).on(device) for a in activations]
+            if name is not None and a is not None and a.keep is not None and not given[name].is_nested:
+                longest = max(longest, given[name].shape[-1])
+        activations = [None if a is None else a.longer(longest) for a in activations]
         rows = [None if a is None else a.rows for a in activations]
-        own = [None if a is None else a.keep for a in activations]
+        first = next(x for x in rows if x is not None)
+        own = [None if a is None or a.keep is None else sent(a.keep, first.device) for a in activations]
         # What a nested tensor leaves out is what its model's mask left out.
         of_mask = [None if keep is not None else name for name, keep in zip(names, own, strict=True)]
         keeps = [
             mine if mine is not None else found
-            for mine, found in zip(own, self._padding.keeps(of_mask, self._now, rows), strict=True)
+            for mine, found in zip(own, self._padding.keeps(of_mask, given, rows), strict=True)
         ]
-        self._padding.note_unread(names, self._now, longest, self._reserved)
-        first = next(x for x in rows if x is not None)
+        self._padding.note_unread(names, given, longest, self._reserved)
         keys = [
             (name, keep is not None, 0 if x is None else x.shape[1])
             for name, keep, x in zip(names, own, rows, strict=True)
         ]
-        batch = RowBatch(
+        batch, length = first.shape[:2]
+        found = RowBatch(
             rows,
             keeps,
-            _masked(self._mask, self._now, first),
-            [target.rows(self._now, seen, *first.shape[:2]).to(first.device) for target in self._targets],
+            _masked(self._mask, self._now if callable(self._mask) else given, first),
+            [
+                sent(target.rows(self._now, given, seen, batch, length, self._unread), first.device)
+                for target in self._targets
+            ],
             places=[keys.index(key) for key in keys],
             padded=any(name is not None for name in names) or any(keep is not None for keep in own),
             notes=tuple(self._notes),
         )
-        return from_first_token(batch) if self._origin == "token" else batch
+        return from_first_token(found) if self._origin == "token" else found
 
     def end(self) -> None:
         """The forward is over."""
         self._now = {}
+        self._caller.forget()
 
 
 def _masked(mask: MaskSpec, entries: Mapping[str, Any], rows: Tensor) -> Tensor | None:
@@ -138,13 +146,13 @@ def _masked(mask: MaskSpec, entries: Mapping[str, Any], rows: Tensor) -> Tensor 
         masked = entries[mask]
     else:
         masked = mask(entries)
-    masked = as_tensor(masked, "mask").to(rows.device)
+    masked = as_tensor(masked, "mask")
     if masked.dtype != torch.bool or masked.shape != rows.shape[:2]:
         raise ValueError(
             f"mask must be bool {list(rows.shape[:2])}, got {str(masked.dtype).removeprefix('torch.')} "
             f"{list(masked.shape)}"
         )
-    return masked
+    return sent(masked, rows.device)
 
 
 def _is_generating(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rgfast.probing.capture.activations import find_tensor, locate
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.patterns import by_layer
+from rgfast.probing.unread import Unread
 
 __all__ = ["OutputSpec", "Outputs", "check_output"]
 
@@ -32,8 +33,8 @@ class Outputs:
     Raises ValueError for a pattern that no layer matches.
     """
 
-    def __init__(self, asked: OutputSpec, taps: Sequence[Tap]) -> None:
-        self._taps = taps
+    def __init__(self, asked: OutputSpec, taps: Sequence[Tap], unread: Unread) -> None:
+        self._taps, self._unread = taps, unread
         found = by_layer("output", asked, [tap.name for tap in taps])
         # What a block is given is not ordered as what it returns is, so that only "sum", and patterns that
         # end in ":input", are of inputs.
@@ -59,9 +60,10 @@ class Outputs:
         shapes = {x.shape for x in _tensors([*args, *kwargs.values()])}
         rivals = [x for x in beside if x is not found and x.shape == found.shape]
         if found.shape in shapes and rivals and not isinstance(module, _FIRST_COUNTS):
-            rivals = [x for x in rivals if not _is_attention(x)]
-            if rivals:
-                raise ValueError(self._ambiguous(tap, f"returns {len(rivals) + 1}", found))
+            number = torch.stack([1 - _is_attention(x) for x in rivals]).sum()
+            self._unread.check(
+                number, lambda n: self._ambiguous(tap, f"returns {int(n) + 1}", found) if int(n) else ""
+            )
         return found
 
     def given(self, tap: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module) -> Tensor:
@@ -158,8 +160,10 @@ def _residuals(args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Modu
     return [x for name, x in bound.items() if "resid" in name.lower() and isinstance(x, Tensor)]
 
 
-def _is_attention(x: Tensor) -> bool:
-    """Whether ``x`` ``[..., T, T]`` can only be attention weights: rows that sum to 1."""
-    if x.shape[-1] != x.shape[-2] or bool((x < 0).any()):
-        return False
-    return bool(torch.isclose(x.sum(-1), torch.ones((), dtype=x.dtype, device=x.device), atol=1e-2).all())
+def _is_attention(x: Tensor) -> Tensor:
+    """Whether ``x`` ``[..., T, T]`` can only be attention weights, rows that sum to 1: an integer on its
+    device."""
+    if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    near = torch.isclose(x.sum(-1), torch.ones((), dtype=x.dtype, device=x.device), atol=1e-2)
+    return ((x >= 0).all() & near.all()).to(torch.int64)

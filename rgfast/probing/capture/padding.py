@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.patterns import by_layer
-from rgfast.runtime.waiting import waits_for
+from rgfast.probing.unread import Unread
+from rgfast.runtime.waiting import sent, waits_for
 
 __all__ = ["Padding", "PaddingSpec", "as_keep", "check_padding", "is_padding_name", "looks_like_padding"]
 
@@ -68,14 +69,19 @@ def looks_like_padding(value: Any, first: Any) -> bool:
         return False
     if value.is_floating_point() or value.is_complex() or not value.numel():
         return False
-    ordered = value.to(torch.int64)
-    if not bool(((ordered == 0) | (ordered == 1)).all()):
+    if not is_binary(value):
         return False
+    ordered = value.to(torch.int64)
     steps = ordered.diff(dim=1)
     return bool(((steps <= 0).all(1) | (steps >= 0).all(1)).all()) and bool(ordered.any())
 
 
-def as_keep(value: Tensor, name: str, binary: set[str]) -> Tensor:
+def is_binary(value: Tensor) -> bool:
+    """Whether all values are 0 or 1."""
+    return bool(((value == 0) | (value == 1)).all())
+
+
+def as_keep(value: Tensor, name: str, binary: dict[str, Tensor], unread: Unread) -> Tensor:
     """``[B, T]`` bool, True for positions that count, of a mask of any usual kind.
 
     Whole numbers and bool: not 0 counts, but for ``…padding_mask``, where True is padding (bool only). Floats
@@ -83,9 +89,9 @@ def as_keep(value: Tensor, name: str, binary: set[str]) -> Tensor:
     whole numbers, and from then on so is ``name``, which goes to ``binary``. ``[B, 1, 1, T]`` is read too;
     of ``[B, 1, Q, T]`` or ``[B, Q, T]`` a position counts if any query may attend to it.
 
-    Raises ValueError for other kinds, naming the entry.
+    Raises ValueError for other kinds, naming the entry; ``unread`` says when for values on a device.
     """
-    keep = _elementwise(value, name, binary)
+    keep = _elementwise(value, name, binary, unread)
     if keep.dim() == 4 and keep.shape[1] == 1:
         keep = keep[:, 0]
     if keep.dim() == 3:
@@ -97,7 +103,7 @@ def as_keep(value: Tensor, name: str, binary: set[str]) -> Tensor:
     return keep
 
 
-def _elementwise(value: Tensor, name: str, binary: set[str]) -> Tensor:
+def _elementwise(value: Tensor, name: str, binary: dict[str, Tensor], unread: Unread) -> Tensor:
     hides = name.endswith(_SUFFIXES[1:])  # True is padding, as in torch.nn
     if value.dtype == torch.bool:
         return ~value if hides else value
@@ -107,15 +113,23 @@ def _elementwise(value: Tensor, name: str, binary: set[str]) -> Tensor:
             raise ValueError(f"{name} must be bool (True is padding) or a float mask to be added, got {kind}")
         return value != 0
     ones, added = (value == 0) | (value == 1), (value == 0) | (value <= _HIDES)
-    if not hides and bool(ones.all()) and (name in binary or bool(value.any())):
-        binary.add(name)
-        return value == 1
-    if not bool(added.all()):
-        odd = float(value[~added][0])
-        raise ValueError(
-            f"{name} must hold 0 (counts) and {_HIDES:g} or less (padding), or 0 and 1, got {odd:g}"
-        )
-    return value == 0
+    counts = torch.zeros((), dtype=torch.bool, device=value.device)  # whether 1 counts rather than 0
+    if not hides:
+        before = sent(binary.get(name, counts), value.device)
+        counts = ones.all() & (before | value.any())
+        binary[name] = before | counts
+    wrong = (~added).flatten()
+    odd = value.flatten().index_select(0, wrong.to(torch.uint8).argmax(0, keepdim=True))
+    found = torch.stack([(wrong.any() & ~counts).to(torch.float64), odd[0].to(torch.float64)])
+
+    def said(found: Tensor) -> str:
+        bad, odd = found.tolist()
+        if not bad:
+            return ""
+        return f"{name} must hold 0 (counts) and {_HIDES:g} or less (padding), or 0 and 1, got {odd:g}"
+
+    unread.check(found, said)
+    return torch.where(counts, value == 1, value == 0)
 
 
 class Padding:
@@ -126,18 +140,24 @@ class Padding:
         names: the dotted names of the layers.
         modules: the names of all modules of the model.
         notes: takes what has to be said.
+        unread: takes checks of values on a device.
 
     Raises ValueError for a pattern that no layer matches.
     """
 
     def __init__(
-        self, padding: PaddingSpec, names: Sequence[str], modules: Iterable[str], notes: Notes
+        self,
+        padding: PaddingSpec,
+        names: Sequence[str],
+        modules: Iterable[str],
+        notes: Notes,
+        unread: Unread,
     ) -> None:
-        self._names, self._notes = [name.lower() for name in names], notes
+        self._names, self._notes, self._unread = [name.lower() for name in names], notes, unread
         self._by_layer: list[str | None] = [x for _, x in by_layer("padding", padding, names, "auto")]
         self._parts = {part for name in modules for part in name.lower().split(".")}
         self._searches = "auto" in self._by_layer
-        self._binary: set[str] = set()
+        self._binary: dict[str, Tensor] = {}
         self._extra: set[str] = set()
 
     def read_too(self, name: str) -> bool:
@@ -169,28 +189,32 @@ class Padding:
     def keeps(
         self, names: Sequence[str | None], entries: Mapping[str, Any], rows: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """``[B, T_l]`` bool of every layer's ``rows[l]`` ``[B, T_l, d_l]``; None if every position counts.
+        """``[B, T_l]`` bool of every layer's ``rows[l]`` ``[B, T_l, d_l]``, on the device of the first ones;
+        None if every position counts.
 
         Raises ValueError if a mask does not fit the layer that it is of.
         """
-        read: dict[str, Tensor] = {}
+        read: dict[str, tuple[Tensor, Tensor | None]] = {}
         out: list[Tensor | None] = []
+        device = next(x.device for x in rows if x is not None)
         for layer, (name, x) in enumerate(zip(names, rows, strict=True)):
             if name is None or x is None:
                 out.append(None)
                 continue
             if name not in read:
-                read[name] = as_keep(entries[name], name, self._binary)
-            keep = self._fitting(read[name].to(x.device), name, layer, x)
-            every = keep is None or (not waits_for(keep.device) and bool(keep.all()))
-            out.append(None if every else keep)
+                keep = as_keep(entries[name], name, self._binary, self._unread)
+                every = not waits_for(keep.device) and bool(keep.all())
+                read[name] = keep, None if every else sent(keep, device)
+            keep, counted = read[name]
+            out.append(counted if self._fits(keep, name, layer, x) else None)
         return out
 
-    def _fitting(self, keep: Tensor, name: str, layer: int, x: Tensor) -> Tensor | None:
+    def _fits(self, keep: Tensor, name: str, layer: int, x: Tensor) -> bool:
+        """Whether a mask is of a layer's rows, rather than of those that each was reduced from."""
         if keep.shape == x.shape[:2]:
-            return keep
-        if x.shape[1] == 1 and len(keep) == len(x):  # what a sequence was reduced to
-            return None
+            return True
+        if x.shape[1] == 1 and len(keep) == len(x):
+            return False
         raise ValueError(
             f"{name} must be {list(x.shape[:2])}, as layer {self._names[layer]!r} is, got shape "
             f"{list(keep.shape)}; padding={{{self._names[layer]!r}: None}} says that all its positions count"
@@ -215,11 +239,15 @@ class Padding:
             if value.shape[1] < 2 or value.shape[1] != length or _is_of_others(name):
                 continue
             called = "mask" in name.lower()
-            if value.dtype == torch.bool or (called and bool(((value == 0) | (value == 1)).all())):
-                self._notes.add(
-                    f"the entry {name!r} was not read as padding, so all positions count; padding={name!r} "
-                    "leaves out those where it is 0 or False"
-                )
+            if value.dtype != torch.bool and not called:
+                continue
+            note = (
+                f"the entry {name!r} was not read as padding, so all positions count; padding={name!r} "
+                "leaves out those where it is 0 or False"
+            )
+            # Whole numbers on a device are taken for 0 and 1, which looking at them would wait for.
+            if value.dtype == torch.bool or waits_for(value.device) or is_binary(value):
+                self._notes.add(note)
 
     def _auto(self, layer: int, candidates: Mapping[str, str], entries: Mapping[str, Any]) -> str | None:
         role, towers = self._role(layer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import numbers, sent, waits_for
 
 __all__ = ["Origin", "columns_of", "from_first_token", "index_of"]
 
@@ -27,9 +27,8 @@ def from_first_token(batch: RowBatch) -> RowBatch:
     def moved(x: Tensor | None, keep: Tensor | None) -> Tensor | None:
         if x is None or keep is None:
             return x
-        index = (
-            shifts[id(keep)][:, None] + torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
-        ) % x.shape[1]
+        every = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
+        index = (sent(shifts[id(keep)], x.device)[:, None] + every) % x.shape[1]
         return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
     keeps = list(batch.keeps)
@@ -62,4 +61,4 @@ def columns_of(positions: Sequence[int], keep: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def index_of(positions: tuple[int, ...], device: torch.device) -> Tensor:
     """``positions`` as a tensor on ``device``, which goes there once and not with every batch."""
-    return torch.tensor(positions, dtype=torch.int64, device=device)
+    return numbers(positions, device)

@@ -17,7 +17,8 @@ class RowBatch:
 
     ``keeps[l]`` ``[B, T_l]`` bool says which rows of a layer count (None: all do), ``masked`` ``[B, T]``
     which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``places[l]``
-    numbers the places that a layer has its rows at. ``padded`` says that some entry tells the padding, and
+    numbers the places that a layer has its rows at. Layers may be on several devices; what goes with them is
+    on that of the first. ``padded`` says that some entry tells the padding, and
     ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory is
     about to be overwritten, ``owned`` that nobody else has it.
     """

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from rgfast.probing.capture.activations import find_tensor, unnested
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.outputs import Outputs
+from rgfast.runtime.streams import stream_of
+from rgfast.runtime.waiting import Later
 
 __all__ = ["Receiver", "Seen", "StreamsTiles", "Watcher", "tile_streamer"]
 
@@ -47,12 +49,14 @@ class StreamsTiles(Protocol):
 @dataclass(frozen=True)
 class Seen:
     """A layer in one forward: its name, the tap that it comes from (one for every run of the tap's module),
-    and what it put out, None if it did not run. ``keep`` is of :class:`Activation`."""
+    and what it put out, None if it did not run. ``keep`` is of :class:`Activation`, ``stream`` of
+    :func:`rgfast.runtime.streams.stream_of` when it was put out."""
 
     name: str
     tap: int
     value: Tensor | None
     keep: Tensor | None = None
+    stream: Any = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Captured:
     keep: Tensor | None
     original: Tensor
     version: int
+    stream: Any
 
 
 class Watcher:
@@ -96,6 +101,8 @@ class Watcher:
         self._runs: dict[int, int] = {}
         self._order: list[tuple[int, int]] = []
         self._copied, self._first = {*range(len(taps))}, True
+        # Whether the first forward wrote to a layer's output without a trace, on the way from its device.
+        self._differ: dict[int, list[Later]] = {}
         self._tiles_began = False
         self._eager: Any = None
 
@@ -171,7 +178,7 @@ class Watcher:
         x = find().detach()
         rows, keep = unnested(x, tap.name)
         copied = rows.clone() if index in self._copied and rows is x else rows
-        self._held[index, run] = _Captured(copied, keep, x, _version(x))
+        self._held[index, run] = _Captured(copied, keep, x, _version(x), stream_of(x))
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         held, self._held = self._held, {}
@@ -195,25 +202,31 @@ class Watcher:
         name = f"{name}#{run + 1}" if self._runs.get(index, 1) > 1 else name
         if captured is None:
             return Seen(name, index, None)
-        return Seen(name, index, captured.value, captured.keep)
+        return Seen(name, index, captured.value, captured.keep, captured.stream)
 
     def _check_unchanged(self, held: Mapping[tuple[int, int], _Captured]) -> None:
         """Copies are made in the first forward, later of those layers only that the model then wrote to."""
         written = {k for (k, _), x in held.items() if _version(x.original) != x.version}
         if self._first:
             # Tensors of inference mode do not tell, nor do any that are written to through .data or numpy.
-            silent = {
-                k
-                for (k, _), x in held.items()
-                if x.original.is_inference() or not (x.original.is_nested or torch.equal(x.value, x.original))
-            }
+            silent = {k for (k, _), x in held.items() if x.original.is_inference()}
+            for (k, _), x in held.items():
+                if k not in written | silent and not x.original.is_nested:
+                    self._differ.setdefault(k, []).append(Later((x.value != x.original).any()))
             unseen = {*range(len(self._taps))} - {k for k, _ in held}
-            self._copied, self._first = written | silent | unseen, False
+            self._copied, self._first = written | silent | unseen | {*self._differ}, False
         elif written - self._copied:
             names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
             raise RuntimeError(
                 f"the model wrote to the output of {names}, which it left alone in its first forward"
             )
+        self._stop_copying(written)
+
+    def _stop_copying(self, written: set[int]) -> None:
+        """Copy no longer what, as far as that is known by now, the model left alone in its first forward."""
+        for k in [k for k, differ in self._differ.items() if all(one.ready() for one in differ)]:
+            if not any(one.value.any() for one in self._differ.pop(k)) and k not in written:
+                self._copied.discard(k)
 
     def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._tiles_began:

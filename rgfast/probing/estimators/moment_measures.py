@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
 from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import MomentAccumulator
 
 __all__ = ["Again", "Centering", "measure_moments"]
@@ -23,6 +24,8 @@ __all__ = ["Again", "Centering", "measure_moments"]
 # Relative error of an effective rank to expect from moments, above which a factor is taken if there is one:
 # sums over ranks must agree to 1e-12.
 _DOUBT = 1e-12
+# Bytes of moments that are solved at once on a device, which launches hold up.
+_AT_ONCE = 128 << 20
 
 Centering = Literal["mean", "none"]
 # Solves the spectra of a layer again from its rows, in place, where moments resolve too little: says where.
@@ -39,23 +42,27 @@ def measure_moments(
     a debiased one of fewer than four rows. A constant layer has rank 0.
     """
     widths, count = moments.widths, moments.count.reshape(-1)
-    known, refined, by_layer = count >= 2, [], []
-    spectrum = torch.full(
-        (len(widths), len(count), max(widths) if spectra else 0),
-        torch.nan,
-        dtype=torch.float64,
-        device=count.device,
-    )
-    for layer, width in enumerate(widths):
-        centred, at = _solved(moments, layer, "mean", refine, again)
-        raw, _ = _solved(moments, layer, "none", refine, again)
-        refined.append(at)
+    layers, known = len(widths), count >= 2
+    shape = (layers, len(count), max(widths) if spectra else 0)
+    spectrum = torch.full(shape, torch.nan, dtype=torch.float64, device=count.device)
+    refined: list[Tensor] = [count] * layers
+    by_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {})] * layers
+    # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
+    at_once = layers if again is None and waits_for(count.device) else 1
+    for some in _together(widths, len(count), at_once):
+        centred, at = _solved(moments, some, "mean", refine, again)
+        raw, _ = _solved(moments, some, "none", refine, again)
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        by_layer.append(of_spectra(centred, raw, constant))
-        if spectra:
-            exponent = torch.full_like(count, moments.exponent(layer))
-            sigma = Solved(centred.sigma, centred.error, exponent, count, centred.path).singular_values()
-            spectrum[layer, :, :width] = torch.where(known[:, None], sigma, torch.nan)
+        found = of_spectra(centred, raw, constant)
+        exponent = torch.cat([torch.full_like(count, moments.exponent(layer)) for layer in some])
+        sigma = Solved(centred.sigma, centred.error, exponent, centred.rank_limit, centred.path)
+        sigmas = sigma.singular_values() if spectra else None
+        for layer, part in zip(some, _parts(len(some), len(count)), strict=True):
+            refined[layer] = at[part]
+            values, bounds = ({name: value[part] for name, value in one.items()} for one in found)
+            by_layer[layer] = values, bounds
+            if sigmas is not None:
+                spectrum[layer, :, : widths[layer]] = torch.where(known[:, None], sigmas[part], torch.nan)
     values, bounds = (
         {name: torch.where(known, torch.stack([one[name] for one in parts]), torch.nan) for name in parts[0]}
         for parts in zip(*by_layer, strict=True)
@@ -69,27 +76,48 @@ def measure_moments(
     return Measured(count.repeat(len(widths), 1), values, bounds, torch.stack(refined), spectrum)
 
 
+def _together(widths: Sequence[int], positions: int, most: int) -> Iterator[list[int]]:
+    """Layers of one width, up to ``most`` of them, whose moments at so many positions are solved at once."""
+    for width in dict.fromkeys(widths):
+        at = [layer for layer, one in enumerate(widths) if one == width]
+        step = max(1, min(most, _AT_ONCE // max(1, 8 * positions * width * width)))
+        for start in range(0, len(at), step):
+            yield at[start : start + step]
+
+
+def _parts(layers: int, positions: int) -> list[slice]:
+    return [slice(k * positions, (k + 1) * positions) for k in range(layers)]
+
+
 def _solved(
-    moments: MomentAccumulator, layer: int, centering: Centering, refine: bool, again: Again | None
+    moments: MomentAccumulator, layers: Sequence[int], centering: Centering, refine: bool, again: Again | None
 ) -> tuple[Solved, Tensor]:
-    """Spectra of a layer in its unit, and where singular values were too small for moments, so that they are
-    those of the factor that was kept, or of the rows."""
+    """Spectra of layers of one width, each in its unit, and where singular values were too small for moments,
+    so that they are those of the factor that was kept, or of the rows (of one layer)."""
     count = moments.count.reshape(-1)
-    summed = moments.accumulated(layer, scaled=True).reshape(-1) if centering == "mean" else None
-    solved = solved_moment(_scatter(moments, layer, centering), count, centering, summed)
+    scatter = [_scatter(moments, layer, centering) for layer in layers]
+    summed = None
+    if centering == "mean":
+        summed = torch.cat([moments.accumulated(layer, scaled=True).reshape(-1) for layer in layers])
+    whole = scatter[0] if len(scatter) == 1 else torch.cat(scatter)
+    solved = solved_moment(whole, count.repeat(len(layers)), centering, summed)
     if again is not None:
-        return solved, again(layer, centering, solved)
-    factor = moments.factor(layer, centering=centering, scaled=True) if refine else None
-    if factor is None:
-        return solved, torch.zeros_like(count, dtype=torch.bool)
-    factor = factor.reshape(len(count), -1, factor.shape[-1])
+        return solved, again(layers[0], centering, solved)
+    refined = torch.zeros(len(whole), dtype=torch.bool, device=count.device)
     most = count - 1 if centering == "mean" else count
-    at = doubtful(solved.sigma, most, _DOUBT) & (count >= 2) & ~factor[:, 0, 0].isnan()
-    where = at.nonzero()[:, 0]
-    if len(where):
-        updates = -(-int(count.max()) // moments.rows_at_once)
-        solved.put(where, solved_factor(factor[where], count[where], centering, updates))
-    return solved, at
+    for layer, part in zip(layers, _parts(len(layers), len(count)), strict=True):
+        factor = moments.factor(layer, centering=centering, scaled=True) if refine else None
+        if factor is None:
+            continue
+        factor = factor.reshape(len(count), -1, factor.shape[-1])
+        at = doubtful(solved.sigma[part], most, _DOUBT) & (count >= 2) & ~factor[:, 0, 0].isnan()
+        where = at.nonzero()[:, 0]
+        refined[part] = at
+        if len(where):
+            updates = -(-int(count.max()) // moments.rows_at_once)
+            found = solved_factor(factor[where], count[where], centering, updates)
+            solved.put(where + part.start, found)
+    return solved, refined
 
 
 def _scatter(moments: MomentAccumulator, layer: int, centering: Centering) -> Tensor:

@@ -17,9 +17,10 @@ from rgfast.probing.estimators.moment_measures import measure_moments
 from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
+from rgfast.probing.unread import Unread
 from rgfast.runtime.threads import aligned, one_thread
-from rgfast.runtime.waiting import waits_for
-from rgfast.streaming import MomentAccumulator
+from rgfast.runtime.waiting import numbers, sent, waits_for
+from rgfast.streaming import MomentAccumulator, settle
 
 __all__ = ["Moments", "all_but_one", "joined_moments"]
 
@@ -35,11 +36,11 @@ class Moments:
 
     route = "moments"
 
-    def __init__(self, plan: Plan, *, masked: bool) -> None:
+    def __init__(self, plan: Plan, *, masked: bool, unread: Unread | None = None) -> None:
         self.plan, self.masked = plan, masked
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
-        self._finite = FiniteCheck(plan.names)
+        self._finite = FiniteCheck(plan.names, unread or Unread())
 
     def accepts(self, batch: RowBatch) -> str:
         """Nothing: any batch can be summed up."""
@@ -137,7 +138,7 @@ class Moments:
         shorter batch lacks is zero (and not kept)."""
         length = x.shape[1]
         if at is not None:
-            index = at.clamp(0, length - 1)
+            index = sent(at, x.device).clamp(0, length - 1)
             return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
         if len(self.plan.positions) == length == self.plan.length:
             return x
@@ -151,6 +152,7 @@ class Moments:
     def measures(self) -> Moments:
         """Itself: measures are read off the moments one view at a time."""
         self._finite.look()
+        settle([accumulator for state in self._groups for accumulator in state.values()])
         return self
 
     def measured(self, view: str) -> Measured:
@@ -185,7 +187,7 @@ class Moments:
                     for all_layers, some in zip(
                         r2, linear_r2(folds, rest, len(members), targets), strict=True
                     ):
-                        all_layers[:, list(members)] = some
+                        all_layers[:, numbers(members, some.device)] = some
         return [self._spread(view, list(parts)) for parts in zip(*left_out, strict=True)], r2
 
     def _spread(self, view: str, parts: list[Measured]) -> Measured:
@@ -329,9 +331,8 @@ def _add_rest(rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None
     others = tuple(t for t in range(length) if t not in followed)
     if not others:
         return
-    at = index_of(others, layers[0].device)
-    x = [layer[:, at].reshape(batch * len(others), -1) for layer in layers]
-    kept = None if keep is None else keep[:, at].reshape(-1)
+    x = [layer[:, index_of(others, layer.device)].reshape(batch * len(others), -1) for layer in layers]
+    kept = None if keep is None else keep[:, index_of(others, keep.device)].reshape(-1)
     if kept is not None and not waits_for(kept.device):
         # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
         # sequences were batched, and the bits must not. Elsewhere the number of rows is not known here.
@@ -348,9 +349,10 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
             with one_thread():
                 rows.append(aligned(wide).sum(1) / x.shape[1])
             continue
-        number = keep.sum(1, keepdim=True)
-        counted = number[:, 0] > 0
+        counted = keep.any(1)
         some = counted if some is None else some & counted
+        keep = sent(keep, x.device)
+        number = keep.sum(1, keepdim=True)
         with one_thread():
             total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
         rows.append(total / number.clamp_min(1))

@@ -12,6 +12,7 @@ from torch import Tensor
 from rgfast.ops.moments import add_products, first_mean, pair_products
 from rgfast.ops.moments.call import PairSums
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import numbers
 from rgfast.streaming import MomentAccumulator, Pairs, pair_keys
 
 __all__ = ["Pooled"]
@@ -47,8 +48,8 @@ class Pooled:
         self.keys = pair_keys(pairs, len(widths))
         self._shift: list[Tensor] = []
         self._cross: dict[tuple[int, int], _Cross] = {}
-        self._sum = [torch.zeros(d, dtype=_F64, device="cpu") for d in widths]
-        self._trace = [0.0] * len(widths)
+        self._sum: list[Tensor] = []
+        self._trace: list[Tensor] = []
         self._count = 0
 
     def aligned(
@@ -88,7 +89,7 @@ class Pooled:
             cross.products += (found.products[k] + inner + ff * a + ee * b + n * ee * ff).sum()
         for layer, move in enumerate(moves):
             self._sum[layer] += n * move.sum(0)
-            self._trace[layer] += float((traces[layer] + n * squares[layer]).sum())
+            self._trace[layer] += (traces[layer] + n * squares[layer]).sum()
         self._count += n * len(moves[0])
 
     def add(self, rows: Iterable[Tensor]) -> None:
@@ -103,7 +104,8 @@ class Pooled:
             self._begin([first_mean(x)[0] for x in rows])
         shifts, layers = [shift[None] for shift in self._shift], range(len(rows))
         sums = {
-            (k, k): torch.zeros(1, d + 2, d + 2, dtype=_F64, device="cpu") for k, d in enumerate(self._widths)
+            (k, k): torch.zeros(1, d + 2, d + 2, dtype=_F64, device=shifts[k].device)
+            for k, d in enumerate(self._widths)
         }
         add_products(sums, rows, shifts)
         own = [sums[k, k][0] for k in layers]
@@ -129,22 +131,26 @@ class Pooled:
             cross.left += moment[-2, :-2]
             cross.products += moment[-2, -2]
             self._sum[k] += moment[-1, :-2]
-            self._trace[k] += float(moment[-2, -1])
+            self._trace[k] += moment[-2, -1]
         self._count += n
 
     def _begin(self, shift: list[Tensor]) -> None:
-        self._shift = shift
+        self._shift, device = shift, shift[0].device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=_F64, device=device)
+
+        self._sum, self._trace = [zeros(d) for d in self._widths], [zeros() for _ in self._widths]
         for i, j in self.keys:
-            wide, high = (torch.zeros(self._widths[k], dtype=_F64, device="cpu") for k in (j, i))
-            body = torch.zeros(self._widths[i], self._widths[j], dtype=_F64, device="cpu")
-            self._cross[i, j] = _Cross(body, wide, high, torch.zeros((), dtype=_F64, device="cpu"))
+            d, e = self._widths[i], self._widths[j]
+            self._cross[i, j] = _Cross(zeros(d, e), zeros(e), zeros(d), zeros())
 
     def moments(self) -> MomentAccumulator:
         """All that was added, with the leading shape ``[1]``."""
         found, shifts = {}, [shift[None] for shift in self._shift]
         for (i, j), cross in self._cross.items():
             d, e = self._widths[i], self._widths[j]
-            moment = found[i, j] = torch.zeros(1, d + 2, e + 2, dtype=_F64, device="cpu")
+            moment = found[i, j] = torch.zeros(1, d + 2, e + 2, dtype=_F64, device=shifts[i].device)
             moment[0, :d, :e], moment[0, d, :e], moment[0, :d, e] = cross.body, cross.right, cross.left
             moment[0, d, e], moment[0, d + 1, e + 1] = cross.products, self._count
             moment[0, d, e + 1], moment[0, d + 1, e] = self._trace[i], self._trace[j]
@@ -167,10 +173,8 @@ def _cka(
 ) -> tuple[Tensor, Tensor]:
     """Debiased and biased CKA ``[2, P, L, L]`` from ‖C‖² and Σ|u|²|v|² ``[K, P]``, and where blurred."""
     layers, positions = traces.shape
-    left, right = (
-        torch.tensor([key[side] for key in keys], dtype=torch.int64, device="cpu") for side in (0, 1)
-    )
-    inner = torch.full((2, positions, layers, layers), torch.nan, dtype=_F64, device="cpu")
+    left, right = (numbers([key[side] for key in keys], norm.device) for side in (0, 1))
+    inner = torch.full((2, positions, layers, layers), torch.nan, dtype=_F64, device=norm.device)
     both = (traces[left] * traces[right]).T
     debiased = norm.T
     if n > 3:

@@ -83,11 +83,11 @@ class Room:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
-    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    def take(self, name: str, dtype: torch.dtype, device: torch.device, *shape: int) -> Tensor:
         """Uninitialised memory, which the next call for ``name`` takes again."""
         count, held = math.prod(shape), self._held.get(name)
         if held is None or held.numel() < count or held.dtype != dtype:
-            held = self._held[name] = torch.empty(count, dtype=dtype, device="cpu")
+            held = self._held[name] = torch.empty(count, dtype=dtype, device=device)
         return held[:count].view(shape)
 
 
@@ -104,8 +104,8 @@ class _Moments:
         """Room for these layers of one width, ``[layers · P, ...]``."""
         width = self._widths[layers[0]]
         count = len(layers) * self._positions
-        matrix = self._room.take(f"moments {width}", torch.float64, count, width, width)
-        means = torch.empty(len(matrix), width, dtype=torch.float64, device="cpu")
+        matrix = self._room.take(f"moments {width}", torch.float64, self.owns[0].device, count, width, width)
+        means = torch.empty(len(matrix), width, dtype=torch.float64, device=matrix.device)
         for k, layer in enumerate(layers):
             part = slice(k * self._positions, (k + 1) * self._positions)
             self.owns[layer], self.means[layer] = matrix[part], means[part]

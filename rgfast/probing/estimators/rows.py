@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.ops.fast import made_for
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.finite import FiniteCheck
@@ -19,12 +18,16 @@ from rgfast.probing.estimators.row_measures import Room
 from rgfast.probing.estimators.row_views import Part, RowViews, Tile
 from rgfast.probing.estimators.samples import SampleState, enough, tile_rows, worthwhile
 from rgfast.probing.plan import Plan
+from rgfast.probing.unread import Unread
+from rgfast.runtime.waiting import waits_for
 
 __all__ = ["Rows"]
 
 
 class Rows:
-    """The estimator that holds rows back by batch: those of all layers, on the CPU, of any padding.
+    """The estimator that holds rows back by batch: those of all layers, on one device, of any padding.
+
+    On a device of which nothing is read while a model runs, padding would have to be: there it is refused.
 
     It keeps what came: :meth:`batches` hands the rows over to an estimator that sums them up. Rows are copied
     if they are about to be overwritten, else those of outputs that the model does not leave alone from one
@@ -38,6 +41,7 @@ class Rows:
         self._batches: list[RowBatch] = []
         self.sequences = 0
         self._bytes = 0
+        self._devices: list[Tensor] = []
         self._second: list[tuple[Tensor, int]] = []
         self._reused: set[int] = set()
         self._as_given: list[dict[int, tuple[Tensor, int]]] = []
@@ -51,8 +55,10 @@ class Rows:
         if batch.missing:
             return "a layer did not run"
         rows, keep = batch.present, batch.keeps[0]
-        if any(not made_for(x) for x in rows):
-            return "it is for rows on the CPU"
+        if len({x.device for x in (*self._devices, *rows)}) > 1:
+            return "layers are on several devices"
+        if waits_for(rows[0].device) and (keep is not None or batch.masked is not None):
+            return "rows that do not count are told apart on the CPU only"
         if any(other is not keep for other in batch.keeps) or len({x.shape[:2] for x in rows}) > 1:
             return "layers differ in the positions that count"
         if tuple(x.shape[2] for x in rows) != self.plan.widths:
@@ -79,6 +85,7 @@ class Rows:
                 rows = [x.clone() for x in rows]
             else:
                 rows = [self._kept(layer, x) for layer, x in enumerate(rows)]
+        self._devices = [rows[0]]
         self._batches.append(replace(batch, layers=rows, owned=True, reused=False))
         self.sequences += len(rows[0])
         self._bytes += sum(x.nbytes for x in rows)
@@ -98,10 +105,10 @@ class Rows:
             for layer, x in enumerate(batch.present):
                 # NumPy has no bf16.
                 wide = x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
-                arrays[f"rows.{number}.{layer}"] = wide.numpy()
+                arrays[f"rows.{number}.{layer}"] = wide.cpu().numpy()
             for name, mask in (("keep", batch.keeps[0]), ("masked", batch.masked)):
                 if mask is not None:
-                    arrays[f"{name}.{number}"] = mask.numpy()
+                    arrays[f"{name}.{number}"] = mask.cpu().numpy()
         return arrays
 
     @staticmethod
@@ -200,10 +207,11 @@ class Rows:
         return SampleState(plan, self.sequences, found, masked)
 
     def _raise_not_finite(self) -> None:
-        look, seen = FiniteCheck(self.plan.names), 0
+        look, seen = FiniteCheck(self.plan.names, Unread()), 0
         for batch in self._batches:
             look.check(batch, seen)
             seen += batch.sequences
+        look.look()
         raise ValueError("activations must be finite, and their squares numbers of fp64; take smaller units")
 
 
@@ -223,7 +231,7 @@ class _Held:
         self.longest = max(self._lengths)
         counts = torch.zeros(self.longest, dtype=torch.int64, device="cpu")
         for size in sizes:
-            counts[: len(size)] += size
+            counts[: len(size)] += size.cpu()
         self._counts: list[int] = counts.tolist()
         self.total = sum(self._counts)
 
@@ -233,15 +241,18 @@ class _Held:
         every = any(view in ("pooled", "mean_pooled") for view in plan.views)
         wanted = list(range(self.longest)) if every else [t for t in plan.positions if t < self.longest]
         room, kinds = Room(), self._kinds()
+        device = self._batches[0].first.device
         alike = len({*zip(plan.widths, kinds, strict=True)}) == 1
         for positions in self._groups(wanted, most):
             rows = sum(self._counts[t] for t in positions)
             if alike:  # what is one tensor need not be stacked
-                yield self._tile(positions, room.take("all", kinds[0], len(kinds), rows, plan.widths[0]))
+                yield self._tile(
+                    positions, room.take("all", kinds[0], device, len(kinds), rows, plan.widths[0])
+                )
                 continue
             each = zip(plan.widths, kinds, strict=True)
             yield self._tile(
-                positions, [room.take(str(k), kind, rows, d) for k, (d, kind) in enumerate(each)]
+                positions, [room.take(str(k), kind, device, rows, d) for k, (d, kind) in enumerate(each)]
             )
 
     def _kinds(self) -> list[torch.dtype]:

@@ -1,0 +1,234 @@
+"""Probes of models on one or two devices: nothing waits or is mixed up, and values are the CPU's."""
+
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from test_waiting import CASES, OWN, WIDTH, assert_alike, batch_of
+from there import Making, There
+from torch import nn
+from waits import Made, Waits
+
+import rgfast
+from rgfast.probing import tally
+from rgfast.probing.estimators import moment_measures
+from rgfast.probing.estimators.moments import Moments
+from rgfast.streaming import MomentAccumulator
+
+# Without a library that takes them, products are the reference's, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore::rgfast.FallbackWarning")
+
+BATCHES = 6
+FIRST, SECOND = "meta:0", "meta:1"
+PLACES = {"one": [SECOND] * 3, "two": [FIRST, SECOND, SECOND], "between": [SECOND, FIRST, SECOND]}
+ON_DEVICES = [(name, "between") for name in CASES if name != "samples"]
+ON_DEVICES += [(name, place) for name in ("default", "padded") for place in ("one", "two")]
+
+
+class Blocks(nn.Module):
+    """Blocks with a device each, where they take their input."""
+
+    def __init__(self, devices, dtype):
+        super().__init__()
+        torch.manual_seed(3)
+        self.blocks = nn.ModuleList(Block(device, dtype) for device in devices)
+
+    def forward(self, x, attention_mask=None, hidden=None):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self, device, dtype):
+        super().__init__()
+        plain = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        self._device = torch.device(device)
+        self.weight, self.bias = (self._placed(p.detach()) for p in (plain.weight, plain.bias))
+
+    def _placed(self, x):
+        x = x if self._device.type == "cpu" else There(x, self._device)
+        return nn.Parameter(x, requires_grad=False)
+
+    def forward(self, x):
+        x = x.to(self._device, non_blocking=True)
+        return torch.tanh(torch.nn.functional.linear(x, self.weight, self.bias))
+
+
+@contextmanager
+def devices(*modes):
+    with ExitStack() as stack:
+        for mode in (Making(), *modes):
+            stack.enter_context(mode)
+        yield
+
+
+def opened(places, dtype=torch.float32, **options):
+    options = {"layers": [f"blocks.{k}" for k in range(3)], "route": "moments"} | options
+    return rgfast.Probe(Blocks(places, dtype), progress=False, **options)
+
+
+def probed(case, places, watch=None, given="host"):
+    """The result of a probe of blocks at these places, of whose forwards ``watch`` saw every operator."""
+    options = {"route": "moments"} | {name: value for name, value in case.items() if name not in OWN}
+    with devices():
+        with opened(places, case.get("dtype", torch.float64), **options) as probe:
+            for k in range(BATCHES):
+                batch = batch_of(k, case)
+                if given == "device":
+                    batch = {name: x.to(places[0]) for name, x in batch.items()}
+                with watch or Making():
+                    probe.run(batch)
+        return probe.result()
+
+
+@pytest.mark.parametrize(("name", "place"), ON_DEVICES)
+def test_nothing_waits_and_values_are_the_cpus(name, place):
+    case = CASES[name]
+    here = probed({"refine": False} | case, ["cpu"] * 3)
+    watch = Waits()
+    there = probed(case, PLACES[place], watch)
+    assert watch.found == []
+    assert_alike(there, here, rtol=1e-8)
+
+
+def test_layers_on_the_cpu_and_on_a_device():
+    case = CASES["default"]
+    here = probed(case | {"refine": False}, ["cpu"] * 3)
+    there = probed(case | {"refine": False}, ["cpu", SECOND, "cpu"])
+    assert_alike(there, here, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["padded", "scores to be added", "masked and padded", "targets", "first"])
+def test_entries_that_are_on_the_device_are_checked_there(name):
+    case = CASES[name]
+    if name == "targets":
+        case = case | {"targets": {"b": "vector", "d": lambda entries: entries["vector"]}}
+    watch = Waits()
+    there = probed(case, PLACES["two"], watch, given="device")
+    assert watch.found == []
+    assert_alike(there, probed({"refine": False} | case, ["cpu"] * 3), rtol=1e-8)
+
+
+def test_tensors_of_two_devices_are_not_mixed():
+    x, y = (There(torch.ones(2), device) for device in (FIRST, SECOND))
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        x + y
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        x + torch.ones(2)
+    with devices(), pytest.raises(AssertionError, match="a buffer on meta must name its device"):
+        torch.zeros(2, device="meta")
+
+
+FAULTS = {
+    "_local_scalar_dense": lambda x: x.sum().item(),
+    "nonzero": lambda x: x[:, 0, 0].nonzero(),
+    "index with a mask": lambda x: x[x > 0],
+    "_to_copy from meta to cpu": lambda x: x.cpu(),
+    "_to_copy from cpu to meta": lambda x: torch.ones(2).to(x.device),
+    "copy_ from meta to cpu": lambda x: torch.empty(x.shape, dtype=x.dtype).copy_(x),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("where", ["add", "merge", "measured"])
+def test_a_planted_fault_is_seen(name, where, monkeypatch):
+    was = MomentAccumulator.update if where == "add" else getattr(Moments, where)
+    x = There(torch.ones(2, 3, 4), SECOND)
+
+    def faulty(self, *args, **kwargs):
+        FAULTS[name](x)
+        return was(self, *args, **kwargs)
+
+    owner, method = (MomentAccumulator, "update") if where == "add" else (Moments, where)
+    monkeypatch.setattr(owner, method, faulty)
+    watch = Waits()
+    with devices():
+        states = []
+        for _ in range(2):
+            mode = watch if where == "add" else Making()
+            with opened(PLACES["one"], views=["position"]) as probe, mode:
+                probe.run(batch_of(0, {"dtype": torch.float32}))
+            states.append(probe._tally._moments)
+        if where == "merge":
+            with watch:
+                states[0].merge(states[1])
+        if where == "measured":
+            states[0].measures()
+            with watch:
+                states[0].measured("position")
+    assert name in watch.found
+    if where == "add":
+        assert {*watch.found} == {name}
+
+
+def test_what_is_kept_between_forwards_does_not_grow():
+    state = (WIDTH + 2) ** 2 * 8
+    made, kept = [], []
+    case = {"dtype": torch.float32}
+    with devices(), opened(PLACES["two"], views=["position", "pooled", "mean_pooled"]) as probe:
+        for k in range(12):
+            batch = batch_of(k, case)
+            mode = Made(state)
+            with mode:
+                probe.run(batch)
+            made.append(sorted(mode.bytes))
+            kept.append(probe.nbytes)
+    # Blocks of 128 rows: every second forward of 64 sums one up.
+    assert kept[1] == kept[-1]
+    assert all(made[k] == made[k - 2] for k in range(4, 12))
+
+
+SAMPLES = {
+    "all views": {"views": ["position", "pooled", "mean_pooled", "flattened"]},
+    "default": {},
+    "all pairs": {"pairs": "all", "views": ["position", "pooled"]},
+    "groups": {"groups": 3, "views": ["position", "pooled", "mean_pooled"]},
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16, "views": ["position"]},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_rows_are_held_and_measured_where_they_are(name):
+    case = SAMPLES[name] | {"route": "samples"}
+    watch = Waits()
+    there = probed(case, PLACES["one"], watch)
+    assert watch.found == []
+    assert there.dataset.attrs["route"] == "samples"
+    here = probed(case, ["cpu"] * 3)
+    # Products of the CPU's kernels are fp32, which keeps CKA to 1e-6.
+    assert_alike(there, here, rtol=1e-6)
+    assert there.moments.keys() == here.moments.keys()
+
+
+def test_rows_on_several_devices_or_padded_are_summed_up_instead():
+    for case, places, why in (
+        (CASES["plain"], PLACES["two"], "layers are on several devices"),
+        (CASES["padded"], PLACES["one"], "rows that do not count are told apart on the CPU only"),
+    ):
+        with pytest.raises(ValueError, match=f"'samples' cannot be taken, since {why}"):
+            probed(case | {"route": "samples"}, places)
+
+
+def test_the_route_is_taken_unasked_where_anything_but_the_reference_takes_rows(monkeypatch):
+    for takes, route in ((True, "samples"), (False, "moments")):
+        monkeypatch.setattr(tally, "takes_rows", lambda x, takes=takes: takes)
+        monkeypatch.setattr(tally, "worthwhile", lambda plan, sequences: True)
+        assert probed({"route": "auto"}, PLACES["one"]).dataset.attrs["route"] == route
+
+
+def test_layers_of_one_width_are_solved_together(monkeypatch):
+    calls, solve = [], moment_measures.solved_moment
+
+    def counted(scatter, *args):
+        calls.append(len(scatter))
+        return solve(scatter, *args)
+
+    monkeypatch.setattr(moment_measures, "solved_moment", counted)
+    case = {"views": ["position"], "refine": False}
+    probed(case, PLACES["one"])
+    together, calls[:] = list(calls), []
+    probed(case, ["cpu"] * 3)
+    assert together == [15, 15]
+    assert calls == [5] * 6  # where the number of matrices decides their last bits
