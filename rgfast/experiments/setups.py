@@ -50,7 +50,7 @@ class Arm:
 
 _TORCH = (("mixing", "none"), ("initialization", "torch"), ("positions", "none"))
 ARMS = (
-    Arm("a", "null", (("mixing", "none"), ("masking", "one")), null=True),
+    Arm("a", "exact null", (("mixing", "none"), ("masking", "one")), null=True),
     Arm("b", "moving π", (("mixing", "none"), ("chains", ("zipf-tree",)))),
     Arm("c", "torch, MASK", (*_TORCH, ("replacement", "mask"))),
     Arm("c", "torch, BERT", (*_TORCH, ("replacement", "bert"))),
@@ -260,6 +260,9 @@ def _by_layer(run: SetupRun) -> list[dict[str, Any]]:
 
 
 def _write(done: Setups) -> None:
+    from rgfast.report import write_report
+    from rgfast.report.figures import plot_setups, save_figure
+
     write_table(done.out / "table.csv", done.table)
     write_table(done.out / "curves.csv", done.curves)
     arms = [
@@ -267,6 +270,8 @@ def _write(done: Setups) -> None:
         for arm, verdict in zip(done.design.arms, done.verdicts, strict=True)
     ]
     write_text(done.out / "summary.json", as_json({"format": FORMAT, "arms": arms}))
+    save_figure(plot_setups(done), done.out / "setups.png")
+    write_report(done)
 
 
 def setups_text(done: Setups) -> str:
