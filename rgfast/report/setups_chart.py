@@ -1,4 +1,4 @@
-"""The chart of the study of set-ups: rank by layer, a panel per arm."""
+"""The chart of the study of set-ups: rank by layer, a panel per arm, and the gap in every convention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rgfast.report.definitions import number
-from rgfast.report.palette import xi_colours
+from rgfast.report.palette import kind_colours, xi_colours
 from rgfast.report.sources import Study
 from rgfast.report.spec import Axis, Chart, Panel, Rule, Series
 
@@ -26,18 +25,24 @@ def gap_words(gap: dict[str, Any]) -> str:
     """A gap R_long − R_short with its interval, in words."""
     if not gap.get("n"):
         return "no seed with both ξ yet"
-    sign = "+" if gap["mean"] >= 0 else "−"
-    words = f"{sign}{abs(gap['mean']):.3f}"
-    if gap.get("low") is None or not np.isfinite(gap["low"]):
-        return f"{words} (n = {gap['n']})"
-    return f"{words} [{number(gap['low'])}, {number(gap['high'])}]"
+    mean, *ends = (f"{end:+.3f}".replace("-", "−") for end in (gap["mean"], *_ends(gap)))
+    return f"{mean} [{', '.join(ends)}]" if ends else f"{mean} (n = {gap['n']})"
+
+
+def _ends(gap: dict[str, Any]) -> list[float]:
+    """Both ends of the interval, or none below five seeds."""
+    ends = [gap.get("low"), gap.get("high")]
+    return [float(end) for end in ends if end is not None and np.isfinite(end)]
 
 
 def setups_chart(study: Study) -> Chart:
-    """Effective rank at a fixed position by layer, for every arm with a finished run."""
+    """Effective rank at a position by layer, for every arm with a finished run; gaps of those with pairs."""
     curves, panels = study.tables["curves"], []
     states = float(study.tables["table"]["states"].iloc[0])
-    ranks = curves[curves.measure == "effective_rank"]
+    drawn = {view for _, view, *_ in _DRAWN}
+    ranks = curves[(curves.measure == "effective_rank") & curves["view"].isin(drawn)]
+    # One scale, on which a rank of 0 lies off the axis.
+    y = Axis("effective rank", low=-0.8, high=1.05 * max(states, float(ranks.value.max())))
     short, long = study.design["xi"]
     colours = xi_colours((short, long))
     for arm in study.summary["arms"]:
@@ -55,20 +60,51 @@ def setups_chart(study: Study) -> Chart:
         )
         count = own.groupby("xi").seed.nunique()
         note = f"seeds: {', '.join(f'{n} at ξ = {xi:g}' for xi, n in count.items())}"
-        x, y = Axis("layer", whole=True), Axis("effective rank", low=0)
         rule = Rule(f"V = {states:g}", states, ":")
-        panels.append(Panel(x, y, title, tuple(series), (rule,), note=note))
+        panels.append(Panel(Axis("layer", whole=True), y, title, tuple(series), (rule,), note=note))
+    panels += _gaps(study)
     return Chart(
         "Effective rank by layer and set-up",
         "Lines are means over seeds, points the seeds. Masked rows start at layer 1. Without mixing, a "
-        "masked rank above 0 and a rank above V are both impossible.",
+        "masked rank above 0 and a rank above V are both impossible. The last panel has the gap for "
+        "other rows and without centering, with 95% paired intervals from five seeds on.",
         tuple(panels),
-        heading="Effective rank by layer in the set-ups that the papers may have had",
+        heading="Effective rank by layer and set-up",
         columns=2,
         size=(5.8, 3.6),
-        shared="y",
         legend="right",
     )
+
+
+def _gaps(study: Study) -> list[Panel]:
+    """The gap by convention, for the arms with a seed at both ξ."""
+    arms = [arm for arm in study.summary["arms"] if arm["gaps"]["position"]["n"]]
+    if not arms:
+        return []
+    short, long = study.design["xi"]
+    rows = list(dict.fromkeys(name.partition(",")[0] for name in arms[0]["gaps"]))
+    colours = kind_colours([arm["arm"] for arm in study.summary["arms"]])
+    series = []
+    for k, arm in enumerate(arms):
+        for raw in (False, True):
+            found = {n.partition(",")[0]: gap for n, gap in arm["gaps"].items() if ("uncentered" in n) == raw}
+            ends = [_ends(gap) or [np.nan, np.nan] for gap in found.values()]
+            style: dict[str, Any] = {
+                "low": np.array([low for low, _ in ends]),
+                "high": np.array([high for _, high in ends]),
+                "spread": "95% interval",
+                "line": False,
+                "marker": "os^DvP"[k % 6],
+                "open": raw,
+                "facts": (f"{arm['gaps']['position']['n']} seeds",),
+            }
+            place = 0.1 * (k - (len(arms) - 1) / 2) + (0.03 if raw else -0.03)
+            x = np.array([rows.index(name) + place for name in found])
+            y = np.array([gap["mean"] for gap in found.values()])
+            name = f"{arm['part']}) {arm['arm']}{', uncentered' if raw else ''}"
+            series.append(Series(name, x, y, colours[arm["arm"]], **style))
+    x_axis, y_axis = Axis("rows", labels=tuple(rows)), Axis("gap", f"R({long:g}) − R({short:g})")
+    return [Panel(x_axis, y_axis, "The gap in R by rows and centering", tuple(series), (Rule("", 0.0),))]
 
 
 def _series(part: pd.DataFrame, name: str, color: str, dash: str) -> Series:

@@ -256,7 +256,7 @@ def setups_study(study):
 
 
 def test_setups_draws_a_panel_per_set_up_with_runs(study):
-    (axes,) = plot_setups(setups_study(study)).axes
+    axes, gaps = plot_setups(setups_study(study)).axes
     short, long = xi_colours([1.2, 6.7]).values()
     mean = next(line for line in lines(axes, short) if line.get_linestyle() == "-")
     np.testing.assert_allclose(mean.get_ydata(), [10.5, 9.5, 8.5])
@@ -266,6 +266,8 @@ def test_setups_draws_a_panel_per_set_up_with_runs(study):
     np.testing.assert_allclose(untrained.get_ydata(), [10, 10, 10])
     assert any(list(line.get_ydata()) == [16, 16] for line in axes.lines)
     assert "R(6.7) − R(1.2) = −0.010 (n = 1)" in axes.get_title()
+    assert [label.get_text() for label in gaps.get_xticklabels()] == ["position"]
+    assert -0.01 in [y for line in gaps.lines for y in line.get_ydata()]
     assert "2 at ξ = 1.2, 1 at ξ = 6.7" in axes.get_xlabel()
 
 
