@@ -88,10 +88,10 @@ def _gaps(study: Study) -> list[Panel]:
     for k, arm in enumerate(arms):
         for raw in (False, True):
             found = {n.partition(",")[0]: gap for n, gap in arm["gaps"].items() if ("uncentered" in n) == raw}
-            ends = [_ends(gap) or [np.nan, np.nan] for gap in found.values()]
+            ends = np.array([_ends(gap) for gap in found.values()])
             style: dict[str, Any] = {
-                "low": np.array([low for low, _ in ends]),
-                "high": np.array([high for _, high in ends]),
+                "low": ends[:, 0] if ends.size else None,
+                "high": ends[:, 1] if ends.size else None,
                 "spread": "95% interval",
                 "line": False,
                 "marker": "os^DvP"[k % 6],

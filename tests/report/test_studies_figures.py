@@ -268,6 +268,7 @@ def test_setups_draws_a_panel_per_set_up_with_runs(study):
     assert "R(6.7) − R(1.2) = −0.010 (n = 1)" in axes.get_title()
     assert [label.get_text() for label in gaps.get_xticklabels()] == ["position"]
     assert -0.01 in [y for line in gaps.lines for y in line.get_ydata()]
+    assert not gaps.collections  # one seed has no interval, not one of length 0
     assert "2 at ξ = 1.2, 1 at ξ = 6.7" in axes.get_xlabel()
 
 
