@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from rgfast.experiments.multiverse import multiverse
     from rgfast.experiments.observer import observe
     from rgfast.experiments.reproduce import Reproduction, reproduce
+    from rgfast.experiments.setups import setups
     from rgfast.experiments.sweep import Sweep, sweep
     from rgfast.probing import Forecast, Probe, ProbeResult, probe
     from rgfast.probing.forecast import plan
@@ -105,6 +106,7 @@ __all__ = [
     "reproduce",
     "residual_mlp",
     "residual_stack",
+    "setups",
     "singular_values",
     "singular_values_from_moment",
     "stable_rank",
@@ -124,6 +126,7 @@ _LAZY = {
     "plan": "rgfast.probing.forecast",
     "probe": "rgfast.probing",
     "reproduce": "rgfast.experiments.reproduce",
+    "setups": "rgfast.experiments.setups",
     "sweep": "rgfast.experiments.sweep",
 }
 

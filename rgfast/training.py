@@ -23,7 +23,7 @@ Stream = Literal["weights", "tokens", "masks", "targets", "evaluation", "probe",
 _STREAMS: tuple[Stream, ...] = (
     "weights", "tokens", "masks", "targets", "evaluation", "probe", "corruption",
 )  # fmt: skip
-Masking = Literal["iid", "exact"]
+Masking = Literal["iid", "exact", "one"]
 Replacement = Literal["mask", "bert"]
 
 
@@ -45,7 +45,9 @@ class TrainingConfig:
     ``mask_rate`` is the chance of each position to be hidden (at least one per sequence is); the loss is the
     cross-entropy at hidden positions. Fresh sequences at every step.
 
-    ``masking="exact"`` hides exactly ``round(mask_rate * T)`` positions of each sequence (at least one).
+    ``masking="exact"`` hides exactly ``round(mask_rate * T)`` positions of each sequence (at least one),
+    ``"one"`` exactly one, and ``mask_rate`` is then that of evaluation and probes alone. Tokens of a sequence
+    are correlated, so that only with one of each are the targets of a batch independent of each other.
     ``mask_rate_max`` draws each sequence's own rate uniformly between ``mask_rate`` and it (``"iid"`` only).
     ``replacement="bert"`` shows 80% of the hidden tokens as MASK, 10% as a random token and 10% as they are,
     in training alone: evaluation and probes show MASK for all, so that the exact Bayes posterior applies.
@@ -77,7 +79,7 @@ class TrainingConfig:
             raise ValueError(f"mask_rate must lie between 0 and 1, got {self.mask_rate}")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"final_lr_fraction must lie in [0, 1], got {self.final_lr_fraction}")
-        check_choice(self.masking, "masking", ("iid", "exact"))
+        check_choice(self.masking, "masking", ("iid", "exact", "one"))
         check_choice(self.replacement, "replacement", ("mask", "bert"))
         if self.mask_rate_max is not None:
             if not self.mask_rate <= self.mask_rate_max <= 1:
@@ -103,6 +105,8 @@ class TrainingConfig:
 
     def draw_mask(self, n: int, length: int, generator: torch.Generator) -> Tensor:
         """The mask of a training batch, bool ``[n, length]``, True where hidden."""
+        if self.masking == "one":
+            return exact_mask(n, length, 1, generator)
         if self.masking == "exact":
             return exact_mask(n, length, min(length, max(1, round(self.mask_rate * length))), generator)
         if self.mask_rate_max is None:
@@ -212,8 +216,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = config.lr_at(step)
         shown = corrupt(tokens, mask, model.mask_token, model.states, config.replacement, corruption)
-        logits = model(shown)
-        loss = F.cross_entropy(logits[mask], targets[mask])
+        loss = F.cross_entropy(model.logits_at(shown, mask), targets[mask])
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -106,6 +106,79 @@ def test_first_weights_do_not_depend_on_w2_scale():
     assert torch.equal(a.blocks[1].mlp.w1, b.blocks[1].mlp.w1)
 
 
+@pytest.mark.parametrize("mixing", ["mixer", "flat", "none"])
+def test_everything_starts_as_linear_layers_do(mixing):
+    model = MaskedTokenModel(
+        30, 5, 64, 2, mixing=mixing, initialization="torch", positions="none", generator=generator()
+    )
+    linear = [(model.token_embedding, 31), (model.position_embedding, 31)]
+    linear += [(parameter, model.head.in_features) for parameter in (model.head.weight, model.head.bias)]
+    for block in model.stack.blocks:
+        for mlp in filter(None, (block.mix, block.mlp)):
+            linear += [(p, w.shape[1]) for w, b in ((mlp.w1, mlp.b1), (mlp.w2, mlp.b2)) for p in (w, b)]
+    for value, fan_in in linear:
+        bound = torch.nn.Linear(fan_in, 1).in_features ** -0.5
+        assert float(value.detach().abs().max()) <= bound
+        if value.numel() >= 1000:
+            assert float(value.detach().abs().max()) > 0.98 * bound
+            assert float(value.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.06)
+        assert len(value.unique()) > 0.9 * value.numel()
+    # Drawn anew they have the same law.
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for (name, old), (value, fan_in) in ((item, pair) for item in before.items() for pair in linear):
+        if model.get_parameter(name) is value:
+            assert not torch.equal(value, old)
+            assert float(value.detach().abs().max()) <= fan_in**-0.5
+
+
+def test_torchs_own_layers_start_within_the_same_bounds():
+    ours = ResidualStack(64, 1, 200, "none", initialization="torch", generator=generator()).blocks[0].mlp
+    theirs = torch.nn.Linear(64, 200)
+    for own, other in ((ours.w1, theirs.weight), (ours.b1, theirs.bias)):
+        assert own.shape == other.shape
+        assert float(own.detach().abs().max()) == pytest.approx(float(other.detach().abs().max()), rel=0.05)
+
+
+def test_without_positions_nothing_tells_them_apart(tmp_path):
+    model = MaskedTokenModel(4, 5, 8, 2, mixing="none", w2_scale=0.5, positions="none", generator=generator())
+    with torch.no_grad():
+        model.position_embedding.normal_()
+    logits = model(torch.full((2, 5), 3))
+    assert model.position_embedding.shape == (1, 8)
+    assert torch.equal(logits, logits[:1, :1].expand_as(logits))
+    # One row as a bias: a linear layer on one-hot tokens.
+    tokens = torch.randint(5, (3, 5), generator=generator())
+    one_hot = torch.nn.functional.one_hot(tokens, 5).float()
+    linear = torch.nn.functional.linear(one_hot, model.token_embedding.T, model.position_embedding[0])
+    torch.testing.assert_close(model.embed(tokens), linear)
+    model.save(tmp_path)
+    assert torch.equal(MaskedTokenModel.load(tmp_path)(tokens), model(tokens))
+
+
+def test_an_older_file_has_learned_positions(tmp_path):
+    model = MaskedTokenModel(4, 5, 8, 2, generator=generator())
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "model.json").read_text())
+    for name in ("initialization", "positions"):
+        del config[name]
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    assert torch.equal(MaskedTokenModel.load(tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("mixing", ["mixer", "flat", "window", "none"])
+def test_logits_of_some_positions_are_those_of_the_whole(mixing):
+    model = MaskedTokenModel(4, 5, 8, 2, mixing=mixing, w2_scale=0.5, generator=generator()).double()
+    tokens = torch.randint(5, (3, 5), generator=generator())
+    where = torch.rand(3, 5, generator=generator()) < 0.4
+    assert 0 < where.sum() < where.numel()
+    torch.testing.assert_close(model.logits_at(tokens, where), model(tokens)[where], rtol=1e-12, atol=1e-12)
+    assert model.logits_at(tokens, torch.zeros(3, 5, dtype=torch.bool)).shape == (0, 4)
+
+
 def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()

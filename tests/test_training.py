@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rgfast import MarkovChain, MaskedTokenModel
+from rgfast.masking import corrupt
 from rgfast.training import TrainingConfig, captured, seeded_generator, train
 
 SHORT = TrainingConfig(steps=30, batch=32, warmup=5, log_every=10, log_sequences=128)
@@ -38,6 +39,41 @@ def test_seeds_and_permuted_targets_change_the_result():
         }.items()
     }
     assert len(set(runs.values())) == 3
+
+
+@pytest.mark.parametrize("replacement", ["mask", "bert"])
+def test_one_target_per_sequence_is_an_exact_null_without_mixing(replacement):
+    """The (token shown, target) pairs of a batch have one law at every correlation length."""
+    config = TrainingConfig(masking="one", replacement=replacement)
+    chains = [MarkovChain.from_correlation_length(xi) for xi in (1, 7)]
+    seen = torch.zeros(2, 17, 16)
+    for k, chain in enumerate(chains):
+        tokens = chain.sample(20_000, 8, seeded_generator(0, "tokens"))
+        mask = config.draw_mask(20_000, 8, seeded_generator(0, "masks"))
+        shown = corrupt(tokens, mask, 16, 16, replacement, seeded_generator(0, "corruption"))
+        assert int(mask.sum()) == 20_000  # one independent pair each
+        seen[k].index_put_((shown[mask], tokens[mask]), torch.ones(20_000), accumulate=True)
+    # Two samples of one table: chi-squared over the cells that occur.
+    total = seen.sum(0)
+    cells = total > 0
+    statistic = float(((seen[0] - seen[1])[cells] ** 2 / total[cells]).sum())
+    freedom = int(cells.sum()) - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_without_mixing_only_the_hidden_rows_are_trained_on():
+    """The gradient is that of the whole sequences, of which the loss sees the hidden rows alone."""
+    net = MaskedTokenModel(16, 6, 8, 2, mixing="none", w2_scale=0.5, generator=seeded_generator(0, "weights"))
+    net = net.double()
+    tokens = MarkovChain.from_correlation_length(1).sample(8, 6, seeded_generator(0, "tokens"))
+    mask = TrainingConfig().draw_mask(8, 6, seeded_generator(0, "masks"))
+    shown = tokens.masked_fill(mask, 16)
+    gradients = []
+    for logits in (net.logits_at(shown, mask), net(shown)[mask]):
+        loss = torch.nn.functional.cross_entropy(logits, tokens[mask])
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for own, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-14)
 
 
 def test_training_captures_and_permuted_targets_do_not():

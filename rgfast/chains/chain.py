@@ -53,6 +53,7 @@ class MarkovChain:
         self._label = label
         # Eigenvalues of a named kind, known better from their formula than from the rounded matrix.
         self._formula: NDArray[np.complex128] | None = None
+        self._semigroup = False
 
     @classmethod
     def from_correlation_length(
@@ -63,11 +64,12 @@ class MarkovChain:
         clusters: int = 4,
         fast_exponent: float = 4.0,
         seed: int = 0,
+        spread: float = 5.0,
     ) -> MarkovChain:
         """The chain of a kind whose correlation length -1/ln|lambda_2| is ``xi``, exactly (relative 1e-12).
 
-        With U = 11ᵀ/V, slow = exp(-1/xi), and every kind a semigroup (its k-th power is the same kind at
-        xi/k):
+        With U = 11ᵀ/V, slow = exp(-1/xi), and every kind but ``zipf-tree`` a semigroup (its k-th power is
+        the same kind at xi/k):
 
         - ``two-scale``: U + slow (C - U) + slow^r (I - C), C the average over each of ``clusters`` equal runs
           of states, r = ``fast_exponent`` >= 1;
@@ -77,34 +79,38 @@ class MarkovChain:
           modulus;
         - ``random-reversible``: exp(-tQ), Q a random reversible generator (log-normal conductances and
           stationary weights), drawn from ``seed``;
+        - ``zipf-tree``: the stationary distribution moves with xi, pi_v ∝ (v + 1)^(-2/(1 + xi)) for v = 0, 1,
+          …, and no two modes are equally slow: decay lengths xi · spread^(-(k - 1)/(V - 2)), k = 1 … V - 1,
+          from xi to xi/``spread`` (>= 1). Reversible: Σ (lambda_k - lambda_{k+1}) C_k, C_k the average under
+          pi over each of k + 1 runs of states, of which the next halves the first largest;
         - ``iid``: U, whose correlation length is 0: ``xi`` is not read.
 
         ``clusters`` and ``fast_exponent`` are read by ``two-scale`` only, ``seed`` by ``random-reversible``
-        only.
+        only, ``spread`` by ``zipf-tree`` only.
 
         The eigenvalues are those of the formula; ``transition`` is its matrix rounded to fp64, whose own xi
         agrees to 1e-12 between 0.2 and 200 and to 1e-7 from end to end.
 
         Raises ValueError for xi outside 0.05 to 5000 (beyond, fp64 does not resolve the slowest mode), for an
         unknown kind, states below 2 (3 for ``cyclic``), clusters below 2 or not dividing states,
-        fast_exponent below 1 (the fast modes would be the slow ones), a negative seed. TypeError where a
-        number has the wrong type.
+        fast_exponent or spread below 1 (the fast modes would be the slow ones), a negative seed. TypeError
+        where a number has the wrong type.
 
         >>> from rgfast import MarkovChain
         >>> short, long = (MarkovChain.from_correlation_length(xi) for xi in (1, 7))
         >>> bool((long.decimate(7).transition - short.transition).abs().max() < 1e-15)
         True
         """
-        return cls._from_kind(kinds.Kind(kind, clusters, fast_exponent, seed), xi, states)
+        return cls._from_kind(kinds.Kind(kind, clusters, fast_exponent, seed, spread), xi, states)
 
     @classmethod
     def from_label(cls, label: str, xi: float, states: int = 16) -> MarkovChain:
         """The chain that ``label`` names at correlation length ``xi``.
 
         Labels: ``two-scale``, ``two-scale:r=30``, ``two-scale:K=2``, ``two-scale:K=2,r=30``, ``lazy``,
-        ``ring-heat``, ``cyclic``, ``random-reversible``, ``random-reversible:seed=3``, ``iid`` (whose xi is
-        0: the argument is not read). K is the number of clusters, r the fast exponent of
-        :meth:`from_correlation_length`.
+        ``ring-heat``, ``cyclic``, ``random-reversible``, ``random-reversible:seed=3``, ``zipf-tree``,
+        ``zipf-tree:spread=10``, ``iid`` (whose xi is 0: the argument is not read). K is the number of
+        clusters, r the fast exponent of :meth:`from_correlation_length`.
 
         Raises what :meth:`from_correlation_length` raises, and ValueError for a label it cannot read.
 
@@ -117,10 +123,10 @@ class MarkovChain:
     @classmethod
     def _from_kind(cls, kind: kinds.Kind, xi: float, states: int) -> MarkovChain:
         matrix, values = kinds.build(kind, xi, states)
-        return cls(matrix, kind.label)._with_formula(values)
+        return cls(matrix, kind.label)._with_formula(values, kind.is_semigroup)
 
-    def _with_formula(self, values: NDArray[np.complex128]) -> MarkovChain:
-        self._formula = modes.sort_spectrum(values)
+    def _with_formula(self, values: NDArray[np.complex128], semigroup: bool) -> MarkovChain:
+        self._formula, self._semigroup = modes.sort_spectrum(values), semigroup
         return self
 
     @classmethod
@@ -293,14 +299,14 @@ class MarkovChain:
     def power(self, k: int) -> MarkovChain:
         """The chain seen at every k-th step only: transition matrix P^k, correlation length xi/k.
 
-        Keeps the label of the named kinds, which are semigroups. Raises TypeError or ValueError unless ``k``
-        is an integer of at least 1, ValueError where P^k falls apart into several classes (a periodic chain).
+        Keeps the label of the named kinds that are semigroups (all but ``zipf-tree``). Raises TypeError or
+        ValueError unless ``k`` is an integer of at least 1, ValueError where P^k falls apart into several
+        classes (a periodic chain).
         """
         check_integer(k, "k", least=1)
         matrix = np.linalg.matrix_power(self._matrix, k)
-        if self._formula is not None:
-            return MarkovChain(matrix, self.label)._with_formula(self._formula**k)
-        return MarkovChain(matrix, self.label if k == 1 else f"{self.label}^{k}")
+        chain = MarkovChain(matrix, self.label if self._semigroup or k == 1 else f"{self.label}^{k}")
+        return chain if self._formula is None else chain._with_formula(self._formula**k, self._semigroup)
 
     decimate = power
 

@@ -1,7 +1,8 @@
 """Transition matrices of the named kinds, and the labels that name them.
 
-Every kind is a semigroup in 1/xi: its k-th matrix power is the same kind at xi/k. So a short chain is a long
-one decimated, whichever the kind.
+Every kind but ``zipf-tree`` is a semigroup in 1/xi: its k-th matrix power is the same kind at xi/k. So a
+short chain is a long one decimated. A semigroup has one stationary distribution at every xi, and
+``zipf-tree`` is there to have another at each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["KINDS", "Kind", "build", "parse_label"]
 
 Array = NDArray[np.float64]
 
-KINDS = ("two-scale", "lazy", "ring-heat", "cyclic", "random-reversible", "iid")
+KINDS = ("two-scale", "lazy", "ring-heat", "cyclic", "random-reversible", "zipf-tree", "iid")
 
 # Below, the slow mode sinks into the rounding of the matrix; above, 1 - |lambda_2| does.
 SHORTEST, LONGEST = 0.05, 5000.0
@@ -27,6 +28,7 @@ SHORTEST, LONGEST = 0.05, 5000.0
 _OPTIONS: dict[str, dict[str, Callable[[str], float]]] = {
     "two-scale": {"K": int, "r": float},
     "random-reversible": {"seed": int},
+    "zipf-tree": {"spread": float},
 }
 
 
@@ -38,6 +40,12 @@ class Kind:
     clusters: int = 4
     fast_exponent: float = 4.0
     seed: int = 0
+    spread: float = 5.0
+
+    @property
+    def is_semigroup(self) -> bool:
+        """Whether the k-th power of the chain at xi is this kind at xi/k."""
+        return self.name != "zipf-tree"
 
     @property
     def label(self) -> str:
@@ -47,6 +55,8 @@ class Kind:
             told += [f"r={float(self.fast_exponent)!r}".removesuffix(".0")] if self.fast_exponent != 4 else []
         elif self.name == "random-reversible" and self.seed != 0:
             told += [f"seed={self.seed}"]
+        elif self.name == "zipf-tree" and self.spread != 5:
+            told += [f"spread={float(self.spread)!r}".removesuffix(".0")]
         return ":".join([self.name, *filter(None, [",".join(told)])])
 
 
@@ -78,6 +88,7 @@ def parse_label(label: str) -> Kind:
         clusters=int(found.get("K", 4)),
         fast_exponent=found.get("r", 4.0),
         seed=int(found.get("seed", 0)),
+        spread=found.get("spread", 5.0),
     )
 
 
@@ -110,6 +121,8 @@ def build(kind: Kind, xi: float, states: int) -> tuple[Array, NDArray[np.complex
         return _stochastic(matrix), _with_one(np.full(states - 1, slow))
     if kind.name == "random-reversible":
         return _random_reversible(kind, xi, states)
+    if kind.name == "zipf-tree":
+        return _zipf_tree(kind, xi, states)
     return _circulant(kind, xi, states)
 
 
@@ -168,6 +181,35 @@ def _random_reversible(kind: Kind, xi: float, states: int) -> tuple[Array, NDArr
     kernel = (modes * values) @ modes.T
     matrix = np.maximum((kernel + kernel.T) / 2, 0) * root / root[:, None]
     return _stochastic(matrix), values.astype(np.complex128)
+
+
+def _zipf_tree(kind: Kind, xi: float, states: int) -> tuple[Array, NDArray[np.complex128]]:
+    """Sum of (lambda_k - lambda_{k+1}) C_k, C_k the average given the k-th of nested partitions.
+
+    The C_k commute and C_k - C_{k-1} are projectors of rank 1 whatever the weights, so the spectrum and the
+    stationary distribution are chosen separately.
+    """
+    spread = kind.spread
+    _check_number(spread, "spread", "at least 1")
+    if not (math.isfinite(spread) and spread >= 1):
+        raise ValueError(
+            f"spread must be finite and at least 1 (the longest over the shortest), got {spread!r}"
+        )
+    weight = np.arange(1.0, states + 1) ** (-2 / (1 + xi))
+    weight /= weight.sum()
+    steps = np.arange(states - 1) / max(1, states - 2)
+    values = np.exp(-(spread**steps) / xi)
+    # 1 - slow by expm1, so that the weights keep their relative precision at long xi.
+    drops = np.append(-np.diff(values), values[-1])
+    matrix = -math.expm1(-1 / xi) * np.tile(weight, (states, 1))
+    cells = [(0, states)]
+    for drop in drops:
+        low, high = max(cells, key=lambda cell: (cell[1] - cell[0], -cell[0]))
+        cells.remove((low, high))
+        cells += [(low, (low + high + 1) // 2), ((low + high + 1) // 2, high)]
+        for low, high in cells:
+            matrix[low:high, low:high] += drop * weight[low:high] / weight[low:high].sum()
+    return _stochastic(matrix), _with_one(values)
 
 
 def _check_number(value: object, name: str, expected: str) -> None:

@@ -54,6 +54,31 @@ def add_studies(commands: Any) -> None:
     _common(many, "multiverse", "4 set-ups")
     many.set_defaults(run=partial(_study, "multiverse", "multiverse"))
 
+    known = commands.add_parser(
+        "setups",
+        help="run set-ups that the papers may have had, and tell what each can show",
+        description="Train and probe stacks without and with mixing across positions, at the size\n"
+        "of arXiv 2607.15449: which of the two papers' statements can hold together?\n\n"
+        "parts, in the order in which they run:\n"
+        "  a  the exact null: no mixing, one target per sequence\n"
+        "  b  no mixing, on a chain whose stationary distribution moves with ξ\n"
+        "  c  no mixing, one-hot → linear, PyTorch's initialization, MASK and BERT\n"
+        "  d  mixing across positions: mixer and flat\n\n" + _RESUME,
+        epilog="examples:\n"
+        "  rgfast setups --quick\n"
+        "  rgfast setups --part a b --jobs 2 --out runs/setups\n"
+        "  rgfast setups --part none --out runs/setups",
+    )
+    _common(known, "setups", "every part")
+    known.add_argument(
+        "--part",
+        nargs="+",
+        choices=("a", "b", "c", "d", "none"),
+        metavar="PART",
+        help="run these parts alone, or none: what is finished is read and drawn (default: all)",
+    )
+    known.set_defaults(run=_setups)
+
     spaced = commands.add_parser(
         "decimate",
         help="show one trained network only every k-th token: every correlation length at the same weights",
@@ -109,9 +134,16 @@ def _sweep(args: argparse.Namespace) -> None:
         _tell(done)
 
 
-def _study(module: str, name: str, args: argparse.Namespace) -> None:
+def _setups(args: argparse.Namespace) -> None:
+    if args.part and "none" in args.part and len(args.part) > 1:
+        raise ValueError(f"--part none goes alone, got {' '.join(args.part)}")
+    parts = None if args.part is None else [part for part in args.part if part != "none"]
+    _study("setups", "setups", args, parts=parts)
+
+
+def _study(module: str, name: str, args: argparse.Namespace, **more: Any) -> None:
     """Run the study that is the function ``name`` of a module, which is slow to import."""
-    done = getattr(import_module(f"rgfast.experiments.{module}"), name)(**_options(args))
+    done = getattr(import_module(f"rgfast.experiments.{module}"), name)(**_options(args), **more)
     if args.json:
         out: Path = done.out
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))

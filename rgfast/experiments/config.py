@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rgfast.chains import MarkovChain
-from rgfast.stack import ACTIVATIONS, MODEL_MIXINGS, NORMS, Activation, ModelMixing, Norm
+from rgfast.stack import (
+    ACTIVATIONS,
+    INITIALIZATIONS,
+    MODEL_MIXINGS,
+    NORMS,
+    POSITIONS,
+    Activation,
+    Initialization,
+    ModelMixing,
+    Norm,
+    Positions,
+)
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice, check_positive_int
 
@@ -27,7 +38,7 @@ class ReproduceConfig:
     ``chains`` are labels of :meth:`MarkovChain.from_label`; ``xi`` correlation lengths in steps. With
     ``matrix``, the rows of a transition matrix, there is one chain, its label is free, and ``states`` and
     ``xi`` are those of the matrix (:meth:`with_matrix` sets all of them). ``window`` is read by
-    ``mixing="window"`` alone.
+    ``mixing="window"`` alone; ``initialization`` and ``positions`` are those of :class:`MaskedTokenModel`.
     """
 
     chains: tuple[str, ...] = ("two-scale",)
@@ -49,6 +60,8 @@ class ReproduceConfig:
     probe_sequences: int = 2048
     window: int = 2
     matrix: tuple[tuple[float, ...], ...] | None = None
+    initialization: Initialization = "normal"
+    positions: Positions = "learned"
 
     def __post_init__(self) -> None:
         for name in ("states", "length", "width", "depth", "hidden", "probe_sequences", "window"):
@@ -70,6 +83,8 @@ class ReproduceConfig:
         check_choice(self.mixing, "mixing", MODEL_MIXINGS)
         check_choice(self.norm, "norm", NORMS)
         check_choice(self.activation, "activation", ACTIVATIONS)
+        check_choice(self.initialization, "initialization", INITIALIZATIONS)
+        check_choice(self.positions, "positions", POSITIONS)
         if self.matrix is not None:
             self._check_matrix(self.matrix)
         for label in self.chains:

@@ -114,6 +114,8 @@ def build_model(config: ReproduceConfig, seed: int) -> MaskedTokenModel:
         generator=seeded_generator(seed, "weights"),
         dtype=torch.float32,
         device="cpu",
+        initialization=config.initialization,
+        positions=config.positions,
     )
 
 

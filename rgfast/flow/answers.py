@@ -27,7 +27,7 @@ FORMAT = "rgfast.verdict/2"
 Status = Literal[
     "reproduced", "partial", "not reproduced",
     "supported", "not supported", "undecided",
-    "valid", "undertrained", "reported", "not measured",
+    "valid", "refuted", "undertrained", "reported", "not measured",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from rgfast.report.studies import (
     plot_observer,
     plot_posterior_rank,
     plot_relevance,
+    plot_setups,
     plot_xi,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "plot_order_parameter",
     "plot_posterior_rank",
     "plot_relevance",
+    "plot_setups",
     "plot_spectra",
     "plot_survival",
     "plot_training",

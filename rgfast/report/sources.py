@@ -22,6 +22,7 @@ _TABLES = {
     "multiverse": ("table", "views"),
     "decimation": ("table",),
     "observer": ("table", "ridges", "slopes"),
+    "setups": ("table", "curves"),
 }
 
 
@@ -59,7 +60,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's folder: ``kind`` is sweep, multiverse, decimation or observer."""
+    """A study's folder: ``kind`` is sweep, multiverse, decimation, observer or setups."""
 
     kind: str
     tables: dict[str, pd.DataFrame]

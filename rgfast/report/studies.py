@@ -15,6 +15,7 @@ from rgfast.flow.relevance import CAPTURED, RelevanceTest, relevance_test
 from rgfast.report.canvas import Canvas, canvas, draw_chart, draw_panel, figure_of, styled
 from rgfast.report.extract import ratio_table
 from rgfast.report.palette import BASELINE, CONTROL, SHAPES, xi_colours
+from rgfast.report.setups_chart import setups_chart
 from rgfast.report.sources import Experiment, Study, load
 from rgfast.report.study_charts import (
     POSTERIOR,
@@ -30,6 +31,7 @@ __all__ = [
     "plot_observer",
     "plot_posterior_rank",
     "plot_relevance",
+    "plot_setups",
     "plot_xi",
 ]
 
@@ -227,3 +229,18 @@ def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """
     return draw_chart(observer_chart(_study(source, "observer")), ax)
+
+
+def plot_setups(source: Any, *, ax: Canvas = None) -> Figure:
+    """The figure of effective rank by layer in every set-up with a finished run, a panel per arm.
+
+    Color: ξ. Solid: all rows at a position; dashed: masked rows, from layer 1 on; grey: the untrained stack.
+    The level line is V, above which no stack without mixing gets. Points are seeds, lines means.
+
+    Args:
+        source: what :func:`rgfast.setups` returned, or its folder.
+        ax: axes to draw on, one per arm, instead of a new figure.
+
+    Raises TypeError for a source of another kind, ValueError for another number of axes.
+    """
+    return draw_chart(setups_chart(_study(source, "setups")), ax)

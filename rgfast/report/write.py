@@ -21,7 +21,7 @@ def write_report(source: Any, path: str | Path | None = None) -> Path:
 
     Args:
         source: a :class:`~rgfast.ProbeResult`, what :func:`rgfast.reproduce`, ``sweep``, ``multiverse``,
-            ``decimate`` or ``observe`` returned, or the path of a saved result or of their folder.
+            ``decimate``, ``observe`` or ``setups`` returned, or the path of a saved result or of a folder.
         path: the file, written atomically; by default ``report.html`` in the folder, or the name of the file
             with ``.html``. A result in memory without a folder needs one.
 

@@ -17,13 +17,16 @@ __all__ = [
     "Block",
     "FeatureMLP",
     "FlatMLP",
+    "Initialization",
     "Norm",
     "Normalization",
     "PositionMLP",
     "normal_parameter",
+    "uniform_parameter",
 ]
 
 Norm = Literal["layer", "rms"] | None
+Initialization = Literal["normal", "torch"]
 
 EPS = 1e-5
 
@@ -38,6 +41,20 @@ def normal_parameter(
     # Drawn in fp32 on the generator's device, so that a seed means one network in every dtype, everywhere.
     source = torch.device("cpu") if generator is None else generator.device
     drawn = torch.randn(shape, dtype=torch.float32, device=source, generator=generator).mul_(std)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device).copy_(drawn))
+
+
+def uniform_parameter(
+    shape: tuple[int, ...],
+    fan_in: int,
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> nn.Parameter:
+    """Uniform within ±1/sqrt(fan_in), as ``torch.nn.Linear`` starts its weight and its bias."""
+    source = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.rand(shape, dtype=torch.float32, device=source, generator=generator).mul_(2).sub_(1)
+    drawn.div_(math.sqrt(fan_in))
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device).copy_(drawn))
 
 
@@ -83,11 +100,19 @@ class _MLP(nn.Module):
         generator: torch.Generator | None,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
+        initialization: Initialization,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.w2_scale = w2_scale
+        self.w2_scale, self.initialization = w2_scale, initialization
         self.norm = Normalization(normalised, norm, dtype, device)
+        if initialization == "torch":
+            rest = (generator, dtype, device)
+            self.w1 = uniform_parameter((hidden, size), size, *rest)
+            self.b1 = uniform_parameter((hidden,), size, *rest)
+            self.w2 = uniform_parameter((size, hidden), hidden, *rest)
+            self.b2 = uniform_parameter((size,), hidden, *rest)
+            return
         self.w1 = normal_parameter((hidden, size), 1 / math.sqrt(size), generator, dtype, device)
         self.b1 = nn.Parameter(torch.zeros(hidden, dtype=dtype, device=device))
         # Drawn even when scaled to zero, so that every w2_scale sees the same later draws.
@@ -97,6 +122,12 @@ class _MLP(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weights as at the start, with torch's global generator; the norm is a module of its own."""
         with torch.no_grad():
+            if self.initialization == "torch":
+                for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+                    bound = 1 / math.sqrt(weight.shape[1])
+                    weight.uniform_(-bound, bound)
+                    bias.uniform_(-bound, bound)
+                return
             self.w1.normal_(std=1 / math.sqrt(self.w1.shape[1]))
             self.w2.normal_(std=self.w2_scale / math.sqrt(self.w2.shape[1]))
             self.b1.zero_()

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from rgfast.files import write_bytes, write_text
 from rgfast.ops.residual_mlp.api import Activation
-from rgfast.stack.blocks import Norm, Normalization, normal_parameter
+from rgfast.stack.blocks import Initialization, Norm, Normalization, normal_parameter, uniform_parameter
 from rgfast.stack.residual import Mixing, ResidualStack
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["MODEL_MIXINGS", "MaskedTokenModel", "ModelMixing"]
+__all__ = ["MODEL_MIXINGS", "POSITIONS", "MaskedTokenModel", "ModelMixing", "Positions"]
 
 ModelMixing = Literal["mixer", "flat", "window", "none"]
 
+Positions = Literal["learned", "none"]
+
 MODEL_MIXINGS = ("mixer", "flat", "window", "none")
+POSITIONS = ("learned", "none")
 
 
 class MaskedTokenModel(nn.Module):
@@ -39,6 +42,10 @@ class MaskedTokenModel(nn.Module):
         token_std, position_std: standard deviations of the embeddings at the start.
         final_norm: whether the stack's output is normalised before the head.
         generator, dtype, device: as in :class:`ResidualStack`.
+        initialization: as there. With ``"torch"`` token embedding and head start as ``torch.nn.Linear``
+            does, the former as such a layer on one-hot tokens (fan_in V + 1).
+        positions: ``"learned"``, or ``"none"``: nothing tells positions apart, and ``position_embedding`` is
+            one row, the bias of the linear layer on one-hot tokens (zero at the start with ``"normal"``).
 
     ``forward(tokens)`` maps int64 ``[B, T]`` in ``0..V`` to logits ``[B, T, V]``; ``embed(tokens)`` is the
     stream that enters the stack. ``save(folder)`` and ``load(folder)`` use safetensors and JSON.
@@ -70,6 +77,8 @@ class MaskedTokenModel(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        initialization: Initialization = "normal",
+        positions: Positions = "learned",
     ) -> None:
         super().__init__()
         check_positive_int(states, "states")
@@ -88,8 +97,11 @@ class MaskedTokenModel(nn.Module):
             "token_std": token_std,
             "position_std": position_std,
             "final_norm": final_norm,
+            "initialization": initialization,
+            "positions": positions,
         }
         check_choice(mixing, "mixing", MODEL_MIXINGS)
+        check_choice(positions, "positions", POSITIONS)
         check_positive_int(window, "window")
         self.window = window if mixing == "window" else 0
         stream = (2 * self.window + 1) * width
@@ -108,20 +120,43 @@ class MaskedTokenModel(nn.Module):
             generator,
             dtype=dtype,
             device=device,
+            initialization=initialization,
         )
         self.states, self.length = states, length
-        self.token_embedding = normal_parameter((states + 1, width), token_std, generator, dtype, device)
-        self.position_embedding = normal_parameter((length, width), position_std, generator, dtype, device)
+        rest = (generator, dtype, device)
+        rows, std = (length, position_std) if positions == "learned" else (1, 0.0)
+        if initialization == "torch":
+            self.token_embedding = uniform_parameter((states + 1, width), states + 1, *rest)
+        else:
+            self.token_embedding = normal_parameter((states + 1, width), token_std, *rest)
+        if initialization == "torch" and positions == "none":
+            self.position_embedding = uniform_parameter((1, width), states + 1, *rest)
+        else:
+            self.position_embedding = normal_parameter((rows, width), std, *rest)
         self.final_norm = Normalization(stream, (norm or "layer") if final_norm else None, dtype, device)
         self.head = nn.Linear(stream, states, dtype=dtype, device="meta")  # draws nothing
-        self.head.weight = normal_parameter((states, stream), 1 / math.sqrt(stream), generator, dtype, device)
-        self.head.bias = nn.Parameter(torch.zeros(states, dtype=dtype, device=device))
+        if initialization == "torch":
+            self.head.weight = uniform_parameter((states, stream), stream, *rest)
+            self.head.bias = uniform_parameter((states,), stream, *rest)
+        else:
+            self.head.weight = normal_parameter((states, stream), 1 / math.sqrt(stream), *rest)
+            self.head.bias = nn.Parameter(torch.zeros(states, dtype=dtype, device=device))
 
     def reset_parameters(self) -> None:
         """Draw embeddings and head as at the start, with torch's global generator; the stack is its own."""
+        shared = self.config["positions"] == "none"
         with torch.no_grad():
+            self.position_embedding.normal_(std=0.0 if shared else self.config["position_std"])
+            if self.config["initialization"] == "torch":
+                bound = 1 / math.sqrt(self.states + 1)
+                self.token_embedding.uniform_(-bound, bound)
+                if shared:
+                    self.position_embedding.uniform_(-bound, bound)
+                bound = 1 / math.sqrt(self.head.in_features)
+                self.head.weight.uniform_(-bound, bound)
+                self.head.bias.uniform_(-bound, bound)
+                return
             self.token_embedding.normal_(std=self.config["token_std"])
-            self.position_embedding.normal_(std=self.config["position_std"])
             self.head.weight.normal_(std=1 / math.sqrt(self.head.in_features))
             self.head.bias.zero_()
 
@@ -142,6 +177,17 @@ class MaskedTokenModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.final_norm(self.stack(self.embed(tokens))))
+        return logits
+
+    def logits_at(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """The logits of the positions ``where`` (bool ``[B, T]``), ``[k, V]``, row by row.
+
+        Without mixing across positions (``"none"``, ``"window"``) only these are computed.
+        """
+        if not self.stack.positions_are_independent:
+            mixed: Tensor = self(tokens)[where]
+            return mixed
+        logits: Tensor = self.head(self.final_norm(self.stack(self.embed(tokens)[where])))
         return logits
 
     def save(self, folder: str | Path) -> None:

@@ -14,14 +14,24 @@ from torch.utils.hooks import RemovableHandle
 from rgfast.ops.residual_mlp import residual_stack
 from rgfast.ops.residual_mlp.api import ACTIVATIONS, NORMS, Activation
 from rgfast.ops.residual_mlp.stack import Consumer, default_tile
-from rgfast.stack.blocks import EPS, Block, FeatureMLP, FlatMLP, Norm, Normalization, PositionMLP
+from rgfast.stack.blocks import (
+    EPS,
+    Block,
+    FeatureMLP,
+    FlatMLP,
+    Initialization,
+    Norm,
+    Normalization,
+    PositionMLP,
+)
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["MIXINGS", "Mixing", "ResidualStack"]
+__all__ = ["INITIALIZATIONS", "MIXINGS", "Mixing", "ResidualStack"]
 
 Mixing = Literal["mixer", "flat", "none"]
 
 MIXINGS = ("mixer", "flat", "none")
+INITIALIZATIONS = ("normal", "torch")
 
 
 class ResidualStack(nn.Module):
@@ -37,8 +47,12 @@ class ResidualStack(nn.Module):
         norm: ``"layer"``, ``"rms"`` or None, before each MLP (pre-norm), eps 1e-5.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"tanh"``.
         w2_scale: standard deviation of W2 in units of 1/sqrt(fan_in); 0 starts the stack as the identity.
+            Read by ``initialization="normal"`` alone.
         generator: draws the weights, in fp32 on its device; the CPU's global generator if None.
         dtype, device: of the parameters; PyTorch's defaults if None, as for ``torch.nn.Linear``.
+        initialization: ``"normal"`` (W1 with standard deviation 1/sqrt(fan_in), W2 as ``w2_scale`` says, no
+            biases) or ``"torch"``, as ``torch.nn.Linear`` starts: every weight and bias uniform within
+            ±1/sqrt(fan_in).
 
     Shapes: input and output ``[..., T, D]``, or ``[..., D]`` for ``"none"``; computes in the dtype
     of its parameters. ``stack.blocks[l]`` is layer l; its output is the stream after layer l + 1.
@@ -68,6 +82,7 @@ class ResidualStack(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        initialization: Initialization = "normal",
     ) -> None:
         super().__init__()
         check_positive_int(width, "width")
@@ -77,6 +92,7 @@ class ResidualStack(nn.Module):
         check_choice(mixing, "mixing", MIXINGS)
         check_choice(norm, "norm", NORMS)
         check_choice(activation, "activation", ACTIVATIONS)
+        check_choice(initialization, "initialization", INITIALIZATIONS)
         if length is not None:
             check_positive_int(length, "length")
         if mixing != "none" and length is None:
@@ -88,7 +104,7 @@ class ResidualStack(nn.Module):
         self.width, self.depth, self.hidden, self.length = width, depth, hidden, length
         self.mixing, self.norm, self.activation, self.w2_scale = mixing, norm, activation, w2_scale
 
-        rest = (norm, activation, w2_scale, generator, dtype, device)
+        rest = (norm, activation, w2_scale, generator, dtype, device, initialization)
 
         def block() -> Block:
             mix: PositionMLP | None = None

@@ -27,6 +27,8 @@ LABELS = [
     "cyclic",
     "random-reversible",
     "random-reversible:seed=3",
+    "zipf-tree",
+    "zipf-tree:spread=2.5",
 ]
 BIASED = [[0.9, 0.1, 0.0], [0.0, 0.8, 0.2], [0.5, 0.0, 0.5]]
 
@@ -108,9 +110,9 @@ def test_ring_heat_is_the_matrix_exponential_of_the_ring_laplacian() -> None:
     np.testing.assert_allclose(drift, expm((shift - np.eye(9)) / (3 * rate / 2)), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", [label for label in LABELS if not label.startswith("zipf-tree")])
 @pytest.mark.parametrize("k", [2, 7])
-def test_every_kind_is_a_semigroup(label: str, k: int) -> None:
+def test_every_kind_but_one_is_a_semigroup(label: str, k: int) -> None:
     long = MarkovChain.from_label(label, 7)
     short = MarkovChain.from_label(label, 7 / k)
     power = long.power(k)
@@ -118,6 +120,42 @@ def test_every_kind_is_a_semigroup(label: str, k: int) -> None:
     torch.testing.assert_close(long.decimate(k).transition, power.transition, rtol=0, atol=0)
     assert power.label == label
     assert power.correlation_length == pytest.approx(7 / k, rel=1e-12)
+
+
+@pytest.mark.parametrize("states", [2, 3, 5, 16])
+@pytest.mark.parametrize("xi", [0.5, 1.2, 6.7])
+def test_zipf_tree_has_another_stationary_distribution_at_every_xi(states: int, xi: float) -> None:
+    chain = MarkovChain.from_label("zipf-tree", xi, states)
+    weight = np.arange(1, states + 1.0) ** (-2 / (1 + xi))
+    pi = weight / weight.sum()
+    np.testing.assert_allclose(chain.stationary.numpy(), pi, rtol=1e-13)
+    p = chain.transition.numpy()
+    # Reversible, so that the modes are real and orthogonal under pi.
+    np.testing.assert_allclose(pi[:, None] * p, (pi[:, None] * p).T, rtol=0, atol=1e-16)
+    lengths = -1 / np.log(np.sort(np.linalg.eigvals(p).real)[::-1][1:])
+    expected = xi * 5.0 ** (-np.arange(states - 1) / max(1, states - 2))
+    np.testing.assert_allclose(lengths, expected, rtol=1e-10)
+    assert all(space.multiplicity == 1 for space in chain.eigenspaces())
+
+
+def test_zipf_tree_of_three_states_is_its_formula() -> None:
+    chain = MarkovChain.from_label("zipf-tree:spread=2", 3, 3)
+    weight = np.array([1, 2**-0.5, 3**-0.5])
+    pi = np.tile(weight / weight.sum(), (3, 1))
+    halves = np.zeros((3, 3))
+    halves[:2, :2], halves[2, 2] = weight[:2] / weight[:2].sum(), 1
+    slow, fast = math.exp(-1 / 3), math.exp(-2 / 3)
+    expected = pi + slow * (halves - pi) + fast * (np.eye(3) - halves)
+    np.testing.assert_allclose(chain.transition.numpy(), expected, rtol=0, atol=1e-15)
+
+
+def test_a_power_of_zipf_tree_is_no_zipf_tree() -> None:
+    chain = MarkovChain.from_label("zipf-tree", 6)
+    power = chain.power(3)
+    assert (chain.power(1).label, power.label) == ("zipf-tree", "zipf-tree^3")
+    assert power.correlation_length == pytest.approx(2, rel=1e-12)
+    torch.testing.assert_close(power.stationary, chain.stationary, rtol=1e-12, atol=0)
+    assert power.power(2).label == "zipf-tree^3^2"
 
 
 def test_power_of_a_matrix_says_so_in_its_label() -> None:

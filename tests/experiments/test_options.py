@@ -1,5 +1,6 @@
 """What a configuration can ask for beyond the default set-up, and that the default did not move."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,15 @@ def test_exact_masks_hide_the_same_number_everywhere():
     assert least.sum(1).unique().tolist() == [1]
 
 
+def test_one_target_per_sequence_leaves_the_probe_its_rate():
+    config = TrainingConfig(mask_rate=0.15, masking="one")
+    mask = config.draw_mask(4000, 20, generator())
+    assert mask.sum(1).unique().tolist() == [1]
+    # Every position equally often: 200 of 4,000, standard deviation 13.8.
+    assert int((mask.sum(0) - 200).abs().max()) < 60
+    assert config.mean_mask_rate == 0.15
+
+
 def test_random_rates_spread_over_sequences():
     config = TrainingConfig(mask_rate=0.1, mask_rate_max=0.9)
     share = config.draw_mask(4000, 60, generator()).double().mean(1)
@@ -72,7 +82,7 @@ def test_bert_shows_some_hidden_tokens_and_only_in_training():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"masking": "block"}, "masking must be one of 'iid', 'exact'"),
+        ({"masking": "block"}, "masking must be one of 'iid', 'exact', 'one'"),
         ({"replacement": "zero"}, "replacement must be one of 'mask', 'bert'"),
         ({"mask_rate_max": 0.1}, "mask_rate_max must lie between mask_rate 0.2 and 1, got 0.1"),
         ({"mask_rate_max": 0.5, "masking": "exact"}, "mask_rate_max needs masking='iid'"),
@@ -92,6 +102,35 @@ def test_the_sequel_is_what_is_known_of_it():
     assert t.lr_at(0) == t.lr_at(9_999) == pytest.approx(3e-4, rel=1e-12)
     assert "flattened" not in views_of(sequel)
     assert ReproduceConfig.from_json(sequel.to_json()) == sequel
+
+
+def test_older_configurations_load():
+    document = json.loads(TINY.to_json())
+    for name in ("initialization", "positions"):
+        del document[name]
+    assert ReproduceConfig.from_json(json.dumps(document)) == TINY
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"initialization": "xavier"}, "initialization must be one of 'normal', 'torch'"),
+        ({"positions": "sine"}, "positions must be one of 'learned', 'none'"),
+    ],
+)
+def test_bad_options_of_the_model_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        replace(TINY, **options)
+
+
+def test_the_start_of_torch_runs_from_the_configuration(tmp_path):
+    config = replace(TINY, mixing="none", initialization="torch", positions="none")
+    model = build_model(config, 0)
+    assert model.config["initialization"] == "torch"
+    assert model.position_embedding.shape == (1, 4)
+    assert bool((model.stack.blocks[0].mlp.w2 != 0).all())
+    execute(config, Run("trained", 0, (("lazy", 1.0),)), tmp_path / "run.nc")
+    assert (tmp_path / "run.nc").stat().st_size > 0
 
 
 @pytest.mark.parametrize("mixing", ["flat", "window"])

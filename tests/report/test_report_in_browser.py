@@ -47,6 +47,7 @@ def pages(finished, probed, tmp_path_factory):
         "sweep": write_report(write("sweep", {"table": studies.cells()})),
         "decimation": write_report(write("decimation", {"table": studies.spaced()}, {}, base={"xi": [7.0]})),
         "observer": write_report(studies.ridge_study(write)),
+        "setups": write_report(studies.setups_study(write)),
     }
 
 
@@ -65,7 +66,9 @@ def told(browser):
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
-@pytest.mark.parametrize("name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer"])
+@pytest.mark.parametrize(
+    "name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer", "setups"]
+)
 def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages, name, width):
     browser.open(pages[name], width)
     drawn = browser.run(
@@ -74,7 +77,7 @@ def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages
     )
     assert browser.errors == []
     assert browser.requests == [pages[name].as_uri()]
-    few = {"multiverse": 1, "sweep": 2, "decimation": 1, "observer": 1}
+    few = {"multiverse": 1, "sweep": 2, "decimation": 1, "observer": 1, "setups": 1}
     assert len(drawn) == int(browser.run("document.documentElement.dataset.figures")) >= few.get(name, 6)
     assert all(panels and min(panels) > 0 for panels in drawn)
     # Nothing but a table's own box scrolls sideways.
@@ -83,7 +86,9 @@ def test_every_figure_is_drawn_in_silence_and_without_the_network(browser, pages
 
 
 @pytest.mark.parametrize(("width", "height", "most"), [(1400, 900, 900), (PHONE, 844, 1100)])
-@pytest.mark.parametrize("name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer"])
+@pytest.mark.parametrize(
+    "name", ["reproduction", "probe", "multiverse", "sweep", "decimation", "observer", "setups"]
+)
 def test_the_first_figure_is_on_the_first_screen_or_just_below(browser, pages, name, width, height, most):
     browser.open(pages[name], width, height)
     top = "document.querySelector('#figure-0 .box svg').getBoundingClientRect().top"

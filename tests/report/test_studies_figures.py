@@ -15,9 +15,10 @@ from rgfast.report.figures import (
     plot_observer,
     plot_posterior_rank,
     plot_relevance,
+    plot_setups,
     plot_xi,
 )
-from rgfast.report.palette import LIGHT, VIEW_COLOURS, kind_colours
+from rgfast.report.palette import LIGHT, VIEW_COLOURS, kind_colours, xi_colours
 
 RNG = np.random.default_rng(0)
 NASTY = "<script>alert('&')</script>"
@@ -225,6 +226,59 @@ def test_the_observer_page_has_slopes_and_the_ridge(study):
     assert "0.1 (n = 1, no interval below five seeds)" in page
     assert "0.97" in page
     assert [point[:2] for point in points(page)] == [[0, None], [1, 1], [2, 1]]
+
+
+def setups_study(study):
+    """Two set-ups, of which one has runs: seeds 0 and 1 at the short ξ, 0 at the long one."""
+    runs = [(1.2, 0), (1.2, 1), (6.7, 0)]
+    curves = [
+        {"part": "a", "arm": NASTY, "xi": xi, "seed": seed, "stage": stage, "measure": measure, "view": view,
+         "layer": layer, "value": 0.0 if view == "masked" else 10.0 + seed - layer * (stage == "trained")}
+        for xi, seed in runs
+        for stage in ("trained", "untrained")
+        for measure in ("effective_rank", "kernel_drift")
+        for view in ("position", "masked")
+        for layer in range(3)
+    ]  # fmt: skip
+    table = [{"part": "a", "arm": NASTY, "xi": xi, "seed": seed, "states": 16} for xi, seed in runs]
+    answers = {
+        name: {"status": "not reproduced", "summary": f"numbers of {name}"}
+        for name in ("neighbors", "lifted", "i", "ii", "iii", "null")
+    }
+    gap, none = {"mean": -0.01, "low": None, "high": None, "n": 1}, {"mean": None, "n": 0}
+    arms = [
+        {"part": "a", "arm": NASTY, "seeds": [0], "missing": 7, "answers": answers,
+         "gaps": {"position": gap}},
+        {"part": "d", "arm": "mixer", "seeds": [], "missing": 4, "answers": answers,
+         "gaps": {"position": none}},
+    ]  # fmt: skip
+    return study("setups", {"table": table, "curves": curves}, {"arms": arms}, xi=[1.2, 6.7])
+
+
+def test_setups_draws_a_panel_per_set_up_with_runs(study):
+    axes, gaps = plot_setups(setups_study(study)).axes
+    short, long = xi_colours([1.2, 6.7]).values()
+    mean = next(line for line in lines(axes, short) if line.get_linestyle() == "-")
+    np.testing.assert_allclose(mean.get_ydata(), [10.5, 9.5, 8.5])
+    masked = next(line for line in lines(axes, long) if line.get_linestyle() == "--")
+    np.testing.assert_allclose(masked.get_xdata(), [1, 2])
+    untrained = next(line for line in lines(axes, long) if line.get_linestyle() == ":")
+    np.testing.assert_allclose(untrained.get_ydata(), [10, 10, 10])
+    assert any(list(line.get_ydata()) == [16, 16] for line in axes.lines)
+    assert "R(6.7) − R(1.2) = −0.010 (n = 1)" in axes.get_title()
+    assert [label.get_text() for label in gaps.get_xticklabels()] == ["position"]
+    assert -0.01 in [y for line in gaps.lines for y in line.get_ydata()]
+    assert not gaps.collections  # one seed has no interval, not one of length 0
+    assert "2 at ξ = 1.2, 1 at ξ = 6.7" in axes.get_xlabel()
+
+
+def test_the_setups_page_says_what_is_missing(study):
+    page = page_of(setups_study(study))
+    assert NASTY not in page
+    assert "3 runs at ξ = 1.2 and 6.7, 11 more not run yet" in page
+    for words in ("no seed with both ξ yet", "numbers of null", "the gap is 0: an exact null", "d) mixer"):
+        assert words in page
+    assert page.count('class="verdict bad">not reproduced') == 2 * (5 + 6)
 
 
 def test_another_kind_of_study_and_an_unfinished_one_are_refused(study):
