@@ -25,9 +25,25 @@ from rgfast.stack import (
 from rgfast.training import TrainingConfig
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["PRESETS", "ReproduceConfig"]
+__all__ = ["PRESETS", "ReproduceConfig", "as_recorded"]
 
 FORMAT = "rgfast.reproduce/1"
+
+# Fields that came after 0.1, with what it did: left out where they say that, so that its folders still fit.
+_LATER = {"initialization": "normal", "positions": "learned"}
+
+
+def as_recorded(document: Any) -> Any:
+    """``document``, a configuration or what holds some as dictionaries, as files hold it."""
+    if isinstance(document, dict):
+        return {
+            key: as_recorded(value)
+            for key, value in document.items()
+            if key not in _LATER or value != _LATER[key]
+        }
+    if isinstance(document, (list, tuple)):
+        return type(document)(as_recorded(value) for value in document)
+    return document
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,7 @@ class ReproduceConfig:
         return replace(PRESETS[name], **changes)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **as_recorded(asdict(self))}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "config") -> ReproduceConfig:

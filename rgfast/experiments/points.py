@@ -20,7 +20,7 @@ from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.parallel import SequentialBackend
 from tqdm import tqdm
 
-from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.config import ReproduceConfig, as_recorded
 from rgfast.experiments.runs import DRIFTS, RANKS, Run, one_thread, run_dataset
 from rgfast.files import as_json, clear_leftovers, plain, write_text
 from rgfast.interrupts import shielded
@@ -166,7 +166,7 @@ def _compute(point: Point, work: Work, files: Path) -> None:
     document = {
         "format": FORMAT,
         "study": point.study,
-        "config": asdict(point.config),
+        "config": as_recorded(asdict(point.config)),
         "versions": versions(),
         "result": work(point.config),
     }
@@ -180,7 +180,7 @@ def read_point(path: Path, point: Point) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a point of a study, and is damaged: {error}") from error
-    expected = json.loads(json.dumps(plain(asdict(point.config))))
+    expected = json.loads(json.dumps(plain(as_recorded(asdict(point.config)))))
     if (
         not isinstance(document, dict)
         or document.get("format") != FORMAT
@@ -209,7 +209,7 @@ def open_study(
     if jobs is not None:
         check_positive_int(jobs, "jobs")
     recorded, files = folder / "design.json", folder / "points"
-    text = as_json({"format": form, **design})
+    text = as_json({"format": form, **as_recorded(design)})
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, and {folder} is a file")
     if recorded.exists() and recorded.read_text(encoding="utf-8") != text:

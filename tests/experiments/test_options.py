@@ -11,6 +11,7 @@ from tiny import tiny_config
 import rgfast
 from rgfast import MarkovChain
 from rgfast.experiments.config import ReproduceConfig
+from rgfast.experiments.points import Point
 from rgfast.experiments.runs import Run, build_model, execute, views_of
 from rgfast.training import TrainingConfig, seeded_generator, train
 
@@ -106,8 +107,7 @@ def test_the_sequel_is_what_is_known_of_it():
 
 def test_older_configurations_load():
     document = json.loads(TINY.to_json())
-    for name in ("initialization", "positions"):
-        del document[name]
+    assert not {"initialization", "positions"} & set(document)
     assert ReproduceConfig.from_json(json.dumps(document)) == TINY
 
 
@@ -188,3 +188,11 @@ def test_a_matrix_is_refused_where_it_does_not_fit(matrix_file, tmp_path):
     with pytest.raises(ValueError, match="its correlation length"):
         replace(TINY.with_matrix(matrix_file), xi=(7.0,))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_point_keeps_the_name_that_0_1_gave_it():
+    """Folders of studies and of runs fit again, whatever options came since."""
+    assert Point("x", ReproduceConfig()).name == "x-two_scale-xi1-d16-seed0-34422afd07fe"
+    other = ReproduceConfig(initialization="torch")
+    assert Point("x", other).name != Point("x", ReproduceConfig()).name
+    assert ReproduceConfig.from_json(other.to_json()) == other
