@@ -38,14 +38,15 @@ __all__ = [
 SHAPES = ((6, 64, 64), (12, 32, 128), (24, 16, 256))
 # On a GPU, of the call without options: larger ones with their number of sequences, too.
 ON_A_GPU = (*((*shape, 1024) for shape in SHAPES), (24, 16, 512, 2048), (48, 4, 1024, 4096))
-# Of the position view: "none" is a stack without mixing; "collapsed" layers are of rank one but for noise;
-# "groups" adds a jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a plain torch module
-# of the stack's blocks, of which only neighbors are compared. The call without options: "default" is of the
-# plain module and a whole array, "loader" of its batches of 64, "own" of the stack, and "views" of the stack
-# and all pairs of layers.
+# Of the position view: "none" is a stack without mixing; "collapsed" layers, from the input on, are of rank
+# one but for noise; "groups" adds a jackknife over 8 groups; "mixer" mixes across positions; "foreign" is a
+# plain torch module of the stack's blocks, of which only neighbors are compared. The call without options:
+# "default" is of the plain module and a whole array, "loader" of its batches of 64, "own" of the stack, and
+# "views" of the stack and all pairs of layers.
 KINDS = ("none", "collapsed", "groups", "mixer", "foreign", "default", "loader", "own", "views")
 _PLAIN, _EVERY_VIEW = ("foreign", "default", "loader"), ("default", "loader", "own", "views")
 _LOADED = 64
+_NOISE = 1e-5
 _EPS = 1e-5
 
 
@@ -84,9 +85,11 @@ class Case:
         model = stack(depth, length, width, device, mixing=mixing, collapsed=kind == "collapsed")
         if kind in _PLAIN:
             model = nn.Sequential(*(Plain(block.mlp) for block in model.blocks)).to(device).eval()
-        x = torch.randn(
-            n, length, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu"
-        ).to(device)
+        draw = torch.Generator().manual_seed(1)
+        x = torch.randn(n, length, width, generator=draw, dtype=torch.float32, device="cpu")
+        if kind == "collapsed":
+            x = x[..., :1] * x[0, 0] + _NOISE * x
+        x = x.to(device)
         if kind in _EVERY_VIEW:
             batches = [*torch.split(x, _LOADED)] if kind == "loader" else x
             return cls(model, x, {"pairs": "all"} if kind == "views" else {}, batches)
