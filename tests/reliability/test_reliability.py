@@ -52,10 +52,10 @@ def test_random_masks_batches_and_axes_through_the_probe():
 
 @pytest.mark.parametrize("wrong", ["counts padding", "drops the first column"])
 def test_the_fuzzer_fails_where_padding_is_read_wrongly(monkeypatch, wrong):
-    def read(value, name, binary):
+    def read(value, name, binary, unread):
         if wrong == "counts padding":
             return torch.ones_like(value, dtype=torch.bool)
-        keep = right(value, name, binary)
+        keep = right(value, name, binary, unread)
         keep[..., 0] = False
         return keep
 
