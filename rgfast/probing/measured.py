@@ -17,7 +17,17 @@ from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measures import MEASURES, Kernels, Kind, Measure
 from rgfast.runtime.waiting import numbers
 
-__all__ = ["Measured", "baselines", "doubtful", "joined", "of_kernels", "of_spectra", "spread", "to_host"]
+__all__ = [
+    "Measured",
+    "baselines",
+    "doubtful",
+    "joined",
+    "of_kernels",
+    "of_spectra",
+    "parted",
+    "spread",
+    "to_host",
+]
 
 _GRID = 12  # baselines at more sample numbers than this are interpolated
 
@@ -121,6 +131,21 @@ def joined(parts: Sequence[Measured]) -> Measured:
         torch.cat([part.refined for part in parts], 1),
         torch.cat([part.spectrum for part in parts], 1),
     )
+
+
+def parted(whole: Measured, positions: Sequence[int]) -> list[Measured]:
+    """The reverse of :func:`joined`: the measures of so many positions each."""
+    found, first = [], 0
+    for number in positions:
+        at = slice(first, first + number)
+        values, bounds = (
+            {name: value[..., at] for name, value in some.items()} for some in (whole.values, whole.bounds)
+        )
+        found.append(
+            Measured(whole.count[:, at], values, bounds, whole.refined[:, at], whole.spectrum[:, at])
+        )
+        first += number
+    return found
 
 
 def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers: int) -> Measured:

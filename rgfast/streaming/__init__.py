@@ -4,12 +4,15 @@ from rgfast.streaming.accumulator import MomentAccumulator, settle
 from rgfast.streaming.finite import NonFiniteError, check_finite, count_nonfinite
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.sizes import Pairs, as_pairs, block_rows, first_block, pair_keys, state_bytes
+from rgfast.streaming.together import KernelSums, Together
 
 __all__ = [
+    "KernelSums",
     "MomentAccumulator",
     "NonFiniteError",
     "PairMoments",
     "Pairs",
+    "Together",
     "as_pairs",
     "block_rows",
     "check_finite",

@@ -153,8 +153,8 @@ class MomentAccumulator:
         """What was :attr:`asked`, read."""
         self._sums.settle([int(value) for value in values])
 
-    def _settled(self) -> Sums:
-        """All sums, in units that are known here."""
+    def settled(self) -> Sums:
+        """All sums, in units that are known here; to be read only."""
         settle([self])
         return self._sums
 
@@ -193,7 +193,7 @@ class MomentAccumulator:
         """A new accumulator with leading shape (): the samples of all leading indices as one cloud."""
         if self._lead is None:
             return self._like()
-        return self._like()._made((), self._settled().pooled(self._factored))
+        return self._like()._made((), self.settled().pooled(self._factored))
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
@@ -218,12 +218,12 @@ class MomentAccumulator:
 
     def mean(self, layer: int) -> Tensor:
         """Mean over samples of a layer ``[*, d]``, fp64; NaN where nothing was counted."""
-        return self._shaped(self._settled().mean(layer))
+        return self._shaped(self.settled().mean(layer))
 
     def exponent(self, layer: int) -> int:
         """Exponent of the power of two that is a layer's unit: 0 but for data so far from 1 that squares of
         them might not be fp64 numbers. What is asked for ``scaled`` comes in this unit."""
-        return self._settled().exponent(layer)
+        return self.settled().exponent(layer)
 
     def scatter(
         self, layer: int, *, centering: Literal["mean", "none"] = "mean", scaled: bool = False
@@ -233,7 +233,7 @@ class MomentAccumulator:
 
     def accumulated(self, layer: int, *, scaled: bool = False) -> Tensor:
         """Σ|x−shift|² over samples of a layer ``[*]``, fp64: what its rounding errors scale with."""
-        return self._shaped(self._settled().accumulated(layer, scaled=scaled))
+        return self._shaped(self.settled().accumulated(layer, scaled=scaled))
 
     def cross(self, i: int, j: int, *, centering: Literal["mean", "none"] = "mean") -> Tensor:
         """Σ (x−μ_x)(y−μ_y)ᵀ of layers i and j ``[*, d_i, d_j]``, fp64; ``centering="none"`` gives Σ x yᵀ.
@@ -253,12 +253,12 @@ class MomentAccumulator:
         if self._lead is None or layer not in self._factored:
             return None
         check_choice(centering, "centering", ("mean", "none"))
-        return self._shaped(self._settled().factor(layer, centred=centering == "mean", scaled=scaled))
+        return self._shaped(self.settled().factor(layer, centred=centering == "mean", scaled=scaled))
 
     def pair(self, i: int, j: int) -> PairMoments:
         """All centred sums of two layers (i = j allowed) that biased and debiased HSIC are made of."""
         self._check_kept(i, j)
-        sums = self._settled()
+        sums = self.settled()
         return PairMoments(
             count=self._shaped(sums.count()).to(torch.int64),
             cross=self._shaped(sums.cross(i, j)),
@@ -374,7 +374,7 @@ class MomentAccumulator:
     def _product(self, i: int, j: int, centering: str, scaled: bool) -> Tensor:
         check_choice(centering, "centering", ("mean", "none"))
         self._check_kept(i, j)
-        return self._shaped(self._settled().product(i, j, centred=centering == "mean", scaled=scaled))
+        return self._shaped(self.settled().product(i, j, centred=centering == "mean", scaled=scaled))
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape((*self.lead, *x.shape[1:]))

@@ -232,3 +232,21 @@ def test_layers_of_one_width_are_solved_together(monkeypatch):
     probed(case, ["cpu"] * 3)
     assert together == [15, 15]
     assert calls == [5] * 6  # where the number of matrices decides their last bits
+
+
+def test_views_are_measured_together(monkeypatch):
+    """Off the CPU, where each launch takes longer than what it does for the mean of a few positions."""
+    calls, solve = [], moment_measures.solved_moment
+
+    def counted(scatter, *args):
+        calls.append(len(scatter))
+        return solve(scatter, *args)
+
+    monkeypatch.setattr(moment_measures, "solved_moment", counted)
+    case = {"views": ["position", "pooled", "mean_pooled"], "refine": False}
+    there = probed(case, PLACES["one"])
+    together, calls[:] = list(calls), []
+    here = probed(case, ["cpu"] * 3)
+    assert together == [3 * (5 + 1 + 1)] * 2
+    assert calls == [5] * 6 + [1] * 12
+    assert_alike(there, here)

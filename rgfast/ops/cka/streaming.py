@@ -11,10 +11,11 @@ from torch import Tensor
 from rgfast.ops.cka.api import cka_matrix, kernel_drift
 from rgfast.ops.cka.rows import RowStore, as_rows
 from rgfast.runtime.threads import one_thread
-from rgfast.streaming import MomentAccumulator
+from rgfast.runtime.waiting import numbers
+from rgfast.streaming import KernelSums, MomentAccumulator, Together
 from rgfast.validation import check_choice, check_positive_int
 
-__all__ = ["CKAAccumulator", "CKAResult", "cka_from_moments"]
+__all__ = ["CKAAccumulator", "CKAResult", "cka_from_moments", "cka_of_sums"]
 
 Route = Literal["auto", "sample", "features"]
 # ⟨K, K⟩ below this fraction of (tr K)²/n is rounding, not variance.
@@ -224,24 +225,23 @@ def cka_from_moments(moments: MomentAccumulator, *, debiased: bool) -> tuple[Ten
     NaN for pairs that are not kept, beside a layer without variance, and for too few samples (1, or 3 if
     ``debiased``).
     """
-    count = moments.count.reshape(-1)
-    layers = len(moments.widths)
-    n = count.to(torch.float64)
-    values = torch.full((len(count), layers, layers), torch.nan, dtype=torch.float64, device=count.device)
-    trace = values.new_zeros(len(count), layers)
-    kept = [(i, i) for i in range(layers)] + list(moments.pairs)
-    for i, j in kept:
-        part = moments.pair(i, j)
-        value = part.cross.square().sum((-2, -1)).reshape(-1)
-        if debiased:
-            value = value - n / (n - 2) * part.norm_product.reshape(-1)
-            value = value + (part.trace_i * part.trace_j).reshape(-1) / ((n - 1) * (n - 2))
-        values[:, i, j] = values[:, j, i] = value
-        if i == j:
-            trace[:, i] = part.trace_i.reshape(-1)
-    own = values.diagonal(0, -2, -1).clone()
+    return cka_of_sums(Together([moments]).kernels(products=debiased), debiased=debiased)
+
+
+def cka_of_sums(sums: KernelSums, *, debiased: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`cka_from_moments`, of sums that are read, with products if ``debiased``."""
+    n, trace = sums.count.to(torch.float64), sums.traces
+    left, right = (numbers([pair[side] for pair in sums.pairs], n.device) for side in (0, 1))
+    found = sums.norms
+    if debiased:
+        assert sums.products is not None
+        found = found - n / (n - 2) * sums.products
+        found = found + trace[left] * trace[right] / ((n - 1) * (n - 2))
+    values = torch.full((len(n), len(trace), len(trace)), torch.nan, dtype=torch.float64, device=n.device)
+    values[:, left, right] = values[:, right, left] = found.T
+    own = found[: len(trace)].T
     enough = n >= (4 if debiased else 1)
-    varies = (own > _NO_VARIANCE * trace.square() / n[:, None]) & enough[:, None]
+    varies = (own > _NO_VARIANCE * trace.T.square() / n[:, None]) & enough[:, None]
     own = torch.where(varies, own, 1.0)
     # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
     values = values / (own[:, :, None] * own[:, None, :]).sqrt()

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.ops.cka.streaming import cka_from_moments
+from rgfast.ops.cka.streaming import cka_of_sums
 from rgfast.ops.spectrum.factors import solved_factor
 from rgfast.ops.spectrum.moments import solved_moment
 from rgfast.ops.spectrum.solve import Solved
-from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra
+from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, parted
 from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import waits_for
-from rgfast.streaming import MomentAccumulator
+from rgfast.runtime.waiting import numbers, sent, waits_for
+from rgfast.streaming import KernelSums, MomentAccumulator, Together
 
-__all__ = ["Again", "Centering", "measure_moments"]
+__all__ = ["Again", "Centering", "measure_all", "measure_moments"]
 
 # Relative error of an effective rank to expect from moments, above which a factor is taken if there is one:
 # sums over ranks must agree to 1e-12.
 _DOUBT = 1e-12
-# Bytes of moments that are solved at once on a device, which launches hold up.
-_AT_ONCE = 128 << 20
 
 Centering = Literal["mean", "none"]
 # Solves the spectra of a layer again from its rows, in place, where moments resolve too little: says where.
@@ -41,7 +40,23 @@ def measure_moments(
     Undefined values are NaN: a rank of fewer than two rows, a CKA or drift beside a layer without variance,
     a debiased one of fewer than four rows. A constant layer has rank 0.
     """
-    widths, count = moments.widths, moments.count.reshape(-1)
+    return _measured(Together([moments]), moments, spectra, refine, again)
+
+
+def measure_all(parts: Sequence[MomentAccumulator]) -> list[Measured]:
+    """All measures of each of several views of the same layers: at once, where launches are what takes time,
+    if they have the same units."""
+    if len(parts) == 1 or not Together.fit(parts):
+        return [measure_moments(part) for part in parts]
+    found = _measured(Together(parts), parts[0], spectra=True, refine=False, again=None)
+    return parted(found, [part.count.numel() for part in parts])
+
+
+def _measured(
+    sums: Together, moments: MomentAccumulator, spectra: bool, refine: bool, again: Again | None
+) -> Measured:
+    """All measures of ``sums``, of ``moments`` if they have factors or can be solved again."""
+    widths, count = sums.widths, sums.count
     layers, known = len(widths), count >= 2
     shape = (layers, len(count), max(widths) if spectra else 0)
     spectrum = torch.full(shape, torch.nan, dtype=torch.float64, device=count.device)
@@ -49,18 +64,21 @@ def measure_moments(
     by_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {})] * layers
     # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
     at_once = layers if again is None and waits_for(count.device) else 1
-    for some in _together(widths, len(count), at_once):
-        centred, at = _solved(moments, some, "mean", refine, again)
-        raw, _ = _solved(moments, some, "none", refine, again)
+    for some in sums.at_once(at_once):
+        factored = moments if refine and any(layer in moments.factored for layer in some) else None
+        centred, at = _solved(sums, some, "mean", factored, again)
+        raw, _ = _solved(sums, some, "none", factored, again)
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        found = of_spectra(centred, raw, constant)
-        exponent = torch.cat([torch.full_like(count, moments.exponent(layer)) for layer in some])
+        values, bounds = of_spectra(centred, raw, constant)
+        exponent = torch.cat([torch.full_like(count, sums.exponents[layer]) for layer in some])
         sigma = Solved(centred.sigma, centred.error, exponent, centred.rank_limit, centred.path)
         sigmas = sigma.singular_values() if spectra else None
         for layer, part in zip(some, _parts(len(some), len(count)), strict=True):
             refined[layer] = at[part]
-            values, bounds = ({name: value[part] for name, value in one.items()} for one in found)
-            by_layer[layer] = values, bounds
+            of_values, of_bounds = (
+                {name: value[part] for name, value in one.items()} for one in (values, bounds)
+            )
+            by_layer[layer] = of_values, of_bounds
             if sigmas is not None:
                 spectrum[layer, :, : widths[layer]] = torch.where(known[:, None], sigmas[part], torch.nan)
     values, bounds = (
@@ -69,20 +87,12 @@ def measure_moments(
     )
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
+        of_pairs = sums.kernels(products=True)
         debiased, biased = (
-            cka_from_moments(moments, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
+            cka_of_sums(of_pairs, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
         )
-        values |= of_kernels(Kernels(debiased, biased, _changes(moments)))
+        values |= of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
     return Measured(count.repeat(len(widths), 1), values, bounds, torch.stack(refined), spectrum)
-
-
-def _together(widths: Sequence[int], positions: int, most: int) -> Iterator[list[int]]:
-    """Layers of one width, up to ``most`` of them, whose moments at so many positions are solved at once."""
-    for width in dict.fromkeys(widths):
-        at = [layer for layer, one in enumerate(widths) if one == width]
-        step = max(1, min(most, _AT_ONCE // max(1, 8 * positions * width * width)))
-        for start in range(0, len(at), step):
-            yield at[start : start + step]
 
 
 def _parts(layers: int, positions: int) -> list[slice]:
@@ -90,23 +100,29 @@ def _parts(layers: int, positions: int) -> list[slice]:
 
 
 def _solved(
-    moments: MomentAccumulator, layers: Sequence[int], centering: Centering, refine: bool, again: Again | None
+    sums: Together,
+    layers: Sequence[int],
+    centering: Centering,
+    factored: MomentAccumulator | None,
+    again: Again | None,
 ) -> tuple[Solved, Tensor]:
     """Spectra of layers of one width, each in its unit, and where singular values were too small for moments,
     so that they are those of the factor that was kept, or of the rows (of one layer)."""
-    count = moments.count.reshape(-1)
-    scatter = [_scatter(moments, layer, centering) for layer in layers]
-    summed = None
-    if centering == "mean":
-        summed = torch.cat([moments.accumulated(layer, scaled=True).reshape(-1) for layer in layers])
-    whole = scatter[0] if len(scatter) == 1 else torch.cat(scatter)
-    solved = solved_moment(whole, count.repeat(len(layers)), centering, summed)
+    count = sums.count
+    repeated = count.repeat(len(layers))
+    # Zero where nothing was counted.
+    whole = sums.scatters(layers, centred=centering == "mean")
+    whole = whole.masked_fill_((repeated == 0)[:, None, None], 0.0)
+    summed = sums.accumulated(layers) if centering == "mean" else None
+    solved = solved_moment(whole, repeated, centering, summed)
     if again is not None:
         return solved, again(layers[0], centering, solved)
     refined = torch.zeros(len(whole), dtype=torch.bool, device=count.device)
+    if factored is None:
+        return solved, refined
     most = count - 1 if centering == "mean" else count
     for layer, part in zip(layers, _parts(len(layers), len(count)), strict=True):
-        factor = moments.factor(layer, centering=centering, scaled=True) if refine else None
+        factor = factored.factor(layer, centering=centering, scaled=True)
         if factor is None:
             continue
         factor = factor.reshape(len(count), -1, factor.shape[-1])
@@ -114,30 +130,23 @@ def _solved(
         where = at.nonzero()[:, 0]
         refined[part] = at
         if len(where):
-            updates = -(-int(count.max()) // moments.rows_at_once)
+            updates = -(-int(count.max()) // factored.rows_at_once)
             found = solved_factor(factor[where], count[where], centering, updates)
             solved.put(where + part.start, found)
     return solved, refined
 
 
-def _scatter(moments: MomentAccumulator, layer: int, centering: Centering) -> Tensor:
-    """``[P, d, d]`` in the layer's unit, in which the rest are too; zero where nothing was counted."""
-    found = moments.scatter(layer, centering=centering, scaled=True)
-    empty = moments.count.reshape(-1) == 0
-    return found.reshape(-1, *found.shape[-2:]).masked_fill_(empty[:, None, None], 0.0)
-
-
-def _changes(moments: MomentAccumulator) -> Tensor:
+def _changes(sums: KernelSums) -> Tensor:
     """‖K_{l+1} − K_l‖ / ‖K_l‖ of centred kernels ``[L-1, P]``, which unlike the drift sees scale."""
-    count = moments.count.reshape(-1)
-    out = torch.full(
-        (len(moments.widths) - 1, len(count)), torch.nan, dtype=torch.float64, device=count.device
-    )
-    for i, j in moments.pairs:
-        if j == i + 1:
-            first, second, cross = moments.pair(i, i), moments.pair(j, j), moments.pair(i, j)
-            scale = math.ldexp(1.0, 2 * (cross.exponent_j - cross.exponent_i))
-            a, b, ab = (p.cross.square().sum((-1, -2)) for p in (first, second, cross))
-            square = (a + b * scale**2 - 2 * ab * scale).clamp_min(0.0)
-            out[i] = torch.where(a > 0, (square / a).sqrt(), torch.nan).reshape(-1)
+    layers, device = len(sums.traces), sums.count.device
+    out = torch.full((layers - 1, len(sums.count)), torch.nan, dtype=torch.float64, device=device)
+    kept = [(k, i) for k, (i, j) in enumerate(sums.pairs) if j == i + 1]
+    if not kept:
+        return out
+    at = numbers([i for _, i in kept], device)
+    powers = [math.ldexp(1.0, 2 * (sums.exponents[i + 1] - sums.exponents[i])) for _, i in kept]
+    scale = sent(torch.from_numpy(np.array(powers)), device)[:, None]
+    a, b, ab = sums.norms[at], sums.norms[at + 1], sums.norms[numbers([k for k, _ in kept], device)]
+    square = (a + b * scale**2 - 2 * ab * scale).clamp_min(0.0)
+    out[at] = torch.where(a > 0, (square / a).sqrt(), torch.nan)
     return out

@@ -13,7 +13,7 @@ from rgfast.probing.capture.positions import columns_of, index_of
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.estimators.finite import FiniteCheck
-from rgfast.probing.estimators.moment_measures import measure_moments
+from rgfast.probing.estimators.moment_measures import measure_all, measure_moments
 from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
@@ -41,6 +41,7 @@ class Moments:
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._finite = FiniteCheck(plan.names, unread or Unread())
+        self._measured: dict[str, Measured] = {}
 
     def accepts(self, batch: RowBatch) -> str:
         """Nothing: any batch can be summed up."""
@@ -150,20 +151,36 @@ class Moments:
         return torch.cat([found, found.new_zeros(found.shape[0], lacking, *found.shape[2:])], 1)
 
     def measures(self) -> Moments:
-        """Itself: measures are read off the moments one view at a time."""
+        """Itself: measures are read off the moments, on the CPU one view at a time."""
         self._finite.look()
+        self._measured = {}
         settle([accumulator for state in self._groups for accumulator in state.values()])
         return self
 
     def measured(self, view: str) -> Measured:
         """The measures of a view."""
-        return self._spread(
-            view,
-            [
-                measure_moments(_layers_of(moments, len(members)), spectra=view != "flattened")
+        if view not in self._measured:
+            self._measured = self._measures_beside(view)
+        return self._measured.pop(view)
+
+    def _measures_beside(self, view: str) -> dict[str, Measured]:
+        """Those of a view, and of the others that are better measured along with it."""
+        if view == "flattened":
+            found = [
+                measure_moments(_layers_of(moments, len(members)), spectra=False)
                 for members, moments in self._moments(view)
-            ],
-        )
+            ]
+            return {view: self._spread(view, found)}
+        views, first = [view], next(iter(self._groups[0].values()))
+        if waits_for(first.count.device):  # where all sums are, once they are settled
+            others = (other for other in self.plan.views if other not in (view, "flattened"))
+            views += [other for other in others if self._streams(other) == self._streams(view)]
+        measured = [
+            measure_all([_layers_of(moments, len(members)) for members, moments in beside])
+            for beside in zip(*(self._moments(one) for one in views), strict=True)
+        ]
+        by_view = zip(views, zip(*measured, strict=True), strict=True)
+        return {one: self._spread(one, list(parts)) for one, parts in by_view}
 
     def by_group(self, view: str) -> ByGroup:
         """The measures without each group of sequences, and R² of the targets from these on the group."""
@@ -225,10 +242,12 @@ class Moments:
         if view == "pooled" and self.plan.from_end:
             return own["rest"]  # tokens may stand at two of the positions
         any_kind = next(iter(own.values()))
+        parts = [own[kind] for kind in (*SPLIT, *WHOLE) if kind in own]
+        if view == "pooled" and len(parts) == 1 and (factors or not parts[0].factored):
+            return parts[0].pooled().merge(own["rest"])
         total = MomentAccumulator(pairs=any_kind.pairs_asked, factors=any_kind.factored if factors else ())
-        for kind in (*SPLIT, *WHOLE):
-            if kind in own:
-                total.merge(own[kind])
+        for part in parts:
+            total.merge(part)
         if view == "pooled":
             total = total.pooled().merge(own["rest"])
         return total

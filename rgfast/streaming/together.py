@@ -1,0 +1,157 @@
+"""Several accumulators read as one that has the positions of all, and many of their layers at once.
+
+On a device a launch takes longer than most of what is read there, so that sums of one shape are joined first.
+On the CPU every layer and pair is read by itself, on which the bits of a result depend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import waits_for
+from rgfast.streaming.accumulator import MomentAccumulator
+from rgfast.streaming.algebra import centred_cross, centred_norm_product, centred_trace, times_power
+
+__all__ = ["KernelSums", "Together"]
+
+# Bytes of sums that are joined at once.
+_AT_ONCE = 128 << 20
+
+
+@dataclass(frozen=True)
+class KernelSums:
+    """What CKA is made of, of ``pairs`` (i, j), i ≤ j, of layers at P positions, fp64.
+
+    ``norms[K, P]`` are ‖Σ x_c y_cᵀ‖² of every pair, ``products[K, P]`` Σ|x_c|²|y_c|² (None if not asked for)
+    and ``traces[L, P]`` Σ|x_c|² of every layer, all in units of 2^``exponents[l]``; ``count[P]`` is int64.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    count: Tensor
+    norms: Tensor
+    products: Tensor | None
+    traces: Tensor
+    exponents: tuple[int, ...]
+
+
+class Together:
+    """Accumulators of the same layers and pairs, in the same units, read as one; see :meth:`fit`."""
+
+    def __init__(self, parts: Sequence[MomentAccumulator]) -> None:
+        self._sums = [part.settled() for part in parts]
+        first = self._sums[0]
+        self.widths = first.widths
+        self.pairs = parts[0].pairs
+        self.exponents = tuple(first.exponent(layer) for layer in range(len(first.widths)))
+        counts = [sums.count() for sums in self._sums]
+        self.count = (counts[0] if len(counts) == 1 else torch.cat(counts)).to(torch.int64)
+        self._apart = not waits_for(self.count.device)
+
+    @staticmethod
+    def fit(parts: Sequence[MomentAccumulator]) -> bool:
+        """Whether these can be read as one: where that is of use, if their layers, pairs and units agree and
+        none keeps factors, which are read by themselves."""
+        seen = set()
+        for part in parts:
+            sums = part.settled()
+            units = tuple(sums.exponent(layer) for layer in range(len(sums.widths)))
+            seen.add((sums.widths, tuple(sums.moment), units, sums.begun.device, sums.factors is None))
+        widths, _, _, device, plain = next(iter(seen))
+        return len(seen) == 1 and bool(widths) and plain and waits_for(device)
+
+    def at_once(self, most: int) -> Iterator[list[int]]:
+        """Layers of one width, up to ``most`` of them, whose moments fit the memory for joined ones."""
+        for width in dict.fromkeys(self.widths):
+            at = [layer for layer, one in enumerate(self.widths) if one == width]
+            step = max(1, min(most, self._fit(width, width)))
+            for start in range(0, len(at), step):
+                yield at[start : start + step]
+
+    def scatters(self, layers: Sequence[int], *, centred: bool) -> Tensor:
+        """Σ x_c x_cᵀ, or Σ x xᵀ, ``[K · P, d, d]`` of layers of one width, in their units."""
+        if self._apart:
+            (sums,) = self._sums
+            found = [sums.product(layer, layer, centred=centred, scaled=True) for layer in layers]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        moment = self._joined([(layer, layer) for layer in layers])
+        product = centred_cross(moment)
+        if not centred:
+            count = moment[:, -1, -1, None]
+            mean = self._shifts(layers) + moment[:, :-2, -1] / count
+            product = torch.addcmul(product, (mean * count)[:, :, None], mean[:, None])
+        return (product + product.mT) / 2
+
+    def accumulated(self, layers: Sequence[int]) -> Tensor:
+        """Σ|x−shift|² ``[K · P]`` of layers, in their units."""
+        found = [sums.accumulated(layer, scaled=True).reshape(-1) for layer in layers for sums in self._sums]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    @one_thread()
+    def kernels(self, *, products: bool) -> KernelSums:
+        """The sums that CKA is made of, of all pairs that are kept and every layer with itself."""
+        keys = [(layer, layer) for layer in range(len(self.widths))] + list(self.pairs)
+        found: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        for some in [[key] for key in keys] if self._apart else self._alike(keys):
+            parts = self._of_pairs(some, products)
+            found |= dict(zip(some, zip(*parts, strict=True), strict=True))
+        norms, product, traces = zip(*(found[key] for key in keys), strict=True)
+        return KernelSums(
+            tuple(keys),
+            self.count,
+            torch.stack(norms),
+            torch.stack(product) if products else None,
+            torch.stack(traces[: len(self.widths)]),
+            self.exponents,
+        )
+
+    def _of_pairs(
+        self, keys: Sequence[tuple[int, int]], products: bool
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Norms, products and traces ``[P]`` of pairs of layers of one shape, a layer with itself or not."""
+        nothing, (i, j) = [None] * len(keys), keys[0]
+        if self._apart:
+            (sums,) = self._sums
+            norm = sums.cross(i, j).square().sum((-2, -1))
+            product = sums.norm_product(i, j) if products else None
+            return [norm], [product], [sums.trace(i) if i == j else None]
+        moment, shape = self._joined(keys), (len(keys), len(self.count))
+        norm = torch.linalg.vector_norm(centred_cross(moment), dim=(1, 2)).square_()
+        return (
+            norm.view(shape).unbind(),
+            centred_norm_product(moment).view(shape).unbind() if products else nothing,
+            centred_trace(moment).view(shape).unbind() if i == j else nothing,
+        )
+
+    def _alike(self, keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """The pairs by the shape of their sums, as many as fit."""
+        kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+        for i, j in keys:
+            kinds.setdefault((self.widths[i], self.widths[j], i == j), []).append((i, j))
+        for (d, e, _), some in kinds.items():
+            step = self._fit(d, e)
+            for start in range(0, len(some), step):
+                yield some[start : start + step]
+
+    def _fit(self, d: int, e: int) -> int:
+        """How many pairs of layers of these widths are joined at once."""
+        return max(1, _AT_ONCE // max(1, 8 * len(self.count) * (d + 2) * (e + 2)))
+
+    def _joined(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+        """The sums of these pairs ``[K · P, d + 2, e + 2]``."""
+        found = [sums.moment[key] for key in keys for sums in self._sums]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _shifts(self, layers: Sequence[int]) -> Tensor:
+        """``[K · P, d]`` in the layers' units."""
+        return torch.cat(
+            [
+                times_power(sums.shift[layer], -self.exponents[layer])
+                for layer in layers
+                for sums in self._sums
+            ]
+        )

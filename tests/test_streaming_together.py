@@ -1,0 +1,92 @@
+"""Accumulators read together: what each gives by itself, with the CPU for a device where they are joined."""
+
+import pytest
+import torch
+
+from rgfast.runtime import waiting
+from rgfast.streaming import MomentAccumulator, Together, together
+
+F64 = torch.float64
+WIDTHS = (5, 7, 5, 7)
+
+
+def drawn(seed, lead, scale=1.0, widths=WIDTHS):
+    g = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(*lead, 40, d, generator=g, dtype=F64) + k for k, d in enumerate(widths)]
+    for x in layers:
+        x[..., 0, 0] = 12.0  # the largest, which says the unit
+    return [scale * x for x in layers]
+
+
+def made(leads, pairs="all", scale=1.0, **options):
+    parts = []
+    for seed, lead in enumerate(leads):
+        parts.append(MomentAccumulator(pairs=pairs, **options).update(drawn(seed, lead, scale)))
+    return parts
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "in parts"])
+def elsewhere(request, monkeypatch):
+    """Where reading waits, with and without memory for several sums at once."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    if request.param:
+        monkeypatch.setattr(together, "_AT_ONCE", 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-60])
+@pytest.mark.parametrize("pairs", ["adjacent", "all"])
+@pytest.mark.parametrize("leads", [[(3,)], [(3,), ()], [(), (2,), ()]])
+def test_all_is_what_each_gives(elsewhere, leads, pairs, scale):
+    parts = made(leads, pairs, scale)
+    assert Together.fit(parts)
+    whole = Together(parts)
+    assert whole.pairs == parts[0].pairs
+    assert whole.count.tolist() == [40] * sum(part.count.numel() for part in parts)
+    for centred in (True, False):
+        for some in whole.at_once(4):
+            wanted = [
+                part.scatter(layer, centering="mean" if centred else "none", scaled=True).reshape(-1, d, d)
+                for layer in some
+                for part in parts
+                for d in [WIDTHS[layer]]
+            ]
+            torch.testing.assert_close(
+                whole.scatters(some, centred=centred), torch.cat(wanted), rtol=1e-12, atol=1e-12
+            )
+            summed = torch.cat(
+                [part.accumulated(layer, scaled=True).reshape(-1) for layer in some for part in parts]
+            )
+            assert torch.equal(whole.accumulated(some), summed)
+    sums = whole.kernels(products=True)
+    assert sums.pairs == (*((k, k) for k in range(4)), *parts[0].pairs)
+    for k, (i, j) in enumerate(sums.pairs):
+        pairs_of = [part.pair(i, j) for part in parts]
+        norms = torch.cat([pair.cross.square().sum((-2, -1)).reshape(-1) for pair in pairs_of])
+        torch.testing.assert_close(sums.norms[k], norms, rtol=1e-12, atol=0.0)
+        products = torch.cat([pair.norm_product.reshape(-1) for pair in pairs_of])
+        torch.testing.assert_close(sums.products[k], products, rtol=1e-12, atol=0.0)
+        traces = torch.cat([pair.trace_i.reshape(-1) for pair in pairs_of])
+        torch.testing.assert_close(sums.traces[i], traces, rtol=1e-12, atol=0.0)
+        assert (sums.exponents[i], sums.exponents[j]) == (pairs_of[0].exponent_i, pairs_of[0].exponent_j)
+    assert whole.kernels(products=False).products is None
+
+
+def test_layers_of_one_width_are_joined_where_memory_allows(monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    parts = made([(3,), ()])
+    assert list(Together(parts).at_once(4)) == [[0, 2], [1, 3]]
+    assert list(Together(parts).at_once(1)) == [[0], [2], [1], [3]]
+    monkeypatch.setattr(together, "_AT_ONCE", 8 * 4 * 9 * 9)  # one layer of the wider ones at 4 positions
+    assert list(Together(parts).at_once(4)) == [[0], [2], [1], [3]]
+
+
+def test_which_fit(monkeypatch):
+    assert not Together.fit(made([(3,), ()]))  # on the CPU bits depend on what is joined
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    assert Together.fit(made([(3,), ()]))
+    assert not Together.fit([*made([(3,)]), *made([()], scale=1e-60)])
+    assert not Together.fit([*made([(3,)]), *made([()], "adjacent")])
+    assert not Together.fit(made([(3,), ()], factors=(0,)))
+    assert not Together.fit([MomentAccumulator(), MomentAccumulator()])
+    other = MomentAccumulator(pairs="all").update(drawn(0, (), widths=(5, 7, 5, 6)))
+    assert not Together.fit([*made([(3,)]), other])
