@@ -41,7 +41,9 @@ from rgfast.ops.moments.call import Products
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum.impl import library as spectra
 from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.probing import plan
 from rgfast.runtime import waiting
+from rgfast.streaming import sizes
 
 MEASURED = Path(__file__).with_name("h100_measured.json")
 GPU = torch.device("cuda")
@@ -177,8 +179,9 @@ def _torch_with_batches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
-    """The library's implementations are all there are, no forward looks at values, and products are cut as
-    they would be at their real ``width``. Yields how often batches of a size were solved."""
+    """The library's implementations are all there are, no forward looks at values, and views, blocks of rows
+    and products are cut as they would be at their real ``width``. Yields how often batches of a size were
+    solved."""
     counted: Counter[int] = Counter()
     ops: tuple[Op, ...] = (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA)
     before = [(op, op.impls) for op in ops]
@@ -188,7 +191,11 @@ def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
         products._add,
         products.positions_at_once,
         spectra.eigenvalues,
+        plan._FLATTENED_WIDTH,
+        plan._PENDING_BYTES,
+        sizes._AT_ONCE,
     )
+    narrower = STAND_IN / width
     original, cut = spectra.eigenvalues, products.positions_at_once
 
     def eigenvalues(a: Tensor) -> Tensor:
@@ -211,6 +218,9 @@ def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
         products._add = lambda total, left, right, here: held[2](total, left, right, False)
         products.positions_at_once = at_once
         spectra.eigenvalues = eigenvalues
+        plan._FLATTENED_WIDTH = int(plan._FLATTENED_WIDTH * narrower)
+        plan._PENDING_BYTES = int(plan._PENDING_BYTES * narrower)
+        sizes._AT_ONCE = int(sizes._AT_ONCE * narrower**2)
         yield counted
     finally:
         (
@@ -219,6 +229,9 @@ def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
             products._add,
             products.positions_at_once,
             spectra.eigenvalues,
+            plan._FLATTENED_WIDTH,
+            plan._PENDING_BYTES,
+            sizes._AT_ONCE,
         ) = held
         for op, impls in before:
             op.impls = impls

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rgfast.runtime import waiting
-from rgfast.streaming import MomentAccumulator, Together, together
+from rgfast.streaming import MomentAccumulator, Together, sizes
 
 F64 = torch.float64
 WIDTHS = (5, 7, 5, 7)
@@ -30,7 +30,7 @@ def elsewhere(request, monkeypatch):
     """Where reading waits, with and without memory for several sums at once."""
     monkeypatch.setattr(waiting, "_EVERYWHERE", True)
     if request.param:
-        monkeypatch.setattr(together, "_AT_ONCE", 1)
+        monkeypatch.setattr(sizes, "_AT_ONCE", 1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-60])
@@ -76,7 +76,7 @@ def test_layers_of_one_width_are_joined_where_memory_allows(monkeypatch):
     parts = made([(3,), ()])
     assert list(Together(parts).at_once(4)) == [[0, 2], [1, 3]]
     assert list(Together(parts).at_once(1)) == [[0], [2], [1], [3]]
-    monkeypatch.setattr(together, "_AT_ONCE", 8 * 4 * 9 * 9)  # one layer of the wider ones at 4 positions
+    monkeypatch.setattr(sizes, "_AT_ONCE", 8 * 4 * 9 * 9)  # one layer of the wider ones at 4 positions
     assert list(Together(parts).at_once(4)) == [[0], [2], [1], [3]]
 
 
@@ -90,3 +90,53 @@ def test_which_fit(monkeypatch):
     assert not Together.fit([MomentAccumulator(), MomentAccumulator()])
     other = MomentAccumulator(pairs="all").update(drawn(0, (), widths=(5, 7, 5, 6)))
     assert not Together.fit([*made([(3,)]), other])
+
+
+def test_blocks_are_larger_where_a_sum_is_a_launch(monkeypatch):
+    rows = drawn(0, (2,))
+    assert MomentAccumulator().update(rows).rows_at_once == 128
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    assert MomentAccumulator().update(rows).rows_at_once == 1024
+    assert MomentAccumulator(pending_bytes=8 * 2 * 24 * 256).update(rows).rows_at_once == 256
+    assert MomentAccumulator(factors=(0,)).update(rows).rows_at_once == 128
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-60, 1e60])
+def test_positions_pooled_are_those_of_the_cpu(monkeypatch, scale):
+    rows = drawn(3, (4,), scale)
+    keep = torch.rand(4, 40, generator=torch.Generator().manual_seed(1)) < 0.6
+    keep[1] = False  # a position without rows
+    here = MomentAccumulator(pairs="all").update(rows, keep).pooled()
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    there = MomentAccumulator(pairs="all").update(rows, keep).pooled()
+    assert there.count == here.count
+    for i, j in [(0, 0), (3, 3), *here.pairs]:
+        size = here.pair(i, j).cross.abs().max()
+        assert (there.pair(i, j).cross - here.pair(i, j).cross).abs().max() <= 1e-12 * size
+        torch.testing.assert_close(
+            there.pair(i, j).norm_product, here.pair(i, j).norm_product, rtol=1e-12, atol=0.0
+        )
+        torch.testing.assert_close(there.mean(i), here.mean(i), rtol=1e-12, atol=0.0)
+
+
+def test_a_constant_column_pools_to_no_variance(monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    rows = [torch.cat([x, torch.full_like(x[..., :1], 0.1)], -1) for x in drawn(0, (3,))]
+    pooled = MomentAccumulator().update(rows).pooled()
+    assert all((pooled.scatter(layer)[-1] == 0).all() for layer in range(4))
+
+
+def test_exponents_of_layers_on_a_device_are_each_ones_own(monkeypatch):
+    """Layers of several sizes, one of them zero, in a narrow and a wide dtype."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    scales = (1e-60, 1.0, 0.0, 1e20)
+    rows = [x / 12.0 * scale for x, scale in zip(drawn(0, (3,)), scales, strict=True)]
+    rows[3] = rows[3].to(torch.float32)
+    there = MomentAccumulator().update(rows)
+    monkeypatch.setattr(waiting, "_EVERYWHERE", False)
+    here = MomentAccumulator().update(rows)
+    assert [there.exponent(k) for k in range(3)] == [here.exponent(k) for k in range(3)]
+    assert there.exponent(0) < -190
+    assert there.exponent(3) > 60
+    for layer in range(4):
+        torch.testing.assert_close(there.scatter(layer), here.scatter(layer), rtol=1e-10, atol=0.0)

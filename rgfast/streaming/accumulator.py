@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.runtime.waiting import read, sent
+from rgfast.runtime.waiting import read, sent, waits_for
 from rgfast.streaming.block import OpenBlock
 from rgfast.streaming.finite import check_finite
 from rgfast.streaming.pairs import PairMoments
+from rgfast.streaming.pooling import pooled
 from rgfast.streaming.sizes import BLOCK_ROWS, Pairs, as_pairs, block_rows, first_block, pair_keys
 from rgfast.streaming.sums import Sums
 from rgfast.validation import as_bool_mask, as_real_tensor, check_choice
@@ -32,7 +33,8 @@ class MomentAccumulator:
 
     ``pairs`` names the cross moments to keep: ``"adjacent"``, ``"all"``, or (i, j) index pairs. The widths,
     the leading shape and the number of layers are fixed by the first :meth:`update`. ``pending_bytes`` bounds
-    the rows held back until a block of (at most 128) rows per position is full. ``factors`` names layers of
+    the rows held back until a block of (at most 128, on a device 1,024) rows per
+    position is full. ``factors`` names layers of
     which triangular factors are kept as well, where their rows are ill conditioned (see :mod:`.factors`).
 
     >>> import torch
@@ -151,7 +153,7 @@ class MomentAccumulator:
 
     def told(self, values: Sequence[Tensor]) -> None:
         """What was :attr:`asked`, read."""
-        self._sums.settle([int(value) for value in values])
+        self._sums.settle(torch.stack(list(values)).tolist() if values else [])
 
     def settled(self) -> Sums:
         """All sums, in units that are known here; to be read only."""
@@ -193,7 +195,7 @@ class MomentAccumulator:
         """A new accumulator with leading shape (): the samples of all leading indices as one cloud."""
         if self._lead is None:
             return self._like()
-        return self._like()._made((), self.settled().pooled(self._factored))
+        return self._like()._made((), pooled(self.settled(), self._factored))
 
     def at(self, index: int) -> MomentAccumulator:
         """A new accumulator with leading shape (): a copy of flattened leading index ``index``."""
@@ -325,7 +327,7 @@ class MomentAccumulator:
     def _made(self, lead: tuple[int, ...] | None, sums: Sums) -> MomentAccumulator:
         """Itself, empty until now, of these sums."""
         self._lead, self._sums = lead, sums
-        most = first_block(self.widths, self._factored)
+        most = first_block(self.widths, self._factored, launched=waits_for(sums.begun.device))
         size = block_rows(sums.positions, self.widths, self._pending_bytes, most)
         self._block = OpenBlock(self.widths, sums.positions, size, sums.begun.device)
         return self

@@ -18,13 +18,13 @@ __all__ = [
     "common_exponent",
     "in_parts",
     "joint_mean",
-    "late_exponent",
+    "late_exponents",
     "place_of_both",
     "power_of_two",
     "recentred",
     "rescaled",
     "scale_exponent",
-    "size_of_sums",
+    "sizes_of_sums",
     "times_power",
 ]
 
@@ -47,20 +47,22 @@ def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
     return exponent if abs(exponent) > 32 else 0
 
 
-def late_exponent(x: Tensor, keep: Tensor | None) -> Tensor:
-    """:func:`scale_exponent` as an int64 tensor ``[]`` on the device of ``x``, `NONE` for all zero."""
+def late_exponents(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+    """:func:`scale_exponent` of layers ``[L]`` as int64 on the device of their rows, `NONE` for all zero."""
     if keep is not None:
-        x = x.masked_fill(~keep[..., None], 0.0)
-    return _exponent(x.abs().amax())
+        rows = [x.masked_fill(~keep[..., None], 0.0) for x in rows]
+    return _exponents(torch.stack([x.abs().amax() for x in rows]))
 
 
-def size_of_sums(shift: Tensor, moment: Tensor) -> Tensor:
-    """:func:`late_exponent` of rows of which only the sums of one layer are known, in units of 1."""
-    squares = moment.diagonal(dim1=1, dim2=2)[:, :-2]
-    return _exponent(torch.maximum(shift.abs().amax(), squares.amax().sqrt()))
+def sizes_of_sums(shifts: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:
+    """:func:`late_exponents` of rows of which only the sums are known, in units of 1, of layers of one
+    width."""
+    squares = torch.stack([moment.diagonal(dim1=1, dim2=2)[:, :-2] for moment in moments])
+    shift = torch.stack(list(shifts)).abs().amax((1, 2))
+    return _exponents(torch.maximum(shift, squares.amax((1, 2)).sqrt()))
 
 
-def _exponent(largest: Tensor) -> Tensor:
+def _exponents(largest: Tensor) -> Tensor:
     exponent = torch.frexp(largest.to(torch.float64)).exponent.to(torch.int64).clamp(-1000, 1000)
     exponent = torch.where(exponent.abs() > 32, exponent, 0)
     return torch.where(largest == 0, NONE, exponent)

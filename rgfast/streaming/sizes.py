@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-__all__ = ["BLOCK_ROWS", "Pairs", "as_pairs", "block_rows", "first_block", "pair_keys", "state_bytes"]
+__all__ = [
+    "BLOCK_ROWS",
+    "Pairs",
+    "alike",
+    "as_pairs",
+    "at_once",
+    "block_rows",
+    "first_block",
+    "pair_keys",
+    "state_bytes",
+]
 
 Pairs = Literal["adjacent", "all"] | Sequence[tuple[int, int]]
 
 BLOCK_ROWS = 128
 _MOST_ROWS = 1024
+# Bytes of sums that are joined at once where launches are what takes time.
+_AT_ONCE = 512 << 20
 
 
 def state_bytes(
@@ -58,8 +70,29 @@ def block_rows(positions: int, widths: Sequence[int], budget: int, most: int = B
     return rows
 
 
-def first_block(widths: Sequence[int], factors: Sequence[int]) -> int:
+def first_block(widths: Sequence[int], factors: Sequence[int], *, launched: bool = False) -> int:
     """Rows to sum at once where memory allows: twice the width or more for layers with a factor, whose
-    update costs as much for few rows as for that many."""
+    update costs as much for few rows as for that many, and the most there may be where every sum is a launch
+    and a pass over the moments."""
+    if launched and not factors:
+        return _MOST_ROWS
     widest = max((widths[layer] for layer in factors), default=0)
     return min(_MOST_ROWS, max(BLOCK_ROWS, 1 << (2 * widest - 1).bit_length())) if widest else BLOCK_ROWS
+
+
+def at_once(d: int, e: int, positions: int) -> int:
+    """How many pairs of layers of these widths are joined, so that few launches read them."""
+    return max(1, _AT_ONCE // max(1, 8 * positions * (d + 2) * (e + 2)))
+
+
+def alike(
+    keys: Iterable[tuple[int, int]], widths: Sequence[int], positions: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Pairs whose sums have one shape and are of a layer with itself, or are not; as many as are joined."""
+    kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+    for i, j in keys:
+        kinds.setdefault((widths[i], widths[j], i == j), []).append((i, j))
+    for (d, e, _), some in kinds.items():
+        step = at_once(d, e, positions)
+        for start in range(0, len(some), step):
+            yield some[start : start + step]

@@ -33,13 +33,13 @@ from rgfast.streaming.algebra import (
     common_exponent,
     in_parts,
     joint_mean,
-    late_exponent,
+    late_exponents,
     place_of_both,
     power_of_two,
     recentred,
     rescaled,
     scale_exponent,
-    size_of_sums,
+    sizes_of_sums,
     times_power,
 )
 from rgfast.streaming.factors import TriangularFactors
@@ -118,7 +118,7 @@ class Sums:
     def add(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
         """Add one block ``[P, b, d_l]``, each layer's rows on the device of its sums."""
         b = rows[0].shape[1]
-        rows = [self._in_unit(layer, x, keep) for layer, x in enumerate(rows)]
+        rows = self._in_units(rows, keep)
         self._settle_shift(rows, keep)
         for device, moment in self._by_device().items():
             layers = sorted({layer for key in moment for layer in key})
@@ -145,32 +145,44 @@ class Sums:
             parts.setdefault(total.device, {})[key] = total
         return parts
 
-    def _in_unit(self, layer: int, x: Tensor, keep: Tensor | None) -> Tensor:
-        """The rows of a layer, of which the exponent is known from now on, or is on the device."""
-        if self.exponents[layer] is not None:
-            return x
-        if not waits_for(x.device):
-            self.exponents[layer] = scale_exponent(x, keep)
-            return x
-        first = layer not in self.unread
-        self.unread.add(layer)
-        if first and x.dtype == torch.float64:
-            self.late[layer] = torch.full((), NONE, dtype=torch.int64, device=x.device)
-        if layer not in self.late:
-            return x
-        before = self.late[layer]
-        now = late_exponent(x, None if keep is None else sent(keep, x.device))
-        self.late[layer] = found = torch.where(before == NONE, now, before)
-        return x * power_of_two(-torch.where(found == NONE, 0, found))
+    def _in_units(self, rows: Sequence[Tensor], keep: Tensor | None) -> list[Tensor]:
+        """The rows of every layer, of which the exponent is known from now on, or is on the device."""
+        at: dict[torch.device, list[int]] = {}
+        rows = list(rows)
+        for layer, x in enumerate(rows):
+            if self.exponents[layer] is not None:
+                continue
+            if not waits_for(x.device):
+                self.exponents[layer] = scale_exponent(x, keep)
+                continue
+            if layer not in self.unread and x.dtype == torch.float64:
+                self.late[layer] = torch.full((), NONE, dtype=torch.int64, device=x.device)
+            self.unread.add(layer)
+            if layer in self.late:
+                at.setdefault(x.device, []).append(layer)
+        for device, layers in at.items():
+            before = torch.stack([self.late[layer] for layer in layers])
+            kept = None if keep is None else sent(keep, device)
+            now = late_exponents([rows[layer] for layer in layers], kept)
+            found = torch.where(before == NONE, now, before)
+            units = power_of_two(-torch.where(found == NONE, 0, found))
+            for layer, late, unit in zip(layers, found.unbind(), units.unbind(), strict=True):
+                self.late[layer], rows[layer] = late, rows[layer] * unit
+        return rows
 
     def asked(self) -> list[Tensor]:
         """The exponents that :meth:`settle` has to be told, `NONE` for a layer that is zero."""
-        return [
-            self.late[layer]
-            if layer in self.late
-            else size_of_sums(self.shift[layer], self.moment[layer, layer])
-            for layer in sorted(self.unread)
-        ]
+        found = dict(self.late)
+        alike: dict[tuple[int, torch.device, torch.device], list[int]] = {}
+        for layer in sorted(self.unread - {*self.late}):
+            place = self.widths[layer], self.shift[layer].device, self.moment[layer, layer].device
+            alike.setdefault(place, []).append(layer)
+        for layers in alike.values():
+            sizes = sizes_of_sums(
+                [self.shift[layer] for layer in layers], [self.moment[layer, layer] for layer in layers]
+            )
+            found |= zip(layers, sizes.unbind(), strict=True)
+        return [found[layer] for layer in sorted(self.unread)]
 
     def settle(self, told: Sequence[int]) -> None:
         """Bring all layers into units that are known here, and all sums to one device."""
@@ -226,29 +238,6 @@ class Sums:
         if self.factors is not None:
             assert other.factors is not None
             self.factors.merge(other.factors, (move_a, move_b), rescale)
-
-    @one_thread()
-    def pooled(self, factored: Sequence[int]) -> Sums:
-        """Those of the samples of all positions as one cloud, at a single position."""
-        one = Sums.empty(self.widths, list(self.moment), 1, [self.begun.device] * len(self.widths), factored)
-        one.exponents = list(self.exponents)
-        count = self.count()[:, None]
-        one.begun = (count > 0).any().reshape(1)
-        moves = []
-        for layer in range(len(self.widths)):
-            mean = self.mean(layer)
-            first = (count > 0).to(torch.uint8).argmax(0)
-            # Differences from it vanish exactly for a constant column.
-            base = torch.where(one.begun, mean.index_select(0, first)[0], 0.0)[None]
-            weighed = torch.where(count > 0, (mean - base) * count, 0.0).sum(0) / count.sum().clamp_min(1.0)
-            one.shift[layer] = base + weighed
-            unit = math.ldexp(1.0, -self.exponent(layer))
-            moves.append((self.shift[layer] - one.shift[layer]) * unit)
-        for (i, j), moment in self.moment.items():
-            one.moment[i, j] = recentred(moment, moves[i], moves[j]).sum(0, keepdim=True).contiguous()
-        if self.factors is not None and one.factors is not None:
-            self.factors.pooled(moves, one.factors, count[:, 0] > 0)
-        return one
 
     def at(self, part: slice, *, factors: bool) -> Sums:
         """A copy of some positions, with or without the factors."""

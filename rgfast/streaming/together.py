@@ -16,11 +16,9 @@ from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming.accumulator import MomentAccumulator
 from rgfast.streaming.algebra import centred_cross, centred_norm_product, centred_trace, times_power
+from rgfast.streaming.sizes import alike, at_once
 
 __all__ = ["KernelSums", "Together"]
-
-# Bytes of sums that are joined at once.
-_AT_ONCE = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Together:
         """Layers of one width, up to ``most`` of them, whose moments fit the memory for joined ones."""
         for width in dict.fromkeys(self.widths):
             at = [layer for layer, one in enumerate(self.widths) if one == width]
-            step = max(1, min(most, self._fit(width, width)))
+            step = max(1, min(most, at_once(width, width, len(self.count))))
             for start in range(0, len(at), step):
                 yield at[start : start + step]
 
@@ -96,7 +94,7 @@ class Together:
         """The sums that CKA is made of, of all pairs that are kept and every layer with itself."""
         keys = [(layer, layer) for layer in range(len(self.widths))] + list(self.pairs)
         found: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        for some in [[key] for key in keys] if self._apart else self._alike(keys):
+        for some in [[key] for key in keys] if self._apart else alike(keys, self.widths, len(self.count)):
             parts = self._of_pairs(some, products)
             found |= dict(zip(some, zip(*parts, strict=True), strict=True))
         norms, product, traces = zip(*(found[key] for key in keys), strict=True)
@@ -126,20 +124,6 @@ class Together:
             centred_norm_product(moment).view(shape).unbind() if products else nothing,
             centred_trace(moment).view(shape).unbind() if i == j else nothing,
         )
-
-    def _alike(self, keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """The pairs by the shape of their sums, as many as fit."""
-        kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
-        for i, j in keys:
-            kinds.setdefault((self.widths[i], self.widths[j], i == j), []).append((i, j))
-        for (d, e, _), some in kinds.items():
-            step = self._fit(d, e)
-            for start in range(0, len(some), step):
-                yield some[start : start + step]
-
-    def _fit(self, d: int, e: int) -> int:
-        """How many pairs of layers of these widths are joined at once."""
-        return max(1, _AT_ONCE // max(1, 8 * len(self.count) * (d + 2) * (e + 2)))
 
     def _joined(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The sums of these pairs ``[K · P, d + 2, e + 2]``."""

@@ -13,7 +13,9 @@ from rgfast.dispatch import walk
 from rgfast.ops.moments.api import OP as MOMENTS
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum.selection import EIGVALSH
+from rgfast.probing import plan
 from rgfast.runtime import waiting
+from rgfast.streaming import sizes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "predict_gpu.py"
 
@@ -121,6 +123,17 @@ def test_the_whole_is_the_sum_of_its_parts(predicted):
     for one in predicted:
         parts = one.forwards.seconds + one.reading.seconds + one.spectra
         assert one.share == pytest.approx(parts / one.bare)
+
+
+def test_views_and_blocks_are_those_of_the_real_width(script):
+    before = plan._FLATTENED_WIDTH, plan._PENDING_BYTES, sizes._AT_ONCE
+    with script.as_on_a_gpu(512):
+        # 16 positions are 592 wide here and 8,192 there, where the flattened view is left out.
+        assert 2 * script.STAND_IN <= plan._FLATTENED_WIDTH < 16 * script.STAND_IN
+        rows = sizes.block_rows(16, [script.STAND_IN] * 25, plan._PENDING_BYTES, 1024)
+        assert rows == sizes.block_rows(16, [512] * 25, before[1], 1024)
+        assert before[2] > sizes._AT_ONCE
+    assert before == (plan._FLATTENED_WIDTH, plan._PENDING_BYTES, sizes._AT_ONCE)
 
 
 def test_nothing_is_left_changed(script, predicted):

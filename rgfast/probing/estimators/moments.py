@@ -363,11 +363,10 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
     """Add each sequence's means over the rows that count; one without any in some layer is left out."""
     rows, some = [], None
     for x, keep in zip(layers, keeps, strict=True):
-        wide = x.to(torch.float64)
         if keep is None or keep.shape[1] != x.shape[1]:
-            with one_thread():
-                rows.append(aligned(wide).sum(1) / x.shape[1])
+            rows.append(_mean(x))
             continue
+        wide = x.to(torch.float64)
         counted = keep.any(1)
         some = counted if some is None else some & counted
         keep = sent(keep, x.device)
@@ -376,6 +375,14 @@ def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequen
             total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
         rows.append(total / number.clamp_min(1))
     means.update(rows, some, finite=True)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """``[B, T, d]`` over T in fp64."""
+    if waits_for(x.device):
+        return x.mean(1, dtype=torch.float64)  # in one launch
+    with one_thread():
+        return aligned(x.to(torch.float64)).sum(1) / x.shape[1]
 
 
 def all_but_one(
