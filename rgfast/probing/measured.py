@@ -15,7 +15,7 @@ from torch import Tensor
 from rgfast.ops.spectrum.measures import TINY, numpy_on_cpu
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measures import MEASURES, Kernels, Kind, Measure
-from rgfast.runtime.waiting import numbers
+from rgfast.runtime.waiting import numbers, read, waits_for
 
 __all__ = [
     "Measured",
@@ -50,11 +50,13 @@ class Measured:
 
 
 def to_host(found: Measured) -> dict[str, NDArray[Any]]:
-    """Everything of a view in the host's memory, where it is read for the first time, by name: measures,
-    ``<measure>_bound``, ``n_by_layer``, ``refined`` and ``singular_values``."""
+    """Everything of a view in the host's memory, where it is read for the first time and in one transfer, by
+    name: measures, ``<measure>_bound``, ``n_by_layer``, ``refined`` and ``singular_values``."""
     named = found.values | {f"{name}_bound": bound for name, bound in found.bounds.items()}
     named |= {"n_by_layer": found.count, "refined": found.refined, "singular_values": found.spectrum}
-    return {name: value.cpu().numpy() for name, value in named.items()}
+    if waits_for(found.count.device):
+        named = dict(zip(named, read(list(named.values())), strict=True))
+    return {name: value.numpy() for name, value in named.items()}
 
 
 def of_spectra(

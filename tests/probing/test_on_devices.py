@@ -13,6 +13,7 @@ import rgfast
 from rgfast.probing import tally
 from rgfast.probing.estimators import moment_measures
 from rgfast.probing.estimators.moments import Moments
+from rgfast.probing.measured import Measured, to_host
 from rgfast.streaming import MomentAccumulator
 
 # Without a library that takes them, products are the reference's, which says so.
@@ -250,3 +251,24 @@ def test_views_are_measured_together(monkeypatch):
     assert together == [3 * (5 + 1 + 1)] * 2
     assert calls == [5] * 6 + [1] * 12
     assert_alike(there, here)
+
+
+def test_a_view_is_read_in_one_transfer():
+    found = Measured(
+        count=There(torch.full((2, 3), 2**40 + 1), FIRST),
+        values={"cka": There(torch.rand(3, 2, 2, dtype=torch.float64).permute(1, 2, 0), FIRST)},
+        bounds={"effective_rank": There(torch.full((2, 3), torch.nan, dtype=torch.float64), FIRST)},
+        refined=There(torch.tensor([[True, False, True]] * 2), FIRST),
+        spectrum=There(torch.rand(2, 3, 5, dtype=torch.float64), FIRST),
+    )
+    watch = Waits()
+    with devices(watch):
+        there = to_host(found)
+    assert watch.found == ["_to_copy from meta to cpu"]
+    assert (there["n_by_layer"] == 2**40 + 1).all()
+    assert there["n_by_layer"].dtype == "int64"
+    assert (there["refined"] == [[True, False, True]] * 2).all()
+    assert there["refined"].dtype == "bool"
+    assert (there["cka"] == found.values["cka"].held.numpy()).all()
+    assert (there["singular_values"] == found.spectrum.held.numpy()).all()
+    assert torch.from_numpy(there["effective_rank_bound"]).isnan().all()
