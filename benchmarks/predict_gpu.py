@@ -10,7 +10,8 @@ measured there. Rows that are off by more than a quarter are marked.
 A probe's stand-in has the depth, positions and sequences of the real one and a width of 37. Wherever a size
 is a multiple of 37, 38 or 39, it stands for that multiple of the real width, or of one or two columns more.
 
-Left out, and named: operators without a model of their time. Left out: what Python does between operators.
+Left out, and named: operators without a model of their time. Left out: what Python does between operators,
+and copies to the host, of which that of the moments, which a result carries, is the largest.
 """
 
 from __future__ import annotations
