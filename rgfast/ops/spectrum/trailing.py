@@ -48,11 +48,16 @@ def with_trailing(x: Tensor, at: Tensor, solved: Solved, small: int, centering: 
     what `refined` otherwise gets by taking all other directions out of the rows.
     """
     b, d = solved.sigma.shape
-    exponent = solved.exponent.tolist()
     told = torch.zeros(b, 3 + small, dtype=torch.float64, device=x.device)
-    with one_thread(), no_autocast(x.device.type):
-        for k, index in enumerate(at.tolist()):
-            told[k] = _of_rows(x[index], exponent[k], small, centering)
+    kind = x.device.type
+    for k, (index, exponent) in enumerate(zip(at.tolist(), solved.exponent.tolist(), strict=True)):
+        rows = x[index]
+        with one_thread(), no_autocast(kind):
+            shift, lost = _shift_of(rows, exponent, centering)
+        sums = torch.zeros(1, d + 2, d + 2, dtype=torch.float64, device=x.device)
+        add_products({(0, 0): sums}, [rows[None]], [shift[None] * 2.0**exponent], exponents=[exponent])
+        with one_thread(), no_autocast(kind):
+            told[k] = _of_moment(sums[0, :d, :d].contiguous(), rows, shift, lost, exponent, small)
     numbers: Array = told.cpu().numpy()
     accumulated, residual, trace = numbers[:, 0], numbers[:, 1], numbers[:, 2]
     # What was taken out counts as so many zeros.
@@ -77,19 +82,20 @@ def with_trailing(x: Tensor, at: Tensor, solved: Solved, small: int, centering: 
     )
 
 
-def _of_rows(x: Tensor, exponent: int, small: int, centering: str) -> Tensor:
-    """Of `x[n, d]` 2^-exponent: all that was accumulated, ‖A V − V Λ‖, ‖x V‖², eigenvalues of its moment."""
-    n, d = x.shape
-    shift = torch.zeros(d, dtype=torch.float64, device=x.device)
-    lost = shift.sum()
-    if centering == "mean":
-        # The first row goes first, see `reference.centred`.
-        first = _widened(x[0], exponent)
-        mean = sum(((_widened(rows, exponent) - first).sum(0) for rows in torch.split(x, _ROWS)), shift) / n
-        shift, lost = first + mean, n * mean.square().sum()
-    sums = torch.zeros(1, d + 2, d + 2, dtype=torch.float64, device=x.device)
-    add_products({(0, 0): sums}, [x[None]], [shift[None] * 2.0**exponent], exponents=[exponent])
-    moment = sums[0, :d, :d].contiguous()
+def _shift_of(x: Tensor, exponent: int, centering: str) -> tuple[Tensor, Tensor]:
+    """The means `[d]` of `x[n, d]` 2^-exponent, or zeros, and what taking them off the first row has lost."""
+    nothing = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    if centering != "mean":
+        return nothing, nothing.sum()
+    # The first row goes first, see `reference.centred`.
+    first = _widened(x[0], exponent)
+    mean = sum(((_widened(rows, exponent) - first).sum(0) for rows in torch.split(x, _ROWS)), nothing)
+    mean = mean / len(x)
+    return first + mean, len(x) * mean.square().sum()
+
+
+def _of_moment(moment: Tensor, x: Tensor, shift: Tensor, lost: Tensor, exponent: int, small: int) -> Tensor:
+    """All that was accumulated, ‖A V − V Λ‖, ‖x V‖² and the eigenvalues of the moment of x V."""
     vectors = _trailing_vectors(moment, small)
     image = moment @ vectors
     residual = torch.linalg.matrix_norm(image - vectors @ (vectors.mT @ image))
