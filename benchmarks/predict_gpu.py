@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,6 @@ from torch import Tensor
 
 import rgfast
 from rgfast.bench.probe import ON_A_GPU, Case, last
-from rgfast.dispatch import Op
 from rgfast.ops.cka.api import OP as CKA
 from rgfast.ops.moments.api import OP as MOMENTS
 from rgfast.ops.moments.api import PAIRS, POSITIONS
@@ -170,12 +170,8 @@ def solved(count: int, d: int) -> float:
 
 @contextlib.contextmanager
 def _torch_with_batches() -> Iterator[None]:
-    before: Any = torch.__version__
-    torch.__version__ = "2.13.0"  # type: ignore[assignment]
-    try:
+    with mock.patch.object(torch, "__version__", "2.13.0"):
         yield
-    finally:
-        torch.__version__ = before
 
 
 @contextlib.contextmanager
@@ -184,20 +180,8 @@ def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
     and products are cut as they would be at their real ``width``. Yields how often batches of a size were
     solved."""
     counted: Counter[int] = Counter()
-    ops: tuple[Op, ...] = (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA)
-    before = [(op, op.impls) for op in ops]
-    held = (
-        waiting._EVERYWHERE,
-        products._APART,
-        products._add,
-        products.positions_at_once,
-        spectra.eigenvalues,
-        plan._FLATTENED_WIDTH,
-        plan._PENDING_BYTES,
-        sizes._AT_ONCE,
-    )
     narrower = STAND_IN / width
-    original, cut = spectra.eigenvalues, products.positions_at_once
+    original, cut, add = spectra.eigenvalues, products.positions_at_once, products._add
 
     def eigenvalues(a: Tensor) -> Tensor:
         counted[a.shape[:-2].numel()] += 1
@@ -207,36 +191,26 @@ def as_on_a_gpu(width: int) -> Iterator[Counter[int]]:
         rows = [meta(*x.shape[:2], width, dtype=x.dtype) for x in call.rows]
         return cut(call._replace(rows=rows))
 
-    try:
-        for op in ops:
-            library = dataclasses.replace(
-                op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
-            )
-            op.impls = {"library": library, "reference": op.impls["reference"]}
-            op._chosen.clear()
-        waiting._EVERYWHERE = True
-        products._APART = 0 if width >= products._APART else 1 << 30
-        products._add = lambda total, left, right, here: held[2](total, left, right, False)
-        products.positions_at_once = at_once
-        spectra.eigenvalues = eigenvalues
-        plan._FLATTENED_WIDTH = int(plan._FLATTENED_WIDTH * narrower)
-        plan._PENDING_BYTES = int(plan._PENDING_BYTES * narrower)
-        sizes._AT_ONCE = int(sizes._AT_ONCE * narrower**2)
+    changes: list[tuple[Any, str, Any]] = [
+        (waiting, "_EVERYWHERE", True),
+        (products, "_APART", 0 if width >= products._APART else 1 << 30),
+        (products, "_add", lambda total, left, right, here: add(total, left, right, False)),
+        (products, "positions_at_once", at_once),
+        (spectra, "eigenvalues", eigenvalues),
+        (plan, "_FLATTENED_WIDTH", int(plan._FLATTENED_WIDTH * narrower)),
+        (plan, "_PENDING_BYTES", int(plan._PENDING_BYTES * narrower)),
+        (sizes, "_AT_ONCE", int(sizes._AT_ONCE * narrower**2)),
+    ]
+    for op in (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
+        library = dataclasses.replace(
+            op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
+        )
+        changes += [(op, "impls", {"library": library, "reference": op.impls["reference"]})]
+        changes += [(op, "_chosen", {})]
+    with contextlib.ExitStack() as stack:
+        for where, name, value in changes:
+            stack.enter_context(mock.patch.object(where, name, value))
         yield counted
-    finally:
-        (
-            waiting._EVERYWHERE,
-            products._APART,
-            products._add,
-            products.positions_at_once,
-            spectra.eigenvalues,
-            plan._FLATTENED_WIDTH,
-            plan._PENDING_BYTES,
-            sizes._AT_ONCE,
-        ) = held
-        for op, impls in before:
-            op.impls = impls
-            op._chosen.clear()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,7 @@ __all__ = [
     "TRANSFER",
     "WAIT",
     "by_itself",
+    "by_name_on_cpu",
     "cache_bytes",
     "memory_bytes",
     "seconds",
@@ -41,6 +43,17 @@ def by_itself(kind: str) -> Iterator[None]:
             return
         with one_thread():
             yield
+
+
+class _Placed(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+
+
+def by_name_on_cpu(call: _Placed) -> str | None:
+    """Why `auto` does not take the library's products of a call, if it is on the CPU."""
+    here = call.device.type == "cpu"
+    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
 
 
 def seconds(launches: float, moved: float, products: float = 0.0) -> float:

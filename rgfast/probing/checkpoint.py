@@ -110,7 +110,7 @@ def fingerprint(model: nn.Module) -> str | None:
     """:func:`model_digest` for comparing results, None for weights that cannot be read (offloaded ones)."""
     try:
         return model_digest(model)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError):
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
         return None
 
 

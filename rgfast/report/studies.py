@@ -234,12 +234,13 @@ def plot_observer(source: Any, *, ax: Canvas = None) -> Figure:
 def plot_setups(source: Any, *, ax: Canvas = None) -> Figure:
     """The figure of effective rank by layer in every set-up with a finished run, a panel per arm.
 
-    Color: ξ. Solid: all rows at a position; dashed: masked rows, from layer 1 on; grey: the untrained stack.
-    The level line is V, above which no stack without mixing gets. Points are seeds, lines means.
+    Color: ξ. Solid: all rows at a position; dashed: masked rows, from layer 1 on; dotted: the untrained
+    stack. The level line is V, above which no stack without mixing gets. Points are seeds, lines means. The
+    last panel has the gap in R by rows and centering.
 
     Args:
         source: what :func:`rgfast.setups` returned, or its folder.
-        ax: axes to draw on, one per arm, instead of a new figure.
+        ax: axes to draw on, one per panel, instead of a new figure.
 
     Raises TypeError for a source of another kind, ValueError for another number of axes.
     """

@@ -34,7 +34,7 @@ def _reference(call: Products) -> None:
         reference.add_products(*call)
 
 
-def _as(impl: Impl) -> Callable[[Any], float]:
+def _reference_cost(impl: Impl) -> Callable[[Any], float]:
     """The cost of the reference, which makes more passes and launches than the library off the CPU."""
     return lambda call: impl.cost(call) * (1.0 if call.device.type == "cpu" else 2.0)
 
@@ -45,7 +45,7 @@ OP = Op(
         native.MOMENTS,
         library.MOMENTS,
         # Passes over the rows and fp64 products of PyTorch on one thread (README, "Measurements").
-        Impl("reference", _reference, cost=_as(library.MOMENTS)),
+        Impl("reference", _reference, cost=_reference_cost(library.MOMENTS)),
     ],
 )
 
@@ -60,7 +60,7 @@ PAIRS = Op(
     [
         native.PAIRS,
         library.PAIRS,
-        Impl("reference", _pairs_reference, cost=_as(library.PAIRS)),
+        Impl("reference", _pairs_reference, cost=_reference_cost(library.PAIRS)),
     ],
     part_of="moments",
 )
@@ -71,7 +71,9 @@ POSITIONS = Op(
     [
         native.POSITIONS,
         library.POSITIONS,
-        Impl("reference", lambda call: reference.add_positions(*call), cost=_as(library.POSITIONS)),
+        Impl(
+            "reference", lambda call: reference.add_positions(*call), cost=_reference_cost(library.POSITIONS)
+        ),
     ],
     part_of="moments",
 )

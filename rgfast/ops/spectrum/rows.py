@@ -15,7 +15,7 @@ from rgfast.ops.spectrum.impl import native
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF, Array
 from rgfast.ops.spectrum.refine import SMALL, Stage, refined
 from rgfast.ops.spectrum.selection import SPECTRUM
-from rgfast.ops.spectrum.solve import PATHS, REFINE, Solved, came_out, from_eigenvalues
+from rgfast.ops.spectrum.solve import PATHS, REFINE, Solved, all_finite, from_eigenvalues
 from rgfast.ops.spectrum.trailing import few_small, with_trailing
 
 __all__ = [
@@ -40,7 +40,7 @@ def spectra_of_rows(
     n, d = x.shape[1:]
     lifted = torch.empty(len(x), d, dtype=torch.float64, device=x.device) if uncentred and n >= d else None
     values, trace, exponent, limit = SPECTRUM("auto", Rows(x, raw=lifted, means=means, matrix=matrix))
-    if not came_out(values, trace):
+    if not all_finite(values, trace):
         return None
     centred = from_eigenvalues(values, trace, exponent, limit, samples=max(n, d))
     if not uncentred:

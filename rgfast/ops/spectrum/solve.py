@@ -25,7 +25,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.refine import SMALL, LibraryStages, Stage, gram_error, refined
 from rgfast.runtime.threads import no_autocast, one_thread
 
-__all__ = ["PATHS", "REFINE", "SVD", "Solved", "came_out", "from_eigenvalues", "settle"]
+__all__ = ["PATHS", "REFINE", "SVD", "Solved", "all_finite", "from_eigenvalues", "settle"]
 
 PATHS = ("gram", "refined", "svd")
 # Elements of eigenvectors, and of fp64 copies of the data, that are refined at a time.
@@ -137,7 +137,7 @@ def _roots(eigenvalues: Any, accumulated: Any, limit: Any, samples: Any, unit: f
     return sigma, error
 
 
-def came_out(values: Tensor, accumulated: Tensor) -> bool:
+def all_finite(values: Tensor, accumulated: Tensor) -> bool:
     """Whether the data were finite, whose moments have these eigenvalues and accumulated traces.
 
     Raises `torch.linalg.LinAlgError` where eigenvalues off the CPU are not finite although the data are.
@@ -165,7 +165,7 @@ def settle(
     rank at `tol` is open, is solved again from the data.
     """
     values, accumulated, exponent, limit = found
-    if not came_out(values, accumulated):
+    if not all_finite(values, accumulated):
         return None
     solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
     if call.method == "auto" and dtype == torch.float64:

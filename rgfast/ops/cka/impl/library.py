@@ -17,7 +17,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import check_call
-from rgfast.ops.device import by_itself, memory_bytes, seconds
+from rgfast.ops.device import by_itself, by_name_on_cpu, memory_bytes, seconds
 
 __all__ = ["CKA", "run"]
 
@@ -319,11 +319,6 @@ def _can_run(call: Call) -> str | None:
     return "a gradient is wanted" if call.recorded() else None
 
 
-def _by_name_only(call: Call) -> str | None:
-    here = call.device.type == "cpu"
-    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
-
-
 def _cost(call: Call) -> float:
     if call.device.type == "cpu":
         return 5e-4 + call.multiplications() / 8e9
@@ -334,4 +329,4 @@ def _cost(call: Call) -> float:
     return seconds(30, 80.0 * rows) + min(_seconds(math.prod(lead), n, width, _wanted(call)))
 
 
-CKA = Impl("library", run, _can_run, _cost, by_name_only=_by_name_only)
+CKA = Impl("library", run, _can_run, _cost, by_name_only=by_name_on_cpu)

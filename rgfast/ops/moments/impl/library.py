@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl
-from rgfast.ops.device import by_itself, cache_bytes, seconds
+from rgfast.ops.device import by_itself, by_name_on_cpu, cache_bytes, seconds
 from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
 
 __all__ = ["MOMENTS", "PAIRS", "POSITIONS", "positions_at_once"]
@@ -21,11 +21,6 @@ _WORK_BYTES_ON_DEVICE = 1 << 30
 # From this width on two more columns cost a product more (a tile of 64 in each direction) than to read the
 # rows again for them.
 _APART = 128
-
-
-def _on_cpu(call: Products | Pairs | Positions) -> str | None:
-    here = call.device.type == "cpu"
-    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
 
 
 def _run(call: Products) -> None:
@@ -137,7 +132,7 @@ def _cost(call: Products) -> float:
     return seconds(launches, 40.0 * rows + 16.0 * sums, call.multiplications())
 
 
-MOMENTS = Impl("library", _run, cost=_cost, by_name_only=_on_cpu)
+MOMENTS = Impl("library", _run, cost=_cost, by_name_only=by_name_on_cpu)
 
 
 def _run_pairs(call: Pairs) -> PairSums:
@@ -181,7 +176,7 @@ def _pairs_cost(call: Pairs) -> float:
     return seconds(launches, 60.0 * rows, call.multiplications())
 
 
-PAIRS = Impl("library", _run_pairs, cost=_pairs_cost, by_name_only=_on_cpu)
+PAIRS = Impl("library", _run_pairs, cost=_pairs_cost, by_name_only=by_name_on_cpu)
 
 
 def _add_positions(call: Positions) -> None:
@@ -196,4 +191,4 @@ def _positions_cost(call: Positions) -> float:
     return seconds(2, float(call.rows.nbytes) + 24.0 * call.to.numel())
 
 
-POSITIONS = Impl("library", _add_positions, cost=_positions_cost, by_name_only=_on_cpu)
+POSITIONS = Impl("library", _add_positions, cost=_positions_cost, by_name_only=by_name_on_cpu)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast.dispatch import Impl
-from rgfast.ops.device import LAUNCH, by_itself, cache_bytes, memory_bytes, seconds
+from rgfast.ops.device import LAUNCH, by_itself, by_name_on_cpu, cache_bytes, memory_bytes, seconds
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.runtime.threads import no_autocast, on_one_thread
 
@@ -239,11 +239,6 @@ def _refusal(call: Rows) -> str | None:
     return "it computes in float64, and precision='single' asks for float32" if single else None
 
 
-def _by_name_only(call: Rows) -> str | None:
-    here = call.device.type == "cpu"
-    return "on the CPU it multiplies as the reference does, which keeps the bits there" if here else None
-
-
 def _gram_cost(call: Rows) -> float:
     """On a GPU ten passes through the cache, and tiles of products."""
     b, n, d = call.x.shape
@@ -259,5 +254,5 @@ def _spectrum_cost(call: Rows) -> float:
     return _gram_cost(call) + solving(len(call.x), call.side, torch.float64, call.device)
 
 
-GRAM = Impl("library", gram, _refusal, _gram_cost, by_name_only=_by_name_only)
-SPECTRUM = Impl("library", spectrum, _refusal, _spectrum_cost, by_name_only=_by_name_only)
+GRAM = Impl("library", gram, _refusal, _gram_cost, by_name_only=by_name_on_cpu)
+SPECTRUM = Impl("library", spectrum, _refusal, _spectrum_cost, by_name_only=by_name_on_cpu)
