@@ -39,9 +39,12 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             (as many items as ``forward`` requires, and a padding mask among the others) or a tensor.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
             name of a stack of blocks, names, indices, globs or regular expressions, see
-            :func:`rgfast.probing.capture.layers.resolve`. A layer's output may be a tensor, or a tuple,
-            mapping or dataclass holding one (see ``output``), with its axes in any order (see ``axes``). A
-            module that runs several times in a forward is as many layers.
+            :func:`rgfast.probing.capture.layers.resolve`. ``"sublayers"`` (``"sublayers:NAME"`` for a named
+            stack) has the stream inside each block too: between attention, or another mixing, and the MLP,
+            for families whose blocks are known (an error says how to name the points of others).
+            A layer's output may be a tensor, or a tuple, mapping or dataclass holding one (see ``output``),
+            with its axes in any order (see ``axes``). A module that runs several times in a forward is as
+            many layers.
         positions: those followed one by one: indices, ``"first"``, ``"last"``, ``"all"``, or ``"auto"``: all
             if they fit ``memory``, else log-spaced ones. With padding, those from the end (``"last"``, −1)
             are each sequence's own, and ``"first"`` is 0 with ``origin="token"``.

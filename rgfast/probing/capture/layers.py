@@ -11,10 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rgfast.probing.capture.sublayers import points_inside
+
 __all__ = ["LayerSpec", "Tap", "check_model", "resolve"]
 
 LayerSpec = str | int | re.Pattern[str]
 
+SUBLAYERS = "sublayers"
 _INPUT = ":input"
 _SHOWN = 6  # of what a message lists
 
@@ -46,6 +49,14 @@ class _Stream:
     def taps(self) -> list[Tap]:
         first = Tap(self.blocks[0] + _INPUT, self.blocks[0], "input", once=True)
         return [first, *(Tap(name, name, "output") for name in self.blocks)]
+
+    def points(self, model: nn.Module) -> list[Tap]:
+        """The stream with the points inside its blocks."""
+        taps = self.taps()[:1]
+        for name in self.blocks:
+            taps += map(_tap, points_inside(name, model.get_submodule(name)))
+            taps.append(Tap(name, name, "output"))
+        return taps
 
     def __str__(self) -> str:
         return f"{self.blocks[0]} … {self.blocks[-1]} ({len(self.blocks)} × {self.kind})"
@@ -84,9 +95,10 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
     ``"auto"`` is the input of the first block and the output of every block of the model's only stack of
     blocks; the name of a stack of blocks (a ModuleList, of several kinds too, or by itself a Sequential) is
     the same of that stack. Otherwise a dotted module name (``name:input`` for what it is given), an index
-    into the automatic stream (0 its input, l the output of block l), a glob (``*`` stays within one dotted
-    part, ``**`` does not), a compiled regular expression or ``"re:..."`` matching the whole name, or a
-    sequence of these.
+    into the automatic stream (0 its input, l the output of block l), ``"sublayers"`` (that stream with the
+    points between attention and MLP; ``"sublayers:NAME"`` of a named stack), a glob (``*`` stays within one
+    dotted part, ``**`` does not), a compiled regular expression or ``"re:..."`` matching the whole name, or
+    a sequence of these.
 
     Raises ValueError for what matches nothing, for a repeated layer, and for ``"auto"`` if there is no stack
     of blocks or more than one; the message lists the candidates.
@@ -121,6 +133,8 @@ def _resolve_one(model: nn.Module, spec: LayerSpec, *, alone: bool) -> list[Tap]
             raise ValueError(f"layers must be an index from 0 to {len(stream) - 1}, got {spec}")
         return [stream[spec]]
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if isinstance(spec, str) and (spec == SUBLAYERS or spec.startswith(SUBLAYERS + ":")):
+        return _stream_of(model, spec.removeprefix(SUBLAYERS).removeprefix(":"), names).points(model)
     if isinstance(spec, re.Pattern) or spec.startswith("re:"):
         pattern = spec if isinstance(spec, re.Pattern) else _compiled(spec[3:])
         shown = pattern.pattern
@@ -132,16 +146,30 @@ def _resolve_one(model: nn.Module, spec: LayerSpec, *, alone: bool) -> list[Tap]
             raise ValueError(f"layers: there is no module {name!r}; {_candidates(name, names)}")
         # A Sequential among other layers is one of them, as the stages of a network are.
         module = model.get_submodule(name)
-        if alone or isinstance(module, nn.ModuleList):
-            for whole in [*_streams(model, ""), *_mixed(module, name)]:
-                if whole.container == spec:
-                    return whole.taps()
+        if (alone or isinstance(module, nn.ModuleList)) and (whole := _named_stream(model, spec)):
+            return whole.taps()
         return [_tap(spec)]
     side = _INPUT if isinstance(spec, str) and spec.endswith(_INPUT) else ""
     found = [_tap(name + side) for name in names if pattern.fullmatch(name)]
     if not found:
         raise ValueError(f"layers: no module matches {shown!r}; {_candidates(shown, names)}")
     return found
+
+
+def _named_stream(model: nn.Module, name: str) -> _Stream | None:
+    found = [*_streams(model, ""), *_mixed(model.get_submodule(name), name)]
+    return next((stream for stream in found if stream.container == name), None)
+
+
+def _stream_of(model: nn.Module, name: str, names: Sequence[str]) -> _Stream:
+    """The stack of blocks ``name``, the only one if it is empty."""
+    if not name:
+        return _only_stream(model, SUBLAYERS)
+    if name not in names:
+        raise ValueError(f"layers: there is no module {name!r}; {_candidates(name, names)}")
+    if (stream := _named_stream(model, name)) is None:
+        raise ValueError(f"layers: {name!r} is no stack of blocks; {_looked_at(model)}")
+    return stream
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -177,18 +205,22 @@ def _candidates(asked: str, names: Sequence[str]) -> str:
     return f"near it: {', '.join(near)}{rest}" if near else "the model has no submodules"
 
 
-def _only_stream(model: nn.Module) -> _Stream:
+def _only_stream(model: nn.Module, asked: str = "auto") -> _Stream:
     streams = list(_streams(model, ""))
     if len(streams) == 1:
         return streams[0]
     if not streams:
         raise ValueError(
-            "layers='auto' found no stack of blocks (modules of one kind in a row, which have modules and "
-            f"weights of their own, in a ModuleList or Sequential) in {type(model).__name__}; "
+            f"layers={asked!r} found no stack of blocks (modules of one kind in a row, which have modules "
+            f"and weights of their own, in a ModuleList or Sequential) in {type(model).__name__}; "
             + _looked_at(model)
         )
-    listed = "; ".join(f"{stream.asked()}: {stream}" for stream in streams)
-    raise ValueError(f"layers='auto' is ambiguous, take one of: {listed}")
+    if asked == SUBLAYERS:
+        takes = [f"layers={f'{SUBLAYERS}:{s.container}'!r}" if s.container else s.asked() for s in streams]
+    else:
+        takes = [s.asked() for s in streams]
+    listed = "; ".join(f"{take}: {stream}" for take, stream in zip(takes, streams, strict=True))
+    raise ValueError(f"layers={asked!r} is ambiguous, take one of: {listed}")
 
 
 def _looked_at(model: nn.Module) -> str:
