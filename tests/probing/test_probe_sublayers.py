@@ -13,7 +13,7 @@ from rgfast.probing.capture.layers import resolve
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 if HAS_TRANSFORMERS:
-    import zoo_transformers  # noqa: F401 (enters its models)
+    import zoo_transformers
 
 pytestmark = pytest.mark.filterwarnings("default")  # other people's models warn of what they will rename
 
@@ -128,6 +128,61 @@ def test_points_are_the_stream_after_attention(name):
     others = result.variable("effective_rank", "pooled").values[::2, 0]
     assert (abs(others[1:] / got - 1) > 1e-4).all()
     assert (abs(others[:-1] / got - 1) > 1e-4).all()
+
+
+def of_albert(block, x):
+    inner = block.albert_layers[0]
+    return inner.full_layer_layer_norm(inner.ffn_output(inner.activation(inner.ffn(x))) + x)
+
+
+def of_olmo(block, x):
+    return x + block.post_feedforward_layernorm(block.mlp(x))
+
+
+def of_gemma(block, x):
+    return x + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x)))
+
+
+def of_llama(block, x):
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+@needs
+@pytest.mark.parametrize(
+    ("model", "config", "rest"),
+    [
+        ("Olmo2Model", {}, of_olmo),
+        (
+            "XLNetModel",
+            {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
+            lambda block, x: block.ff(x),
+        ),
+        ("AlbertModel", {"embedding_size": 8}, of_albert),
+        ("DebertaV2Model", {}, lambda block, x: block.output(block.intermediate(x), x)),
+        ("GPTNeoXModel", {"use_parallel_residual": False}, of_llama),
+        ("Gemma3TextModel", {"head_dim": 8, "num_key_value_heads": 1}, of_gemma),
+    ],
+)
+def test_the_rest_of_the_block_makes_the_output_of_the_point(model, config, rest):
+    """Where attention's branch cannot be seen from outside."""
+    shared = (
+        {"vocab_size": 30} if "d_model" in config else {**zoo_transformers.WIDTH, **zoo_transformers.SMALL}
+    )
+    own = "Gemma3TextConfig" if "Text" in model else None
+    made = zoo_transformers.made(model, own, **shared, pad_token_id=0, **config).eval()
+    first, point, output = resolve(made, "sublayers")[0][:3]
+    got = {}
+    for tap in (first, point, output):
+        module = made.get_submodule(tap.module)
+        if tap.side == "input":
+            module.register_forward_pre_hook(_given(got.setdefault(tap.name, {})), with_kwargs=True)
+        else:
+            module.register_forward_hook(_gave(got.setdefault(tap.name, {}), ""))
+    with torch.no_grad():
+        made(torch.randint(3, 30, (4, 6), generator=torch.Generator().manual_seed(0)))
+        made_of_it = rest(made.get_submodule(output.module), got[point.name][""])
+    torch.testing.assert_close(made_of_it, got[output.name][""])
+    assert not torch.equal(got[point.name][""], got[first.name][""])
 
 
 @pytest.mark.parametrize(
