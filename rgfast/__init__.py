@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from rgfast.experiments.reproduce import Reproduction, reproduce
     from rgfast.experiments.setups import setups
     from rgfast.experiments.sweep import Sweep, sweep
+    from rgfast.monitor import Monitor, MonitorResult
     from rgfast.probing import Forecast, Probe, ProbeResult, probe
     from rgfast.probing.forecast import plan
 
@@ -68,6 +69,8 @@ __all__ = [
     "MarkovChain",
     "MaskedTokenModel",
     "MinibatchCKAAccumulator",
+    "Monitor",
+    "MonitorResult",
     "Probe",
     "ProbeResult",
     "RankEstimate",
@@ -116,6 +119,8 @@ __all__ = [
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
     "Forecast": "rgfast.probing",
+    "Monitor": "rgfast.monitor",
+    "MonitorResult": "rgfast.monitor",
     "Probe": "rgfast.probing",
     "ProbeResult": "rgfast.probing",
     "Reproduction": "rgfast.experiments.reproduce",
@@ -130,12 +135,14 @@ _LAZY = {
     "sweep": "rgfast.experiments.sweep",
 }
 
-# What a probe's result can do with the help of packages above it.
+# What a result can do with the help of packages above its own.
 wiring.lend("rgfast.probing.merge", "merged")
 wiring.lend("rgfast.flow.probed", "flow_of")
 wiring.lend("rgfast.report.write", "write_report")
 wiring.lend("rgfast.report.notebook", "as_html")
 wiring.lend("rgfast.report.accessor", "plot_cka", "plot_drift", "plot_heat_map", "plot_rank", "plot_spectra")
+wiring.lend("rgfast.report.accessor", "plot_monitor")
+wiring.lend("rgfast.monitor.callbacks", "lightning_callback", "transformers_callback")
 
 
 def __getattr__(name: str) -> Any:

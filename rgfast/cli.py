@@ -22,6 +22,7 @@ def build_parser() -> Parser:
     from rgfast.commands.bench import add_bench
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
+    from rgfast.commands.monitor import add_monitor
     from rgfast.commands.probe import add_probe
     from rgfast.commands.report import add_report
     from rgfast.commands.reproduce import add_reproduce
@@ -40,6 +41,7 @@ def build_parser() -> Parser:
     add_probe(commands)
     add_reproduce(commands)
     add_studies(commands)
+    add_monitor(commands)
     add_report(commands)
     add_bench(commands)
     add_info(commands)

@@ -27,7 +27,7 @@ from rgfast.validation import check_choice, check_integer, check_positive_int
 if TYPE_CHECKING:
     from rgfast.probing.distributed import Distributed
 
-__all__ = ["ProbeOptions", "ProbeSpec", "Route", "WatchOptions", "shows_options"]
+__all__ = ["MeasureOptions", "ProbeOptions", "ProbeSpec", "Route", "WatchOptions", "shows_options"]
 
 Route = Literal["auto", "moments", "samples"]
 ROUTES = ("auto", "moments", "samples")
@@ -38,8 +38,8 @@ _FOLDS = 5
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class WatchOptions(TypedDict, total=False):
-    """The options of :class:`ProbeSpec` that a loop of one's own has, for type checkers."""
+class MeasureOptions(TypedDict, total=False):
+    """The options of :class:`ProbeSpec` that say what is measured and how, for type checkers."""
 
     layers: str | LayerSpec | Sequence[LayerSpec]
     positions: str | Sequence[int | str]
@@ -52,11 +52,16 @@ class WatchOptions(TypedDict, total=False):
     output: OutputSpec
     targets: Mapping[str, TargetSpec] | None
     groups: int
-    progress: bool | None
     memory: str | int
     views: Sequence[str] | None
     refine: bool | None
     route: Route
+
+
+class WatchOptions(MeasureOptions, total=False):
+    """The options that a loop of one's own has."""
+
+    progress: bool | None
     distributed: Distributed
     timeout: float
 
@@ -217,7 +222,7 @@ def _plain(output: OutputSpec) -> Any:
     return "a function" if callable(output) else output
 
 
-def shows_options(options: type[Any]) -> Callable[[_F], _F]:
+def shows_options(options: Any) -> Callable[[_F], _F]:
     """A decorator: the signature shows the fields of :class:`ProbeSpec` that ``options`` has, by keyword."""
     shown = {
         field.name: inspect.Parameter(
@@ -227,7 +232,7 @@ def shows_options(options: type[Any]) -> Callable[[_F], _F]:
             annotation=re.sub(r"^typing\.", "", str(field.type)),
         )
         for field in fields(ProbeSpec)
-        if field.name in options.__annotations__ or field.name in WatchOptions.__annotations__
+        if field.name in options.__optional_keys__
     }
 
     def decorate(function: _F) -> _F:

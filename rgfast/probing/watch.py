@@ -85,7 +85,7 @@ class Probe:
 
     @shows_options(WatchOptions)
     def __init__(self, model: nn.Module, **options: Unpack[WatchOptions]) -> None:
-        if unknown := set(options) - set(WatchOptions.__annotations__):
+        if unknown := set(options) - WatchOptions.__optional_keys__:
             raise TypeError(f"Probe has no option {sorted(unknown)[0]!r}")
         self._open(model, ProbeSpec(**options))
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from rgfast.monitor.result import MonitorResult
 from rgfast.probing.result import ProbeResult, named
 from rgfast.report.backend import new_axes
 from rgfast.report.canvas import draw_chart, styled
+from rgfast.report.monitor_charts import step_heat_chart
 from rgfast.report.probe_charts import (
     cka_chart,
     drift_chart,
@@ -24,6 +26,7 @@ __all__ = [
     "plot_cka",
     "plot_drift",
     "plot_heat_map",
+    "plot_monitor",
     "plot_rank",
     "plot_spectra",
     "views_of",
@@ -68,6 +71,14 @@ def plot_heat_map(
     """See :meth:`rgfast.ProbeResult.plot_heat_map`."""
     check_measure(measure, named("rank", "drift"))
     return _draw(heat_chart(result, measure, [result.view_or_first(view)]), ax)
+
+
+def plot_monitor(
+    result: MonitorResult, measure: str = "effective_rank", view: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """See :meth:`rgfast.MonitorResult.plot`."""
+    check_measure(measure, [name for name in named("rank", "drift") if name in result.measures])
+    return _draw(step_heat_chart(result, measure, [result.view_or_first(view)]), ax)
 
 
 def plot_spectra(result: ProbeResult, view: str | None = None, ax: Axes | None = None) -> Axes:

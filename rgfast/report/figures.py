@@ -22,6 +22,7 @@ from rgfast.report.depth import (
     plot_survival,
     plot_training,
 )
+from rgfast.report.steps import plot_steps
 from rgfast.report.studies import (
     plot_decimation,
     plot_multiverse,
@@ -44,6 +45,7 @@ __all__ = [
     "plot_relevance",
     "plot_setups",
     "plot_spectra",
+    "plot_steps",
     "plot_survival",
     "plot_training",
     "plot_xi",

@@ -1,4 +1,4 @@
-"""What a figure or a report can be made of: a probe's result, a reproduction, a study."""
+"""What a figure or a report can be made of: a probe's or monitor's result, a reproduction, a study."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import xarray as xr
 
 from rgfast.flow import judge
 from rgfast.flow.answers import FORMAT
+from rgfast.monitor.result import MonitorResult
 from rgfast.probing.result import ProbeResult
 
 __all__ = ["Experiment", "Source", "Study", "load"]
@@ -69,17 +70,19 @@ class Study:
     folder: Path
 
 
-Source = ProbeResult | Experiment | Study
+Source = ProbeResult | MonitorResult | Experiment | Study
 
 
 def load(source: Any) -> Source:
-    """The :class:`ProbeResult`, :class:`Experiment` or :class:`Study` that ``source`` is or names.
+    """The :class:`ProbeResult`, :class:`MonitorResult`, :class:`Experiment` or :class:`Study` that ``source``
+    is or names.
 
-    ``source`` may be one of them, what ``reproduce`` or a study returned, a dataset of either kind, the path
-    of a ``.nc`` file or of a folder. Raises TypeError for anything else, FileNotFoundError where there is
-    nothing, ValueError for a file or folder of another kind and a damaged one.
+    ``source`` may be one of them, what ``reproduce`` or a study returned, a dataset of a probe or a
+    reproduction, the path of a ``.nc`` file, of a monitor's file (``.jsonl``) or of a folder. Raises
+    TypeError for anything else, FileNotFoundError where there is nothing, ValueError for a file or folder of
+    another kind and a damaged one.
     """
-    if isinstance(source, (ProbeResult, Experiment, Study)):
+    if isinstance(source, (ProbeResult, MonitorResult, Experiment, Study)):
         return source
     if isinstance(source, (str, Path)):
         return _from_path(Path(source))
@@ -92,8 +95,8 @@ def load(source: Any) -> Source:
     if isinstance(folder, Path) and hasattr(source, "design") | hasattr(source, "universe"):
         return _from_folder(folder)
     raise TypeError(
-        "source must be a ProbeResult, what reproduce or a study returned, or the path of a result or a "
-        f"folder, got {type(source).__name__}"
+        "source must be a ProbeResult or MonitorResult, what reproduce or a study returned, or the path of a "
+        f"result or a folder, got {type(source).__name__}"
     )
 
 
@@ -102,6 +105,8 @@ def _from_path(path: Path) -> Source:
         return _from_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"source must be a result or a folder, and there is no {path}")
+    if path.suffix == ".jsonl":
+        return MonitorResult.load(path)
     try:
         with xr.open_dataset(path, engine="h5netcdf") as file:
             dataset = file.load()

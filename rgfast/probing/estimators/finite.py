@@ -12,7 +12,9 @@ from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming import NonFiniteError, check_finite, count_nonfinite
 
-__all__ = ["FiniteCheck"]
+__all__ = ["NOT_FINITE", "FiniteCheck"]
+
+NOT_FINITE = "activations must be finite"  # how the message starts
 
 
 class FiniteCheck:
@@ -61,6 +63,6 @@ class FiniteCheck:
     def _text(self, layer: int, length: int, position: int, number: int, seen: int, sequences: int) -> str:
         where = f" at position {position}" if length > 1 else ""
         return (
-            f"activations must be finite, got {number} NaN or infinite values in layer {layer}{where} "
+            f"{NOT_FINITE}, got {number} NaN or infinite values in layer {layer}{where} "
             f"({self._names[layer]}, sequences {seen} to {seen + sequences - 1})"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
-from rgfast.probing.estimators.finite import FiniteCheck
+from rgfast.probing.estimators.finite import NOT_FINITE, FiniteCheck
 from rgfast.probing.estimators.row_measures import Room
 from rgfast.probing.estimators.row_views import Part, RowViews, Tile
 from rgfast.probing.estimators.samples import SampleState, enough, tile_rows, worthwhile
@@ -212,7 +212,7 @@ class Rows:
             look.check(batch, seen)
             seen += batch.sequences
         look.look()
-        raise ValueError("activations must be finite, and their squares numbers of fp64; take smaller units")
+        raise ValueError(f"{NOT_FINITE}, and their squares numbers of fp64; take smaller units")
 
 
 class _Held:

@@ -20,6 +20,7 @@ from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.watcher import tile_streamer
 from rgfast.probing.estimators import samples
+from rgfast.probing.estimators.finite import NOT_FINITE
 from rgfast.probing.estimators.row_views import RowViews, Tile
 from rgfast.probing.estimators.samples import LEAST_TILES, SampleState, tile_rows
 from rgfast.probing.options import POSITIONAL
@@ -161,6 +162,6 @@ def _not_finite(states: Tensor, plan: Plan, where: Sequence[int]) -> str:
     bad = (~torch.isfinite(states)).sum((2, 3))
     layer, k = (int(i) for i in bad.nonzero()[0])
     return (
-        f"activations must be finite, got {int(bad[layer, k])} NaN or infinite values in layer {layer} at "
+        f"{NOT_FINITE}, got {int(bad[layer, k])} NaN or infinite values in layer {layer} at "
         f"position {where[k]} ({plan.names[layer]}, sequences 0 to {states.shape[2] - 1})"
     )
