@@ -32,9 +32,7 @@ def add_monitor(commands: Any) -> None:
         default="effective_rank",
         help="of the figure: a rank or a drift (default: effective_rank)",
     )
-    parser.add_argument(
-        "--view", metavar="VIEW", nargs="+", dest="views", help="of the figure (default: all)"
-    )
+    parser.add_argument("--views", metavar="NAME", nargs="+", help="of the figure (default: all)")
     parser.add_argument("--report", metavar="FILE", help="write one self-contained HTML page")
     add_json(parser, "steps, layers, ranks by step and when each layer collapsed")
     parser.set_defaults(run=_monitor)

@@ -39,7 +39,7 @@ def test_json(path, capsys):
 
 def test_figure_and_report(path, tmp_path, capsys):
     figure, page = tmp_path / "a.png", tmp_path / "a.html"
-    words = ["--figure", str(figure), "--measure", "kernel_drift", "--view", "pooled", "--report", str(page)]
+    words = ["--figure", str(figure), "--measure", "kernel_drift", "--views", "pooled", "--report", str(page)]
     assert main(["monitor", str(path), *words]) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "0 of 3 layers collapsed" in page.read_text()
@@ -51,7 +51,7 @@ def test_figure_and_report(path, tmp_path, capsys):
     [
         (["none.jsonl"], "there is no file none.jsonl"),
         (["--measure", "rank", "--figure", "a.png"], "measure must be one of effective_rank"),
-        (["--view", "masked", "--figure", "a.png"], "view must be one of position, pooled, mean_pooled"),
+        (["--views", "masked", "--figure", "a.png"], "view must be one of position, pooled, mean_pooled"),
     ],
 )
 def test_wrong_arguments(path, words, says, capsys, tmp_path, monkeypatch):
