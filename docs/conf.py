@@ -30,6 +30,8 @@ FROM_REPOSITORY = {
     "index": "README.md",
     "ops/spectrum": "rgfast/ops/spectrum/README.md",
     "ops/cka": "rgfast/ops/cka/README.md",
+    "ops/similarity": "rgfast/ops/similarity/README.md",
+    "ops/intrinsic_dimension": "rgfast/ops/intrinsic_dimension/README.md",
     "ops/moments": "rgfast/ops/moments/README.md",
     "ops/residual_mlp": "rgfast/ops/residual_mlp/README.md",
     "benchmarks/probe": "benchmarks/probe.md",

@@ -24,7 +24,9 @@ from rgfast.ops.cka import (
     kernel_drift,
     minibatch_cka,
 )
+from rgfast.ops.intrinsic_dimension import DimensionInfo, intrinsic_dimension
 from rgfast.ops.residual_mlp import residual_mlp, residual_stack
+from rgfast.ops.similarity import Calibrated, calibrate, mutual_knn, procrustes, rsa
 from rgfast.ops.spectrum import (
     IsotropicBaseline,
     RankEstimate,
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CKAAccumulator",
     "CKAResult",
+    "Calibrated",
+    "DimensionInfo",
     "FallbackWarning",
     "Forecast",
     "ImplUnavailable",
@@ -81,6 +85,7 @@ __all__ = [
     "SpectrumInfo",
     "Sweep",
     "__version__",
+    "calibrate",
     "cka",
     "cka_matrix",
     "cka_null",
@@ -91,17 +96,20 @@ __all__ = [
     "explain",
     "flow",
     "hsic",
+    "intrinsic_dimension",
     "isotropic_baseline",
     "kernel_change",
     "kernel_drift",
     "minibatch_cka",
     "moment_operator",
     "multiverse",
+    "mutual_knn",
     "numerical_rank",
     "observe",
     "participation_ratio",
     "plan",
     "probe",
+    "procrustes",
     "rank_measures",
     "rank_measures_from_moment",
     "record",
@@ -109,6 +117,7 @@ __all__ = [
     "reproduce",
     "residual_mlp",
     "residual_stack",
+    "rsa",
     "setups",
     "singular_values",
     "singular_values_from_moment",

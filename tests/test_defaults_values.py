@@ -187,6 +187,17 @@ WITHOUT_IMPL = {
     "minibatch_cka": lambda: rgfast.minibatch_cka(X, batch_size=12),
     "minibatch_cka of numpy": lambda: rgfast.minibatch_cka(ARRAY, batch_size=12),
     "kernel_change": lambda: rgfast.kernel_change(X),
+    "mutual_knn": lambda: rgfast.mutual_knn(X[0], X[1]),
+    "mutual_knn, euclidean": lambda: rgfast.mutual_knn(X[0], X[1], k=3, metric="euclidean"),
+    "mutual_knn by reference": lambda: rgfast.mutual_knn(X[0], X[1], k=3, impl="reference"),
+    "procrustes": lambda: rgfast.procrustes(X[0], X[1]),
+    "rsa": lambda: rgfast.rsa(X[0], X[1]),
+    "calibrate": lambda: [
+        dataclasses.astuple(rgfast.calibrate(name, X[0], X[1], null=3))[:2]
+        for name in ("cka", "mutual_knn", "procrustes", "rsa")
+    ],
+    "calibrate a function": lambda: rgfast.calibrate(rgfast.hsic, X[0], X[1], null=2).null,
+    "intrinsic_dimension": lambda: rgfast.intrinsic_dimension(X[0]),
     "cka_null": lambda: rgfast.cka_null(40, 6, 6),
     "isotropic_baseline": lambda: rgfast.isotropic_baseline(30, 20),
     "effective_rank_estimate": lambda: rgfast.effective_rank_estimate((X.mT @ X).double()[0, 0]),

@@ -8,6 +8,8 @@ A module per room, each with ``gate(device)`` (small inputs against fp64 truth) 
 ROOMS = {
     "spectrum": "eigvalsh in both precisions, effective_rank",
     "cka": "CKA of all pairs and of neighbours",
+    "similarity": "measures beside CKA, calibrated by permutations",
+    "intrinsic_dimension": "TwoNN",
     "moments": "products of rows added to second moments",
     "residual_mlp": "the residual block, forward and backward",
     "probe": "a whole probe against a forward that measures nothing",

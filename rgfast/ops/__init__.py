@@ -1,1 +1,1 @@
-"""The ops, one room each: moments, spectrum, cka, residual_mlp."""
+"""The ops, one room each: moments, spectrum, cka, similarity, intrinsic_dimension, residual_mlp."""

@@ -1,0 +1,1 @@
+"""Implementations of this room's ops."""
