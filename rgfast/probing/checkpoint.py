@@ -1,4 +1,8 @@
-"""Checkpoints of a running probe: moments and the place in the stream, in one file, written atomically."""
+"""Checkpoints of a running probe: rows or moments and the place in the stream, in one file, atomically.
+
+The rows of all batches so far are written each time. They are what a probe may hold in ``memory``, as moments
+are, which go to the file as often.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,8 @@ __all__ = [
     "write",
 ]
 
-FORMAT, VERSION = "rgfast.checkpoint", 1
+# Version 1, of 0.1, was of moments only.
+FORMAT, VERSION = "rgfast.checkpoint", 2
 _HEADER = "header"
 _PART = 1 << 22  # bytes of a tensor that are digested by themselves
 
@@ -39,7 +44,7 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     text = json.dumps({"format": FORMAT, "format_version": VERSION, **header})
 
     everything: dict[str, Any] = {_HEADER: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
-    # Moments may take most of the memory: they go to the file array by array.
+    # Rows and moments may take most of the memory: they go to the file array by array.
     write_stream(path, lambda file: np.savez(file, **everything))
 
 

@@ -16,7 +16,7 @@ from rgfast.probing.capture.batches import batch_items, batch_rows, is_array, it
 from rgfast.probing.options import human_bytes
 from rgfast.probing.predict import added_seconds, best_time
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
-from rgfast.probing.watch import opened
+from rgfast.probing.watch import Probe, opened
 from rgfast.validation import check_positive_int
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecast", "plan"]
 
-# Sequences of the forward that shows what there is to measure.
-_FEW = 4
+# Sequences of the forward that shows what there is to measure, and the rows per feature of another one that
+# shows which directions of a layer are rounding.
+_FEW, _ROWS_PER_FEATURE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ def plan(
 ) -> Forecast:
     """What :func:`rgfast.probe` of the same arguments would do and cost, a :class:`Forecast`.
 
-    The model runs on four sequences of the first batch, and then at least twice on all of that batch, nothing
-    measured, to time its forward (a few times more if that takes milliseconds). Some milliseconds more go to
-    products of each kind, which tell how fast this machine is. Times are a model's: expect a factor of two.
-    What is decided from the data as they come (padding in a later batch, layers that miss one, layers so
-    deficient that they are measured twice) is not foreseen.
+    The model runs on four sequences of the first batch, on as many as have twice as many rows as features,
+    and then at least twice on all of that batch, nothing measured, to time its forward (a few times more if
+    that takes milliseconds). Some milliseconds more go to products of each kind, which tell how fast this
+    machine is. Times are a model's: expect a factor of 1.5. What is decided from the data as they come
+    (padding in a later batch, layers that miss one, layers that are deficient at some positions only) is not
+    foreseen.
 
     ``batches`` and options are those of :func:`rgfast.probe`, of one process. An iterator would lose its
     first batch and is refused. ``sequences`` is how many there are in all: by default those of an array,
@@ -109,19 +111,26 @@ def plan(
     first = next((batch for batch in iterate(batches, spec.batch_size) if batch_rows(batch)), None)
     if first is None:
         raise ValueError("batches must hold at least one sequence, got none")
-    watched = opened(model, spec)
+    given = [x for x in (*batch_items(first), *model.parameters()) if isinstance(x, Tensor)]
+    on_cpu = all(x.device.type == "cpu" for x in given)
     few = _first_of(first, _FEW)
-    with watched:
-        watched.model.eval()
-        with torch.no_grad():
-            watched.run(few)
+    watched = _watched(model, spec, few)
+    if watched.plan is not None and on_cpu:
+        wanted = -(-_ROWS_PER_FEATURE * max(watched.plan.widths) // watched.plan.length)
+        if wanted > _FEW < batch_rows(first):
+            few = _first_of(first, wanted)
+            watched = _watched(model, spec, few)
     found = watched.foreseen(few, sequences)
     forward = best_time(partial(watched.forward, first)) * sequences / batch_rows(first)
     added = None
-    if all(
-        x.device.type == "cpu" for x in [*batch_items(first), *model.parameters()] if isinstance(x, Tensor)
-    ):
-        added = added_seconds(found.estimator, found.plan, sequences, uncentred=spec.uncentred)
+    if on_cpu:
+        added = added_seconds(
+            found.estimator,
+            found.plan,
+            sequences,
+            uncentred=spec.uncentred,
+            deficient=found.deficient,
+        )
     return Forecast(
         estimator=found.estimator,
         why=found.why,
@@ -131,6 +140,16 @@ def plan(
         forward_seconds=forward,
         seconds=None if added is None else forward + added,
     )
+
+
+def _watched(model: nn.Module, spec: ProbeSpec, batch: Any) -> Probe:
+    """A probe that has seen one batch."""
+    watched = opened(model, spec)
+    with watched:
+        watched.model.eval()
+        with torch.no_grad():
+            watched.run(batch)
+    return watched
 
 
 def _count(batches: Any) -> int:

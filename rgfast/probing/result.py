@@ -317,10 +317,10 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _packed(arrays: Mapping[str, NDArray[Any]]) -> xr.Dataset:
-    """All arrays end to end as fp64 (exact: counts stay below 2^53), or fp32 if all are, with an index of
-    names and shapes."""
+    """All arrays end to end as fp64 (exact: counts stay below 2^53), or fp32 if that holds all, with an index
+    of names and shapes."""
     index = [[name, value.dtype.str, list(value.shape)] for name, value in arrays.items()]
-    single = all(value.dtype in (np.float32, np.bool_) for value in arrays.values())
+    single = all(value.dtype in (np.float32, np.bool_, np.int8, np.int16) for value in arrays.values())
     kind = np.float32 if single else np.float64
     data = np.concatenate([value.astype(kind).reshape(-1) for value in arrays.values()])
     return xr.Dataset({"data": ("entry", data)}, attrs={"index": json.dumps(index)})

@@ -79,9 +79,10 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             map from the others; with ``groups=1`` five groups are made.
         groups: G > 1 gives jackknife standard errors over G groups of sequences, number i in group i mod G.
             The state is G times as large.
-        checkpoint: a file to write the moments to, atomically, after every ``checkpoint_every`` batches and
-            at the end. Where it exists the run goes on from it: with the same batches in the same order the
-            bits are those of a run that never stopped (on the same machine and versions).
+        checkpoint: a file to write the state to, atomically, after every ``checkpoint_every`` batches and at
+            the end: all rows so far, or moments. If it exists the run goes on from it: with the same batches
+            in the same order the bits are those of a run that never stopped (on the same machine and
+            versions). NaN and infinity are reported before anything is written.
         progress: show a bar, and print what was chosen and what it costs; by default on a terminal.
         memory: bytes, or text such as ``"4GiB"``, that the state may take, of those that a GPU has free.
         views: some of ``visible`` (rows whose token is seen), ``masked``, ``position`` (all rows at each
@@ -97,12 +98,13 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             layers and takes those of a position at once, in a fraction of the time, on the smaller side of
             rows and features. It is for at most 4,096 sequences whose rows fit ``memory``, all on one device
             and off the CPU without padding or masks, of
-            ``pairs`` adjacent or all, without targets or refine, one process by itself. CKA and drift of
+            ``pairs`` adjacent or all, without refine, one process by itself. CKA and drift of
             positions then come from fp32 products (as those of :func:`rgfast.cka_matrix`: within 1e-6, close
             neighbors from fp64 ones). A :class:`ResidualStack` with ``mixing="none"`` takes a few positions
-            at a time through all layers and has nothing held: merging or saving its result takes another
-            forward. ``"auto"`` takes this route if it can, with compiled kernels, and the work is more than a
-            moment's; what outgrows it is summed up from the first batch on.
+            at a time through all layers and, without targets or a checkpoint, has nothing held: merging or
+            saving its result takes another forward. ``"auto"`` takes this route if it can, with compiled
+            kernels, and the work is more than a moment's; what outgrows it is summed up from the first batch
+            on.
             ``result.dataset.attrs["route"]`` says which it was.
         distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than

@@ -145,9 +145,6 @@ class ProbeSpec:
             self._set("groups", _FOLDS)
         if self.checkpoint is not None:
             self._set("checkpoint", checked_path(self.checkpoint))
-            if self.route == "samples":
-                raise ValueError("checkpoint: the route 'samples' has nothing to write; take route='moments'")
-            self._set("route", "moments")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -146,9 +146,8 @@ class Tally:
     @property
     def _may_tile(self) -> bool:
         spec = self._spec
-        return not (
-            self._no_samples or spec.reads_layers or spec.mask is not None or spec.checkpoint is not None
-        )
+        of_entries = spec.mask is not None or bool(spec.targets)
+        return not (self._no_samples or spec.reads_layers or of_entries or spec.checkpoint is not None)
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
         """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""
@@ -162,11 +161,12 @@ class Tally:
                     why = (
                         "the rows of a few positions go through all layers of a stack without mixing at once"
                     )
-                    return Foreseen("tiles", why, plan, 4 * rows * sum(plan.widths))
+                    return Foreseen("tiles", why, plan, 4 * rows * sum(plan.widths), self._deficient())
         held, moments = self._rows, self._moments
         plan = held.plan if held is not None else moments.plan if moments is not None else None
         assert plan is not None
-        rows_bytes = 4 * sequences * plan.length * sum(plan.widths)
+        targets = sum(width for _, width in plan.targets)
+        rows_bytes = sequences * plan.length * (4 * sum(plan.widths) + 8 * targets)
         reasons = {
             self._no_samples or self._why_moments: held is None,
             f"there are more than {LIMIT} sequences": sequences > LIMIT,
@@ -177,10 +177,14 @@ class Tally:
         why = next((reason for reason, holds in reasons.items() if reason and holds), "")
         if not why:
             why = f"the rows of at most {LIMIT} sequences fit memory="
-            return Foreseen("rows", why, plan, rows_bytes)
+            return Foreseen("rows", why, plan, rows_bytes, self._deficient())
         if moments is None:
             raise ValueError(f"{self._too_big} (rows cannot be held, since {why})")
-        return Foreseen("moments", why, moments.plan, moments.plan.state_bytes)
+        return Foreseen("moments", why, moments.plan, moments.plan.state_bytes, self._deficient())
+
+    def _deficient(self) -> tuple[int, ...]:
+        """What :class:`Foreseen` says."""
+        return self._rows.deficient() if isinstance(self._rows, Rows) else ()
 
     def name_layers(self, names: Sequence[str]) -> None:
         """Name the layers of the batches to come: a module that runs several times is as many layers.
@@ -306,18 +310,22 @@ class Tally:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
         self._look()
-        self._hand_over("a snapshot is of moments")
-        if self._moments is None:
+        if self.plan is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")
         header = {
-            "plan": self._moments.plan.to_json(),
-            "masked": self._moments.masked,
             "first": None if self._first_batch is None else asdict(self._first_batch),
             "asked": self._asked(),
             "model": checkpoints.model_digest(self._model),
             "provenance": self._provenance,
         }
-        return header, self._moments.state()
+        rows = self._rows
+        if isinstance(rows, Rows):
+            rows.look()
+            return {**header, "plan": rows.plan.to_json(), "notes": list(rows.notes)}, rows.state()
+        self._hand_over("a snapshot is of moments")
+        moments = self._moments
+        assert moments is not None
+        return {**header, "plan": moments.plan.to_json(), "masked": moments.masked}, moments.state()
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """What :meth:`rgfast.Probe.restore` says."""
@@ -330,13 +338,39 @@ class Tally:
         if not checkpoints.is_model(header["model"], self._model):
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
-        self._moments = Moments(plan, masked=header["masked"], unread=self._unread)
-        self._moments.load(arrays, self._device())
+        of_rows = Rows.is_state(arrays)
+        if of_rows or self._ranks is not None:
+            self._agreed(FirstBatch.from_json(header["first"]))
         for target, (_, width) in zip(self._targets, plan.targets, strict=True):
             target.classes = width
-        if self._ranks is not None:
-            self._agreed(FirstBatch.from_json(header["first"]))
+        if of_rows:
+            self._restore_rows(plan, header["notes"], arrays)
+        elif self._spec.route == "samples":
+            raise ValueError(
+                "route: 'samples' cannot be taken, since the checkpoint is of moments; delete it to start "
+                "anew"
+            )
+        else:
+            self._moments = Moments(plan, masked=header["masked"], unread=self._unread)
+            self._moments.load(arrays, self._device())
         self._provenance = {**header["provenance"], "weights": checkpoints.model_digest(self._model)}
+
+    def _restore_rows(
+        self, plan: Plan, notes: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]
+    ) -> None:
+        """Hold the rows of a checkpoint, with empty moments to hand them over to."""
+        first = self._first_batch
+        assert first is not None
+        rows = Rows(plan, room(first, self._spec), uncentred=self._spec.uncentred)
+        rows.load(arrays, self._device(), notes)
+        self._rows = rows
+        try:
+            moments = plan_of(first, self._spec, self._names)
+            self._moments = Moments(moments, masked=first.masked, unread=self._unread)
+        except ValueError as error:
+            self._too_big = error
+        if self._no_samples:
+            self._hand_over(self._no_samples)
 
     def _asked(self) -> dict[str, Any]:
         ranks = None if self._ranks is None else [self._ranks.rank, self._ranks.size]
@@ -449,8 +483,8 @@ def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None, device: torch.device) 
         return "several processes probe together"
     if spec.route == "auto" and not waits_for(device) and why_slow() is not None:
         return "moments take less time without compiled kernels"
-    if spec.targets or spec.refine is not None:
-        return "it knows no targets or refine"
+    if spec.refine is not None:
+        return "refine= is about moments"
     if spec.compared not in ("adjacent", "all", ()):
         return "it compares adjacent or all pairs of layers"
     return ""

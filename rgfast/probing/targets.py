@@ -17,12 +17,14 @@ from rgfast.runtime.threads import one_thread
 from rgfast.streaming import MomentAccumulator
 from rgfast.validation import as_tensor, kind_and_way
 
-__all__ = ["Target", "TargetSpec", "linear_r2", "make_targets"]
+__all__ = ["Target", "TargetSpec", "linear_r2", "make_targets", "over_folds", "pseudo_inverse"]
 
 TargetSpec = Tensor | NDArray[Any] | str | Callable[[Mapping[str, Any]], Any]
 
 # Directions whose variance is below this fraction of the largest are rounding of fp32 activations.
 _CUTOFF = 1e-12
+# Up to this condition number a Cholesky factor loses no more than an eigendecomposition.
+_REGULAR = 1e10
 
 
 class Target:
@@ -77,6 +79,7 @@ class Target:
             found = found[:, None]
         elif found.dim() == 2 and tuple(found.shape) == (batch, length) and length > 1:
             found = found[..., None]
+        found = found.to(torch.float64)  # first, since it would write out what is expanded
         if found.dim() == 2:
             found = found[:, None].expand(-1, length, -1)
         if found.dim() != 3 or tuple(found.shape[:2]) != (batch, length):
@@ -86,7 +89,7 @@ class Target:
             )
         said = f"targets[{self.name!r}] must be finite, got NaN or infinity"
         unread.check((~torch.isfinite(found)).any(), lambda bad: said if bool(bad) else "")
-        return found.to(torch.float64)
+        return found
 
     def _batch(self, entries: Mapping[str, Any], start: int, batch: int) -> Tensor:
         if isinstance(self._source, Tensor):
@@ -167,15 +170,15 @@ def linear_r2(
             if fold.widths == () or train.widths == ():
                 continue
             for layer in range(layers):
-                inverse = _pseudo_inverse(_flat(train.scatter(layer)))
+                inverse = pseudo_inverse(_flat(train.scatter(layer)))
                 for k in range(targets):
                     errors[:, g, k, layer] = _errors(fold, train, inverse, layer, layers + k)
-    found: tuple[Tensor, Tensor] = _over_folds(errors)
+    found: tuple[Tensor, Tensor] = over_folds(errors)
     return found
 
 
 @numpy_on_cpu
-def _over_folds(errors: Any) -> Any:
+def over_folds(errors: Any) -> Any:
     """R² of all folds and its standard error, of ``errors[2, G, ...]``."""
     library: Any = torch if isinstance(errors, Tensor) else np
     residual, total = errors
@@ -193,8 +196,31 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _pseudo_inverse(scatter: Tensor) -> Tensor:
-    value, vector = torch.linalg.eigh(scatter.nan_to_num(0.0))
+def pseudo_inverse(scatter: Tensor) -> Tensor:
+    """The inverse of positive semidefinite ``scatter[P, d, d]`` on directions that are more than rounding.
+
+    An eigendecomposition costs some twenty times a Cholesky factorization, and is taken where that cannot
+    show that every direction counts: the traces of a matrix and its inverse bound its condition number.
+    """
+    scatter = scatter.nan_to_num(0.0)
+    lower, failed = torch.linalg.cholesky_ex(scatter)
+    inverse = torch.zeros_like(scatter)
+    factored = (failed == 0).nonzero()[:, 0]
+    if len(factored):
+        inverse[factored] = torch.cholesky_inverse(lower[factored])
+    condition = _trace(scatter) * _trace(inverse)
+    singular = (~((condition > 0) & (condition < _REGULAR))).nonzero()[:, 0]
+    if len(singular):
+        inverse[singular] = _by_eigenvectors(scatter[singular])
+    return inverse
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _by_eigenvectors(scatter: Tensor) -> Tensor:
+    value, vector = torch.linalg.eigh(scatter)
     kept = value > _CUTOFF * value[:, -1:].clamp_min(0.0)
     inverse = torch.where(kept, 1.0 / torch.where(kept, value, 1.0), 0.0)
     product: Tensor = (vector * inverse[:, None]) @ vector.transpose(1, 2)
@@ -210,7 +236,7 @@ def _errors(
     weight = inverse @ _flat(train.cross(layer, target))  # [P, d, m]
     xx, xy = _flat(fold.scatter(layer)), _flat(fold.cross(layer, target))
     yy = fold.scatter(target)
-    yy = _flat(yy).diagonal(dim1=1, dim2=2).sum(1)
+    yy = _trace(_flat(yy))
     off_x, off_y = ((fold.mean(k) - train.mean(k)).reshape(len(count), -1) for k in (layer, target))
     missed = off_y - (off_x[:, None] @ weight)[:, 0]
     residual = yy - 2 * (weight * xy).sum((1, 2)) + (weight * (xx @ weight)).sum((1, 2))

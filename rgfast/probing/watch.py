@@ -214,9 +214,9 @@ class Probe:
             return self._tally.result(last=not self._watcher.is_open)
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-        """All that a checkpoint holds: what is measured and on which model, and the moments.
+        """All that a checkpoint holds: what is measured and on which model, and the rows or moments so far.
 
-        Raises RuntimeError before the first forward.
+        Raises RuntimeError before the first forward, ValueError if a layer was not finite.
         """
         with self._home.own():
             return self._tally.snapshot()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rgfast
 from rgfast.ops.fast import why_slow
-from rgfast.probing import predict
+from rgfast.probing import forecast, predict
 from rgfast.probing.plan import make_plan
 
 needs_native = pytest.mark.skipif(why_slow() is not None, reason="the native module is not built")
@@ -179,3 +179,40 @@ def test_seconds_are_what_is_counted_at_the_rates_that_were_measured(monkeypatch
     # Fewer rows than features keep their triangular factors.
     assert predict.work_of("moments", plan, 7, uncentred=False).factors > 0
     assert predict.work_of("moments", plan, 100, uncentred=False).factors == 0
+
+
+@needs_native
+@pytest.mark.parametrize("n", [40, 3])
+def test_layers_that_lose_small_values_are_recognized(n, monkeypatch):
+    """A LayerNorm leaves one direction of rounding, and one more about zero if it has no bias."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(12, 12), nn.LayerNorm(12, bias=False), nn.Linear(12, 12), nn.LayerNorm(12)
+    )
+    nn.init.normal_(model[3].bias)
+    seen = []
+
+    def added(*args, deficient, **options):
+        seen.append(deficient)
+        return 1.0
+
+    monkeypatch.setattr(forecast, "added_seconds", added)
+    rgfast.plan(model, data(n, 3, 12), layers=["0", "1", "2", "3"], route="samples" if n > 3 else "auto")
+    # The linear map keeps the direction; fewer rows than features do not tell.
+    assert seen == [(0, 2, 1, 1) if n > 3 else ()]
+
+
+def test_refinements_and_maps_are_counted():
+    plan = planned(groups=4, targets=[("y", 2)], views=["position", "pooled"])
+    deficient = (0, 2, 1)
+    work = predict.work_of("rows", plan, 100, uncentred=True, deficient=deficient)
+    # Jackknife parts of positions are refined too, those of the pooled moments are not.
+    assert work.refined == ((2 * 25, 100, 8), (25, 100, 8), (2, 500, 8), (1, 500, 8))
+    # Fewer rows than features have no value that a moment loses.
+    assert not predict.work_of("rows", plan, 1, uncentred=True, deficient=deficient).refined
+    bare = predict.work_of("rows", planned(groups=4, views=["position", "pooled"]), 100, uncentred=True)
+    clouds = ((5, 100), (1, 500))
+    maps = sum(count * (4 * 8**3 * (1 + 20 + 20) + 3 * 2 * rows * 8 * 8) for count, rows in clouds)
+    assert work.moments == bare.moments + maps
+    summed = [predict.work_of("moments", plan, 100, uncentred=True, deficient=d) for d in (deficient, ())]
+    assert summed[0].factors > summed[1].factors == 0

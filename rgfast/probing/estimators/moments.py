@@ -22,7 +22,7 @@ from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import numbers, sent, waits_for
 from rgfast.streaming import MomentAccumulator, settle
 
-__all__ = ["Moments", "all_but_one", "joined_moments"]
+__all__ = ["Moments", "all_but_one", "joined_moments", "layers_of"]
 
 
 class Moments:
@@ -167,7 +167,7 @@ class Moments:
         """Those of a view, and of the others that are better measured along with it."""
         if view == "flattened":
             found = [
-                measure_moments(_layers_of(moments, len(members)), spectra=False)
+                measure_moments(layers_of(moments, len(members)), spectra=False)
                 for members, moments in self._moments(view)
             ]
             return {view: self._spread(view, found)}
@@ -176,7 +176,7 @@ class Moments:
             others = (other for other in self.plan.views if other not in (view, "flattened"))
             views += [other for other in others if self._streams(other) == self._streams(view)]
         measured = [
-            measure_all([_layers_of(moments, len(members)) for members, moments in beside])
+            measure_all([layers_of(moments, len(members)) for members, moments in beside])
             for beside in zip(*(self._moments(one) for one in views), strict=True)
         ]
         by_view = zip(views, zip(*measured, strict=True), strict=True)
@@ -190,10 +190,7 @@ class Moments:
             folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
             rest = list(all_but_one(folds, []))
             left_out.append(
-                [
-                    measure_moments(_layers_of(part, len(members)), spectra=False, refine=False)
-                    for part in rest
-                ]
+                [measure_moments(layers_of(part, len(members)), spectra=False, refine=False) for part in rest]
             )
             if targets and view != "flattened":
                 if r2 is None:
@@ -340,7 +337,7 @@ def _part_of(
     return _accumulator(held, pending).merge(state[old.name].only(at))
 
 
-def _layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
+def layers_of(moments: MomentAccumulator, layers: int) -> MomentAccumulator:
     """Without the targets."""
     return moments if len(moments.widths) <= layers else moments.only(range(layers))
 

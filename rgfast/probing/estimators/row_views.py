@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -16,13 +16,15 @@ from rgfast.ops.spectrum.measures import times_power
 from rgfast.ops.spectrum.rows import refine_spectra
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.estimators.moment_measures import Again, Centering, measure_moments
-from rgfast.probing.estimators.moments import all_but_one, joined_moments
+from rgfast.probing.estimators.moments import all_but_one, joined_moments, layers_of
 from rgfast.probing.estimators.pooled import Pooled
 from rgfast.probing.estimators.row_measures import DOUBT, Align, Room, measure_rows
+from rgfast.probing.estimators.row_targets import errors_on_groups
 from rgfast.probing.measured import Measured, doubtful, joined
 from rgfast.probing.options import POSITIONAL
 from rgfast.probing.plan import Plan
-from rgfast.streaming import MomentAccumulator
+from rgfast.probing.targets import linear_r2, over_folds
+from rgfast.streaming import MomentAccumulator, pair_keys
 
 __all__ = ["Part", "RowViews", "Tile"]
 
@@ -40,7 +42,8 @@ class Tile:
     """The rows of some positions, one position after another: ``rows[l][R, d_l]``, ``counts`` of each.
 
     ``sequence[R]`` numbers the sequences that rows are of, None if every position has those of all in their
-    order; ``hidden[R]`` says whose token was hidden, None if there is no mask.
+    order; ``hidden[R]`` says whose token was hidden, None if there is no mask. ``targets[k][R, m_k]`` are
+    what rows are asked about.
     """
 
     positions: Sequence[int]
@@ -48,6 +51,7 @@ class Tile:
     rows: Sequence[Tensor] | Tensor
     sequence: Tensor | None = None
     hidden: Tensor | None = None
+    targets: Sequence[Tensor] = ()
 
 
 class RowViews:
@@ -66,7 +70,14 @@ class RowViews:
         self._pools = "pooled" in plan.views
         self._few = self._pools and total < max(plan.widths)
         self._clouds: list[Tile] = []
-        self._sums = [MomentAccumulator(pairs=plan.pairs) for _ in range(plan.groups)]
+        layers = len(plan.widths)
+        pairs = plan.pairs
+        if plan.targets:
+            asked = [(layer, layers + k) for layer in range(layers) for k in range(len(plan.targets))]
+            pairs = [*pair_keys(pairs, layers), *asked]
+        self._sums = [MomentAccumulator(pairs=pairs) for _ in range(plan.groups)]
+        self._errors: dict[str, list[tuple[int, Tensor]]] = {}
+        self._r2: dict[str, tuple[Tensor, Tensor]] = {}
         self._pool_of_all = Pooled(plan.widths, plan.pairs) if plan.groups == 1 else None
         self._room = Room()
         self._means: list[Tensor] = []
@@ -101,6 +112,29 @@ class RowViews:
             found["mean_pooled"] = self._of_means()
         return found
 
+    def r2(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """R² of the targets ``[targets, layers, P]`` and its standard error by view, after :meth:`finish`."""
+        for view, parts in self._errors.items():
+            parts.sort(key=lambda part: part[0])
+            self._r2[view] = over_folds(torch.cat([errors for _, errors in parts], 4))
+        return self._r2
+
+    def _ask(
+        self,
+        view: str,
+        position: int,
+        rows: Sequence[Tensor] | Tensor,
+        targets: Sequence[Tensor],
+        sequence: Tensor | None,
+    ) -> None:
+        """Take the errors of the targets on each group, of ``rows[l][P, R, d_l]`` of these sequences."""
+        if self._plan.targets:
+            if sequence is None:
+                sequence = _counted(rows[0].shape[1], rows[0].device)
+            groups = self._plan.groups
+            errors = errors_on_groups(rows, targets, sequence % groups, groups)
+            self._errors.setdefault(view, []).append((position, errors))
+
     def cloud(self, rows: Sequence[Tensor], sequence: Tensor | None) -> Part | None:
         """The measures of ``rows[l][R, d_l]`` of these sequences (None: all in order) as one cloud."""
         return self._variants([x[None] for x in rows], sequence)
@@ -126,6 +160,8 @@ class RowViews:
             if part is None:
                 return False
             self._parts["position"].append((tile.positions[0], part))
+            targets = [y.view(-1, n, y.shape[1]) for y in tile.targets]
+            self._ask("position", tile.positions[0], rows, targets, None)
             return True
         for position, at in _segments(tile):
             if position not in self._followed:
@@ -133,15 +169,19 @@ class RowViews:
             hidden = None if tile.hidden is None else tile.hidden[at]
             for view in self._positional:
                 kept = None if view == "position" else hidden if view == "masked" else ~_given(hidden)
-                rows = [x[at] if kept is None else x[at][kept] for x in tile.rows]
+                rows, targets = (
+                    [(x[at] if kept is None else x[at][kept])[None] for x in some]
+                    for some in (tile.rows, tile.targets)
+                )
                 sequence = None if tile.sequence is None else tile.sequence[at]
                 if kept is not None:
-                    numbers = torch.arange(len(kept), dtype=torch.int64, device=kept.device)
+                    numbers = _counted(len(kept), kept.device)
                     sequence = (numbers if sequence is None else sequence)[kept]
-                part = self._variants([x[None] for x in rows], sequence)
+                part = self._variants(rows, sequence)
                 if part is None:
                     return False
                 self._parts[view].append((position, part))
+                self._ask(view, position, rows, targets, sequence)
         return True
 
     def _variants(
@@ -166,7 +206,7 @@ class RowViews:
             return measure(rows, groups)
         n = rows[0].shape[1]
         if sequence is None:
-            sequence = torch.arange(n, dtype=torch.int64, device=rows[0].device)
+            sequence = _counted(n, rows[0].device)
         found = measure(rows, 1)
         for group in range(groups):
             kept = sequence % groups != group
@@ -177,9 +217,8 @@ class RowViews:
     def _pool(self, tile: Tile) -> None:
         groups = self._plan.groups
         if self._few:
-            self._clouds.append(
-                Tile(tile.positions, tile.counts, [x.clone() for x in tile.rows], _numbers(tile))
-            )
+            rows, targets = ([x.clone() for x in some] for some in (tile.rows, tile.targets))
+            self._clouds.append(replace(tile, rows=rows, targets=targets, sequence=_numbers(tile)))
             return
         if self._pool_of_all is not None:
             if len(tile.rows[0]):
@@ -189,15 +228,17 @@ class RowViews:
         for g, sums in enumerate(self._sums):
             at = (group == g).nonzero()[:, 0]
             if len(at):
-                sums.add_block([x[at][None] for x in tile.rows])
+                sums.add_block([x[at][None] for x in (*tile.rows, *tile.targets)])
 
     def _few_pooled(self) -> Part:
-        rows = [
-            torch.cat([tile.rows[layer] for tile in self._clouds]) for layer in range(len(self._plan.widths))
-        ]
+        rows, targets = (
+            [torch.cat(parts)[None] for parts in zip(*some, strict=True)]
+            for some in ([t.rows for t in self._clouds], [t.targets for t in self._clouds])
+        )
         sequence = torch.cat([_given(tile.sequence) for tile in self._clouds])
-        found = self.cloud(rows, sequence)
+        found = self._variants(rows, sequence)
         assert found is not None  # every tile was looked at
+        self._ask("pooled", -1, rows, targets, sequence)
         return found
 
     def _pooled(self, rows_of: Callable[[int], Tensor | None]) -> Part:
@@ -217,47 +258,59 @@ class RowViews:
             _solve_again(rows, solved, centering, whole.exponent(layer))
             return doubt
 
-        whole = joined_moments(self._sums) if self._pool_of_all is None else self._pool_of_all.moments()
+        layers, targets = len(self._plan.widths), len(self._plan.targets)
+        whole = (
+            layers_of(joined_moments(self._sums), layers)
+            if self._pool_of_all is None
+            else self._pool_of_all.moments()
+        )
         better: Again = again
         found = [measure_moments(whole, refine=False, again=better)]
         if self._plan.groups > 1:
-            found += [
-                measure_moments(part, spectra=False, refine=False) for part in all_but_one(self._sums, [])
-            ]
+            rest = list(all_but_one(self._sums, []))
+            found += [measure_moments(layers_of(part, layers), spectra=False, refine=False) for part in rest]
+            if targets:
+                self._r2["pooled"] = linear_r2(self._sums, rest, layers, targets)
         return tuple(found)
 
     def _add_to_means(self, tile: Tile) -> None:
         if not self._means:
             device = tile.rows[0].device
             self._means = [
-                torch.zeros(self._sequences, width, dtype=torch.float64, device=device)
-                for width in self._plan.widths
+                torch.zeros(self._sequences, x.shape[1], dtype=torch.float64, device=device)
+                for x in (*tile.rows, *tile.targets)
             ]
             self._counted = torch.zeros(self._sequences, dtype=torch.float64, device=device)
         counted = _given(self._counted)
         if tile.sequence is None:
             counted += float(len(tile.counts))
-            for sums, x in zip(self._means, tile.rows, strict=True):
+            for sums, x in zip(self._means, (*tile.rows, *tile.targets), strict=True):
                 add_positions(x.view(len(tile.counts), -1, x.shape[1]), sums)
             return
         for _, at in _segments(tile):
             sequence = tile.sequence[at]
             counted[sequence] += 1.0
-            for sums, x in zip(self._means, tile.rows, strict=True):
+            for sums, x in zip(self._means, (*tile.rows, *tile.targets), strict=True):
                 sums.index_add_(0, sequence, x[at].to(torch.float64))
 
     def _of_means(self) -> Part:
         counted = _given(self._counted)
         kept = (counted > 0).nonzero()[:, 0]
         every = len(kept) == len(counted)
-        rows = [
+        means = [
             sums / counted[:, None] if every else sums[kept] / counted[kept, None] for sums in self._means
         ]
+        rows, targets = (
+            [x[None] for x in some]
+            for some in (means[: len(self._plan.widths)], means[len(self._plan.widths) :])
+        )
         fits = len(kept) >= max(self._plan.widths) and self._plan.groups == 1
         fits = fits and all(_MODERATE[0] < float(x.abs().max()) < _MODERATE[1] for x in rows)
         align = _Aligned(Pooled(self._plan.widths, self._plan.pairs), self._adjacent) if fits else None
-        found = self._variants([x[None] for x in rows], None if every else kept, align)
+        sequence = None if every else kept
+        found = self._variants(rows, sequence, align)
         assert found is not None
+        self._ask("mean_pooled", -1, rows, targets, sequence)
         return found
 
 
@@ -296,8 +349,11 @@ def _numbers(tile: Tile) -> Tensor:
     """The sequence of every row."""
     if tile.sequence is not None:
         return tile.sequence
-    every = torch.arange(tile.counts[0], dtype=torch.int64, device=tile.rows[0].device)
-    return every.repeat(len(tile.counts))
+    return _counted(tile.counts[0], tile.rows[0].device).repeat(len(tile.counts))
+
+
+def _counted(number: int, device: torch.device) -> Tensor:
+    return torch.arange(number, dtype=torch.int64, device=device)
 
 
 def _finite(x: Tensor) -> bool:

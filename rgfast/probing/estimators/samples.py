@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.estimators.row_views import Part
@@ -19,19 +21,23 @@ LIMIT = 4096
 _TILE_BYTES, LEAST_TILES = 112 << 20, 4
 # With fewer products of pairs than these any route takes a moment, and moments take no rows to merge.
 _LEAST_FLOPS = 1e9
+# What the eigenvectors that a target's map may need cost, over the third power of the width.
+_MAP_FLOPS = 10.0
 
 
 @dataclass(frozen=True)
 class SampleState:
     """What was measured of ``sequences`` sequences, by view: of all, and of all but those of each group.
 
-    It cannot be added to.
+    ``r2`` is that of the targets and its standard error, of views that they are asked in. Nothing can be
+    added.
     """
 
     plan: Plan
     sequences: int
     parts: Mapping[str, Part]
     masked: bool = False
+    r2: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     route = "samples"
 
@@ -40,17 +46,19 @@ class SampleState:
         return self.parts[view][0]
 
     def by_group(self, view: str) -> ByGroup:
-        """The measures without each group of sequences."""
-        return list(self.parts[view][1:]), None
+        """The measures without each group of sequences, and R² of the targets."""
+        return list(self.parts[view][1:]), self.r2.get(view)
 
 
 def worthwhile(plan: Plan, sequences: int) -> bool:
-    """Whether the products that moments of so many sequences take would be felt."""
+    """Whether what moments of so many sequences take would be felt."""
     layers = len(plan.names)
     pairs = 2 * layers if plan.pairs == "adjacent" else layers * (layers + 1) / 2
     width = sum(plan.widths) / layers
-    flops = 2.0 * sequences * max(1, len(plan.positions)) * width**2 * pairs
-    return flops >= _LEAST_FLOPS
+    flops = 2.0 * sequences * width**2 * pairs
+    if plan.targets:
+        flops += _MAP_FLOPS * plan.groups * layers * width**3
+    return max(1, len(plan.positions)) * flops >= _LEAST_FLOPS
 
 
 def enough(sequences: int, groups: int) -> bool:
