@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "is_model",
     "model_digest",
     "read",
+    "runs_of",
     "write",
 ]
 
@@ -82,6 +84,14 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
             f"reads up to {VERSION})"
         )
     return header, arrays
+
+
+def runs_of(names: Sequence[str], seen: Any) -> list[str]:
+    """The layers ``names``, as the forwards before a checkpoint, ``seen``, have told how often each runs;
+    ``names`` if these are of other layers."""
+    if not isinstance(seen, list) or {*names} != {re.sub(r"#\d+$", "", str(name)) for name in seen}:
+        return list(names)
+    return [str(name) for name in seen]
 
 
 def model_digest(model: nn.Module) -> str:

@@ -329,6 +329,7 @@ class Tally:
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """What :meth:`rgfast.Probe.restore` says."""
+        self._names = checkpoints.runs_of(self._names, header["asked"].get("layers"))
         for name, value in self._asked().items():
             if header["asked"].get(name) != value:
                 was = header["asked"].get(name)

@@ -72,6 +72,31 @@ def test_an_interrupted_run_goes_on(token_model, token_data, tmp_path, every):
     np.testing.assert_array_equal(third.dataset.effective_rank, whole.dataset.effective_rank)
 
 
+def test_a_block_that_runs_again_and_again_goes_on(tmp_path):
+    """Its layers are known from the first forward on, which the resumed run has not seen."""
+
+    class Universal(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())])
+
+        def forward(self, x):
+            for _ in range(3):
+                x = x + self.block[0](x)
+            return x
+
+    model, options = Universal(), {"layers": "block", "checkpoint_every": 2, "progress": False}
+    batches = list(torch.randn(6, 16, 4, 8))
+    whole = rgfast.probe(model, batches, **options, checkpoint=tmp_path / "whole")
+    with pytest.raises(Stop):
+        rgfast.probe(model, stopping(batches, 4), **options, checkpoint=tmp_path / "cut")
+    resumed = rgfast.probe(model, batches, **options, checkpoint=tmp_path / "cut")
+    assert resumed.layers == ("block.0:input", "block.0#1", "block.0#2", "block.0#3")
+    assert resumed.dataset.equals(whole.dataset)
+    with pytest.raises(ValueError, match="checkpoint is of another probe: layers was"):
+        rgfast.probe(model, batches, **{**options, "layers": ["block.0"]}, checkpoint=tmp_path / "cut")
+
+
 def test_labels_keep_their_number_over_a_stop(token_model, token_data, tmp_path):
     data = {**token_data, "label": (torch.arange(300) < 30).long()[:, None].expand(-1, 6).contiguous()}
     batches, path, options = batches_of(data), tmp_path / "run.checkpoint", {"targets": {"label": "label"}}
