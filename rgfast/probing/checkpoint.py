@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ __all__ = [
 FORMAT, VERSION = "rgfast.checkpoint", 2
 _HEADER = "header"
 _PART = 1 << 22  # bytes of a tensor that are digested by themselves
+_TRANSFER = 64 << 20  # bytes of tensors that come from a device at once
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -95,14 +96,20 @@ def runs_of(names: Sequence[str], seen: Any) -> list[str]:
 
 
 def model_digest(model: nn.Module) -> str:
-    """A digest of the model's class, its parameters and buffers, taken on as many threads as torch has."""
+    """A digest of the model's class, its parameters and buffers, taken on as many threads as torch has.
+
+    It is the same wherever they are. Those on a device come to the host, where processors have instructions
+    for it, many in one transfer.
+    """
     digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=16)
+    state = model.state_dict()
+    data_of = _data(value for value in state.values() if isinstance(value, Tensor))
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
-        for name, value in model.state_dict().items():
+        for name, value in state.items():
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                kind, data = _bytes_of(value)
-                digest.update(kind)
+                data = next(data_of)
+                digest.update(_kind(value))
                 parts = (data[at : at + _PART] for at in range(0, len(data), _PART))
                 for part in threads.map(_part_digest, parts):
                     digest.update(part)
@@ -141,15 +148,35 @@ def batch_digest(batch: Any) -> str:
 
 
 def _update(digest: hashlib.blake2b, value: Tensor) -> None:
-    for part in _bytes_of(value):
-        digest.update(part)
+    digest.update(_kind(value))
+    digest.update(next(_data([value])))
 
 
-def _bytes_of(value: Tensor) -> tuple[bytes, memoryview]:
-    """What kind of tensor it is, and its elements."""
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-    return f"{value.dtype}{tuple(value.shape)}".encode(), data
+def _kind(value: Tensor) -> bytes:
+    return f"{value.dtype}{tuple(value.shape)}".encode()
+
+
+def _data(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """The elements of each; neighbors on a device come together, since every transfer is waited for."""
+    together: list[Tensor] = []
+    size = 0
+    for value in tensors:
+        flat = value.detach().contiguous().reshape(-1)
+        flat = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+        if together and (flat.device != together[0].device or size + len(flat) > _TRANSFER):
+            yield from _on_host(together)
+            together, size = [], 0
+        together.append(flat)
+        size += len(flat)
+    yield from _on_host(together)
+
+
+def _on_host(together: Sequence[Tensor]) -> Iterator[memoryview]:
+    if len(together) > 1 and together[0].device.type != "cpu":
+        whole = torch.cat(list(together)).cpu()
+        together = torch.split(whole, [len(flat) for flat in together])
+    for flat in together:
+        yield flat.cpu().numpy().data if len(flat) else memoryview(b"")
 
 
 def _part_digest(part: memoryview) -> bytes:
