@@ -13,8 +13,8 @@ __all__ = ["FirstBatch"]
 class FirstBatch:
     """What a plan is made from: widths of layers, positions, and (name, width, has labels) of targets.
 
-    ``free`` are the bytes that the device has, None where nobody counts them, and ``factors`` says whether it
-    computes triangular factors at a fair price.
+    ``free`` are the bytes that the device has, None where nobody counts them, ``factors`` says whether it
+    computes triangular factors at a fair price, and ``launched`` whether every sum is a launch there.
     """
 
     widths: tuple[int, ...]
@@ -26,6 +26,7 @@ class FirstBatch:
     targets: tuple[tuple[str, int, bool], ...]
     free: int | None = None
     factors: bool = True
+    launched: bool = False
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FirstBatch:

@@ -31,7 +31,7 @@ _REFINED_WIDTH = 512  # above this a decomposition costs too much to take unaske
 @dataclass(frozen=True)
 class Held:
     """One accumulator of a plan: its kind, the plan's layers in it, number of positions, widths (targets
-    last), and pairs and layers with factors by their number here.
+    last), pairs and layers with factors by their number here, and whether every sum is a launch.
 
     ``name`` tells accumulators of one kind apart.
     """
@@ -43,11 +43,13 @@ class Held:
     widths: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
     factors: tuple[int, ...]
+    launched: bool = False
 
     def bytes(self, pending: int) -> int:
         """Moments, and at most ``pending`` bytes (but for very wide rows) of rows not yet summed, in fp64."""
-        rows = self._block(pending) * self.positions * sum(self.widths)
-        return state_bytes(self.widths, self.positions, self.pairs, self.factors) + 8 * rows
+        rows = self._block(pending) * self.positions
+        held = rows * (8 * sum(self.widths) + 1)  # and which of them count
+        return state_bytes(self.widths, self.positions, self.pairs, self.factors) + held
 
     def flops_per_row(self, pending: int) -> float:
         """For one row at one position; at most, since factors are dropped where they are not needed."""
@@ -57,7 +59,8 @@ class Held:
         return 2.0 * state_bytes(self.widths, 1, self.pairs) / 8 + factors
 
     def _block(self, pending: int) -> int:
-        return block_rows(self.positions, self.widths, pending, first_block(self.widths, self.factors))
+        most = first_block(self.widths, self.factors, launched=self.launched)
+        return block_rows(self.positions, self.widths, pending, most)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Plan:
     ``from_end`` says that negative positions are counted from each sequence's last token that counts (else
     there are none); ``columns`` are where these stand in a sequence of full length.
     ``missed`` are layers that did not run in some batch, so that they have fewer rows than the others.
+    ``launched`` says that rows are on a device where every sum is a launch, so that more are held back.
     """
 
     names: tuple[str, ...]
@@ -92,6 +96,7 @@ class Plan:
     aligned: bool = True
     missed: tuple[int, ...] = ()
     from_end: bool = False
+    launched: bool = False
 
     def to_json(self, **extra: Any) -> str:
         """Everything that decides what is measured, as JSON."""
@@ -170,6 +175,7 @@ class Plan:
             widths=tuple(times * self.widths[layer] for layer in members) + targets,
             pairs=tuple(pairs),
             factors=tuple(new[layer] for layer in members if self._refines(times * self.widths[layer])),
+            launched=self.launched,
         )
 
     def _refines(self, width: int) -> bool:
@@ -246,6 +252,7 @@ def make_plan(
     padded: bool = False,
     targets: Sequence[tuple[str, int]] = (),
     refine: bool | None = None,
+    launched: bool = False,
     notes: Sequence[str] = (),
 ) -> Plan:
     """The :class:`Plan` that fits ``memory``; ``aligned`` says whether all layers have the same positions.
@@ -269,6 +276,7 @@ def make_plan(
         refine=refine,
         places=tuple(places),
         aligned=aligned,
+        launched=launched,
         from_end=padded and not isinstance(positions, str) and any(index_of(t) < 0 for t in positions),
         notes=tuple(notes) if aligned else (*notes, _UNALIGNED),
     )

@@ -62,5 +62,6 @@ def _plan(
         padded=first.padded,
         targets=[(name, width) for name, width, _ in first.targets],
         refine=refine,
+        launched=first.launched,
         notes=notes,
     )

@@ -441,6 +441,7 @@ class Tally:
                 ),
                 free=free_bytes(rows[0].device),
                 factors=factors_pay(rows[0]),
+                launched=waits_for(rows[0].device),
             )
         )
         assert first is not None

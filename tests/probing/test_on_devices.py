@@ -180,6 +180,26 @@ def test_what_is_kept_between_forwards_does_not_grow():
     assert all(made[k] == made[k - 2] for k in range(4, 12))
 
 
+@pytest.mark.parametrize("memory", ["1MiB", "4GiB"])
+@pytest.mark.parametrize("place", ["cpu", "one", "two"])
+@pytest.mark.parametrize("views", [["position"], ["position", "pooled", "mean_pooled"]])
+def test_what_is_held_is_what_was_planned(memory, place, views):
+    places = PLACES.get(place, ["cpu"] * 3)
+    case = {"dtype": torch.float64, "needs": ["attention_mask"]}
+    with devices(), opened(places, torch.float64, views=views, memory=memory, refine=False) as probe:
+        kept = []
+        for k in range(3):
+            probe.run(batch_of(k, case))
+            kept.append(probe.nbytes)
+        planned = probe.plan.state_bytes
+        accumulators = probe._tally._moments._groups[0].values()
+        blocks = [one.rows_at_once for one in accumulators]
+    assert max(kept) <= planned <= (1 << 20 if memory == "1MiB" else 1 << 32)
+    if len(views) == 1:  # else there is room for rows at positions that are not followed, of which are none
+        assert max(kept) > 0.9 * planned
+    assert max(blocks) == (1024 if memory == "4GiB" and place != "cpu" else 128)
+
+
 SAMPLES = {
     "all views": {"views": ["position", "pooled", "mean_pooled", "flattened"]},
     "default": {},
