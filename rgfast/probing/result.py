@@ -52,8 +52,25 @@ class ProbeResult(Accessor):
     def moments(self) -> Mapping[str, NDArray[Any]] | None:
         """What :meth:`merge` adds up, moments or rows; None if the result was saved without.
 
-        The rows of a stack without mixing take a forward when they are first asked for.
+        Moments stay on the device that summed them up, in its memory, until they are first asked for: here,
+        by :meth:`save`, :meth:`merge` or :meth:`cpu`, by pickling, or by a probe that goes on or begins. The
+        rows of a stack without mixing take a forward when they are first asked for.
         """
+        return self._state()
+
+    def cpu(self) -> ProbeResult:
+        """Itself, with its moments or rows in the host's memory, which frees the device's.
+
+        >>> import torch, rgfast
+        >>> stack = rgfast.ResidualStack(4, 2, mixing="none")
+        >>> result = rgfast.probe(stack, torch.randn(64, 3, 4), progress=False)
+        >>> result.cpu() is result
+        True
+        """
+        self._state()
+        return self
+
+    def _state(self) -> Mapping[str, NDArray[Any]] | None:
         if callable(self._moments):
             self._moments = self._moments()
         return self._moments

@@ -24,6 +24,7 @@ from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
 from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
 from rgfast.probing.first import FirstBatch
+from rgfast.probing.later import bring
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan
 from rgfast.probing.predict import Foreseen
@@ -80,7 +81,9 @@ class Tally:
         self._weights: str | None = None
 
     def open(self) -> None:
-        """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward."""
+        """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward, and
+        what earlier results have left on devices."""
+        bring()
         if not self._begun:
             self._weights = checkpoints.fingerprint(self._model)
 
@@ -296,7 +299,7 @@ class Tally:
             )
         dataset = assemble(moments.measures(), spec.measures, provenance)
         first = self._ranks is None or self._ranks.rank == 0
-        return ProbeResult(dataset, moments.state(), writes=first)
+        return ProbeResult(dataset, moments.later(), writes=first)
 
     def _look(self) -> None:
         """Raise what was left unread; the other ranks know of it."""

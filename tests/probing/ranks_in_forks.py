@@ -76,7 +76,7 @@ def values(result):
     """All arrays of a result, and a digest of them and of its moments."""
     found = {name: result.dataset[name].values.astype(float) for name in sorted(result.dataset.data_vars)}
     total = hashlib.sha256()
-    for name, array in [*found.items(), *sorted(result._moments.items())]:
+    for name, array in [*found.items(), *sorted(result.moments.items())]:
         total.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return found, total.hexdigest()
 

@@ -50,7 +50,7 @@ def digest(result):
     total = hashlib.sha256()
     for name in sorted(values.data_vars):
         total.update(name.encode() + values[name].values.tobytes())
-    for name, array in sorted(result._moments.items()):
+    for name, array in sorted(result.moments.items()):
         total.update(name.encode() + array.tobytes())
     return total.hexdigest()
 

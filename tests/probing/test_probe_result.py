@@ -31,9 +31,9 @@ def test_save_and_load(result, tmp_path):
     small = tmp_path / "small.nc"
     result.save(small, moments=False)
     assert small.stat().st_size < path.stat().st_size / 2
-    for name, value in loaded._moments.items():
-        np.testing.assert_array_equal(value, result._moments[name])
-        assert value.dtype == result._moments[name].dtype
+    for name, value in loaded.moments.items():
+        np.testing.assert_array_equal(value, result.moments[name])
+        assert value.dtype == result.moments[name].dtype
 
 
 def test_a_printed_result_has_n_layers_and_the_rank_of_every_layer(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from rgfast.probing.capture.positions import columns_of, index_of
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.estimators.finite import FiniteCheck
+from rgfast.probing.estimators.joining import all_but_one, joined_moments
 from rgfast.probing.estimators.moment_measures import measure_all, measure_moments
+from rgfast.probing.later import LaterState
 from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
@@ -22,7 +25,7 @@ from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import numbers, sent, waits_for
 from rgfast.streaming import MomentAccumulator, settle
 
-__all__ = ["Moments", "all_but_one", "joined_moments", "layers_of"]
+__all__ = ["Moments", "layers_of"]
 
 
 class Moments:
@@ -42,6 +45,7 @@ class Moments:
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._finite = FiniteCheck(plan.names, unread or Unread())
         self._measured: dict[str, Measured] = {}
+        self._given: weakref.WeakSet[LaterState] = weakref.WeakSet()
 
     def accepts(self, batch: RowBatch) -> str:
         """Nothing: any batch can be summed up."""
@@ -58,6 +62,7 @@ class Moments:
             self._add(batch)
 
     def _add(self, batch: RowBatch) -> None:
+        self._changes()
         self.check(batch, self.sequences)
         length = batch.first.shape[1]
         if self.plan.positions and length > self.plan.length:
@@ -252,6 +257,7 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Add all that ``other`` has seen, its sequences numbered on from the own. Its plan must ask for the
         same."""
+        self._changes()
         self._finite.look()
         other._finite.look()
         if self.plan.missed != other.plan.missed:
@@ -274,6 +280,7 @@ class Moments:
         self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
     ) -> None:
         """:meth:`merge` with a state of the same plan that comes as :meth:`parts`."""
+        self._changes()
         for group in range(self.plan.groups):
             mine = self._groups[(group + self.sequences) % self.plan.groups]
             for name, other in _accumulators(self.plan).items():
@@ -285,6 +292,7 @@ class Moments:
         self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
     ) -> None:
         """:meth:`load` of a state of the same plan that comes as :meth:`parts`."""
+        self._changes()
         for state in self._groups:
             for accumulator in state.values():
                 accumulator.load_state_dict(next(parts), device)
@@ -304,8 +312,21 @@ class Moments:
                     arrays[f"{group}.{kind}.{name}"] = value
         return arrays
 
+    def later(self) -> LaterState:
+        """:meth:`state` as it is now, copied when it is asked for, or before anything changes here."""
+        given = LaterState(self.state, next(iter(self._groups[0].values())).count.device)
+        self._given.add(given)
+        return given
+
+    def _changes(self) -> None:
+        """Copy what was promised of the state as it still is."""
+        for given in list(self._given):
+            given()
+        self._given.clear()
+
     def load(self, arrays: Mapping[str, np.ndarray[Any, Any]], device: torch.device | str = "cpu") -> None:
         """Replace all moments by what :meth:`state` returned for the same plan."""
+        self._changes()
         self.sequences = int(arrays["sequences"])
         for group, state in enumerate(self._groups):
             for kind, accumulator in state.items():
@@ -380,25 +401,3 @@ def _mean(x: Tensor) -> Tensor:
         return x.mean(1, dtype=torch.float64)  # in one launch
     with one_thread():
         return aligned(x.to(torch.float64)).sum(1) / x.shape[1]
-
-
-def all_but_one(
-    parts: Sequence[MomentAccumulator], more: list[MomentAccumulator]
-) -> Iterator[MomentAccumulator]:
-    """All of ``parts`` but one, for every one in order, and ``more``; in G log G steps for G parts."""
-    if len(parts) == 1:
-        yield joined_moments(more, factors=False)
-        return
-    half = len(parts) // 2
-    for mine, others in ((parts[:half], parts[half:]), (parts[half:], parts[:half])):
-        yield from all_but_one(mine, [joined_moments([*more, *others], factors=False)])
-
-
-def joined_moments(parts: Sequence[MomentAccumulator], *, factors: bool = True) -> MomentAccumulator:
-    """All of them as one; the only one itself."""
-    if len(parts) == 1:
-        return parts[0]
-    total = MomentAccumulator(pairs=parts[0].pairs_asked, factors=parts[0].factored if factors else ())
-    for part in parts:
-        total.merge(part)
-    return total

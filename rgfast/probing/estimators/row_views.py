@@ -15,8 +15,9 @@ from rgfast.ops.moments import add_positions
 from rgfast.ops.spectrum.measures import times_power
 from rgfast.ops.spectrum.rows import refine_spectra
 from rgfast.ops.spectrum.solve import Solved
+from rgfast.probing.estimators.joining import all_but_one, joined_moments
 from rgfast.probing.estimators.moment_measures import Again, Centering, measure_moments
-from rgfast.probing.estimators.moments import all_but_one, joined_moments, layers_of
+from rgfast.probing.estimators.moments import layers_of
 from rgfast.probing.estimators.pooled import Pooled
 from rgfast.probing.estimators.row_measures import DOUBT, Align, Room, measure_rows
 from rgfast.probing.estimators.row_targets import errors_on_groups
