@@ -202,7 +202,7 @@ def all_reduce(
     if state is None or any(one is None for one in found):
         return None
     seen = [int(one[1]) for one in found]
-    total = Moments(state.plan, masked=state.masked)
+    total = Moments(state.plan, masked=state.masked, uncentred=state.uncentred)
     total.load(state.state(), device)
     total.adopt(_joint([Plan.from_json(one[0])[0] for one in found]))
     ranks.connect()

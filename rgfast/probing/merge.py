@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,24 +65,25 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     theirs = replace(theirs, refine=plan.refine)
     measures = [name for name in result.measures if name in other.measures]
     writes = result.writes and other.writes
-    rows = _rows(plan, measures, result.moments, other.moments)
+    uncentred = any(MEASURES[name].needs == "uncentred" for name in measures)
+    rows = _rows(plan, uncentred, result.moments, other.moments)
     kept = {name: value for name, value in controls[0].items() if value is not None}
     if rows is not None:
         dataset = assemble(rows.measures(), measures, mine).assign_attrs(kept)
         return ProbeResult(dataset, rows.state(), writes=writes)
     state, added = (
-        _summed(one, r.moments, masked=extra["masked"]) for one, r in ((plan, result), (theirs, other))
+        _summed(one, r.moments, masked=extra["masked"], uncentred=uncentred)
+        for one, r in ((plan, result), (theirs, other))
     )
     state.merge(added)
     dataset = assemble(state, measures, mine).assign_attrs(kept)
     return ProbeResult(dataset, state.state(), writes=writes)
 
 
-def _rows(plan: Plan, measures: Sequence[str], *states: Mapping[str, NDArray[Any]]) -> Rows | None:
+def _rows(plan: Plan, uncentred: bool, *states: Mapping[str, NDArray[Any]]) -> Rows | None:
     """The rows of both, if both are rows and these few enough to be measured at once."""
     if not all(Rows.is_state(state) for state in states):
         return None
-    uncentred = any(MEASURES[name].needs == "uncentred" for name in measures)
     both = [Rows(plan, sys.maxsize, uncentred=uncentred) for _ in states]
     for rows, state in zip(both, states, strict=True):
         rows.load(state)
@@ -91,10 +92,12 @@ def _rows(plan: Plan, measures: Sequence[str], *states: Mapping[str, NDArray[Any
     return both[0] if fits else None
 
 
-def _summed(plan: Plan, state: Mapping[str, NDArray[Any]] | None, *, masked: bool) -> Moments:
+def _summed(
+    plan: Plan, state: Mapping[str, NDArray[Any]] | None, *, masked: bool, uncentred: bool
+) -> Moments:
     """The moments that a result holds, or of the rows that it holds."""
     assert state is not None
-    found = Moments(plan, masked=masked)
+    found = Moments(plan, masked=masked, uncentred=uncentred)
     if not Rows.is_state(state):
         found.load(state)
         return found

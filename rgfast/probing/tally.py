@@ -355,7 +355,7 @@ class Tally:
                 "anew"
             )
         else:
-            self._moments = Moments(plan, masked=header["masked"], unread=self._unread)
+            self._moments = self._summing(plan, masked=header["masked"])
             self._moments.load(arrays, self._device())
         self._provenance = {**header["provenance"], "weights": checkpoints.model_digest(self._model)}
 
@@ -370,7 +370,7 @@ class Tally:
         self._rows = rows
         try:
             moments = plan_of(first, self._spec, self._names)
-            self._moments = Moments(moments, masked=first.masked, unread=self._unread)
+            self._moments = self._summing(moments, masked=first.masked)
         except ValueError as error:
             self._too_big = error
         if self._no_samples:
@@ -454,7 +454,10 @@ class Tally:
     def _empty(self, first: FirstBatch) -> Moments:
         plan = plan_of(first, self._spec, self._names)
         self._announce(plan, str(plan), weights=self._fingerprint())
-        return Moments(plan, masked=first.masked, unread=self._unread)
+        return self._summing(plan, masked=first.masked)
+
+    def _summing(self, plan: Plan, *, masked: bool) -> Moments:
+        return Moments(plan, masked=masked, unread=self._unread, uncentred=self._spec.uncentred)
 
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)

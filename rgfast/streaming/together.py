@@ -72,17 +72,23 @@ class Together:
 
     def scatters(self, layers: Sequence[int], *, centred: bool) -> Tensor:
         """Σ x_c x_cᵀ, or Σ x xᵀ, ``[K · P, d, d]`` of layers of one width, in their units."""
-        if self._apart:
-            (sums,) = self._sums
-            found = [sums.product(layer, layer, centred=centred, scaled=True) for layer in layers]
-            return found[0] if len(found) == 1 else torch.cat(found)
+        if not self._apart:
+            return self.both_scatters(layers, raw=not centred)[-1]
+        (sums,) = self._sums
+        found = [sums.product(layer, layer, centred=centred, scaled=True) for layer in layers]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def both_scatters(self, layers: Sequence[int], *, raw: bool = True) -> Tensor:
+        """Σ x_c x_cᵀ and, if asked for, Σ x xᵀ, ``[2, K · P, d, d]``, the second made from the first."""
         moment = self._joined([(layer, layer) for layer in layers])
         product = centred_cross(moment)
-        if not centred:
+        both = product.new_empty(1 + raw, *product.shape)
+        torch.add(product, product.mT, out=both[0]).mul_(0.5)
+        if raw:
             count = moment[:, -1, -1, None]
             mean = self._shifts(layers) + moment[:, :-2, -1] / count
-            product = torch.addcmul(product, (mean * count)[:, :, None], mean[:, None])
-        return (product + product.mT) / 2
+            torch.addcmul(both[0], (mean * count)[:, :, None], mean[:, None], out=both[1])
+        return both
 
     def accumulated(self, layers: Sequence[int]) -> Tensor:
         """Σ|x−shift|² ``[K · P]`` of layers, in their units."""

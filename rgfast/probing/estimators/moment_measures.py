@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgfast.ops.cka.streaming import cka_of_sums
 from rgfast.ops.spectrum.factors import solved_factor
-from rgfast.ops.spectrum.moments import solved_moment
+from rgfast.ops.spectrum.moments import solved_both, solved_moment
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, parted
 from rgfast.probing.measures import Kernels
@@ -32,28 +32,40 @@ Again = Callable[[int, Centering, Solved], Tensor]
 
 
 def measure_moments(
-    moments: MomentAccumulator, *, spectra: bool = True, refine: bool = True, again: Again | None = None
+    moments: MomentAccumulator,
+    *,
+    spectra: bool = True,
+    refine: bool = True,
+    again: Again | None = None,
+    uncentred: bool = True,
 ) -> Measured:
     """All measures of a view; ``refine`` uses triangular factors where moments resolve too little, or
-    ``again`` if there is one.
+    ``again`` if there is one. Without ``uncentred`` the measures of uncentred rows are NaN.
 
     Undefined values are NaN: a rank of fewer than two rows, a CKA or drift beside a layer without variance,
     a debiased one of fewer than four rows. A constant layer has rank 0.
     """
-    return _measured(Together([moments]), moments, spectra, refine, again)
+    return _measured(Together([moments]), moments, spectra, refine, again, uncentred)
 
 
-def measure_all(parts: Sequence[MomentAccumulator]) -> list[Measured]:
-    """All measures of each of several views of the same layers: at once, where launches are what takes time,
-    if they have the same units."""
+def measure_all(
+    parts: Sequence[MomentAccumulator], *, spectra: bool = True, refine: bool = True, uncentred: bool = True
+) -> list[Measured]:
+    """:func:`measure_moments` of several views or parts of the same layers: at once, where launches are what
+    takes time, if they have the same units."""
     if len(parts) == 1 or not Together.fit(parts):
-        return [measure_moments(part) for part in parts]
-    found = _measured(Together(parts), parts[0], spectra=True, refine=False, again=None)
+        return [measure_moments(one, spectra=spectra, refine=refine, uncentred=uncentred) for one in parts]
+    found = _measured(Together(parts), parts[0], spectra, refine=False, again=None, uncentred=uncentred)
     return parted(found, [part.count.numel() for part in parts])
 
 
 def _measured(
-    sums: Together, moments: MomentAccumulator, spectra: bool, refine: bool, again: Again | None
+    sums: Together,
+    moments: MomentAccumulator,
+    spectra: bool,
+    refine: bool,
+    again: Again | None,
+    uncentred: bool,
 ) -> Measured:
     """All measures of ``sums``, of ``moments`` if they have factors or can be solved again."""
     widths, count = sums.widths, sums.count
@@ -66,9 +78,10 @@ def _measured(
     at_once = layers if again is None and waits_for(count.device) else 1
     for some in sums.at_once(at_once):
         factored = moments if refine and any(layer in moments.factored for layer in some) else None
-        centred, at = _solved(sums, some, "mean", factored, again)
-        raw, _ = _solved(sums, some, "none", factored, again)
-        constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
+        centred, raw, at = _solved(sums, some, factored, again, uncentred)
+        constant = centred.sigma[:, 0] == 0
+        if raw is not None:
+            constant &= raw.sigma[:, 0] > 0
         values, bounds = of_spectra(centred, raw, constant)
         exponent = torch.cat([torch.full_like(count, sums.exponents[layer]) for layer in some])
         sigma = Solved(centred.sigma, centred.error, exponent, centred.rank_limit, centred.path)
@@ -102,24 +115,47 @@ def _parts(layers: int, positions: int) -> list[slice]:
 def _solved(
     sums: Together,
     layers: Sequence[int],
+    factored: MomentAccumulator | None,
+    again: Again | None,
+    uncentred: bool,
+) -> tuple[Solved, Solved | None, Tensor]:
+    """Spectra of centred and of raw rows of layers of one width, each in its unit, and where the singular
+    values of the former were too small for moments, so that they are those of the factor that was kept, or of
+    the rows (of one layer)."""
+    count = sums.count.repeat(len(layers))
+    empty, summed = (count == 0)[:, None, None], sums.accumulated(layers)
+    centred: Solved
+    raw: Solved | None
+    if uncentred and waits_for(count.device):
+        # Zero where nothing was counted.
+        centred, raw = solved_both(sums.both_scatters(layers).masked_fill_(empty, 0.0), count, summed)
+    else:
+        whole = sums.scatters(layers, centred=True).masked_fill_(empty, 0.0)
+        centred, raw = solved_moment(whole, count, "mean", summed), None
+        if uncentred:
+            whole = sums.scatters(layers, centred=False).masked_fill_(empty, 0.0)
+            raw = solved_moment(whole, count, "none")
+    at = _refined(centred, sums, layers, "mean", factored, again)
+    if raw is not None:
+        _refined(raw, sums, layers, "none", factored, again)
+    return centred, raw, at
+
+
+def _refined(
+    solved: Solved,
+    sums: Together,
+    layers: Sequence[int],
     centering: Centering,
     factored: MomentAccumulator | None,
     again: Again | None,
-) -> tuple[Solved, Tensor]:
-    """Spectra of layers of one width, each in its unit, and where singular values were too small for moments,
-    so that they are those of the factor that was kept, or of the rows (of one layer)."""
-    count = sums.count
-    repeated = count.repeat(len(layers))
-    # Zero where nothing was counted.
-    whole = sums.scatters(layers, centred=centering == "mean")
-    whole = whole.masked_fill_((repeated == 0)[:, None, None], 0.0)
-    summed = sums.accumulated(layers) if centering == "mean" else None
-    solved = solved_moment(whole, repeated, centering, summed)
+) -> Tensor:
+    """Where spectra were replaced, in place."""
     if again is not None:
-        return solved, again(layers[0], centering, solved)
-    refined = torch.zeros(len(whole), dtype=torch.bool, device=count.device)
+        return again(layers[0], centering, solved)
+    count = sums.count
+    refined = torch.zeros(len(solved.sigma), dtype=torch.bool, device=count.device)
     if factored is None:
-        return solved, refined
+        return refined
     most = count - 1 if centering == "mean" else count
     for layer, part in zip(layers, _parts(len(layers), len(count)), strict=True):
         factor = factored.factor(layer, centering=centering, scaled=True)
@@ -133,7 +169,7 @@ def _solved(
             updates = -(-int(count.max()) // factored.rows_at_once)
             found = solved_factor(factor[where], count[where], centering, updates)
             solved.put(where + part.start, found)
-    return solved, refined
+    return refined
 
 
 def _changes(sums: KernelSums) -> Tensor:

@@ -34,13 +34,16 @@ class Moments:
     Held are, for every stream of layers that have their rows at the same places, the rows at followed
     positions (two states if the sequences have a mask, seen and hidden), the rows at all other positions as
     one cloud, and whole sequences as one row, and for all layers the means over positions. The ``position``
-    and ``pooled`` views are sums of these, made when read. Sequence number i goes to group i mod G.
+    and ``pooled`` views are sums of these, made when read. Sequence number i goes to group i mod G. Without
+    ``uncentred`` the measures of uncentred rows are NaN.
     """
 
     route = "moments"
 
-    def __init__(self, plan: Plan, *, masked: bool, unread: Unread | None = None) -> None:
-        self.plan, self.masked = plan, masked
+    def __init__(
+        self, plan: Plan, *, masked: bool, unread: Unread | None = None, uncentred: bool = True
+    ) -> None:
+        self.plan, self.masked, self.uncentred = plan, masked, uncentred
         self.sequences = 0
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._finite = FiniteCheck(plan.names, unread or Unread())
@@ -172,7 +175,7 @@ class Moments:
         """Those of a view, and of the others that are better measured along with it."""
         if view == "flattened":
             found = [
-                measure_moments(layers_of(moments, len(members)), spectra=False)
+                measure_moments(layers_of(moments, len(members)), spectra=False, uncentred=self.uncentred)
                 for members, moments in self._moments(view)
             ]
             return {view: self._spread(view, found)}
@@ -181,7 +184,9 @@ class Moments:
             others = (other for other in self.plan.views if other not in (view, "flattened"))
             views += [other for other in others if self._streams(other) == self._streams(view)]
         measured = [
-            measure_all([layers_of(moments, len(members)) for members, moments in beside])
+            measure_all(
+                [layers_of(moments, len(members)) for members, moments in beside], uncentred=self.uncentred
+            )
             for beside in zip(*(self._moments(one) for one in views), strict=True)
         ]
         by_view = zip(views, zip(*measured, strict=True), strict=True)
@@ -194,9 +199,8 @@ class Moments:
         for members in self._streams(view):
             folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
             rest = list(all_but_one(folds, []))
-            left_out.append(
-                [measure_moments(layers_of(part, len(members)), spectra=False, refine=False) for part in rest]
-            )
+            own = [layers_of(part, len(members)) for part in rest]
+            left_out.append(measure_all(own, spectra=False, refine=False, uncentred=self.uncentred))
             if targets and view != "flattened":
                 if r2 is None:
                     shape = (targets, len(self.plan.names), folds[0].count.numel())
