@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rgfast.ops.device import LAUNCH, STREAM, WAIT
+from rgfast.ops.device import LAUNCH, STREAM, TRANSFER, WAIT
 
 __all__ = ["STAND_IN", "Clock", "Cost", "timed"]
 
 STAND_IN = 37
-# Measured on an H100: fp32 products (SIMT), fp64 ones by the width of a tile, passes over memory that compute
-# something, and the rows of a LayerNorm, which gets a thread block each (eager block at D = 64 and 128).
-FP32, FP64, PASS, NORM = 51e12, {16: 28e12, 64: 28.4e12, 128: 55.2e12, 256: 60.4e12}, 2.5e12, 1.3e-9
+# Measured on an H100: fp32 products (SIMT) and half-precision ones, fp64 ones by the width of a tile, passes
+# over memory that compute something, and the rows of a LayerNorm, which gets a thread block each (eager block
+# at D = 64 and 128).
+FP32, HALF, PASS, NORM = 51e12, 762e12, 2.5e12, 1.3e-9
+FP64 = {16: 28e12, 64: 28.4e12, 128: 55.2e12, 256: 60.4e12}
 # One thread block's step through the terms of a product, of the inner products of 7 kernels by samples.
 STEP = 7e-9
+# Half-precision attention with a mask, by torch's memory-efficient kernel. Assumed.
+ATTENTION = 250e12
 # A view has no kernel, but the host makes it. Assumed.
 VIEW, LEAST_KERNEL = 1e-6, 2e-6
 VIEWS = {
@@ -85,6 +91,25 @@ class Clock(TorchDispatchMode):
     def __init__(self, width: int | None = None) -> None:
         super().__init__()
         self.width, self.cost = width, Cost()
+        self._patched = mock.patch.object(Tensor, "cpu", self._sent_by(Tensor.cpu))
+
+    def __enter__(self) -> Any:
+        self._patched.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._patched.stop()
+
+    def _sent_by(self, cpu: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``cpu``, which is a transfer that is waited for."""
+
+        def sent(x: Tensor) -> Tensor:
+            self.cost.waits += 1
+            self.cost.device += self.bytes(x) / TRANSFER
+            return cpu(x)
+
+        return sent
 
     def size(self, n: int) -> int:
         """What a size of a stand-in stands for."""
@@ -134,6 +159,9 @@ class Clock(TorchDispatchMode):
             moved += self.bytes(found)
         if name == "native_layer_norm":
             return max(moved / PASS, self.numel(args[0]) / self.size(args[0].shape[-1]) * NORM)
+        if name.startswith("_scaled_dot_product"):
+            *batch, length, width = (self.size(n) for n in args[0].shape)
+            return 4.0 * math.prod(batch) * length * self.size(args[1].shape[-2]) * width / ATTENTION
         if name not in MULTIPLY:
             return moved / PASS
         left, right = args[MULTIPLY[name] : MULTIPLY[name] + 2]
@@ -141,7 +169,8 @@ class Clock(TorchDispatchMode):
         n = self.size(right.shape[-1])
         count = batch[0] if batch else 1
         if left.dtype != torch.float64:
-            return 2.0 * count * m * n * k / FP32 + moved / STREAM
+            rate = FP32 if left.dtype == torch.float32 else HALF
+            return 2.0 * count * m * n * k / rate + moved / STREAM
         m, n = _padded(m), _padded(n)
         return max(2.0 * count * m * n * k / _rate(min(m, n)), moved / STREAM, k * STEP)
 

@@ -42,33 +42,34 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
         "transition": max(layers - 1, 0),
         "position": len(where),
     }
-    data: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {}
+    data: dict[str, tuple[tuple[str, ...], NDArray[Any], dict[str, str]]] = {}
 
     def empty(dims: tuple[str, ...], fill: Any = np.nan) -> NDArray[Any]:
         return np.full([sizes[d] for d in dims], fill)
 
+    def add(name: str, dims: tuple[str, ...], fill: Any = np.nan, **attrs: str) -> None:
+        data[name] = (dims, empty(dims, fill), attrs)
+
     for name in measures:
         dims = _DIMS[MEASURES[name].kind]
-        data[name] = (dims, empty(dims))
+        add(name, dims, long_name=MEASURES[name].label)
         if plan.groups > 1:
-            data[f"{name}_se"] = (dims, empty(dims))
+            add(f"{name}_se", dims)
         if MEASURES[name].baseline is not None:
-            data[f"{name}_baseline"] = (dims, empty(dims))
+            add(f"{name}_baseline", dims)
     bounded = [f"{name}_bound" for name, measure in MEASURES.items() if measure.bound is not None]
     for name in bounded:
-        data[name] = (_RANK_DIMS, empty(_RANK_DIMS))
+        add(name, _RANK_DIMS)
     for name in ("refined", "sample_limited"):
-        data[name] = (_RANK_DIMS, empty(_RANK_DIMS, False))
-    data["n"] = (("view", "position"), empty(("view", "position"), 0))
-    data["n_by_layer"] = (_RANK_DIMS, empty(_RANK_DIMS, 0))
+        add(name, _RANK_DIMS, False)
+    add("n", ("view", "position"), 0)
+    add("n_by_layer", _RANK_DIMS, 0)
     if plan.targets:
         sizes["target"] = len(plan.targets)
         for name in ("target_r2", "target_r2_se"):
-            dims = ("view", "target", "layer", "position")
-            data[name] = (dims, empty(dims))
+            add(name, ("view", "target", "layer", "position"))
     sizes["component"] = max(plan.widths)
-    spectra = (*_RANK_DIMS, "component")
-    data["singular_values"] = (spectra, empty(spectra))
+    add("singular_values", (*_RANK_DIMS, "component"))
 
     for v, view in enumerate(views):
         positional = view in POSITIONAL
@@ -97,7 +98,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
 
     if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
         del data["n_by_layer"]
-    dataset = xr.Dataset(
+    return xr.Dataset(
         data,
         coords={
             "view": list(views),
@@ -123,9 +124,6 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
             "provenance": json.dumps(provenance),
         },
     )
-    for name in measures:
-        dataset[name].attrs["long_name"] = MEASURES[name].label
-    return dataset
 
 
 def _jackknife(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,6 +24,7 @@ __all__ = [
     "joined",
     "of_kernels",
     "of_spectra",
+    "on_host",
     "parted",
     "spread",
     "to_host",
@@ -50,13 +51,23 @@ class Measured:
 
 
 def to_host(found: Measured) -> dict[str, NDArray[Any]]:
-    """Everything of a view in the host's memory, where it is read for the first time and in one transfer, by
-    name: measures, ``<measure>_bound``, ``n_by_layer``, ``refined`` and ``singular_values``."""
+    """Everything of a view in the host's memory, by name: measures, ``<measure>_bound``, ``n_by_layer``,
+    ``refined`` and ``singular_values``."""
+    found = on_host(found)
     named = found.values | {f"{name}_bound": bound for name, bound in found.bounds.items()}
     named |= {"n_by_layer": found.count, "refined": found.refined, "singular_values": found.spectrum}
-    if waits_for(found.count.device):
-        named = dict(zip(named, read(list(named.values())), strict=True))
     return {name: value.numpy() for name, value in named.items()}
+
+
+def on_host(found: Measured) -> Measured:
+    """The same in the host's memory, where it is read for the first time and in one transfer."""
+    if not waits_for(found.count.device):
+        return found
+    given = [*found.values.values(), *found.bounds.values(), found.count, found.refined, found.spectrum]
+    *named, count, refined, spectrum = read(given)
+    values = dict(zip(found.values, named, strict=False))
+    bounds = dict(zip(found.bounds, named[len(values) :], strict=True))
+    return Measured(count, values, bounds, refined, spectrum)
 
 
 def of_spectra(

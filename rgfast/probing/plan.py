@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from rgfast.probing.options import (
@@ -100,7 +101,7 @@ class Plan:
 
     def to_json(self, **extra: Any) -> str:
         """Everything that decides what is measured, as JSON."""
-        return json.dumps({**asdict(self), **extra})
+        return json.dumps({**{field.name: getattr(self, field.name) for field in fields(self)}, **extra})
 
     @classmethod
     def from_json(cls, text: str) -> tuple[Plan, dict[str, Any]]:
@@ -124,14 +125,14 @@ class Plan:
         note = f"{_MISSED}{names}; they have fewer rows, and no drift or CKA beside other layers"
         return replace(self, missed=missed, notes=(*notes, note))
 
-    @property
+    @cached_property
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """The layers that have their rows at the same places, as one stream each."""
         places = self.places or (0,) * len(self.widths)
         together = [tuple(k for k, at in enumerate(places) if at == one) for one in sorted(set(places))]
         return tuple(part for members in together for part in self._parted(members))
 
-    @property
+    @cached_property
     def accumulators(self) -> tuple[Held, ...]:
         """What each group of sequences holds; layers come first, targets after them."""
         held = []

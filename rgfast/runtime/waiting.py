@@ -29,13 +29,17 @@ def read(values: Sequence[Tensor]) -> list[Tensor]:
     """Small tensors on the host, in one transfer from each device; this waits for what was queued there."""
     found: dict[int, Tensor] = {}
     for device in {x.device for x in values}:
-        at = [k for k, x in enumerate(values) if x.device == device]
-        flat = [
-            values[k].reshape(-1).to(torch.float64) for k in at
-        ]  # counts and exponents are far below 2^53
-        whole = torch.cat(flat).cpu()
-        for k, part in zip(at, torch.split(whole, [x.numel() for x in flat]), strict=True):
-            found[k] = part.to(values[k].dtype).reshape(values[k].shape)
+        kinds: dict[torch.dtype, list[int]] = {}
+        for k, x in enumerate(values):
+            if x.device == device:
+                kinds.setdefault(x.dtype, []).append(k)
+        # Counts and exponents are far below 2^53.
+        flat = [torch.cat([values[k].reshape(-1) for k in at]).to(torch.float64) for at in kinds.values()]
+        whole = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu()
+        for at, part in zip(kinds.values(), torch.split(whole, [len(x) for x in flat]), strict=True):
+            sizes = [values[k].numel() for k in at]
+            for k, one in zip(at, torch.split(part.to(values[at[0]].dtype), sizes), strict=True):
+                found[k] = one.reshape(values[k].shape)
     return [found[k] for k in range(len(values))]
 
 

@@ -60,6 +60,7 @@ class MomentAccumulator:
 
     def _clear(self) -> None:
         self._lead: tuple[int, ...] | None = None
+        self._few: tuple[list[Tensor], Tensor | None] | None = None
         self._sums = Sums.empty((), [], 0, [torch.device("cpu")])
         self._block = OpenBlock((), 0, BLOCK_ROWS, torch.device("cpu"))
 
@@ -94,6 +95,13 @@ class MomentAccumulator:
         return self._block.size
 
     @property
+    def few(self) -> tuple[list[Tensor], Tensor | None] | None:
+        """All rows so far ``[P, b, d_l]`` and which of them count ``[P, b]``, if they are on a device and one
+        block, whose memory still holds them; to be read before more are added."""
+        self.flush()
+        return self._few
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now, rows of the open block included."""
         return self._sums.nbytes + self._block.nbytes
@@ -113,6 +121,7 @@ class MomentAccumulator:
         self._sums.place([x.device for x in flat])
         rows, at = flat[0].shape[1], 0
         while at < rows:
+            self._few = None
             take = min(rows - at, self._block.size - self._block.filled)
             piece = [x[:, at : at + take] for x in flat]
             kept = None if keep is None else keep[:, at : at + take]
@@ -130,6 +139,7 @@ class MomentAccumulator:
         self.flush()
         if self._lead is None:
             self._begin((len(layers[0]),), tuple(x.shape[2] for x in layers), [x.device for x in layers])
+        self._few = None
         self._sums.add(layers, None)
 
     @classmethod
@@ -153,7 +163,7 @@ class MomentAccumulator:
 
     def told(self, values: Sequence[Tensor]) -> None:
         """What was :attr:`asked`, read."""
-        self._sums.settle(torch.stack(list(values)).tolist() if values else [])
+        self._sums.settle([exponent for value in values for exponent in value.reshape(-1).tolist()])
 
     def settled(self) -> Sums:
         """All sums, in units that are known here; to be read only."""
@@ -167,7 +177,9 @@ class MomentAccumulator:
         the batches in between); :meth:`state_dict` does not.
         """
         if self._block.filled:
-            self._sums.add(*self._block.take())
+            first, (rows, keep) = not self._sums.summed, self._block.take()
+            self._sums.add(rows, keep)
+            self._few = (rows, keep) if first and waits_for(self._sums.begun.device) else None
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
         """Itself, with all that ``other`` has seen added; exact for different shifts. ``other`` is unchanged
@@ -188,6 +200,7 @@ class MomentAccumulator:
             )
         self._check_factored(other)
         settle([self, other])
+        self._few = None
         self._sums.merge(other._sums)
         return self
 
@@ -209,8 +222,11 @@ class MomentAccumulator:
         new = {layer: k for k, layer in enumerate(layers)}
         pairs = [(new[i], new[j]) for i, j in self.pairs if i in new and j in new]
         factored = sorted(new[layer] for layer in self._factored if layer in new)
-        part = MomentAccumulator(pairs=pairs, factors=factored)
-        return part._made(self._lead, self._sums.only(layers))
+        part = MomentAccumulator(pairs=pairs, factors=factored)._made(self._lead, self._sums.only(layers))
+        if self._few is not None:
+            rows, keep = self._few
+            part._few = [rows[layer] for layer in layers], keep
+        return part
 
     @property
     def count(self) -> Tensor:
@@ -326,7 +342,7 @@ class MomentAccumulator:
 
     def _made(self, lead: tuple[int, ...] | None, sums: Sums) -> MomentAccumulator:
         """Itself, empty until now, of these sums."""
-        self._lead, self._sums = lead, sums
+        self._lead, self._sums, self._few = lead, sums, None
         most = first_block(self.widths, self._factored, launched=waits_for(sums.begun.device))
         size = block_rows(sums.positions, self.widths, self._pending_bytes, most)
         self._block = OpenBlock(self.widths, sums.positions, size, sums.begun.device)

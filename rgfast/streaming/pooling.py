@@ -12,6 +12,7 @@ from torch import Tensor
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.algebra import recentred
+from rgfast.streaming.factors import TriangularFactors
 from rgfast.streaming.sizes import alike
 from rgfast.streaming.sums import Sums
 
@@ -23,10 +24,15 @@ def pooled(sums: Sums, factored: Sequence[int]) -> Sums:
     """Those of the samples of all positions, at a single one, with triangular factors of the layers
     ``factored``. ``sums`` are settled."""
     device = sums.begun.device
-    one = Sums.empty(sums.widths, list(sums.moment), 1, [device] * len(sums.widths), factored)
-    one.exponents = list(sums.exponents)
     count = sums.count()
-    one.begun = (count > 0).any().reshape(1)
+    one = Sums(
+        widths=sums.widths,
+        begun=(count > 0).any().reshape(1),
+        exponents=list(sums.exponents),
+        shift=list(sums.shift),  # until they are known
+        moment=dict(sums.moment),
+        factors=TriangularFactors(factored, sums.widths, 1, device) if factored else None,
+    )
     if waits_for(device):
         moves, positions = _joined_moves(sums, one, count), len(count)
         for keys in alike(sums.moment, sums.widths, positions):

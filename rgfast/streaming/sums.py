@@ -171,7 +171,8 @@ class Sums:
         return rows
 
     def asked(self) -> list[Tensor]:
-        """The exponents that :meth:`settle` has to be told, `NONE` for a layer that is zero."""
+        """The exponents that :meth:`settle` has to be told, in one tensor or several, `NONE` for a layer that
+        is zero."""
         found = dict(self.late)
         alike: dict[tuple[int, torch.device, torch.device], list[int]] = {}
         for layer in sorted(self.unread - {*self.late}):
@@ -181,6 +182,8 @@ class Sums:
             sizes = sizes_of_sums(
                 [self.shift[layer] for layer in layers], [self.moment[layer, layer] for layer in layers]
             )
+            if len(layers) == len(self.unread):
+                return [sizes]
             found |= zip(layers, sizes.unbind(), strict=True)
         return [found[layer] for layer in sorted(self.unread)]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.accumulator import MomentAccumulator
 from rgfast.streaming.algebra import centred_cross, centred_norm_product, centred_trace, times_power
 from rgfast.streaming.sizes import alike, at_once
@@ -49,6 +50,23 @@ class Together:
         counts = [sums.count() for sums in self._sums]
         self.count = (counts[0] if len(counts) == 1 else torch.cat(counts)).to(torch.int64)
         self._apart = not waits_for(self.count.device)
+        self._few = (
+            [rows for part in parts if (rows := part.few) is not None]
+            if all(self.few(part) for part in parts)
+            else []
+        )
+
+    @staticmethod
+    def few(part: MomentAccumulator) -> bool:
+        """Whether its rows are at hand, and so few that products of samples are smaller than those of
+        features."""
+        rows = part.few
+        return rows is not None and not part.factored and 2 * rows[0][0].shape[1] <= min(part.widths)
+
+    @property
+    def of_few(self) -> bool:
+        """Whether all parts are of :meth:`few` rows."""
+        return bool(self._few)
 
     @staticmethod
     def fit(parts: Sequence[MomentAccumulator]) -> bool:
@@ -73,13 +91,14 @@ class Together:
     def scatters(self, layers: Sequence[int], *, centred: bool) -> Tensor:
         """Σ x_c x_cᵀ, or Σ x xᵀ, ``[K · P, d, d]`` of layers of one width, in their units."""
         if not self._apart:
-            return self.both_scatters(layers, raw=not centred)[-1]
+            return self.both_scatters(layers, raw=not centred)[0][-1]
         (sums,) = self._sums
         found = [sums.product(layer, layer, centred=centred, scaled=True) for layer in layers]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def both_scatters(self, layers: Sequence[int], *, raw: bool = True) -> Tensor:
-        """Σ x_c x_cᵀ and, if asked for, Σ x xᵀ, ``[2, K · P, d, d]``, the second made from the first."""
+    def both_scatters(self, layers: Sequence[int], *, raw: bool = True) -> tuple[Tensor, Tensor]:
+        """Σ x_c x_cᵀ and, if asked for, Σ x xᵀ, ``[2, K · P, d, d]``, the second made from the first, and
+        :meth:`accumulated`."""
         moment = self._joined([(layer, layer) for layer in layers])
         product = centred_cross(moment)
         both = product.new_empty(1 + raw, *product.shape)
@@ -88,7 +107,36 @@ class Together:
             count = moment[:, -1, -1, None]
             mean = self._shifts(layers) + moment[:, :-2, -1] / count
             torch.addcmul(both[0], (mean * count)[:, :, None], mean[:, None], out=both[1])
-        return both
+        return both, moment[:, -2, -1]
+
+    def kernels_of_few(self, layers: Sequence[int], *, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """X_c X_cᵀ and, if asked for, X Xᵀ of :meth:`few` rows of layers of one width ``[2, K · P, b, b]``,
+        Σ x_c² and Σ x² of every feature ``[2, K · P, d]``, and :meth:`accumulated`."""
+        kernels: list[list[Tensor]] = [[] for _ in range(1 + raw)]
+        variances: list[list[Tensor]] = [[] for _ in range(1 + raw)]
+        traces, most = [], max(rows[0].shape[1] for rows, _ in self._few)
+        for layer in layers:
+            exponent = -self.exponents[layer]
+            for sums, (rows, keep) in zip(self._sums, self._few, strict=True):
+                moment, device = sums.moment[layer, layer], self.count.device
+                shift = times_power(sums.shift[layer], exponent)
+                x = times_power(sent(rows[layer], device).to(torch.float64), exponent) - shift[:, None]
+                if keep is not None:
+                    x = x.masked_fill(~sent(keep, device)[..., None], 0.0)
+                off = (moment[:, :-2, -1] / moment[:, -1, -1, None])[:, None]
+                kinds = [x - off, x + shift[:, None]] if raw else [x - off]
+                for kind, z in enumerate(kinds):
+                    if keep is not None:
+                        z = z.masked_fill(~sent(keep, device)[..., None], 0.0)
+                    lacking = most - z.shape[1]
+                    kernels[kind].append(functional.pad(torch.bmm(z, z.mT), (0, lacking, 0, lacking)))
+                    variances[kind].append(z.square().sum(1))
+                traces.append(moment[:, -2, -1])
+        return (
+            torch.stack([torch.cat(each) for each in kernels]),
+            torch.stack([torch.cat(each) for each in variances]),
+            torch.cat(traces),
+        )
 
     def accumulated(self, layers: Sequence[int]) -> Tensor:
         """Σ|x−shift|² ``[K · P]`` of layers, in their units."""

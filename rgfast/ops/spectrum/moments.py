@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
 from rgfast.ops.spectrum.call import Symmetric
@@ -24,7 +25,7 @@ from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
 from rgfast.runtime.waiting import waits_for
 from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
-__all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_both", "solved_moment"]
+__all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_moment", "solved_together"]
 
 Centering = Literal["mean", "none"]
 
@@ -122,20 +123,36 @@ def solved_moment(
     return _solved(scatter, count, centering, accumulated, "auto")
 
 
-def solved_both(scatters: Tensor, n: Tensor, accumulated: Tensor) -> tuple[Solved, Solved]:
-    """`solved_moment` of the centered and of the raw moments `scatters[2, b, d, d]` of the same samples.
+def solved_together(
+    products: Tensor, n: Tensor, accumulated: Tensor, variances: Tensor | None = None
+) -> list[Solved]:
+    """`solved_moment` of centered moments and, if there are two, of the raw ones, `products[2, b, d, d]`.
 
-    Their eigenvalues are found in one call: a batch takes a device little longer than half of it.
+    They are of the same samples. Their eigenvalues are found in one call: a batch takes a device little
+    longer than half of it. With the sums of squares of every feature, `variances[2, b, d]`, products are
+    those of samples, not more than d.
     """
-    _, count = _checked(scatters, n.expand(2, -1), "mean", values=False)
-    values = EIGVALSH("auto", Symmetric(scatters.flatten(0, 1)))
+    kinds, lead, side = len(products), products.shape[:2], products.shape[-1]
+    _, counts = _checked(products, n.expand(lead), "mean", values=False)
+    values = EIGVALSH("auto", Symmetric(products.flatten(0, 1)))
     if values.device.type != "cpu":
         library.finite(values)
-    (centred, raw), (of_centred, of_raw) = values.chunk(2), count.chunk(2)
-    return (
-        _from_values(centred, scatters[0], of_centred, "mean", accumulated),
-        _from_values(raw, scatters[1], of_raw, "none", None),
-    )
+    samples: Tensor | None = None
+    if variances is None:
+        variances = products.diagonal(dim1=-2, dim2=-1)
+    else:
+        d = variances.shape[-1]
+        values = functional.pad(values, (d - side, 0))
+        samples = torch.full_like(n, d)
+    return [
+        _from_values(*each, centering, trace, samples)
+        for each, centering, trace in zip(
+            zip(values.chunk(kinds), variances.unbind(), counts.chunk(kinds), strict=True),
+            ("mean", "none")[:kinds],
+            (accumulated, None)[:kinds],
+            strict=True,
+        )
+    ]
 
 
 def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = True) -> tuple[Tensor, Tensor]:
@@ -178,19 +195,24 @@ def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, im
     values = EIGVALSH(impl, Symmetric(flat))
     if values.device.type != "cpu":
         library.finite(values)
-    return _from_values(values, flat, count, centering, accumulated)
+    return _from_values(values, flat.diagonal(dim1=-2, dim2=-1), count, centering, accumulated)
 
 
 def _from_values(
-    values: Tensor, scatter: Tensor, count: Tensor, centering: str, accumulated: Tensor | None
+    values: Tensor,
+    variance: Tensor,
+    count: Tensor,
+    centering: str,
+    accumulated: Tensor | None,
+    samples: Tensor | None = None,
 ) -> Solved:
-    variance = scatter.diagonal(dim1=-2, dim2=-1)
     trace: Tensor = _sum(variance)
     if accumulated is not None:
         trace = trace.maximum(accumulated)
     freedom = (count - 1 if centering == "mean" else count).clamp_min(0)
     limit = freedom.minimum((variance > 0).sum(-1))
-    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=count)
+    terms = count if samples is None else samples
+    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=terms)
 
 
 def _floats(value: Any, name: str) -> Tensor:

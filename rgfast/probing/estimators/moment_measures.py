@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rgfast.ops.cka.streaming import cka_of_sums
 from rgfast.ops.spectrum.factors import solved_factor
-from rgfast.ops.spectrum.moments import solved_both, solved_moment
+from rgfast.ops.spectrum.moments import solved_moment, solved_together
 from rgfast.ops.spectrum.solve import Solved
-from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, parted
+from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, on_host, parted
 from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import numbers, sent, waits_for
@@ -52,11 +54,20 @@ def measure_all(
     parts: Sequence[MomentAccumulator], *, spectra: bool = True, refine: bool = True, uncentred: bool = True
 ) -> list[Measured]:
     """:func:`measure_moments` of several views or parts of the same layers: at once, where launches are what
-    takes time, if they have the same units."""
+    takes time, if they have the same units, and then in the host's memory."""
     if len(parts) == 1 or not Together.fit(parts):
         return [measure_moments(one, spectra=spectra, refine=refine, uncentred=uncentred) for one in parts]
+    few = [Together.few(part) for part in parts]
+    if len({*few}) > 1:
+        each: dict[int, Measured] = {}
+        for kind in (True, False):
+            at = [k for k, of_few in enumerate(few) if of_few is kind]
+            some = [parts[k] for k in at]
+            measured = measure_all(some, spectra=spectra, refine=refine, uncentred=uncentred)
+            each |= zip(at, measured, strict=True)
+        return [each[k] for k in range(len(parts))]
     found = _measured(Together(parts), parts[0], spectra, refine=False, again=None, uncentred=uncentred)
-    return parted(found, [part.count.numel() for part in parts])
+    return parted(on_host(found), [part.count.numel() for part in parts])
 
 
 def _measured(
@@ -70,34 +81,33 @@ def _measured(
     """All measures of ``sums``, of ``moments`` if they have factors or can be solved again."""
     widths, count = sums.widths, sums.count
     layers, known = len(widths), count >= 2
-    shape = (layers, len(count), max(widths) if spectra else 0)
-    spectrum = torch.full(shape, torch.nan, dtype=torch.float64, device=count.device)
-    refined: list[Tensor] = [count] * layers
-    by_layer: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {})] * layers
+    most = max(widths) if spectra else 0
+    order: list[int] = []
+    tables: list[Tensor] = []  # [measures, K, P]
+    refined: list[Tensor] = []  # [K, P]
+    spectrum: list[Tensor] = []  # [K, P, most]
     # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
     at_once = layers if again is None and waits_for(count.device) else 1
     for some in sums.at_once(at_once):
+        shape = len(some), len(count)
         factored = moments if refine and any(layer in moments.factored for layer in some) else None
         centred, raw, at = _solved(sums, some, factored, again, uncentred)
         constant = centred.sigma[:, 0] == 0
         if raw is not None:
             constant &= raw.sigma[:, 0] > 0
         values, bounds = of_spectra(centred, raw, constant)
-        exponent = torch.cat([torch.full_like(count, sums.exponents[layer]) for layer in some])
-        sigma = Solved(centred.sigma, centred.error, exponent, centred.rank_limit, centred.path)
-        sigmas = sigma.singular_values() if spectra else None
-        for layer, part in zip(some, _parts(len(some), len(count)), strict=True):
-            refined[layer] = at[part]
-            of_values, of_bounds = (
-                {name: value[part] for name, value in one.items()} for one in (values, bounds)
-            )
-            by_layer[layer] = of_values, of_bounds
-            if sigmas is not None:
-                spectrum[layer, :, : widths[layer]] = torch.where(known[:, None], sigmas[part], torch.nan)
-    values, bounds = (
-        {name: torch.where(known, torch.stack([one[name] for one in parts]), torch.nan) for name in parts[0]}
-        for parts in zip(*by_layer, strict=True)
-    )
+        tables.append(torch.stack([*values.values(), *bounds.values()]).view(-1, *shape))
+        refined.append(at.view(shape))
+        if spectra:
+            units = numbers([sums.exponents[layer] for layer in some], count.device)
+            exponent = units[:, None].expand(shape).reshape(-1)
+            sigma = replace(centred, exponent=exponent).singular_values().view(*shape, -1)
+            sigma = torch.where(known[:, None], sigma, torch.nan)
+            spectrum.append(functional.pad(sigma, (0, most - sigma.shape[2]), value=torch.nan))
+        order += some
+    table = torch.where(known, _ordered(tables, order, 1), torch.nan)
+    bounds = dict(zip(bounds, table[len(values) :].unbind(), strict=True))
+    values = dict(zip(values, table[: len(values)].unbind(), strict=True))
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
         of_pairs = sums.kernels(products=True)
@@ -105,7 +115,16 @@ def _measured(
             cka_of_sums(of_pairs, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
         )
         values |= of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
-    return Measured(count.repeat(len(widths), 1), values, bounds, torch.stack(refined), spectrum)
+    found = _ordered(spectrum, order, 0) if spectra else table.new_empty(layers, len(count), 0)
+    return Measured(count.repeat(layers, 1), values, bounds, _ordered(refined, order, 0), found)
+
+
+def _ordered(parts: Sequence[Tensor], order: Sequence[int], dim: int) -> Tensor:
+    """Parts that have some layers each along ``dim``, all together ``order``, as one in the layers' order."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    if list(order) == sorted(order):
+        return whole
+    return whole.index_select(dim, numbers(np.argsort(order).tolist(), whole.device))
 
 
 def _parts(layers: int, positions: int) -> list[slice]:
@@ -123,13 +142,21 @@ def _solved(
     values of the former were too small for moments, so that they are those of the factor that was kept, or of
     the rows (of one layer)."""
     count = sums.count.repeat(len(layers))
-    empty, summed = (count == 0)[:, None, None], sums.accumulated(layers)
+    empty = (count == 0)[:, None, None]
     centred: Solved
     raw: Solved | None
-    if uncentred and waits_for(count.device):
+    if sums.of_few or (uncentred and waits_for(count.device)):
+        variances = None
+        if sums.of_few:
+            products, variances, summed = sums.kernels_of_few(layers, raw=uncentred)
+            variances = variances.masked_fill_(empty[..., 0], 0.0)
+        else:
+            products, summed = sums.both_scatters(layers)
         # Zero where nothing was counted.
-        centred, raw = solved_both(sums.both_scatters(layers).masked_fill_(empty, 0.0), count, summed)
+        centred, *others = solved_together(products.masked_fill_(empty, 0.0), count, summed, variances)
+        raw = others[0] if others else None
     else:
+        summed = sums.accumulated(layers)
         whole = sums.scatters(layers, centred=True).masked_fill_(empty, 0.0)
         centred, raw = solved_moment(whole, count, "mean", summed), None
         if uncentred:
