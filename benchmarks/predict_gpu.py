@@ -52,7 +52,7 @@ from rgfast.probing import measured as measured_views
 from rgfast.probing.plan import make_plan
 from rgfast.probing.spec import ProbeSpec
 from rgfast.runtime import waiting
-from rgfast.streaming import sizes
+from rgfast.streaming import MomentAccumulator, Together, sizes
 
 MEASURED = Path(__file__).with_name("h100_measured.json")
 GPU = torch.device("cuda")
@@ -186,23 +186,28 @@ def _torch_with_batches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(width: int, pending: int = plan._PENDING_BYTES) -> Iterator[Counter[int]]:
+def as_on_a_gpu(width: int, pending: int = plan._PENDING_BYTES) -> Iterator[Counter[tuple[int, int]]]:
     """The library's implementations are all there are, no forward looks at values, and views, blocks of rows
     and products are cut as they would be at their real ``width``, with ``pending`` bytes of rows held back.
-    Yields how often batches of a size were solved."""
-    counted: Counter[int] = Counter()
+    Yields how often so many matrices of so many rows were solved at once."""
+    counted: Counter[tuple[int, int]] = Counter()
     narrower = STAND_IN / width
     original, cut, add = spectra.eigenvalues, products.positions_at_once, products._add
 
     def eigenvalues(a: Tensor) -> Tensor:
-        counted[a.shape[:-2].numel()] += 1
+        side = width if a.shape[-1] == STAND_IN else a.shape[-1]
+        counted[a.shape[:-2].numel(), side] += 1
         return original(a)
 
     def at_once(call: Products) -> int:
         rows = [meta(*x.shape[:2], width, dtype=x.dtype) for x in call.rows]
         return cut(call._replace(rows=rows))
 
+    def few(part: MomentAccumulator) -> bool:
+        return (rows := part.few) is not None and not part.factored and 2 * rows[0][0].shape[1] <= width
+
     changes: list[tuple[Any, str, Any]] = [
+        (Together, "few", staticmethod(few)),
         (waiting, "_EVERYWHERE", True),
         (products, "_APART", 0 if width >= products._APART else 1 << 30),
         (products, "_add", lambda total, left, right, here: add(total, left, right, False)),
@@ -314,7 +319,7 @@ def _predicted(
     name: str,
     opened: rgfast.Probe,
     width: int,
-    solving: Counter[int],
+    solving: Counter[tuple[int, int]],
     feed: Callable[[Callable[[Any], Any]], object],
     bare: Callable[[], object],
 ) -> Predicted:
@@ -323,7 +328,7 @@ def _predicted(
         forwards = timed(lambda: feed(probe.run), width)
         solving.clear()
         reading = timed(probe.result, width)
-    spectrum = sum(times * solved(count, width) for count, times in solving.items())
+    spectrum = sum(times * solved(*matrices) for matrices, times in solving.items())
     weights = sum(Clock(width).numel(x) * x.element_size() for x in probe.model.state_dict().values())
     digest = weights / TRANSFER + math.ceil(weights / checkpoint._TRANSFER) * WAIT
     return Predicted(name, timed(bare, width).seconds, forwards, reading, spectrum, digest)

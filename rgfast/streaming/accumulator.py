@@ -125,7 +125,7 @@ class MomentAccumulator:
             take = min(rows - at, self._block.size - self._block.filled)
             piece = [x[:, at : at + take] for x in flat]
             kept = None if keep is None else keep[:, at : at + take]
-            if take == self._block.size:
+            if take == self._block.size and not self._may_be_few:
                 self._sums.add(piece, kept)
             else:
                 self._block.hold(piece, kept)
@@ -133,6 +133,12 @@ class MomentAccumulator:
                     self.flush()
             at += take
         return self
+
+    @property
+    def _may_be_few(self) -> bool:
+        """Whether a whole block is held all the same, since it may be all there is."""
+        wide = 2 * self._block.size <= min(self.widths)
+        return wide and not self._sums.summed and waits_for(self._sums.begun.device)
 
     def add_block(self, layers: Sequence[Tensor]) -> None:
         """Add finite rows ``layers[l][P, b, d_l]`` as one block, whatever their number."""

@@ -174,9 +174,13 @@ def test_weights_take_their_bytes(predicted, script):
 
 def test_both_spectra_of_all_views_are_one_call(script):
     case = script.Case.make("default", 2, 4, script.STAND_IN, 64, "cpu")
-    with script.as_on_a_gpu(256) as solving:
-        rgfast.probe(case.model, case.x, progress=False, route="moments")
-    assert solving == {2 * 3 * (4 + 2): 1}
+    options = {"progress": False, "route": "moments", "views": ["position", "pooled", "mean_pooled"]}
+    with script.as_on_a_gpu(64) as solving:
+        rgfast.probe(case.model, case.x, **options)
+    assert solving == {(2 * 3 * (4 + 2), 64): 1}
+    with script.as_on_a_gpu(256) as solving:  # 64 rows are few there, but for those of all positions
+        rgfast.probe(case.model, case.x, **options)
+    assert solving == {(2 * 3 * (4 + 1), 64): 1, (2 * 3, 256): 1}
 
 
 def test_a_gpt2_is_predicted(script):
@@ -215,7 +219,7 @@ def test_nothing_is_left_changed(script, predicted):
         with record() as log:
             EIGVALSH("auto", script.spectra.Symmetric(torch.eye(3, dtype=torch.float64).expand(5, 3, 3)))
         assert [entry.impl for entry in walk(log)] == ["library"]
-        assert dict(solved) == {5: 1}
+        assert dict(solved) == {(5, 3): 1}
     assert (dict(MOMENTS.impls), dict(EIGVALSH.impls), waiting._EVERYWHERE, products._add) == before
 
 

@@ -187,8 +187,7 @@ def test_a_full_block_is_not_overwritten_unseen():
     """A block that fills and is begun again holds other rows than those that were summed."""
     with devices():
         x = There(torch.randn(1, 1024, 3000), SECOND)
-        whole = MomentAccumulator(pairs=()).update([x])
-        assert whole.few is None  # summed as it came
+        assert MomentAccumulator(pairs=()).update([x[..., :1000]]).few is None  # summed as it came
         parts = MomentAccumulator(pairs=()).update([x[:, :600]]).update([x[:, 600:]])
         assert parts.few is not None
         assert not Together.few(MomentAccumulator(pairs=()).update([x[:, :600, :1000]]))
@@ -196,6 +195,20 @@ def test_a_full_block_is_not_overwritten_unseen():
             MomentAccumulator(pairs=()).update([x[:, :600]]).update([torch.cat([x[:, 600:], x[:, :5]], 1)])
         )
         assert parts.few is None
+
+
+def test_a_whole_block_is_held_while_it_is_all_there_is():
+    with devices():
+        x = There(torch.randn(3, 16, 20, dtype=torch.float64), SECOND)
+        given = MomentAccumulator(pending_bytes=1)
+        assert given.update([x[:, :8], x[:, :8]]).rows_at_once == 8
+        assert Together.few(given)
+        assert torch.equal(given.few[0][0].held, x.held[:, :8])
+        given.update([x[:, 8:], x[:, 8:]])
+        assert given.few is None
+        at_once = MomentAccumulator(pending_bytes=1).update([x, x])
+        assert torch.equal(given.scatter(0).held, at_once.scatter(0).held)
+        assert MomentAccumulator(pending_bytes=1).update([x[:, :8, :15]]).few is None  # too narrow
 
 
 def test_a_loaded_state_has_no_rows():
