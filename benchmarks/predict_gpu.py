@@ -206,8 +206,12 @@ def as_on_a_gpu(width: int, pending: int = plan._PENDING_BYTES) -> Iterator[Coun
     def few(part: MomentAccumulator) -> bool:
         return (rows := part.few) is not None and not part.factored and 2 * rows[0][0].shape[1] <= width
 
+    def may_be_few(sums: MomentAccumulator) -> bool:
+        return not sums._sums.summed and 2 * sums.rows_at_once <= width
+
     changes: list[tuple[Any, str, Any]] = [
         (Together, "few", staticmethod(few)),
+        (MomentAccumulator, "_may_be_few", property(may_be_few)),
         (waiting, "_EVERYWHERE", True),
         (products, "_APART", 0 if width >= products._APART else 1 << 30),
         (products, "_add", lambda total, left, right, here: add(total, left, right, False)),

@@ -297,12 +297,13 @@ def _fitted(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Pl
     """The plan with its positions and what it may hold back; without ``flattened`` where that is large."""
     follow = any(view in POSITIONAL for view in plan.views)
     plan = replace(plan, positions=(0,) if follow else ())
-    held = max(1, len(plan.accumulators)) * plan.groups
-    plan = replace(plan, pending_bytes=min(_PENDING_BYTES, memory // (8 * held)))
+    plan = _with_pending(plan, memory)
     if not plan.views_asked and "flattened" in plan.views:
         bare = replace(plan, views=tuple(view for view in plan.views if view != "flattened"))
         small = plan.state_bytes - bare.state_bytes <= memory / 4
         plan = plan if small and plan.length * max(plan.widths) <= _FLATTENED_WIDTH else bare
+        if plan.launched:  # on the CPU bits depend on it
+            plan = _with_pending(plan, memory)
     if follow:
         plan = _with_positions(plan, positions, memory)
     if plan.state_bytes > memory and not plan.aligned and not plan.views_asked and "pooled" in plan.views:
@@ -311,6 +312,12 @@ def _fitted(plan: Plan, positions: str | Sequence[int | str], memory: int) -> Pl
     if plan.state_bytes > memory:
         raise ValueError(_too_big(plan, memory))
     return plan
+
+
+def _with_pending(plan: Plan, memory: int) -> Plan:
+    """The plan in which rows not yet summed may take an eighth of ``memory``."""
+    held = max(1, len(plan.accumulators)) * plan.groups
+    return replace(plan, pending_bytes=min(_PENDING_BYTES, memory // (8 * held)))
 
 
 def _as_tuple(value: Any) -> Any:
