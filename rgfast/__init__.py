@@ -60,8 +60,10 @@ if TYPE_CHECKING:
     from rgfast.monitor import Monitor, MonitorResult
     from rgfast.probing import Forecast, Probe, ProbeResult, probe
     from rgfast.probing.forecast import plan
+    from rgfast.probing.sources.activations import Activations
 
 __all__ = [
+    "Activations",
     "CKAAccumulator",
     "CKAResult",
     "Calibrated",
@@ -127,6 +129,7 @@ __all__ = [
 
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
+    "Activations": "rgfast.probing.sources.activations",
     "Forecast": "rgfast.probing",
     "Monitor": "rgfast.monitor",
     "MonitorResult": "rgfast.monitor",

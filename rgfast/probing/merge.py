@@ -60,6 +60,7 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
         raise ValueError(f"other must be of the same control: {told[0]}, got {told[1]}")
     if None in (mine.get("weights"), others.get("weights")):
         mine = {**mine, "weights": None}
+    ids = _ids(result, other)
     if plan.refine != theirs.refine:  # what one of them lacks, both lack together
         plan = replace(plan, refine=False)
     theirs = replace(theirs, refine=plan.refine)
@@ -70,14 +71,25 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     kept = {name: value for name, value in controls[0].items() if value is not None}
     if rows is not None:
         dataset = assemble(rows.measures(), measures, mine).assign_attrs(kept)
-        return ProbeResult(dataset, rows.state(), writes=writes)
+        both = ProbeResult(dataset, rows.state(), writes=writes)
+        return both if ids is None else both.with_ids(ids)
     state, added = (
         _summed(one, r.moments, masked=extra["masked"], uncentred=uncentred)
         for one, r in ((plan, result), (theirs, other))
     )
     state.merge(added)
     dataset = assemble(state, measures, mine).assign_attrs(kept)
-    return ProbeResult(dataset, state.state(), writes=writes)
+    both = ProbeResult(dataset, state.state(), writes=writes)
+    return both if ids is None else both.with_ids(ids)
+
+
+def _ids(result: ProbeResult, other: ProbeResult) -> list[int | str] | None:
+    """The ids of both, if both have some. Raises ValueError if a sequence is in both."""
+    if result.ids is None or other.ids is None:
+        return None
+    if again := [one for one in other.ids if one in {*result.ids}]:
+        raise ValueError(f"other must be of other sequences, and both have {again[0]!r} (ids)")
+    return [*result.ids, *other.ids]
 
 
 def _rows(plan: Plan, uncentred: bool, *states: Mapping[str, NDArray[Any]]) -> Rows | None:

@@ -95,7 +95,7 @@ def checked_indices(positions: Sequence[int | str], length: int) -> set[int]:
     return wanted
 
 
-def parse_memory(memory: str | int | float) -> int:
+def parse_memory(memory: str | int | float, name: str = "memory") -> int:
     """Bytes of ``"4GiB"``, ``"500 MB"`` or a number of bytes. Raises ValueError for anything else."""
     if isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0:
         return int(memory)
@@ -105,7 +105,7 @@ def parse_memory(memory: str | int | float) -> int:
             return int(float(match[1]) * _UNITS[match[2] or ""])
     except ValueError:
         pass
-    raise ValueError(f"memory must be bytes or text such as '4GiB', got {memory!r}")
+    raise ValueError(f"{name} must be bytes or text such as '4GiB', got {memory!r}")
 
 
 def human_bytes(number: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,21 @@ class ProbeResult(Accessor):
     def targets(self) -> tuple[str, ...]:
         """The names of the targets; empty without any."""
         return tuple(str(name) for name in self.dataset.target.values) if "target" in self.dataset else ()
+
+    @property
+    def ids(self) -> tuple[int | str, ...] | None:
+        """What identifies the sequences, in their order; None if the probe did not know."""
+        if "sequence_id" not in self.dataset:
+            return None
+        return tuple(self.dataset.sequence_id.values.tolist())
+
+    def with_ids(self, ids: Sequence[int | str]) -> ProbeResult:
+        """The result with the ids of its sequences, the coordinate ``sequence_id``.
+
+        :meta private:
+        """
+        dataset = self.dataset.assign_coords(sequence_id=("sequence", np.array(ids)))
+        return ProbeResult(dataset, self._moments, writes=self._writes)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from rgfast.files import write_folder_atomically
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.capture.batches import batch_rows, iterate, shuffles
 from rgfast.probing.controls import random_twin, shuffled
 from rgfast.probing.distributed import rank_path
+from rgfast.probing.options import parse_memory
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.sources.activations import Activations
+from rgfast.probing.sources.keep import Keeper
+from rgfast.probing.sources.replay import as_replayed
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
 from rgfast.probing.watch import Probe, opened
 
@@ -26,13 +31,18 @@ __all__ = ["probe"]
 
 
 @shows_options(ProbeOptions)
-def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> ProbeResult:
+def probe(
+    model: nn.Module | Activations, batches: Any = None, **options: Unpack[ProbeOptions]
+) -> ProbeResult:
     """Measures of every layer and position of ``model`` over ``batches``, a :class:`ProbeResult`.
 
     One pass in evaluation mode without gradients; memory does not depend on the number of samples.
 
     Args:
-        model: any module. Hooks, training flags and grad mode are as before when this returns or raises.
+        model: any module. Hooks, training flags and grad mode are as before when this returns or raises. Or
+            :class:`rgfast.Activations` that exist already, without ``batches``: ``layers`` then names some of
+            theirs (all by ``"auto"``), and ``axes``, ``output`` and ``control`` are refused. Their ids are
+            ``result.dataset.sequence_id``.
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
             which is cut into pieces of ``batch_size``. A batch is a mapping (what ``forward`` takes by name
             is passed; the whole mapping, if ``forward`` takes a single argument of another name), a tuple
@@ -118,14 +128,22 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
             ``result.flow(control=twin)`` reads both together; ``result.dataset.attrs["control"]`` names it.
         control_seed: of the weights or the permutations.
         timeout: seconds without a sign of life after which another rank counts as dead.
+        keep: a new or empty folder to write activations of the probed layers to, as they were computed:
+            a sample of the sequences that ``keep_bytes`` hold, which :class:`rgfast.Activations` reads (its
+            ``ids`` number the sequences from 0, in the order in which batches bring them). The folder is
+            there when all is measured, or not at all; meanwhile up to twice as many bytes lie beside it.
+            Hidden tokens are the entry ``"masked"``. Not with ``checkpoint``, nor with several ranks.
+        keep_bytes: bytes, or text such as ``"1GiB"``, that kept activations may take.
+        keep_seed: of the sample, which does not depend on ``batch_size``.
 
     Moments are fp64, whatever the model computes in; definitions are those of the functions of the same
     names. The bits do not depend on how samples are cut into batches, as far as the model's own do not.
 
     Raises ValueError for options out of range, layers that are not found, layers whose axes or stream can be
     read in two ways (naming ``axes`` or ``output``), a budget that nothing fits (naming the change to make),
-    NaN or infinity (naming layer, position and count), fewer than 2 sequences; whatever the model raises is
-    passed on. With several ranks, :class:`rgfast.probing.RankError` (a RuntimeError)
+    NaN or infinity (naming layer, position and count), fewer than 2 sequences, and options that saved
+    activations do not have (TypeError for ``batches`` beside them); whatever the model raises is passed on.
+    With several ranks, :class:`rgfast.probing.RankError` (a RuntimeError)
     where another one died or failed.
 
     >>> import torch, rgfast
@@ -135,19 +153,46 @@ def probe(model: nn.Module, batches: Any, **options: Unpack[ProbeOptions]) -> Pr
     array([0., 0.])
     """
     spec = ProbeSpec(**options)
-    if spec.control == "random_weights":
+    ids = None
+    if isinstance(model, Activations):
+        if batches is not None:
+            raise TypeError(
+                "batches must be left out, since the activations are the batches, got "
+                f"{type(batches).__name__}"
+            )
+        ids = model.ids
+        model, spec = as_replayed(model, spec)
+        batches = model.batches(spec.batch_size)
+    elif spec.control == "random_weights":
         model = random_twin(model, spec.control_seed)
-    result = _run(model, batches, spec)
+    result = _run(model, batches, spec) if spec.keep is None else _run_keeping(model, batches, spec, ids)
     if spec.control is not None:
         result.dataset.attrs.update(control=spec.control, control_seed=spec.control_seed)
-    return result
+    return result if ids is None else result.with_ids(ids)
 
 
-def _run(model: nn.Module, batches: Any, spec: ProbeSpec) -> ProbeResult:
+def _run_keeping(
+    model: nn.Module, batches: Any, spec: ProbeSpec, ids: Sequence[int | str] | None
+) -> ProbeResult:
+    assert spec.keep is not None
+    found: list[ProbeResult] = []
+
+    def fill(folder: Path) -> None:
+        keeper = Keeper(folder, parse_memory(spec.keep_bytes), spec.keep_seed)
+        found.append(_run(model, batches, spec, keeper))
+        keeper.end(ids)
+
+    write_folder_atomically(spec.keep, fill)
+    return found[0]
+
+
+def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None = None) -> ProbeResult:
     path = None if spec.checkpoint is None else Path(spec.checkpoint)
     _check_order(spec, batches)
-    watched = opened(model, spec)
+    watched = opened(model, spec, keeper)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
+    if keeper is not None and ranks > 1:
+        raise ValueError(f"keep: one process alone keeps activations, got {ranks} ranks")
     quiet = bool(rank) or not spec.shows_progress
     pieces = iterate(batches, spec.batch_size)
     if spec.control == "shuffled_tokens":

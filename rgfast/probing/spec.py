@@ -20,6 +20,7 @@ from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import MEASURES, asked_measures
 from rgfast.probing.options import CONTROLS, Control, check_views, checked_positions, parse_memory
+from rgfast.probing.sources.keep import checked_folder
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_integer, check_positive_int
@@ -74,6 +75,9 @@ class ProbeOptions(WatchOptions, total=False):
     batch_size: int
     control: Control
     control_seed: int
+    keep: str | Path | None
+    keep_bytes: str | int
+    keep_seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,9 @@ class ProbeSpec:
     timeout: float = 60.0
     control: Control = None
     control_seed: int = 0
+    keep: str | Path | None = None
+    keep_bytes: str | int = "1GiB"
+    keep_seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every", "groups"):
@@ -120,7 +127,8 @@ class ProbeSpec:
         check_choice(self.route, "route", ROUTES)
         if self.control is not None:
             check_choice(self.control, "control", CONTROLS)
-        check_integer(self.control_seed, "control_seed", least=0, most=2**63 - 1)
+        for name in ("control_seed", "keep_seed"):
+            check_integer(getattr(self, name), name, least=0, most=2**63 - 1)
         if self.mask is not None and not isinstance(self.mask, str) and not callable(self.mask):
             raise TypeError(
                 f"mask must be the name of a batch entry or a callable, got {type(self.mask).__name__}"
@@ -141,10 +149,15 @@ class ProbeSpec:
         self._set("measures", asked_measures(self.measures))
         self._set("pairs", as_pairs(self.pairs))
         self._set("memory", parse_memory(self.memory))
+        self._set("keep_bytes", parse_memory(self.keep_bytes, "keep_bytes"))
         if self.targets and self.groups == 1:
             self._set("groups", _FOLDS)
         if self.checkpoint is not None:
             self._set("checkpoint", checked_path(self.checkpoint))
+        if self.keep is not None:
+            self._set("keep", checked_folder(self.keep))
+            if self.checkpoint is not None:
+                raise ValueError("keep: a run that goes on from a checkpoint has not all sequences to keep")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

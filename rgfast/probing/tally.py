@@ -95,6 +95,11 @@ class Tally:
         return self._moments.plan
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The layers by name."""
+        return tuple(self._names)
+
+    @property
     def _begun(self) -> bool:
         """Whether it is known what is measured."""
         return self._moments is not None or self._rows is not None
@@ -150,7 +155,8 @@ class Tally:
     def _may_tile(self) -> bool:
         spec = self._spec
         of_entries = spec.mask is not None or bool(spec.targets)
-        return not (self._no_samples or spec.reads_layers or of_entries or spec.checkpoint is not None)
+        all_rows = spec.checkpoint is not None or spec.keep is not None
+        return not (self._no_samples or spec.reads_layers or of_entries or all_rows)
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
         """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""

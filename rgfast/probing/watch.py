@@ -25,6 +25,8 @@ from rgfast.probing.plan import Plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.sources.keep import Keeper
+from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
 from rgfast.probing.tally import Tally
 from rgfast.probing.unread import Unread
@@ -96,7 +98,10 @@ class Probe:
         if self._ranks is not None:
             weakref.finalize(self, self._ranks.leave)
         self.model, self.measures = unwrapped(model), tuple(spec.measures)
-        self._taps, chosen = resolve(self.model, spec.layers)
+        if isinstance(self.model, SavedActivations):
+            self._taps, chosen = self.model.taps(), f"{len(self.model.taps())} layers of saved activations"
+        else:
+            self._taps, chosen = resolve(self.model, spec.layers)
         if not (spec.layers == "auto" and len(self._taps) == 2):  # one block may run many times
             pair_keys(spec.compared, len(self._taps))
         say = spec.shows_progress and (self._ranks is None or self._ranks.rank == 0)
@@ -126,6 +131,7 @@ class Probe:
         )
         self._whole: RowBatch | None = None
         self._home = Home()
+        self._keeper: Keeper | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -252,7 +258,7 @@ class Probe:
         rows = [_of_stack(x, tap.name) for x, tap in zip(states, self._taps, strict=True)]
         part = self._whole.some(slice(first, first + len(rows[0])))
         with self._home.reading([(states, stream_of(states))]):
-            self._tally.add(replace(part, layers=rows, reused=True))
+            self._add(replace(part, layers=rows, reused=True))
 
     @_without_grad
     def finished(self, seen: Sequence[Seen] | None) -> None:
@@ -263,17 +269,23 @@ class Probe:
                 self._tally.name_layers([x.name for x in seen])
                 of_taps = [x.tap for x in seen]
                 with self._home.reading([(x.value, x.stream) for x in seen if x.value is not None]):
-                    self._tally.add(self._entries.batch(rows, of_taps, self._tally.sequences))
+                    self._add(self._entries.batch(rows, of_taps, self._tally.sequences))
         self._whole = None
         self._entries.end()
+
+    def _add(self, batch: RowBatch) -> None:
+        if self._keeper is not None:
+            self._keeper.add(batch, self._tally.names)
+        self._tally.add(batch)
 
 
 def _of_stack(x: Tensor, name: str) -> Tensor:
     return laid_out(x, "N D" if x.dim() == 2 else "N T D", name)
 
 
-def opened(model: nn.Module, spec: ProbeSpec) -> Probe:
-    """The :class:`Probe` of a specification."""
+def opened(model: nn.Module, spec: ProbeSpec, keeper: Keeper | None = None) -> Probe:
+    """The :class:`Probe` of a specification, which hands all rows to ``keeper`` as well."""
     made = Probe.__new__(Probe)
     made._open(model, spec)
+    made._keeper = keeper
     return made

@@ -13,7 +13,7 @@ from torch import nn
 
 from rgfast.probing.capture.sublayers import points_inside
 
-__all__ = ["LayerSpec", "Tap", "check_model", "resolve"]
+__all__ = ["LayerSpec", "Tap", "check_model", "chosen_names", "resolve"]
 
 LayerSpec = str | int | re.Pattern[str]
 
@@ -106,27 +106,38 @@ def resolve(model: nn.Module, layers: str | LayerSpec | Sequence[LayerSpec]) -> 
     if isinstance(layers, str) and layers == "auto":
         stream = _only_stream(model)
         return stream.taps(), f"the stream through {stream}: its input and {len(stream.blocks)} outputs"
+    taps: list[Tap] = []
+    alone = isinstance(layers, str)
+    for spec in _specs(layers):
+        taps += _resolve_one(model, spec, alone=alone)
+    names = _distinct([tap.name for tap in taps])
+    return taps, f"{len(taps)} layers: {', '.join(names)}"
+
+
+def _specs(layers: Any) -> list[LayerSpec]:
+    """What was asked for, one by one. Raises TypeError for what is no name, index or pattern."""
     if not isinstance(layers, (str, int, re.Pattern, Sequence)):
         raise TypeError(
             f"layers must be 'auto', a name, index, pattern or a sequence of them, got {layers!r}"
         )
     specs = [layers] if isinstance(layers, (str, int, re.Pattern)) else list(layers)
-    taps: list[Tap] = []
-    alone = isinstance(layers, str)
     for spec in specs:
-        taps += _resolve_one(model, spec, alone=alone)
-    if not taps:
+        if isinstance(spec, bool) or not isinstance(spec, (str, int, re.Pattern)):
+            raise TypeError(f"layers must hold names, indices or patterns, got {spec!r}")
+    return specs
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """``names``. Raises ValueError if there are none, or one is there twice."""
+    if not names:
         raise ValueError("layers must name at least one layer, got none")
-    names = [tap.name for tap in taps]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"layers must not repeat a layer, got {name!r} {names.count(name)} times")
-    return taps, f"{len(taps)} layers: {', '.join(names)}"
+    return names
 
 
 def _resolve_one(model: nn.Module, spec: LayerSpec, *, alone: bool) -> list[Tap]:
-    if isinstance(spec, bool) or not isinstance(spec, (str, int, re.Pattern)):
-        raise TypeError(f"layers must hold names, indices or patterns, got {spec!r}")
     if isinstance(spec, int):
         stream = _only_stream(model).taps()
         if not -len(stream) <= spec < len(stream):
@@ -284,3 +295,33 @@ def _is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and (
         any(True for _ in module.parameters()) or bool(module.state_dict())
     )
+
+
+def chosen_names(names: Sequence[str], layers: str | LayerSpec | Sequence[LayerSpec]) -> list[str]:
+    """Which of ``names`` (of activations that have no model) ``layers`` asks for: all for ``"auto"``, those
+    of names, indices and patterns as :func:`resolve` reads them.
+
+    Raises TypeError or ValueError for what matches nothing, and for a repeated layer.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        return list(names)
+    found: list[str] = []
+    for spec in _specs(layers):
+        if isinstance(spec, int):
+            if not -len(names) <= spec < len(names):
+                raise ValueError(f"layers must be an index from 0 to {len(names) - 1}, got {spec}")
+            found.append(names[spec])
+            continue
+        if isinstance(spec, str) and spec in names:
+            found.append(spec)
+            continue
+        pattern = spec if isinstance(spec, re.Pattern) else _pattern(spec)
+        matching = [name for name in names if pattern.fullmatch(name)]
+        if not matching:
+            raise ValueError(f"layers: no layer is called {spec!r}, the layers are {', '.join(names)}")
+        found += matching
+    return _distinct(found)
+
+
+def _pattern(spec: str) -> re.Pattern[str]:
+    return _compiled(spec[3:]) if spec.startswith("re:") else re.compile(_glob(spec))

@@ -1,0 +1,88 @@
+"""Activations played back to a probe: a module whose layers put out what a batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rgfast.probing.capture.layers import LayerSpec, Tap, chosen_names
+from rgfast.probing.sources.activations import KEEP, Activations
+
+if TYPE_CHECKING:
+    from rgfast.probing.spec import ProbeSpec
+
+__all__ = ["SavedActivations", "as_replayed"]
+
+# The entry that every batch has, so that its number of sequences is known whatever else it holds.
+_NUMBER = "sequence"
+
+
+class SavedActivations(nn.Module):
+    """Stands for the model in a probe of ``acts``; what it runs on are the batches of :meth:`batches`.
+
+    Raises ValueError for ``layers`` that match nothing.
+    """
+
+    def __init__(self, acts: Activations, layers: str | LayerSpec | Sequence[LayerSpec]) -> None:
+        super().__init__()
+        self._acts = acts
+        self._chosen = chosen_names(acts.layers, layers)
+        for name in self._chosen:
+            # Names of saved layers have dots, which add_module refuses, and are all that says what they are.
+            self._modules[name] = nn.Identity()
+
+    def taps(self) -> list[Tap]:
+        """The layers that were asked for."""
+        return [Tap(name, name, "output") for name in self._chosen]
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """All sequences, as mappings of layers and entries by name."""
+        for batch in self._acts.batches(size, self._chosen):
+            number = torch.arange(batch.start, batch.start + len(batch), dtype=torch.int64, device="cpu")
+            keep = {KEEP: batch.keep} if self._acts.is_ragged and batch.keep is not None else {}
+            yield {_NUMBER: number, **batch.entries, **keep, **batch.layers}
+
+    def forward(self, **entries: Any) -> None:
+        """Let every layer put out what the batch holds."""
+        for name, layer in self._modules.items():
+            if name not in entries:
+                raise ValueError(
+                    f"mask and targets: {name!r} is a layer of the activations; give a function of the "
+                    f"entries, such as lambda entries: entries[{name!r}]"
+                )
+            assert layer is not None
+            layer(entries[name])
+
+
+def as_replayed(acts: Activations, spec: ProbeSpec) -> tuple[SavedActivations, ProbeSpec]:
+    """What to probe in place of a model, and how.
+
+    Raises ValueError for options that activations do not have.
+    """
+    if spec.control is not None:
+        raise ValueError(
+            f"control: {spec.control!r} runs a model, and these are activations; save those of the control, "
+            "too"
+        )
+    for name, why in (
+        ("axes", "give axes= to Activations"),
+        ("output", "each array is one layer's stream"),
+    ):
+        if getattr(spec, name) is not None:
+            raise ValueError(f"{name}: the activations are saved, so there is nothing to choose; {why}")
+    clash = [name for name in (*acts.entries, _NUMBER) if name in acts.layers]
+    clash += [_NUMBER] if _NUMBER in acts.entries else []
+    if clash:
+        raise ValueError(f"activations must not call an array {clash[0]!r}, which a probe uses; rename it")
+    if acts.is_ragged:
+        if spec.padding not in ("auto", KEEP):
+            raise ValueError(
+                "padding: these sequences differ in length, and what was added to the shorter ones never "
+                f"counts; leave out padding={spec.padding!r}"
+            )
+        spec = replace(spec, padding=KEEP)
+    return SavedActivations(acts, spec.layers), replace(spec, axes="N T D")
