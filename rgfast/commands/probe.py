@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["add_probe"]
 
 FORMAT = "rgfast.probe-run/1"
+_DONE_BEFORE = "was there already: nothing was computed"
+_WRITTEN = "result.nc summary.csv report.html config.json and figures (*.png)"
 
 
 def add_probe(commands: Any) -> None:
@@ -39,6 +41,9 @@ def add_probe(commands: Any) -> None:
         "downloaded, nothing is unpickled, no code of the folder is run. Of an\n"
         "encoder-decoder (T5, BART) the encoder is probed, unless --inputs has\n"
         "decoder_input_ids.\n\n"
+        "Without --text and --inputs, MODEL is a folder of activations that exist\n"
+        "already: .npy files, one per layer, or .safetensors files of layers, batches\n"
+        "or requests, or what --keep left.\n\n"
         "Leaves in DIR: result.nc, summary.csv, figures, report.html and config.json;\n"
         "DIR is complete or not there. With --checkpoint, a run that was stopped goes\n"
         "on where it was when the same command is given again. Under torchrun each\n"
@@ -48,11 +53,12 @@ def add_probe(commands: Any) -> None:
         "  rgfast probe models/bert --text corpus.txt --mask 0.15 --groups 8\n"
         "  rgfast probe models/gpt2 --inputs tokens.npy --pairs all --layers 0 6 12\n"
         "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json\n"
-        "  torchrun --nproc-per-node 4 -m rgfast probe models/bert --text corpus.txt",
+        "  torchrun --nproc-per-node 4 -m rgfast probe models/bert --text corpus.txt\n"
+        '  rgfast probe saved/bert --axes "N T D" --groups 8',
     )
     add = probe.add_argument
-    add("model", metavar="MODEL", help="the folder of the model")
-    source = probe.add_mutually_exclusive_group(required=True)
+    add("model", metavar="MODEL", help="the folder of the model, or of activations")
+    source = probe.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
         metavar="FILE",
@@ -104,6 +110,12 @@ def add_probe(commands: Any) -> None:
     )
     add("--axes", metavar="AXES", help='of the layers\' tensors, such as "T N D" (default: found out)')
     add(
+        "--files",
+        choices=("auto", "layers", "batches", "requests"),
+        default="auto",
+        help="what a .safetensors file of activations is (default: found out)",
+    )
+    add(
         "--views",
         nargs="+",
         choices=("visible", "masked", "position", "pooled", "mean_pooled", "flattened"),
@@ -130,6 +142,10 @@ def add_probe(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="keep factors for small singular values (default: for widths up to 512)",
     )
+    add(
+        "--keep", metavar="FOLDER", help="write activations of a sample of the sequences here (default: none)"
+    )
+    add("--keep-bytes", default="1GiB", metavar="SIZE", help="what they may take (default: 1GiB)")
     add("--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)")
     add("--checkpoint-every", type=int, default=16, metavar="N", help="batches between writes (default: 16)")
     add("--moments", action="store_true", help="keep the moments in result.nc, to merge it with others later")
@@ -151,6 +167,9 @@ def _probe(args: argparse.Namespace) -> None:
     name = f"probe-{Path(args.model).resolve().name}" + (f"-{args.control}" if args.control else "")
     out = Path(args.out) if args.out else Path("runs") / name
     held = _held(out)
+    if args.text is None and args.inputs is None:
+        _probe_saved(args, options, out, held)
+        return
     model = load_model(args.model, allow_pickle=args.allow_pickle, seed=args.seed)
     if args.text is not None:
         inputs = read_text(args.text, model, limit=args.limit, length=args.length)
@@ -164,23 +183,53 @@ def _probe(args: argparse.Namespace) -> None:
         told = f"the encoder of {type(whole.module).__name__} is probed"
         print(f"rgfast: {told} (--inputs with decoder_input_ids runs the decoder, too)", file=sys.stderr)
     if held is not None:
-        if any(held.get(name) != config[name] for name in ("model", "inputs", "options")):
-            raise ValueError(
-                f"out must be a new folder, and {out} holds another result (its config.json tells which)"
-            )
+        _check_same(held, config, out)
         if rank == 0:
-            _tell(args, ProbeResult.load(out / "result.nc"), out, "was there already: nothing was computed")
+            _tell(args, ProbeResult.load(out / "result.nc"), out, _DONE_BEFORE)
         return
     module = _placed(model.module.stack if _is_stream(model, inputs) else model.module, args.device)
     try_one(inputs, module)
     if rank == 0:
         check_new_folder(out)
     with _resumable(args.checkpoint):
-        result = _run(args, module, inputs.share(rank, ranks), options)
+        share = inputs.share(rank, ranks)
+        result = _run(args, module, share.batch, share.mask, options)
         if rank == 0:
             _write(out, result, config, moments=args.moments)
     if rank == 0:
-        _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
+        _tell(args, result, out, _WRITTEN)
+
+
+def _probe_saved(
+    args: argparse.Namespace, options: dict[str, Any], out: Path, held: dict[str, Any] | None
+) -> None:
+    from rgfast.commands.activations import describe, holds_model, mask_of, open_activations
+    from rgfast.files import check_new_folder
+    from rgfast.probing import ProbeResult
+
+    if holds_model(Path(args.model)):
+        raise ValueError(f"one of --text and --inputs must say what the model in {args.model} runs on")
+    if _rank()[1] > 1:
+        raise ValueError("saved activations are probed by one process, without torchrun")
+    acts = open_activations(args)
+    mask = mask_of(args, acts)
+    config = _settings(args, options, describe(args, acts))
+    if held is not None:
+        _check_same(held, config, out)
+        _tell(args, ProbeResult.load(out / "result.nc"), out, _DONE_BEFORE)
+        return
+    check_new_folder(out)
+    with _resumable(args.checkpoint):
+        result = _run(args, acts, None, mask, options)
+        _write(out, result, config, moments=args.moments)
+    _tell(args, result, out, _WRITTEN)
+
+
+def _check_same(held: dict[str, Any], config: dict[str, Any], out: Path) -> None:
+    if any(held.get(name) != config[name] for name in ("model", "inputs", "options")):
+        raise ValueError(
+            f"out must be a new folder, and {out} holds another result (its config.json tells which)"
+        )
 
 
 def _rank() -> tuple[int, int]:
@@ -207,13 +256,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{name} must be a file, and {path} is none")
     if args.length is not None and args.text is None:
         raise ValueError("length cuts texts, and there is no --text")
+    of_model = args.text is not None or args.inputs is not None
+    if args.files != "auto" and of_model:
+        raise ValueError("files is of saved activations, which take neither --text nor --inputs")
     layers = [int(name) if re.fullmatch(r"-?\d+", name) else name for name in args.layers]
     options = {
         "layers": layers[0] if len(layers) == 1 else layers,
         "positions": _positions(args.positions),
         "origin": args.origin,
         "padding": None if args.padding == "none" else args.padding,
-        "axes": args.axes,
+        **({"axes": args.axes} if of_model else {}),
         "pairs": _pairs(args.pairs),
         "views": args.views,
         "groups": args.groups,
@@ -268,10 +320,8 @@ def _config(
 ) -> dict[str, Any]:
     """What decides the numbers, as JSON gives it back, and what they were made with."""
     from rgfast.probing.checkpoint import batch_digest, model_digest
-    from rgfast.runtime.environment import facts
 
-    config = {
-        "format": FORMAT,
+    source = {
         "model": {
             "folder": str(model.folder),
             "kind": model.kind,
@@ -284,6 +334,16 @@ def _config(
             "mask": inputs.mask,
             "digest": batch_digest(inputs.batch),
         },
+    }
+    return _settings(args, options, source)
+
+
+def _settings(args: argparse.Namespace, options: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    from rgfast.runtime.environment import facts
+
+    config = {
+        "format": FORMAT,
+        **source,
         "options": {**options, "batch_size": args.batch_size, "device": args.device, "moments": args.moments},
         "environment": facts(),
     }
@@ -302,18 +362,22 @@ def _placed(module: Any, device: str) -> Any:
         raise ValueError(f"device must be one that torch has here, got {device!r} ({error})") from error
 
 
-def _run(args: argparse.Namespace, module: Any, inputs: Inputs, options: dict[str, Any]) -> ProbeResult:
+def _run(
+    args: argparse.Namespace, source: Any, batches: Any, mask: str | None, options: dict[str, Any]
+) -> ProbeResult:
     from rgfast.probing import probe
 
     watched = sys.stderr.isatty() and not args.json
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
         return probe(
-            module,
-            inputs.batch,
-            mask=inputs.mask,
+            source,
+            batches,
+            mask=mask,
             batch_size=args.batch_size,
             checkpoint=args.checkpoint,
             checkpoint_every=args.checkpoint_every,
+            keep=args.keep,
+            keep_bytes=args.keep_bytes,
             progress=None if watched else False,
             **options,
         )

@@ -135,18 +135,18 @@ class Activations:
         found = tuple(map(_id, given))
         if len({type(one) for one in found}) > 1:
             raise TypeError("ids must be all whole numbers or all text, got both")
-        if len(found) != n:
-            shape = next(iter(groups[0].arrays))
-            raise ValueError(
-                f"ids must be one per sequence, got {len(found)}, and by axes there are {n} sequences "
-                f"({groups[0].called(shape)} has shape {groups[0].stored(shape).shape})"
-            )
         first: dict[int | str, int] = {}
         for number, one in enumerate(found):
             if one in first:
-                where = " and ".join(dict.fromkeys(self._group_of(k).name for k in (first[one], number)))
-                raise ValueError(f"ids must be different, got {one!r} twice (in {where})")
+                where = {self._group_of(k).name: None for k in (first[one], number) if k < n}
+                raise ValueError(f"ids must be different, got {one!r} twice (in {' and '.join(where)})")
             first[one] = number
+        if len(found) != n:
+            key = groups[0].layers()[0]
+            raise ValueError(
+                f"ids must be one per sequence, got {len(found)}, and by axes there are {n} sequences "
+                f"({groups[0].called(key)} has shape {groups[0].stored(key).shape})"
+            )
         return found
 
     def _group_of(self, sequence: int) -> Group:
@@ -322,10 +322,8 @@ def _values(group: Group, name: str, part: slice) -> Tensor:
 
 def _padded(parts: list[Tensor], length: int | None) -> Tensor:
     """``parts`` end to end, with zeros up to ``length`` on their second axis if one is given."""
-    if len(parts) == 1 and length in (None, parts[0].shape[1]):
-        return parts[0]
     if length is None or all(x.shape[1] == length for x in parts):
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     first = parts[0]
     out = first.new_zeros(sum(map(len, parts)), length, *first.shape[2:])
     at = 0

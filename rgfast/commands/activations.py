@@ -1,0 +1,60 @@
+"""What ``rgfast probe`` reads where no model is given: activations on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rgfast.probing.sources.activations import Activations
+
+__all__ = ["describe", "holds_model", "mask_of", "open_activations"]
+
+_OF_MODELS = ("length", "limit", "control", "allow_pickle")
+
+
+def holds_model(path: Path) -> bool:
+    """Whether there is a model, for which inputs are to be given."""
+    return (path / "config.json").is_file() or (path / "model.json").is_file()
+
+
+def open_activations(args: argparse.Namespace) -> Activations:
+    """The activations that MODEL is. Raises ValueError for options that only a model has."""
+    for name in _OF_MODELS:
+        if getattr(args, name):
+            raise ValueError(
+                f"{name.replace('_', '-')} is of a model, and {args.model} is read as activations, since "
+                "neither --text nor --inputs is given"
+            )
+    if args.device != "cpu":
+        raise ValueError(f"device: saved activations are measured on the CPU, got {args.device!r}")
+    return Activations(args.model, args.axes, files=args.files)
+
+
+def mask_of(args: argparse.Namespace, acts: Activations) -> str | None:
+    """The entry that says which tokens were hidden. Raises ValueError unless it is one."""
+    if args.mask in (None, "none"):
+        return None
+    if args.mask not in acts.entries:
+        raise ValueError(
+            f"mask must be none or the name of an entry ({', '.join(acts.entries) or 'there is none'}), got "
+            f"{args.mask!r}"
+        )
+    found: str = args.mask
+    return found
+
+
+def describe(args: argparse.Namespace, acts: Activations) -> dict[str, Any]:
+    """Which activations these are: files are known by their sizes and times."""
+    path = Path(args.model)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {
+        "model": {"folder": str(path), "kind": "activations", "layers": list(acts.layers)},
+        "inputs": {
+            "sequences": len(acts),
+            "files": [[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files if x.is_file()],
+            "mask": args.mask,
+            "axes": args.axes,
+            "are": args.files,
+        },
+    }
