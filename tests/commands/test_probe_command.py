@@ -310,7 +310,6 @@ def test_wrong_options_are_one_sentence(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of the arguments --text --inputs is required"),
         (["--inputs", "a.npy", "--text", "a.txt"], "not allowed with argument"),
         (["--inputs", "a.npy", "--views", "hidden"], "invalid choice: 'hidden'"),
         (["--inputs", "a.npy", "--limit", "many"], "invalid int value: 'many'"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgfast.probing.capture.axes import AxesSpec, laid_out
-from rgfast.probing.capture.padding import as_keep
+from rgfast.probing.capture.padding import as_keep, is_padding_name
 from rgfast.probing.options import human_bytes
 from rgfast.probing.sources.finding import FilesAre, find
 from rgfast.probing.sources.layout import Group, Layer, check_layouts, tabulate
@@ -117,6 +117,7 @@ class Activations:
         self._table = table
         self.layers: tuple[str, ...] = found.layers or tuple(table.layers)
         self.ids = self._identified(given if given is not None else found.ids)
+        self._mask = self._mask_of_all()
 
     def _identified(self, given: Any) -> tuple[int | str, ...] | None:
         """The ids. Raises TypeError or ValueError for those that identify no sequence."""
@@ -148,6 +149,20 @@ class Activations:
                 f"({groups[0].called(key)} has shape {groups[0].stored(key).shape})"
             )
         return found
+
+    def _mask_of_all(self) -> str | None:
+        """The entry that says which positions of all layers are padding.
+
+        Raises ValueError if there are several and the sequences differ in length.
+        """
+        masks = [name for name in self.entries if is_padding_name(name)]
+        if KEEP in masks or len(masks) < 2:
+            return KEEP if KEEP in masks else next(iter(masks), None)
+        if self.is_ragged:
+            raise ValueError(
+                f"path: sequences that differ in length must have one padding mask, got {', '.join(masks)}"
+            )
+        return None
 
     def _group_of(self, sequence: int) -> Group:
         return self._table.groups[int(np.searchsorted(self._table.starts, sequence, "right")) - 1]
@@ -236,6 +251,8 @@ class Activations:
                 by_layer[name].append(_rows(group, table.layers[name], part))
             for name in table.entries:
                 by_entry[name].append(_values(group, name, part))
+            for shard in {id(shard): shard for shard, _ in group.arrays.values()}.values():
+                shard.close()
         longest = max(table.lengths)
         layers = {name: _padded(found, table.places[name]) for name, found in by_layer.items()}
         entries = {
@@ -247,8 +264,8 @@ class Activations:
 
     def _keep(self, start: int, stop: int, entries: Mapping[str, Tensor]) -> Tensor | None:
         """Which positions count, by the lengths and the padding mask of the store."""
-        mask = entries.get(KEEP)
-        keep = None if mask is None else as_keep(mask, KEEP, {}, Unread())
+        name = self._mask
+        keep = None if name is None else as_keep(entries[name], name, {}, Unread())
         if not self.is_ragged:
             return keep
         lengths = torch.from_numpy(self.lengths[start:stop])
@@ -282,6 +299,7 @@ def _ids_in(group: Group, key: str) -> list[Any]:
             f"{str(stored.dtype).removeprefix('torch.')} of shape {stored.shape}"
         )
     found: list[int] = shard.read(name, (slice(None),) * len(stored.shape)).reshape(-1).tolist()
+    shard.close()
     return found
 
 

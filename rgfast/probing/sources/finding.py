@@ -175,7 +175,10 @@ def _by_layer(shards: Sequence[Shard], name: str) -> Group:
 
 def _same(one: Shard, other: Shard, key: str) -> bool:
     every = (slice(None),) * len(one.arrays[key].shape)
-    return torch.equal(one.read(key, every), other.read(key, every))
+    same = torch.equal(one.read(key, every), other.read(key, every))
+    one.close()
+    other.close()
+    return same
 
 
 def _store(path: Path, axes: AxesSpec, files: FilesAre) -> Found:

@@ -56,6 +56,9 @@ class Shard(Protocol):
     def text(self, key: str) -> list[str]:
         """All of an array of text."""
 
+    def close(self) -> None:
+        """Let go of the file until the next part is read."""
+
 
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """A sort key under which ``layer_10`` comes after ``layer_9``."""
@@ -69,6 +72,7 @@ class _Npy:
     def __init__(self, path: Path) -> None:
         self.name, self.stem, self._path = str(path), path.stem, path
         whole = self._map()
+        self._kind = whole.dtype
         kind = None
         if whole.dtype.kind != "U":
             try:
@@ -93,18 +97,25 @@ class _Npy:
         return array
 
     def read(self, key: str, index: Index) -> Tensor:
-        return from_array(np.array(self._map()[index]), self.name)
+        whole = self._map()
+        if whole.shape != self.arrays[key].shape or whole.dtype != self._kind:
+            raise ValueError(_changed(self.name))
+        return from_array(np.array(whole[index]), self.name)
 
     def text(self, key: str) -> list[str]:
         return [str(value) for value in self._map().reshape(-1)]
 
+    def close(self) -> None:
+        pass
+
 
 class _Safetensors:
-    """A ``.safetensors`` file, opened anew for every part."""
+    """A ``.safetensors`` file, which is open from the first part that is read until it is closed."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.stem, self._path = str(path), path.stem, path
         self.arrays = {}
+        self._file: Any = None
         with self._open() as file:
             self.metadata: dict[str, str] = file.metadata() or {}
             for key in sorted(file.keys(), key=natural):
@@ -125,17 +136,25 @@ class _Safetensors:
             raise ValueError(f"path: {self.name} is truncated or no .safetensors file ({error})") from error
 
     def read(self, key: str, index: Index) -> Tensor:
-        with self._open() as file:
-            if not self.arrays[key].shape:
-                found: Tensor = file.get_tensor(key)
-            else:
-                found = file.get_slice(key)[index]
-            kind = self.arrays[key].dtype
-            # What came maps the file, and would keep its pages.
-            return found.to(kind) if found.dtype != kind else found.clone()
+        if self._file is None:
+            self._file = self._open()
+        stored = self.arrays[key]
+        try:
+            part = self._file.get_slice(key)
+            same = tuple(part.get_shape()) == stored.shape and _DTYPES[part.get_dtype()] == stored.dtype
+        except (SafetensorError, KeyError):
+            same = False
+        if not same:
+            raise ValueError(_changed(self.name))
+        found: Tensor = part[index] if stored.shape else self._file.get_tensor(key)
+        # What came maps the file, and would keep its pages.
+        return found.to(stored.dtype) if found.dtype != stored.dtype else found.clone()
 
     def text(self, key: str) -> list[str]:
-        raise NotImplementedError
+        raise NotImplementedError  # there is no such dtype
+
+    def close(self) -> None:
+        self._file = None
 
 
 class _Memory:
@@ -182,6 +201,13 @@ class _Memory:
 
     def text(self, key: str) -> list[str]:
         return [str(value) for value in self._values[key].reshape(-1)]
+
+    def close(self) -> None:
+        pass
+
+
+def _changed(name: str) -> str:
+    return f"path: {name} has changed since it was opened; make new Activations of it"
 
 
 def npy_file(path: Path) -> Shard:
