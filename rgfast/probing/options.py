@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Control",
     "asked_views",
     "check_views",
+    "checked_folder",
     "checked_indices",
     "checked_positions",
     "default_views",
@@ -115,3 +117,14 @@ def human_bytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:.3g} TiB"
+
+
+def checked_folder(path: Any) -> Path:
+    """``path`` as a Path. Raises TypeError for what is none, ValueError unless it is new or empty."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"keep must be the path of a folder, got {type(path).__name__}")
+    found = Path(path)
+    if found.exists() and (not found.is_dir() or any(found.iterdir())):
+        what = "it holds files" if found.is_dir() else "it is a file"
+        raise ValueError(f"keep must be a new or empty folder, and {found} is not: {what}")
+    return found

@@ -19,8 +19,14 @@ from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import MEASURES, asked_measures
-from rgfast.probing.options import CONTROLS, Control, check_views, checked_positions, parse_memory
-from rgfast.probing.sources.keep import checked_folder
+from rgfast.probing.options import (
+    CONTROLS,
+    Control,
+    check_views,
+    checked_folder,
+    checked_positions,
+    parse_memory,
+)
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_integer, check_positive_int

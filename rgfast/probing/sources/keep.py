@@ -20,7 +20,7 @@ from rgfast.probing.sources.activations import KEEP
 from rgfast.probing.sources.finding import FORMAT, MANIFEST, PART, VERSION
 from rgfast.version import __version__
 
-__all__ = ["MASKED", "Keeper", "checked_folder"]
+__all__ = ["MASKED", "Keeper"]
 
 # The entry that says which tokens were hidden.
 MASKED = "masked"
@@ -201,14 +201,3 @@ def _alike(keep: Tensor | None, other: Tensor | None) -> bool:
     if keep is other:
         return True
     return keep is not None and other is not None and torch.equal(keep, other)
-
-
-def checked_folder(path: Any) -> Path:
-    """``path`` as a Path. Raises TypeError for what is none, ValueError unless it is new or empty."""
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"keep must be the path of a folder, got {type(path).__name__}")
-    found = Path(path)
-    if found.exists() and (not found.is_dir() or any(found.iterdir())):
-        what = "it holds files" if found.is_dir() else "it is a file"
-        raise ValueError(f"keep must be a new or empty folder, and {found} is not: {what}")
-    return found
