@@ -139,6 +139,24 @@ def test_requests_of_different_lengths_are_padded_and_padding_does_not_count(mod
         assert_same(found, want)
 
 
+def test_a_mask_inside_requests_counts_too(model, saved):
+    some = KEEP & (torch.rand(B, T, generator=GENERATOR) < 0.8)
+    some[:, 0] = True
+    parts = []
+    for k in range(B):
+        n = int(LENGTHS[k])
+        one = {name: x[k, :n] for name, x in saved.items()}
+        parts.append({"token_ids": IDS[k, :n], "key_padding_mask": ~some[k, :n], **one})
+    want = probe(model, {"input_ids": IDS, "attention_mask": some}, route="moments")
+    acts = rgfast.Activations(parts)
+    assert torch.equal(torch.cat([batch.keep for batch in acts.batches(9)]), some)
+    assert_same(probe(acts, route="moments"), want)
+    with pytest.raises(
+        ValueError, match="must have one padding mask, got key_padding_mask, src_padding_mask"
+    ):
+        rgfast.Activations([{**part, "src_padding_mask": part["key_padding_mask"]} for part in parts])
+
+
 def test_last_is_each_requests_own(tmp_path, saved, kit):
     acts = rgfast.Activations(request_files(tmp_path, saved))
     found = probe(acts, positions=["last"], views=["position"])

@@ -61,6 +61,22 @@ def test_a_truncated_file(tmp_path):
     refused(r"path: .*b\.npy is truncated or damaged", folder)
 
 
+def test_a_file_that_changes_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    arrays, tensors = tmp_path / "arrays", tmp_path / "tensors"
+    for folder in (arrays, tensors):
+        folder.mkdir()
+    for name, x in layers().items():
+        np.save(arrays / f"{name}.npy", x.numpy())
+    batches(tensors, layers(), layers())
+    found = [rgfast.Activations(folder) for folder in (arrays, tensors)]
+    np.save(arrays / "b.npy", np.ones((N, T, D + 1), np.float32))
+    batches(tensors, layers(), {"a": torch.randn(N, T, D)})
+    for acts, name in zip(found, ("b.npy", "part1.safetensors"), strict=True):
+        with pytest.raises(ValueError, match=f"{re.escape(name)} has changed since it was opened"):
+            rgfast.probe(acts, progress=False)
+
+
 def test_nothing_is_unpickled(tmp_path):
     torch.save(layers(), tmp_path / "a.pt")
     refused(r"a\.pt is pickled, and nothing is unpickled; save arrays as \.npy", tmp_path)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-# Blocks are cut to 8 MiB, so that a hundred of them are read in a moment. The first run is of the same shapes.
+# Blocks are cut to 8 MiB, so that dozens are read in a moment. The first run is of the same shapes.
 READS = """
 import resource, sys, numpy as np, torch, rgfast
 from rgfast.probing.sources import activations as module
