@@ -168,7 +168,9 @@ def probe(
     result = _run(model, batches, spec) if spec.keep is None else _run_keeping(model, batches, spec, ids)
     if spec.control is not None:
         result.dataset.attrs.update(control=spec.control, control_seed=spec.control_seed)
-    return result if ids is None else result.with_ids(ids)
+    if ids is None or len(ids) != result.dataset.attrs["sequences"]:
+        return result  # of several ranks each knows its own sequences only
+    return result.with_ids(ids)
 
 
 def _run_keeping(
