@@ -239,36 +239,41 @@ def test_the_route_is_taken_unasked_where_anything_but_the_reference_takes_rows(
         assert probed({"route": "auto"}, PLACES["one"]).dataset.attrs["route"] == route
 
 
-def test_layers_of_one_width_are_solved_together(monkeypatch):
-    calls, solve = [], moment_measures.solved_moment
+def count_matrices(monkeypatch):
+    """A list that every call of a solver appends its number of matrices to, twice that of both spectra."""
+    calls, alone, together = [], moment_measures.solved_moment, moment_measures.solved_together
 
     def counted(scatter, *args):
         calls.append(len(scatter))
-        return solve(scatter, *args)
+        return alone(scatter, *args)
+
+    def counted_together(products, *args):
+        calls.append(len(products.flatten(0, 1)))
+        return together(products, *args)
 
     monkeypatch.setattr(moment_measures, "solved_moment", counted)
+    monkeypatch.setattr(moment_measures, "solved_together", counted_together)
+    return calls
+
+
+def test_layers_of_one_width_are_solved_together(monkeypatch):
+    calls = count_matrices(monkeypatch)
     case = {"views": ["position"], "refine": False}
     probed(case, PLACES["one"])
     together, calls[:] = list(calls), []
     probed(case, ["cpu"] * 3)
-    assert together == [15, 15]
+    assert together == [2 * 15]  # centered and as they are
     assert calls == [5] * 6  # where the number of matrices decides their last bits
 
 
 def test_views_are_measured_together(monkeypatch):
     """Off the CPU, where each launch takes longer than what it does for the mean of a few positions."""
-    calls, solve = [], moment_measures.solved_moment
-
-    def counted(scatter, *args):
-        calls.append(len(scatter))
-        return solve(scatter, *args)
-
-    monkeypatch.setattr(moment_measures, "solved_moment", counted)
+    calls = count_matrices(monkeypatch)
     case = {"views": ["position", "pooled", "mean_pooled"], "refine": False}
     there = probed(case, PLACES["one"])
     together, calls[:] = list(calls), []
     here = probed(case, ["cpu"] * 3)
-    assert together == [3 * (5 + 1 + 1)] * 2
+    assert together == [2 * 3 * (5 + 1 + 1)]
     assert calls == [5] * 6 + [1] * 12
     assert_alike(there, here)
 
