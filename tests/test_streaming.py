@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rgfast.streaming import MomentAccumulator, NonFiniteError, state_bytes
+from rgfast.streaming import MomentAccumulator, NonFiniteError, check_finite, state_bytes
 
 F64 = torch.float64
 
@@ -320,3 +320,13 @@ def test_accumulated_is_the_trace_about_the_shift_and_never_less_than_the_varian
     assert (summed >= trace * (1 - 1e-12)).all()
     # The shift is a mean of early rows, so the late ones are about 100 away from it.
     assert (summed > 1.5 * trace).all()
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_what_is_not_finite_is_named_however_rows_lie_in_memory(axes):
+    x = torch.zeros(3, 4, 5).permute(axes)
+    check_finite(x, None, 0)
+    check_finite(x[:, :1].expand(-1, 6, -1), None, 0)
+    x[1, 2, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="1 NaN or infinite values in layer 7, position 1"):
+        check_finite(x, None, 7)
