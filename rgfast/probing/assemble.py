@@ -16,7 +16,7 @@ from rgfast.probing.measures import MEASURES, Kind
 from rgfast.probing.options import POSITIONAL
 from rgfast.probing.result import FORMAT, VERSION
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "jackknife"]
 
 SAMPLES_PER_FEATURE = 16
 
@@ -91,7 +91,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
             left_out, r2 = state.by_group(view)
             without = [to_host(found) for found in left_out]
             for name in measures:
-                data[f"{name}_se"][1][v][..., at] = _jackknife(np.stack([part[name] for part in without]))
+                data[f"{name}_se"][1][v][..., at] = jackknife(np.stack([part[name] for part in without]))
             if r2 is not None:
                 for name, value in zip(("target_r2", "target_r2_se"), r2, strict=True):
                     data[name][1][v][..., at] = value.cpu().numpy()
@@ -126,7 +126,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
     )
 
 
-def _jackknife(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def jackknife(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Standard errors of ``values[G, ...]`` without one of G groups: sqrt((G−1)/G Σ(θ_g − θ̄)²)."""
     spread = values - values.mean(0)
     found: NDArray[np.float64] = np.sqrt((len(values) - 1) / len(values) * (spread**2).sum(0))

@@ -15,13 +15,13 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators.base import ByGroup
 from rgfast.probing.estimators.finite import FiniteCheck
 from rgfast.probing.estimators.joining import all_but_one, joined_moments
+from rgfast.probing.estimators.means import means_of
 from rgfast.probing.estimators.moment_measures import measure_all, measure_moments
 from rgfast.probing.later import LaterState
 from rgfast.probing.measured import Measured, spread
 from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
 from rgfast.probing.unread import Unread
-from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import numbers, sent, waits_for
 from rgfast.streaming import MomentAccumulator, settle
 
@@ -109,7 +109,8 @@ class Moments:
         keep = batch.keeps[held.layers[0]]
         if held.kind == "mean_pooled":
             keeps = [batch.keeps[layer] for layer in held.layers]
-            _add_means(accumulator, layers, keeps + [keep] * (len(layers) - len(keeps)))
+            rows, some = means_of(layers, keeps + [keep] * (len(layers) - len(keeps)))
+            accumulator.update(rows, some, finite=True)
         elif held.kind == "flattened":
             whole = None if keep is None else keep.all(1)
             accumulator.update([x.flatten(1) for x in layers], whole, finite=True)
@@ -176,7 +177,7 @@ class Moments:
         if view == "flattened":
             found = [
                 measure_moments(layers_of(moments, len(members)), spectra=False, uncentred=self.uncentred)
-                for members, moments in self._moments(view)
+                for members, moments in self.moments_of(view)
             ]
             return {view: self._spread(view, found)}
         views, first = [view], next(iter(self._groups[0].values()))
@@ -187,7 +188,7 @@ class Moments:
             measure_all(
                 [layers_of(moments, len(members)) for members, moments in beside], uncentred=self.uncentred
             )
-            for beside in zip(*(self._moments(one) for one in views), strict=True)
+            for beside in zip(*(self.moments_of(one) for one in views), strict=True)
         ]
         by_view = zip(views, zip(*measured, strict=True), strict=True)
         return {one: self._spread(one, list(parts)) for one, parts in by_view}
@@ -197,8 +198,7 @@ class Moments:
         left_out: list[list[Measured]] = []  # [streams][groups]
         targets, r2 = len(self.plan.targets), None
         for members in self._streams(view):
-            folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
-            rest = list(all_but_one(folds, []))
+            folds, rest = self._folds(view, members)
             own = [layers_of(part, len(members)) for part in rest]
             left_out.append(measure_all(own, spectra=False, refine=False, uncentred=self.uncentred))
             if targets and view != "flattened":
@@ -213,6 +213,18 @@ class Moments:
                         all_layers[:, numbers(members, some.device)] = some
         return [self._spread(view, list(parts)) for parts in zip(*left_out, strict=True)], r2
 
+    def moments_without(self, view: str) -> Iterator[tuple[tuple[int, ...], list[MomentAccumulator]]]:
+        """The layers of each stream of a view, and its moments without each group; to be read only."""
+        for members in self._streams(view):
+            yield members, self._folds(view, members)[1]
+
+    def _folds(
+        self, view: str, members: tuple[int, ...]
+    ) -> tuple[list[MomentAccumulator], list[MomentAccumulator]]:
+        """The moments of a stream over each group, and over all sequences but those of each."""
+        folds = [self._of_group(group, view, members, factors=False) for group in range(self.plan.groups)]
+        return folds, list(all_but_one(folds, []))
+
     def _spread(self, view: str, parts: list[Measured]) -> Measured:
         """Measures of all layers from those of a view's streams."""
         return spread(parts, self._streams(view), len(self.plan.names))
@@ -224,9 +236,9 @@ class Moments:
         found = [h.layers for h in held if h.kind == kind] if kind else self.plan.streams
         return list(found)
 
-    def _moments(self, view: str) -> Iterator[tuple[tuple[int, ...], MomentAccumulator]]:
-        """The moments of each stream of a view, leading shape ``[P]`` or ``()``, of all groups; to be read
-        only."""
+    def moments_of(self, view: str) -> Iterator[tuple[tuple[int, ...], MomentAccumulator]]:
+        """The layers and moments of each stream of a view, leading shape ``[P]`` or ``()``, of all groups; to
+        be read only."""
         for members in self._streams(view):
             groups = range(self.plan.groups)
             yield (
@@ -379,29 +391,3 @@ def _add_rest(rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None
         # sequences were batched, and the bits must not. Elsewhere the number of rows is not known here.
         x, kept = [layer[kept] for layer in x], None
     rest.update(x, kept, finite=True)
-
-
-def _add_means(means: MomentAccumulator, layers: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> None:
-    """Add each sequence's means over the rows that count; one without any in some layer is left out."""
-    rows, some = [], None
-    for x, keep in zip(layers, keeps, strict=True):
-        if keep is None or keep.shape[1] != x.shape[1]:
-            rows.append(_mean(x))
-            continue
-        wide = x.to(torch.float64)
-        counted = keep.any(1)
-        some = counted if some is None else some & counted
-        keep = sent(keep, x.device)
-        number = keep.sum(1, keepdim=True)
-        with one_thread():
-            total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
-        rows.append(total / number.clamp_min(1))
-    means.update(rows, some, finite=True)
-
-
-def _mean(x: Tensor) -> Tensor:
-    """``[B, T, d]`` over T in fp64."""
-    if waits_for(x.device):
-        return x.mean(1, dtype=torch.float64)  # in one launch
-    with one_thread():
-        return aligned(x.to(torch.float64)).sum(1) / x.shape[1]
