@@ -51,6 +51,7 @@ from rgfast.version import __version__
 
 if TYPE_CHECKING:
     from rgfast import flow, report
+    from rgfast.comparing import Comparison, compare
     from rgfast.experiments.decimation import decimate
     from rgfast.experiments.multiverse import multiverse
     from rgfast.experiments.observer import observe
@@ -67,6 +68,7 @@ __all__ = [
     "CKAAccumulator",
     "CKAResult",
     "Calibrated",
+    "Comparison",
     "DimensionInfo",
     "FallbackWarning",
     "Forecast",
@@ -91,6 +93,7 @@ __all__ = [
     "cka",
     "cka_matrix",
     "cka_null",
+    "compare",
     "decimate",
     "effective_rank",
     "effective_rank_estimate",
@@ -130,6 +133,7 @@ __all__ = [
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
     "Activations": "rgfast.probing.sources.activations",
+    "Comparison": "rgfast.comparing",
     "Forecast": "rgfast.probing",
     "Monitor": "rgfast.monitor",
     "MonitorResult": "rgfast.monitor",
@@ -137,6 +141,7 @@ _LAZY = {
     "ProbeResult": "rgfast.probing",
     "Reproduction": "rgfast.experiments.reproduce",
     "Sweep": "rgfast.experiments.sweep",
+    "compare": "rgfast.comparing",
     "decimate": "rgfast.experiments.decimation",
     "multiverse": "rgfast.experiments.multiverse",
     "observe": "rgfast.experiments.observer",
@@ -152,6 +157,7 @@ wiring.lend("rgfast.probing.merge", "merged")
 wiring.lend("rgfast.flow.probed", "flow_of")
 wiring.lend("rgfast.report.write", "write_report")
 wiring.lend("rgfast.report.notebook", "as_html")
+wiring.lend("rgfast.report.comparison", "comparison_as_html", "plot_matrix")
 wiring.lend("rgfast.report.accessor", "plot_cka", "plot_drift", "plot_heat_map", "plot_rank", "plot_spectra")
 wiring.lend("rgfast.report.accessor", "plot_monitor")
 wiring.lend("rgfast.monitor.callbacks", "lightning_callback", "transformers_callback")

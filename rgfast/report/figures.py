@@ -13,6 +13,7 @@ the axes, and a color means the same thing in every one of them (:mod:`rgfast.re
 """
 
 from rgfast.report.canvas import save_figure
+from rgfast.report.comparison import plot_comparison
 from rgfast.report.depth import (
     plot_cka,
     plot_drift,
@@ -35,6 +36,7 @@ from rgfast.report.studies import (
 
 __all__ = [
     "plot_cka",
+    "plot_comparison",
     "plot_decimation",
     "plot_drift",
     "plot_heat_map",

@@ -18,6 +18,7 @@ __all__ = [
     "fit_series",
     "layer_axis",
     "plain",
+    "rows_text",
     "spectrum_series",
     "transition_axis",
 ]
@@ -30,7 +31,12 @@ def plain(name: str) -> str:
 
 def count_text(result: ProbeResult, view: str) -> str:
     """How many rows a view's values are of: a number, or the fewest to the most if positions differ."""
-    fewest, most = result.rows(view)
+    return rows_text(result.rows(view))
+
+
+def rows_text(rows: tuple[int, int]) -> str:
+    """The fewest and the most rows of any position as text."""
+    fewest, most = rows
     return f"{fewest}" if fewest == most else f"{fewest}–{most}"
 
 

@@ -1,4 +1,5 @@
-"""What a figure or a report can be made of: a probe's or monitor's result, a reproduction, a study."""
+"""What a figure or a report can be made of: the result of a probe, a monitor, a comparison, a reproduction
+or a study."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from rgfast.comparing.result import FORMAT as COMPARISON
+from rgfast.comparing.result import Comparison
 from rgfast.flow import judge
 from rgfast.flow.answers import FORMAT
 from rgfast.monitor.result import MonitorResult
@@ -70,19 +73,19 @@ class Study:
     folder: Path
 
 
-Source = ProbeResult | MonitorResult | Experiment | Study
+Source = ProbeResult | MonitorResult | Comparison | Experiment | Study
 
 
 def load(source: Any) -> Source:
-    """The :class:`ProbeResult`, :class:`MonitorResult`, :class:`Experiment` or :class:`Study` that ``source``
-    is or names.
+    """The :class:`ProbeResult`, :class:`MonitorResult`, :class:`Comparison`, :class:`Experiment` or
+    :class:`Study` that ``source`` is or names.
 
     ``source`` may be one of them, what ``reproduce`` or a study returned, a dataset of a probe or a
     reproduction, the path of a ``.nc`` file, of a monitor's file (``.jsonl``) or of a folder. Raises
     TypeError for anything else, FileNotFoundError where there is nothing, ValueError for a file or folder of
     another kind and a damaged one.
     """
-    if isinstance(source, (ProbeResult, MonitorResult, Experiment, Study)):
+    if isinstance(source, (ProbeResult, MonitorResult, Comparison, Experiment, Study)):
         return source
     if isinstance(source, (str, Path)):
         return _from_path(Path(source))
@@ -95,8 +98,8 @@ def load(source: Any) -> Source:
     if isinstance(folder, Path) and hasattr(source, "design") | hasattr(source, "universe"):
         return _from_folder(folder)
     raise TypeError(
-        "source must be a ProbeResult or MonitorResult, what reproduce or a study returned, or the path of a "
-        f"result or a folder, got {type(source).__name__}"
+        "source must be a ProbeResult or MonitorResult, what compare, reproduce or a study returned, or the "
+        f"path of a result or a folder, got {type(source).__name__}"
     )
 
 
@@ -122,8 +125,12 @@ def _from_path(path: Path) -> Source:
 def _from_dataset(dataset: xr.Dataset, name: str) -> Source:
     if dataset.attrs.get("format") == "rgfast.probe":
         return ProbeResult(dataset)
+    if dataset.attrs.get("format") == COMPARISON:
+        return Comparison(dataset)
     if not {"effective_rank", "kernel_drift"} <= set(dataset) or "stage" not in dataset.dims:
-        raise ValueError(f"{name} must hold a probe's result or a reproduction, and holds neither")
+        raise ValueError(
+            f"{name} must hold a probe's result, a comparison or a reproduction, and holds neither"
+        )
     return Experiment(dataset)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rgfast.comparing.result import Comparison
 from rgfast.files import write_text
 from rgfast.monitor.result import MonitorResult
 from rgfast.report.page import Page
@@ -21,9 +22,9 @@ def write_report(source: Any, path: str | Path | None = None) -> Path:
     and data are inside, and nothing is fetched.
 
     Args:
-        source: a :class:`~rgfast.ProbeResult` or :class:`~rgfast.MonitorResult`, what
-            :func:`rgfast.reproduce`, ``sweep``, ``multiverse``, ``decimate``, ``observe`` or ``setups``
-            returned, or the path of a saved result or of a folder.
+        source: a :class:`~rgfast.ProbeResult`, :class:`~rgfast.MonitorResult` or
+            :class:`~rgfast.Comparison`, what :func:`rgfast.reproduce`, ``sweep``, ``multiverse``,
+            ``decimate``, ``observe`` or ``setups`` returned, or the path of a saved result or of a folder.
         path: the file, written atomically; by default ``report.html`` in the folder, or the name of the file
             with ``.html``. A result in memory without a folder needs one.
 
@@ -65,6 +66,10 @@ def _page(source: Source) -> Page:
         from rgfast.report.monitored import monitor_page
 
         return monitor_page(source)
+    if isinstance(source, Comparison):
+        from rgfast.report.comparison import comparison_page
+
+        return comparison_page(source)
     from rgfast.report.probed import probe_page
 
     return probe_page(source)
