@@ -20,6 +20,7 @@ __all__ = ["build_parser", "main"]
 def build_parser() -> Parser:
     """The parser of the whole command line."""
     from rgfast.commands.bench import add_bench
+    from rgfast.commands.compare import add_compare
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
     from rgfast.commands.monitor import add_monitor
@@ -39,6 +40,7 @@ def build_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     add_probe(commands)
+    add_compare(commands)
     add_reproduce(commands)
     add_studies(commands)
     add_monitor(commands)

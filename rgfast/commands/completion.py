@@ -13,7 +13,7 @@ __all__ = ["add_completion"]
 
 _SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 # What a value is, by the name that the help has for it; anything else is not completed.
-_FILES, _FOLDERS = ("FILE", "LABEL", "SOURCE"), ("DIR", "MODEL")
+_FILES, _FOLDERS = ("FILE", "LABEL", "SOURCE"), ("DIR", "MODEL", "A", "B")
 
 
 def add_completion(commands: Any, build: Callable[[], Parser]) -> None:

@@ -16,7 +16,7 @@ from rgfast.commands.models import Loaded, load_tokenizer
 from rgfast.masking import balanced_mask
 from rgfast.probing.capture.calls import Caller
 
-__all__ = ["Inputs", "hide", "read_arrays", "read_text", "try_one"]
+__all__ = ["Inputs", "default_length", "hide", "read_arrays", "read_text", "try_one"]
 
 HIDDEN = "hidden_tokens"
 _LENGTH = 128
@@ -87,6 +87,12 @@ def read_text(path: str | Path, model: Loaded, *, limit: int | None, length: int
     batch = {name: value for name, value in found.items() if name != "special_tokens_mask"}
     inputs = Inputs(batch, "input_ids", None, found["special_tokens_mask"] != 0, tokenizer.mask_token_id)
     return _checked(inputs, model.for_inputs(batch), str(path))
+
+
+def default_length(model: Loaded) -> int:
+    """How many tokens a text is cut to by default. Raises ValueError if there is no tokenizer."""
+    most = int(load_tokenizer(model).model_max_length)
+    return min(_LENGTH, most, model.longest or most)
 
 
 def read_arrays(path: str | Path, model: Loaded, *, limit: int | None) -> Inputs:

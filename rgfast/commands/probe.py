@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rgfast.commands.models import Loaded
     from rgfast.probing import ProbeResult
 
-__all__ = ["add_probe"]
+__all__ = ["add_probe", "configuration_in", "placed"]
 
 FORMAT = "rgfast.probe-run/1"
 _DONE_BEFORE = "was there already: nothing was computed"
@@ -166,7 +166,7 @@ def _probe(args: argparse.Namespace) -> None:
     options = options_of(args)
     name = f"probe-{Path(args.model).resolve().name}" + (f"-{args.control}" if args.control else "")
     out = Path(args.out) if args.out else Path("runs") / name
-    held = _held(out)
+    held = configuration_in(out, FORMAT)
     if args.text is None and args.inputs is None:
         _probe_saved(args, options, out, held)
         return
@@ -187,7 +187,7 @@ def _probe(args: argparse.Namespace) -> None:
         if rank == 0:
             _tell(args, ProbeResult.load(out / "result.nc"), out, _DONE_BEFORE)
         return
-    module = _placed(model.module.stack if _is_stream(model, inputs) else model.module, args.device)
+    module = placed(model.module.stack if _is_stream(model, inputs) else model.module, args.device)
     try_one(inputs, module)
     if rank == 0:
         check_new_folder(out)
@@ -241,7 +241,7 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _held(out: Path) -> dict[str, Any] | None:
+def configuration_in(out: Path, format_: str) -> dict[str, Any] | None:
     """The configuration of the result that ``out`` holds; None where it is new. ValueError for others."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, and {out} is a file")
@@ -254,7 +254,7 @@ def _held(out: Path) -> dict[str, Any] | None:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
-    if not isinstance(config, dict) or config.get("format") != FORMAT or not (out / "result.nc").is_file():
+    if not isinstance(config, dict) or config.get("format") != format_ or not (out / "result.nc").is_file():
         raise ValueError(f"out must be a new folder, and {out} holds other files")
     return config
 
@@ -299,7 +299,8 @@ def _is_stream(model: Loaded, inputs: Inputs) -> bool:
     return model.kind == "rgfast" and inputs.main == model.floats
 
 
-def _placed(module: Any, device: str) -> Any:
+def placed(module: Any, device: str) -> Any:
+    """``module`` on a device. Raises ValueError for one that torch does not have here."""
     try:
         return module.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["options_of"]
+__all__ = ["numbered", "options_of"]
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,9 +28,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     of_model = args.text is not None or args.inputs is not None
     if args.files != "auto" and of_model:
         raise ValueError("files is of saved activations, which take neither --text nor --inputs")
-    layers = [int(name) if re.fullmatch(r"-?\d+", name) else name for name in args.layers]
     options = {
-        "layers": layers[0] if len(layers) == 1 else layers,
+        "layers": numbered(args.layers),
         "positions": _positions(args.positions),
         "origin": args.origin,
         "padding": None if args.padding == "none" else args.padding,
@@ -46,6 +45,12 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     }
     ProbeSpec(**options)  # refuses what it can now
     return options
+
+
+def numbered(words: list[str]) -> Any:
+    """Names of layers, those that are whole numbers as such; one by itself."""
+    layers = [int(word) if re.fullmatch(r"-?\d+", word) else word for word in words]
+    return layers[0] if len(layers) == 1 else layers
 
 
 def _positions(words: list[str]) -> str | list[int | str]:

@@ -91,7 +91,7 @@ def test_what_is_a_file_or_a_folder_is_completed_as_one():
         for action in parser.options()
         if action.nargs != 0 and not action.choices
     }
-    paths = {"DIR", "FILE", "LABEL", "MODEL", "SOURCE"}
+    paths = {"A", "B", "DIR", "FILE", "LABEL", "MODEL", "SOURCE"}
     assert shown - paths == {"AXES", "T", "N", "WHAT", "NAME", "PAIR", "SIZE", "XI", "S"}
     assert paths <= shown
 
