@@ -143,7 +143,7 @@ def add_probe(commands: Any) -> None:
         help="keep factors for small singular values (default: for widths up to 512)",
     )
     add(
-        "--keep", metavar="FOLDER", help="write activations of a sample of the sequences here (default: none)"
+        "--keep", metavar="DIR", help="write activations of a sample of the sequences here (default: none)"
     )
     add("--keep-bytes", default="1GiB", metavar="SIZE", help="what they may take (default: 1GiB)")
     add("--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)")
