@@ -24,7 +24,7 @@ def add_monitor(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="FILE", help="what Monitor(path=...) writes")
     parser.add_argument(
-        "--figure", metavar="FILE", help="draw a measure by layer and step (.png, .pdf, .svg)"
+        "--figure", metavar="FILE", help="draw a measure by layer and step (default: no figure)"
     )
     parser.add_argument(
         "--measure",
@@ -33,7 +33,7 @@ def add_monitor(commands: Any) -> None:
         help="of the figure: a rank or a drift (default: effective_rank)",
     )
     parser.add_argument("--views", metavar="NAME", nargs="+", help="of the figure (default: all)")
-    parser.add_argument("--report", metavar="FILE", help="write one self-contained HTML page")
+    parser.add_argument("--report", metavar="FILE", help="write one self-contained HTML page (default: none)")
     add_json(parser, "steps, layers, ranks by step and when each layer collapsed")
     parser.set_defaults(run=_monitor)
 
