@@ -142,9 +142,7 @@ def add_probe(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="keep factors for small singular values (default: for widths up to 512)",
     )
-    add(
-        "--keep", metavar="DIR", help="write activations of a sample of the sequences here (default: none)"
-    )
+    add("--keep", metavar="DIR", help="write activations of a sample of the sequences here (default: none)")
     add("--keep-bytes", default="1GiB", metavar="SIZE", help="what they may take (default: 1GiB)")
     add("--checkpoint", metavar="FILE", help="write the state here and go on from it (default: none)")
     add("--checkpoint-every", type=int, default=16, metavar="N", help="batches between writes (default: 16)")
