@@ -26,7 +26,7 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.options import POSITIONAL
 from rgfast.runtime.waiting import sent
 
-__all__ = ["Correspondence", "Ids", "Pair", "joined", "pairs_of"]
+__all__ = ["Correspondence", "Ids", "Pair", "joined", "other_tokens", "pairs_of"]
 
 ROW_WISE = (*POSITIONAL, "pooled", "flattened")
 _NOTHING = object()
@@ -36,7 +36,8 @@ _NOTHING = object()
 class Pair:
     """A batch for each model, numbered from 0; ``alike`` says that both hold the same arrays.
 
-    ``tokens`` names an entry of tokens that is not the same in both, or is empty.
+    ``tokens`` says which tokens are not the same in both, and ``lengths`` which sequence is not as long; they
+    are empty otherwise. ``saved`` says that the batches hold saved activations.
     """
 
     number: int
@@ -44,6 +45,8 @@ class Pair:
     b: Any
     alike: bool
     tokens: str = ""
+    lengths: str = ""
+    saved: bool = False
 
 
 def pairs_of(batches: Any, batches_b: Any, ids: Any, batch_size: int) -> Iterator[Pair]:
@@ -71,8 +74,11 @@ def pairs_of(batches: Any, batches_b: Any, ids: Any, batch_size: int) -> Iterato
                 f"and {batch_rows(a)} in batches"
             )
         a, b = check.passed(number, a, b)
-        alike = _alike(a, b)
-        yield Pair(number, a, b, alike, "" if alike else _other_tokens(a, b))
+        alike, tokens = _alike(a, b), ""
+        if not alike and (key := other_tokens(a, b)) is not None:
+            called = entry_name(key) if isinstance(a, Mapping) else "the tokens"
+            tokens = f"{called} of batches_b differs from that of batches"
+        yield Pair(number, a, b, alike, tokens)
     check.finish()
 
 
@@ -89,10 +95,12 @@ def _check_order(batches: Any, batches_b: Any) -> None:
 class Ids:
     """Checks that both models get the same sequences in the same order.
 
-    ``ids`` are the name of an entry of all batches, a pair of arrays over all sequences, or None.
+    ``ids`` are the name of an entry of all batches, a pair of arrays over all sequences, or None; ``sides``
+    are what messages call where both get them from.
     """
 
-    def __init__(self, ids: Any) -> None:
+    def __init__(self, ids: Any, sides: tuple[str, str] = ("batches", "batches_b")) -> None:
+        self._sides = sides
         self._name = ids if isinstance(ids, str) else None
         self._arrays = None if ids is None or isinstance(ids, str) else [_listed(each) for each in ids]
         self._seen = 0
@@ -109,12 +117,12 @@ class Ids:
         if self._name is None:
             return a, b
         found, rest = zip(
-            *(self._taken(batch, side, number) for batch, side in ((a, "batches"), (b, "batches_b"))),
+            *(self._taken(batch, side, number) for batch, side in zip((a, b), self._sides, strict=True)),
             strict=True,
         )
         if not shared:
             self._check(found[0], found[1], first)
-        for side, each in zip(("batches", "batches_b"), found, strict=True):
+        for side, each in zip(self._sides, found, strict=True):
             if len(each) != batch_rows(a):
                 raise ValueError(
                     f"ids: batch {number} of {side} has {len(each)} of them for {batch_rows(a)} sequences"
@@ -123,9 +131,13 @@ class Ids:
 
     def finish(self) -> None:
         """Raise ValueError unless there were as many sequences as ids."""
-        if self._arrays is not None and len(self._arrays[0]) != self._seen:
+        self.check_number(self._seen)
+
+    def check_number(self, sequences: int) -> None:
+        """Raise ValueError unless arrays of ids have ``sequences`` of them."""
+        if self._arrays is not None and len(self._arrays[0]) != sequences:
             raise ValueError(
-                f"ids must have one for each sequence, got {len(self._arrays[0])} for {self._seen} sequences"
+                f"ids must have one for each sequence, got {len(self._arrays[0])} for {sequences} sequences"
             )
 
     def _taken(self, batch: Any, side: str, number: int) -> tuple[list[Any], Any]:
@@ -135,15 +147,16 @@ class Ids:
         return _listed(batch[self._name]), {key: x for key, x in batch.items() if key != self._name}
 
     def _check(self, a: Sequence[Any], b: Sequence[Any], first: int) -> None:
+        one, other = self._sides
         for at, (mine, theirs) in enumerate(zip(a, b, strict=False), start=first):
             if mine != theirs:
                 raise ValueError(
-                    f"ids: batches_b must hold the sequences of batches in their order, and sequence {at} is "
-                    f"{mine!r} in batches and {theirs!r} in batches_b"
+                    f"ids: {other} must hold the sequences of {one} in their order, and sequence {at} is "
+                    f"{mine!r} in {one} and {theirs!r} in {other}"
                 )
         if len(a) != len(b):
             raise ValueError(
-                f"ids: batches_b must hold the sequences of batches, and has {len(b)} ids for {len(a)}"
+                f"ids: {other} must hold the sequences of {one}, and has {len(b)} ids for {len(a)}"
             )
 
 
@@ -183,12 +196,12 @@ def _same(x: Any, y: Any) -> bool:
     return torch.equal(x, sent(y, x.device))
 
 
-def _other_tokens(a: Any, b: Any) -> str:
-    """What calls the tokens (whole numbers ``[B, T]``) of a batch, if those of the other one are others."""
+def other_tokens(a: Any, b: Any) -> Any:
+    """The key of the tokens (whole numbers ``[B, T]``) of a batch, if those of the other one are others."""
     mine, theirs = _tokens(a), _tokens(b)
     if mine is None or theirs is None or _same(mine[1], theirs[1]):
-        return ""
-    return entry_name(mine[0]) if isinstance(a, Mapping) else "the tokens"
+        return None
+    return mine[0]
 
 
 def _tokens(batch: Any) -> tuple[Any, Any] | None:
@@ -231,6 +244,8 @@ class Correspondence:
             )
 
     def _why_not(self, a: Read, b: Read, pair: Pair) -> str:
+        if pair.lengths:
+            return pair.lengths
         lengths = {f"a.{name}": x.shape[1] for name, x in zip(a.names, a.rows.present, strict=True)}
         lengths |= {f"b.{name}": x.shape[1] for name, x in zip(b.names, b.rows.present, strict=True)}
         first = next(iter(lengths))
@@ -245,8 +260,10 @@ class Correspondence:
                 return f"layers {names} have their rows at other places (another entry tells their padding)"
         if self._from_first_token and not _alike_keeps(a.rows.keeps[0], b.rows.keeps[0]):
             return "sequences begin at other tokens for each model, since other rows are padding"
+        if pair.saved and not _alike_keeps(a.rows.keeps[0], b.rows.keeps[0]):
+            return "other positions of the sequences are padding in b than in a"
         if pair.tokens:
-            return f"the models have other tokens: {pair.tokens} of batches_b differs from that of batches"
+            return f"the models have other tokens: {pair.tokens}"
         if not pair.alike and not self._asked:
             return "batches_b holds other inputs than batches"
         return ""

@@ -17,6 +17,7 @@ from rgfast.comparing.pairing import Correspondence, Pair, joined, pairs_of
 from rgfast.comparing.result import Comparison
 from rgfast.comparing.rows import Rows, rows_of
 from rgfast.comparing.sample import Sample
+from rgfast.comparing.saved import as_saved
 from rgfast.comparing.side import Side
 from rgfast.comparing.spec import (
     AxesOption,
@@ -30,10 +31,9 @@ from rgfast.comparing.spec import (
 )
 from rgfast.probing.capture.batches import batch_rows
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.probing.checkpoint import fingerprint
 from rgfast.probing.options import VIEWS
 from rgfast.probing.plan import Plan, make_plan
-from rgfast.probing.provenance import provenance
+from rgfast.probing.sources.activations import Activations
 from rgfast.probing.unread import Unread
 from rgfast.runtime.memory import free_bytes
 from rgfast.runtime.streams import Home
@@ -42,9 +42,9 @@ __all__ = ["compare"]
 
 
 def compare(
-    a: nn.Module,
-    b: nn.Module,
-    batches: Any,
+    a: nn.Module | Activations,
+    b: nn.Module | Activations,
+    batches: Any = None,
     *,
     layers_a: Layers = "auto",
     layers_b: Layers = "auto",
@@ -72,11 +72,17 @@ def compare(
 
     One pass in evaluation mode without gradients. The models may be two checkpoints, a model and its
     quantized copy, of other widths and depths, on other devices, or one and the same. Debiased CKA is of all
-    rows, from fp64 sums in memory that does not depend on the number of sequences.
+    rows, from fp64 sums in memory that does not depend on the number of sequences. Two
+    :class:`rgfast.Activations` that exist already are compared likewise, without batches.
 
     Args:
         a: any module. Hooks, training flags and grad mode are as before when this returns or raises.
-        b: likewise.
+            Or :class:`rgfast.Activations`: ``layers_a`` then names some of theirs (all by ``"auto"``), and
+            ``batches``, ``batches_b``, ``axes`` and ``output`` are refused. Sequences are matched by the ids
+            of both, which have to be the same in the same order; if a side has none, their order is taken
+            on trust and the notes say so. Rows are compared where the same positions of every sequence
+            count on both sides, and means over positions otherwise.
+        b: likewise: a model if ``a`` is one, activations if ``a`` is that.
         batches: as in :func:`rgfast.probe`: both models get these batches, each what its ``forward`` takes.
         layers_a: the layers of ``a``, as in :func:`rgfast.probe`; by default its residual stream.
         layers_b: those of ``b``.
@@ -85,8 +91,9 @@ def compare(
             positions are compared (``mean_pooled``), unless other views are asked for by name and the tokens
             are the same.
         ids: what tells sequences apart: the name of an entry of all batches (the models do not get it), or a
-            pair of arrays, of all sequences in ``batches`` and of all in ``batches_b``. They have to be the
-            same. Loaders that shuffle are refused as ``batches_b`` without them.
+            pair of arrays, of all sequences in ``batches`` and of all in ``batches_b`` (of activations, in
+            ``a`` and in ``b``). They have to be the same. Loaders that shuffle are refused as ``batches_b``
+            without them.
         measures: some of ``cka`` (debiased) and ``cka_biased``, which are of all rows, and of ``mutual_knn``,
             ``procrustes`` and ``rsa``, which are of a sample; see the functions of these names.
         views: some of ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
@@ -118,7 +125,7 @@ def compare(
         progress: show a bar; by default on a terminal.
 
     Raises ValueError for options out of range, layers that are not found, rows that do not correspond (naming
-    layers), other sequences in ``batches_b`` (naming the first), NaN or infinity (naming layer and position),
+    layers), other sequences on either side (naming the first), NaN or infinity (naming layer and position),
     fewer than 4 sequences, and what does not fit ``memory``; whatever a model raises is passed on.
 
     >>> import torch, rgfast
@@ -148,12 +155,16 @@ def compare(
         route=route,
         progress=progress,
     )
+    notes: tuple[str, ...] = ()
+    if isinstance(a, Activations) or isinstance(b, Activations):
+        a, b, spec, pairs, notes = as_saved(a, b, batches, batches_b, spec)
+    else:
+        pairs = pairs_of(batches, batches_b, spec.ids, spec.batch_size)
     unread = Unread()
     first = Side(a, "a", spec, unread)
     shared = a is b and batches_b is None and _same_reading(spec)
     second = first if shared else Side(b, "b", spec, unread)
-    run = _Run(spec, first, second, unread)
-    pairs = pairs_of(batches, batches_b, spec.ids, spec.batch_size)
+    run = _Run(spec, first, second, unread, notes)
     bar = tqdm(unit="sequence", desc="compare", disable=not spec.shows_progress)
     with _as_they_came(first.model, second.model), torch.no_grad(), bar:
         for pair in pairs:
@@ -186,8 +197,8 @@ def _as_they_came(*models: nn.Module) -> Iterator[None]:
 class _Run:
     """What was seen of both models so far."""
 
-    def __init__(self, spec: CompareSpec, a: Side, b: Side, unread: Unread) -> None:
-        self._spec, self._a, self._b, self._unread = spec, a, b, unread
+    def __init__(self, spec: CompareSpec, a: Side, b: Side, unread: Unread, notes: Sequence[str]) -> None:
+        self._spec, self._a, self._b, self._unread, self._notes = spec, a, b, unread, notes
         mine = {id(module) for module in a.model.modules()}
         self._parts_shared = a is not b and any(id(module) in mine for module in b.model.modules())
         self._home = Home()
@@ -228,7 +239,9 @@ class _Run:
         """What the first batch shows fits."""
         spec, matched = self._spec, self._matched
         assert matched is not None
-        notes = [f"row-by-row views were left out: {matched.why}"] if matched.why else []
+        notes = [*self._notes]
+        if matched.why:
+            notes.append(f"row-by-row views were left out: {matched.why}")
         views = self._views(batch, matched.aligned)
         if spec.measures_of_sample:
             self._samples = {view: Sample(spec.sample_limit, spec.seed) for view in views}
@@ -290,10 +303,7 @@ class _Run:
                 f"groups of {seen} sequences"
             )
         self._estimate.finish()
-        models = [
-            provenance(side.model, layers=list(names), weights=fingerprint(side.model))
-            for side, names in zip((self._a, self._b), self._names, strict=True)
-        ]
+        models = [side.provenance() for side in (self._a, self._b)]
         dataset = assemble(self._estimate, self._samples, self._spec, self._names, models)
         return Comparison(dataset)
 

@@ -19,10 +19,13 @@ from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
+from rgfast.probing.checkpoint import fingerprint
 from rgfast.probing.distributed import unwrapped
+from rgfast.probing.provenance import provenance
+from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.unread import Unread
 
-__all__ = ["Read", "Side"]
+__all__ = ["Read", "Side", "renamed"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,15 @@ class Side:
     """
 
     def __init__(self, model: nn.Module, side: Literal["a", "b"], spec: CompareSpec, unread: Unread) -> None:
-        with _named({"model": side}):
+        with renamed({"model": side}):
             check_model(model)
         self.model, self.side = unwrapped(model), side
         at = 0 if side == "a" else 1
-        with _named({"layers": f"layers_{side}"}):
-            self.taps, self.chosen = resolve(self.model, spec.layers[at])
+        if isinstance(self.model, SavedActivations):
+            self.taps = self.model.taps()
+        else:
+            with renamed({"layers": f"layers_{side}"}):
+                self.taps, _ = resolve(self.model, spec.layers[at])
         self._notes = Notes()
         self._axes = Axes(spec.axes[at], self.model, self.taps, self._notes)
         self._entries = Entries(
@@ -76,7 +82,7 @@ class Side:
             return None
         self._axes.open()
         try:
-            with self._watcher, _named({"layers": f"layers_{self.side}"}):
+            with self._watcher, renamed({"layers": f"layers_{self.side}"}):
                 self._entries.run(batch)
         finally:
             self._axes.close()
@@ -93,6 +99,14 @@ class Side:
             )
         self._names = found.names
         return found
+
+    def provenance(self) -> dict[str, Any]:
+        """Where what was read comes from."""
+        if isinstance(self.model, SavedActivations):
+            kind = {"model": "Activations", "source": self.model.source, "weights": None}
+        else:
+            kind = {"weights": fingerprint(self.model)}
+        return {**provenance(self.model, layers=list(self._names)), **kind}
 
     # What the watcher tells.
 
@@ -118,7 +132,7 @@ class Side:
 
 
 @contextmanager
-def _named(names: dict[str, str]) -> Iterator[None]:
+def renamed(names: dict[str, str]) -> Iterator[None]:
     """Errors of the probe's parts with the names that the options have here, if they begin with one."""
     try:
         yield

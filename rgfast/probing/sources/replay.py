@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rgfast.probing.capture.axes import AxesSpec
 from rgfast.probing.capture.layers import LayerSpec, Tap, chosen_names
+from rgfast.probing.capture.outputs import OutputSpec
+from rgfast.probing.capture.padding import PaddingSpec
 from rgfast.probing.sources.activations import KEEP, Activations
 
 if TYPE_CHECKING:
     from rgfast.probing.spec import ProbeSpec
 
-__all__ = ["SavedActivations", "as_replayed"]
+__all__ = ["LAYOUT", "SavedActivations", "as_replayed", "padding_of"]
 
 # The entry that every batch has, so that its number of sequences is known whatever else it holds.
 _NUMBER = "sequence"
+# Of every layer that is played back.
+LAYOUT = "N T D"
 
 
 class SavedActivations(nn.Module):
@@ -29,7 +34,7 @@ class SavedActivations(nn.Module):
 
     def __init__(self, acts: Activations, layers: str | LayerSpec | Sequence[LayerSpec]) -> None:
         super().__init__()
-        self._acts = acts
+        self._acts, self.source = acts, acts.source
         self._chosen = chosen_names(acts.layers, layers)
         for name in self._chosen:
             # Names of saved layers have dots, which add_module refuses, and are all that says what they are.
@@ -68,21 +73,30 @@ def as_replayed(acts: Activations, spec: ProbeSpec) -> tuple[SavedActivations, P
             f"control: {spec.control!r} runs a model, and these are activations; save those of the control, "
             "too"
         )
-    for name, why in (
-        ("axes", "give axes= to Activations"),
-        ("output", "each array is one layer's stream"),
+    padding = padding_of(acts, spec.padding, axes=spec.axes, output=spec.output)
+    return SavedActivations(acts, spec.layers), replace(spec, axes=LAYOUT, padding=padding)
+
+
+def padding_of(acts: Activations, padding: PaddingSpec, *, axes: AxesSpec, output: OutputSpec) -> PaddingSpec:
+    """How the padding of what is played back is read, asked for ``padding``.
+
+    Raises ValueError for options that activations do not have.
+    """
+    for name, asked, why in (
+        ("axes", axes, "give axes= to Activations"),
+        ("output", output, "each array is one layer's stream"),
     ):
-        if getattr(spec, name) is not None:
+        if asked is not None:
             raise ValueError(f"{name}: the activations are saved, so there is nothing to choose; {why}")
     clash = [name for name in (*acts.entries, _NUMBER) if name in acts.layers]
     clash += [_NUMBER] if _NUMBER in acts.entries else []
     if clash:
         raise ValueError(f"activations must not call an array {clash[0]!r}, which a probe uses; rename it")
     if acts.is_ragged:
-        if spec.padding not in ("auto", KEEP):
+        if padding not in ("auto", KEEP):
             raise ValueError(
                 "padding: these sequences differ in length, and what was added to the shorter ones never "
-                f"counts; leave out padding={spec.padding!r}"
+                f"counts; leave out padding={padding!r}"
             )
-        spec = replace(spec, padding=KEEP)
-    return SavedActivations(acts, spec.layers), replace(spec, axes="N T D")
+        return KEEP
+    return padding
