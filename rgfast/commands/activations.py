@@ -1,4 +1,4 @@
-"""What ``rgfast probe`` reads where no model is given: activations on disk."""
+"""What ``rgfast probe`` and ``rgfast compare`` read where no model is given: activations on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rgfast.probing.sources.activations import Activations
 
-__all__ = ["describe", "holds_model", "mask_of", "open_activations"]
+__all__ = ["describe", "facts_of", "holds_model", "mask_of", "open_activations"]
 
 _OF_MODELS = ("length", "limit", "control", "allow_pickle")
 
@@ -18,17 +18,17 @@ def holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "model.json").is_file()
 
 
-def open_activations(args: argparse.Namespace) -> Activations:
-    """The activations that MODEL is. Raises ValueError for options that only a model has."""
+def open_activations(args: argparse.Namespace, path: str) -> Activations:
+    """The activations in ``path``. Raises ValueError for options that only a model has."""
     for name in _OF_MODELS:
-        if getattr(args, name):
+        if getattr(args, name, None):
             raise ValueError(
-                f"{name.replace('_', '-')} is of a model, and {args.model} is read as activations, since "
+                f"{name.replace('_', '-')} is of a model, and {path} is read as activations, since "
                 "neither --text nor --inputs is given"
             )
     if args.device != "cpu":
         raise ValueError(f"device: saved activations are measured on the CPU, got {args.device!r}")
-    return Activations(args.model, args.axes, files=args.files)
+    return Activations(path, args.axes, files=args.files)
 
 
 def mask_of(args: argparse.Namespace, acts: Activations) -> str | None:
@@ -45,16 +45,22 @@ def mask_of(args: argparse.Namespace, acts: Activations) -> str | None:
 
 
 def describe(args: argparse.Namespace, acts: Activations) -> dict[str, Any]:
-    """Which activations these are: files are known by their sizes and times."""
-    path = Path(args.model)
+    """Which activations MODEL is, and how a probe reads them."""
+    facts = facts_of(args, args.model, acts)
+    return {
+        "model": {"folder": facts.pop("folder"), "kind": "activations", "layers": list(acts.layers)},
+        "inputs": {**facts, "mask": args.mask},
+    }
+
+
+def facts_of(args: argparse.Namespace, where: str, acts: Activations) -> dict[str, Any]:
+    """Which activations are in ``where``: files are known by their sizes and times."""
+    path = Path(where)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {
-        "model": {"folder": str(path), "kind": "activations", "layers": list(acts.layers)},
-        "inputs": {
-            "sequences": len(acts),
-            "files": [[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files if x.is_file()],
-            "mask": args.mask,
-            "axes": args.axes,
-            "are": args.files,
-        },
+        "folder": str(path),
+        "sequences": len(acts),
+        "files": [[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files if x.is_file()],
+        "axes": args.axes,
+        "are": args.files,
     }

@@ -1,4 +1,5 @@
-"""``rgfast compare``: two models from disk over the same texts or arrays, a folder with what was found."""
+"""``rgfast compare``: two models over the same texts or arrays, or activations, from disk, a folder with what
+was found."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rgfast.commands.inputs import Inputs
     from rgfast.commands.models import Loaded
     from rgfast.comparing import Comparison
+    from rgfast.probing.sources.activations import Activations
 
 __all__ = ["add_compare"]
 
@@ -35,18 +37,21 @@ def add_compare(commands: Any) -> None:
         "A and B are folders as rgfast probe takes them: two models of any width and\n"
         "depth, or two checkpoints of one. Texts are cut by each model's own tokenizer;\n"
         "where the tokens differ, means over positions are compared.\n\n"
+        "Without --text and --inputs, A and B are folders of activations of the same\n"
+        "sequences, as rgfast probe takes them.\n\n"
         "Leaves in DIR: result.nc, summary.csv, a figure of each measure, report.html\n"
         "and config.json; DIR is complete or not there.",
         epilog="examples:\n"
         "  rgfast compare models/bert models/mpnet --text corpus.txt --out runs/both\n"
         "  rgfast compare run/step-1000 run/step-9000 --text corpus.txt --groups 8\n"
         "  rgfast compare models/gpt2 models/gpt2-int8 --inputs tokens.npy --null 200\n"
-        "  rgfast compare models/a models/b --text corpus.txt --measures cka mutual_knn",
+        "  rgfast compare models/a models/b --text corpus.txt --measures cka mutual_knn\n"
+        '  rgfast compare saved/a saved/b --axes "N T D"',
     )
     add = compare.add_argument
-    add("a", metavar="A", help="the folder of the first model")
+    add("a", metavar="A", help="the folder of the first model, or of activations")
     add("b", metavar="B", help="the folder of the second one")
-    source = compare.add_mutually_exclusive_group(required=True)
+    source = compare.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
         metavar="FILE",
@@ -62,6 +67,13 @@ def add_compare(commands: Any) -> None:
     add("--inputs-b", metavar="FILE", help="what B gets, the same sequences in order (default: --inputs)")
     add("--length", type=int, metavar="T", help="cut texts to T tokens (default: 128, or the models' limit)")
     add("--limit", type=int, metavar="N", help="take the first N sequences (default: all)")
+    add("--axes", metavar="AXES", help='of the arrays of activations, such as "N T D" (default: found out)')
+    add(
+        "--files",
+        choices=("auto", "layers", "batches", "requests"),
+        default="auto",
+        help="what a .safetensors file of activations is (default: found out)",
+    )
     for side in "AB":
         add(
             f"--layers-{side.lower()}",
@@ -116,10 +128,17 @@ def _compare(args: argparse.Namespace) -> None:
     names = "-".join(Path(model).resolve().name for model in (args.a, args.b))
     out = Path(args.out) if args.out else Path("runs") / f"compare-{names}"
     before = configuration_in(out, FORMAT)
-    models = [_loaded(args, side) for side in "ab"]
-    inputs = _inputs(args, models)
-    models = [model.for_inputs(each.batch) for model, each in zip(models, inputs, strict=True)]
-    config = _config(args, options, models, inputs)
+    models: list[Loaded] = []
+    inputs: list[Inputs] = []
+    saved: list[Activations] = []
+    if args.text is None and args.inputs is None:
+        saved = _opened(args)
+        config = _config(args, options, _facts_of_saved(args, saved))
+    else:
+        models = [_loaded(args, side) for side in "ab"]
+        inputs = _inputs(args, models)
+        models = [model.for_inputs(each.batch) for model, each in zip(models, inputs, strict=True)]
+        config = _config(args, options, _facts_of_models(models, inputs))
     if before is not None:
         if any(before.get(name) != config[name] for name in ("a", "b", "options")):
             raise ValueError(
@@ -131,7 +150,7 @@ def _compare(args: argparse.Namespace) -> None:
     for each, module in zip(inputs, modules, strict=True):
         try_one(each, module)
     check_new_folder(out)
-    result = _run(args, modules, inputs, options)
+    result = _run(args, saved or modules, inputs, options)
     _write(out, result, config)
     _tell(args, result, out, "result.nc summary.csv report.html config.json and figures (*.png)")
 
@@ -152,11 +171,23 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("length cuts texts, and there is no --text")
     if args.inputs_b is not None and args.inputs is None:
         raise ValueError("inputs-b stands beside --inputs, and there is no --inputs")
+    if (args.axes is not None or args.files != "auto") and not (args.text is None and args.inputs is None):
+        name = "files" if args.axes is None else "axes"
+        raise ValueError(f"{name} is of saved activations, which take neither --text nor --inputs")
     kept = ("measures", "views", "groups", "null", "sample_limit", "seed", "memory")
     options = {name: getattr(args, name) for name in kept}
     layers = numbered(args.layers_a), numbered(args.layers_b)
     CompareSpec(layers=layers, batch_size=args.batch_size, **options)  # refuses what it can now
     return {"layers_a": layers[0], "layers_b": layers[1], **options}
+
+
+def _opened(args: argparse.Namespace) -> list[Activations]:
+    from rgfast.commands.activations import holds_model, open_activations
+
+    for path in (args.a, args.b):
+        if holds_model(Path(path)):
+            raise ValueError(f"one of --text and --inputs must say what the model in {path} runs on")
+    return [open_activations(args, path) for path in (args.a, args.b)]
 
 
 def _loaded(args: argparse.Namespace, side: str) -> Loaded:
@@ -196,14 +227,19 @@ def _module(model: Loaded, inputs: Inputs) -> nn.Module:
     return module
 
 
-def _config(
-    args: argparse.Namespace, options: dict[str, Any], models: list[Loaded], inputs: list[Inputs]
-) -> dict[str, Any]:
-    """What decides the numbers, as JSON gives it back, and what they were made with."""
-    from rgfast.probing.checkpoint import batch_digest, model_digest
-    from rgfast.runtime.environment import facts
+def _facts_of_saved(args: argparse.Namespace, saved: list[Activations]) -> dict[str, Any]:
+    from rgfast.commands.activations import facts_of
 
-    sides = {
+    return {
+        side: {"kind": "activations", "layers": list(acts.layers), **facts_of(args, path, acts)}
+        for side, path, acts in zip("ab", (args.a, args.b), saved, strict=True)
+    }
+
+
+def _facts_of_models(models: list[Loaded], inputs: list[Inputs]) -> dict[str, Any]:
+    from rgfast.probing.checkpoint import batch_digest, model_digest
+
+    return {
         side: {
             "folder": str(model.folder),
             "class": type(model.module).__name__,
@@ -213,6 +249,12 @@ def _config(
         }
         for side, model, each in zip("ab", models, inputs, strict=True)
     }
+
+
+def _config(args: argparse.Namespace, options: dict[str, Any], sides: dict[str, Any]) -> dict[str, Any]:
+    """What decides the numbers, as JSON gives it back, and what they were made with."""
+    from rgfast.runtime.environment import facts
+
     files = {name: getattr(args, name) for name in ("text", "inputs", "inputs_b")}
     chosen = {**options, "batch_size": args.batch_size, "device": args.device}
     whole = {"format": FORMAT, **sides, "files": files, "options": chosen, "environment": facts()}
@@ -221,17 +263,18 @@ def _config(
 
 
 def _run(
-    args: argparse.Namespace, modules: list[Any], inputs: list[Inputs], options: dict[str, Any]
+    args: argparse.Namespace, sides: list[Any], inputs: list[Inputs], options: dict[str, Any]
 ) -> Comparison:
     from rgfast.comparing import compare
 
+    batches: list[Any] = [each.batch for each in inputs] or [None, None]
     watched = sys.stderr.isatty() and not args.json
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way is no result
         return compare(
-            modules[0],
-            modules[1],
-            inputs[0].batch,
-            batches_b=inputs[1].batch,
+            sides[0],
+            sides[1],
+            batches[0],
+            batches_b=batches[1],
             batch_size=args.batch_size,
             progress=None if watched else False,
             **options,

@@ -209,7 +209,7 @@ def _probe_saved(
         raise ValueError(f"one of --text and --inputs must say what the model in {args.model} runs on")
     if _rank()[1] > 1:
         raise ValueError("saved activations are probed by one process, without torchrun")
-    acts = open_activations(args)
+    acts = open_activations(args, args.model)
     mask = mask_of(args, acts)
     config = _settings(args, options, describe(args, acts))
     if held is not None:

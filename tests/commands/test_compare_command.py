@@ -118,3 +118,59 @@ def test_wrong_input_is_one_sentence(words, message, own_folder, own_tokens, tmp
     assert message in told.err
     assert told.err.count("\n") == 1
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """Two folders of activations of the same sequences."""
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        generator = np.random.default_rng(seed)
+        for layer in ("first", "last"):
+            np.save(tmp_path / name / f"{layer}.npy", generator.standard_normal((40, 3, 4 + seed)))
+        np.save(tmp_path / name / "ids.npy", np.arange(40))
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_folders_of_activations_are_compared_without_text(stores, tmp_path, capsys):
+    words = [*stores, "--axes", "N T D", "--layers-b", "last", "--out", tmp_path / "out"]
+    assert run(*words, "--json") == errors.DONE
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    want = rgfast.compare(
+        *(rgfast.Activations(path, "N T D") for path in stores), layers_b="last", progress=False
+    )
+    assert np.array_equal(told["views"]["pooled"]["cka"]["matrix"], want.matrix("cka", "pooled"))
+    assert (told["layers_a"], told["layers_b"], told["notes"]) == (["first", "last"], ["last"], [])
+    assert run(*words) == errors.DONE
+    assert "nothing was computed" in capsys.readouterr().out
+    np.save(stores[1] / "last.npy", np.ones((40, 3, 6)))
+    assert run(*words) == errors.WRONG
+    assert "holds another result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{a}", "{b}", "--length", "3"], "length cuts texts, and there is no --text"),
+        (["{a}", "{b}", "--limit", "9"], "limit is of a model, and {a} is read as activations"),
+        (["{a}", "{b}", "--device", "cuda"], "device: saved activations are measured on the CPU"),
+        (["{a}", "{own}"], "one of --text and --inputs must say what the model in {own} runs on"),
+        (["{own}", "{own}", "--inputs", "{tokens}", "--axes", "N T D"], "axes is of saved activations"),
+        (["{own}", "{own}", "--inputs", "{tokens}", "--files", "layers"], "files is of saved activations"),
+        (["{a}", "{other}"], "sequence 0 is 0 in a and 39 in b"),
+    ],
+)
+def test_wrong_words_about_activations_are_one_sentence(
+    words, message, stores, own_folder, own_tokens, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "first.npy", np.zeros((40, 3, 4)))
+    np.save(tmp_path / "other" / "ids.npy", np.arange(40)[::-1])
+    places = {"a": stores[0], "b": stores[1], "own": own_folder, "tokens": own_tokens}
+    places["other"] = tmp_path / "other"
+    assert run(*(word.format(**places) for word in words)) == errors.WRONG
+    told = capsys.readouterr()
+    assert message.format(**places) in told.err
+    assert told.err.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*"))
