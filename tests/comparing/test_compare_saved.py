@@ -247,3 +247,30 @@ def test_a_model_beside_activations_is_refused(pair, tokens, saved):
         compared(acts, pair[0], {"input_ids": tokens})
     with pytest.raises(TypeError, match="batches must be an iterable of batches"):
         compared(*pair)
+
+
+class Made:
+    """A layer ``[n, T, D]`` that is made as it is read, and the most sequences that were read at a time."""
+
+    def __init__(self, n, width, seed):
+        self.shape, self.dtype, self.most, self._seed = (n, 3, width), np.dtype(np.float32), 0, seed
+
+    def __getitem__(self, part):
+        rows = range(*part.indices(self.shape[0]))
+        self.most = max(self.most, len(rows))
+        generator = np.random.default_rng(self._seed)
+        mixed = generator.standard_normal((2, self.shape[2]))
+        at = np.array(rows)[:, None, None] + np.array([0.0, 0.3, 0.6])[:, None]
+        made = np.concatenate([np.sin(at), np.cos(1.7 * at)], -1) @ mixed
+        return made.astype(np.float32)
+
+
+def test_no_more_than_a_block_of_either_side_is_read_at_a_time(monkeypatch):
+    monkeypatch.setattr(activations, "_BLOCK", 3 * 8 * 4 * 100)  # 100 sequences of 8 features
+    made = Made(1000, 8, 0), Made(1000, 16, 1)
+    found = compared(*(rgfast.Activations({"layer": x}) for x in made))
+    assert [x.most for x in made] == [100, 50]
+    assert found.dataset.attrs["sequences"] == 1000
+    whole = [torch.from_numpy(x[:]) for x in made]
+    want = compared(*(rgfast.Activations({"layer": x}) for x in whole))
+    same(found, want)
