@@ -119,7 +119,7 @@ def _put_sampled(
     for layers, sequence in rows.by_position():
         a, b = _sides(layers, layers_a)
         if len(sequence) < _least(name, spec):
-            values.append(torch.full((len(a), len(b)), torch.nan, dtype=torch.float64))
+            values.append(torch.full((len(a), len(b)), torch.nan, dtype=torch.float64, device="cpu"))
             nulls.append(values[-1].expand(spec.null, -1, -1))
         elif spec.null:
             found = calibrate(
@@ -144,7 +144,7 @@ def _without(name: str, rows: Rows, group: int, spec: CompareSpec, layers_a: int
     for layers, sequence in some.by_position():
         a, b = _sides(layers, layers_a)
         if len(sequence) < _least(name, spec):
-            values.append(torch.full((len(a), len(b)), torch.nan, dtype=torch.float64))
+            values.append(torch.full((len(a), len(b)), torch.nan, dtype=torch.float64, device="cpu"))
         else:
             values.append(similarity_matrix(name, a, b, **_options(name, spec)).cpu())
     return torch.stack(values, -1).numpy()

@@ -175,7 +175,9 @@ class Keeper:
         if len(lacking) < sum(bool(part.numbers) for part in self._parts):
             for number in lacking:
                 rows = self._load(number)
-                self._save(number, {**rows, KEEP: torch.ones(rows["0"].shape[:2], dtype=torch.bool)})
+                self._save(
+                    number, {**rows, KEEP: torch.ones(rows["0"].shape[:2], dtype=torch.bool, device="cpu")}
+                )
 
     def end(self, ids: Sequence[int | str] | None) -> None:
         """Make the folder a store: ``ids`` are those of all sequences, by default their numbers."""
