@@ -96,6 +96,11 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
                 for name, value in zip(("target_r2", "target_r2_se"), r2, strict=True):
                     data[name][1][v][..., at] = value.cpu().numpy()
 
+    few = [
+        f"the view {view!r} has {n} row{'s' * (n != 1)} that count, too few for any measure"
+        for view in plan.chosen.values()
+        if (n := int(data["n"][1][views.index(view)].max())) < 2
+    ]
     if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
         del data["n_by_layer"]
     return xr.Dataset(
@@ -119,7 +124,7 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
             "groups": plan.groups,
             "route": state.route,
             "length": plan.length,
-            "notes": "\n".join(plan.notes),
+            "notes": "\n".join([*plan.notes, *few]),
             "plan": plan.to_json(masked=state.masked),
             "provenance": json.dumps(provenance),
         },

@@ -150,8 +150,8 @@ def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> F
     given = {"asked": asked, "first": None if first is None else asdict(first)}
     found = ranks.gather(f"first/{ranks.round()}", given)
     for rank, other in enumerate(found):
-        for name, value in found[0]["asked"].items():
-            _same(name, (0, value), (rank, other["asked"].get(name)))
+        for name in dict.fromkeys((*found[0]["asked"], *other["asked"])):
+            _same(name, (0, found[0]["asked"].get(name)), (rank, other["asked"].get(name)))
     firsts = [
         (rank, FirstBatch.from_json(f["first"])) for rank, f in enumerate(found) if f["first"] is not None
     ]

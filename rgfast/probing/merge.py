@@ -26,6 +26,7 @@ _SAME = {
     "dtype": "a model of the same dtype",
     "weights": "a model with the same weights (fingerprint)",
     "mask": "the same mask",
+    "rows": "the same rows",
     "padding": "the same padding",
     "origin": "the same origin",
     "axes": "the same axes",
@@ -40,7 +41,7 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     if result.moments is None or other.moments is None:
         raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
     (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (result, other))
-    same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places")
+    same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places", "rows")
     for name in same:
         if getattr(plan, name) != getattr(theirs, name):
             raise ValueError(

@@ -33,13 +33,17 @@ _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "ki": 2**10, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}  # fmt: skip
 
 
-def check_views(views: Sequence[str]) -> None:
-    """Raise ValueError unless ``views`` is a sequence of known views, at least one."""
+def check_views(views: Sequence[str], rows: Sequence[str] = ()) -> None:
+    """Raise ValueError unless ``views`` is a sequence of known views, at least one, and one of ``rows`` if
+    there are any."""
+    known = (*VIEWS, *rows)
     if isinstance(views, str) or not views:
-        raise ValueError(f"views must be a sequence of {', '.join(VIEWS)}, got {views!r}")
+        raise ValueError(f"views must be a sequence of {', '.join(known)}, got {views!r}")
     for view in views:
-        if view not in VIEWS:
-            raise ValueError(f"views must be among {', '.join(VIEWS)}, got {view!r}")
+        if view not in known:
+            raise ValueError(f"views must be among {', '.join(known)}, got {view!r}")
+    if rows and not {*rows} & {*views}:
+        raise ValueError(f"views must have a view of rows= ({', '.join(rows)}), got {', '.join(views)}")
 
 
 def default_views(length: int, masked: bool, aligned: bool) -> tuple[str, ...]:
@@ -50,15 +54,17 @@ def default_views(length: int, masked: bool, aligned: bool) -> tuple[str, ...]:
     return VIEWS if masked else VIEWS[2:]
 
 
-def asked_views(views: Sequence[str], masked: bool, aligned: bool) -> tuple[str, ...]:
+def asked_views(
+    views: Sequence[str], masked: bool, aligned: bool, rows: Sequence[str] = ()
+) -> tuple[str, ...]:
     for view in views:
         if view in ("visible", "masked") and not masked:
             raise ValueError(f"views: {view!r} needs mask=, the name of a batch entry or a callable")
-        if not aligned and view not in ("pooled", "mean_pooled"):
+        if not aligned and view not in ("pooled", "mean_pooled", *rows):
             raise ValueError(
                 f"views: the layers differ in their positions, so {view!r} does not compare them"
             )
-    return tuple(view for view in VIEWS if view in views)
+    return tuple(view for view in (*VIEWS, *rows) if view in views)
 
 
 def checked_positions(positions: Any) -> str | tuple[int | str, ...]:

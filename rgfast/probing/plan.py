@@ -18,9 +18,11 @@ from rgfast.probing.options import (
 )
 from rgfast.streaming import Pairs, block_rows, first_block, pair_keys, state_bytes
 
-__all__ = ["SPLIT", "WHOLE", "Held", "Plan", "make_plan"]
+__all__ = ["CHOSEN", "SPLIT", "WHOLE", "Held", "Plan", "make_plan"]
 
 SPLIT, WHOLE = ("seen", "hidden"), ("rows",)
+# Kinds of accumulators of the views of rows=, by their number.
+CHOSEN = "chosen"
 
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
 _PENDING_BYTES = 256 << 20
@@ -79,6 +81,7 @@ class Plan:
     there are none); ``columns`` are where these stand in a sequence of full length.
     ``missed`` are layers that did not run in some batch, so that they have fewer rows than the others.
     ``launched`` says that rows are on a device where every sum is a launch, so that more are held back.
+    ``rows`` names the selections that batches come with, of which ``views`` has some.
     """
 
     names: tuple[str, ...]
@@ -98,6 +101,7 @@ class Plan:
     missed: tuple[int, ...] = ()
     from_end: bool = False
     launched: bool = False
+    rows: tuple[str, ...] = ()
 
     def to_json(self, **extra: Any) -> str:
         """Everything that decides what is measured, as JSON."""
@@ -145,10 +149,16 @@ class Plan:
                 held.append(self._one("rest", members, 1))
             if "flattened" in self.views:
                 held.append(self._one("flattened", members, 1))
+            held += [self._one(f"{CHOSEN}{number}", members, 1) for number in self.chosen]
         if "mean_pooled" in self.views:
             everything = tuple(range(len(self.widths)))
             held += [self._one("mean_pooled", members, 1) for members in self._parted(everything)]
         return tuple(held)
+
+    @property
+    def chosen(self) -> dict[int, str]:
+        """The views of ``rows=`` by the number of their selection."""
+        return {number: name for number, name in enumerate(self.rows) if name in self.views}
 
     def _parted(self, members: tuple[int, ...]) -> list[tuple[int, ...]]:
         """``members``, each layer that missed a batch by itself."""
@@ -193,6 +203,7 @@ class Plan:
         """What measuring adds to the model's forward, for one sequence."""
         followed = 0 if self.from_end else len(self.positions)
         rows = {"rest": self.length - followed, "mean_pooled": 1, "flattened": 1}
+        rows |= {f"{CHOSEN}{number}": self.length for number in self.chosen}  # at most
         return sum(
             h.flops_per_row(self.pending_bytes) * rows.get(h.kind, len(self.positions))
             for h in self.accumulators
@@ -252,6 +263,7 @@ def make_plan(
     places: Sequence[int] = (),
     padded: bool = False,
     targets: Sequence[tuple[str, int]] = (),
+    rows: Sequence[str] = (),
     refine: bool | None = None,
     launched: bool = False,
     notes: Sequence[str] = (),
@@ -269,11 +281,12 @@ def make_plan(
         widths=tuple(widths),
         length=length,
         positions=(),
-        views=defaults if views is None else asked_views(views, masked, aligned),
+        views=(*defaults, *rows) if views is None else asked_views(views, masked, aligned, rows),
         views_asked=views is not None,
         pairs=pairs,
         groups=groups,
         targets=tuple(targets),
+        rows=tuple(rows),
         refine=refine,
         places=tuple(places),
         aligned=aligned,
@@ -394,6 +407,8 @@ def _too_big(plan: Plan, memory: int) -> str:
         changes.append("fewer positions (positions='auto')")
     elif plan.positions and set(plan.views) - set(POSITIONAL):
         changes.append("views=('pooled', 'mean_pooled')")
+    if plan.chosen:
+        changes.append("fewer selections in rows=")
     changes.append("fewer layers")
     number = len(plan.positions)
     what = f"{number} position{'s' * (number != 1)}" if number else "the views"

@@ -61,6 +61,7 @@ def _plan(
         places=first.places,
         padded=first.padded,
         targets=[(name, width) for name, width, _ in first.targets],
+        rows=[chosen.name for chosen in spec.new_selections()],
         refine=refine,
         launched=first.launched,
         notes=notes,

@@ -92,7 +92,7 @@ def _clouds(plan: Plan, sequences: int) -> list[tuple[int, int]]:
     """(how many, rows of each) that measures are taken of, in all views."""
     positional = sum(view in plan.views for view in ("visible", "masked", "position"))
     found = [(positional * len(plan.positions), sequences)]
-    found += [(1, sequences * plan.length)] * ("pooled" in plan.views)
+    found += [(1, sequences * plan.length)] * (("pooled" in plan.views) + len(plan.chosen))
     return [*found, *[(1, sequences)] * ("mean_pooled" in plan.views)]
 
 

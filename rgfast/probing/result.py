@@ -326,11 +326,12 @@ class ProbeResult(Accessor):
         shown = sorted({round(k) for k in np.linspace(0, last, min(last + 1, _COLUMNS))})
         counts = {view: "–".join(dict.fromkeys(map(str, self.rows(view)))) for view in self.views}
         wide = max(len(count) for count in counts.values())
-        lines = [f"  {'effective rank':<14} {'n':>{wide}}  {'layer':>5}" + _row([str(k) for k in shown])]
+        long = max(14, *map(len, counts))
+        lines = [f"  {'effective rank':<{long}} {'n':>{wide}}  {'layer':>5}" + _row([str(k) for k in shown])]
         for view, count in counts.items():
             values = self.order_parameter(view).values[shown]
             caveat = "  (sample limited)" if self.sample_limited(view) else ""
-            lines.append(f"  {view:<14} {count:>{wide}}  {'':>5}{_row(map(_number, values))}{caveat}")
+            lines.append(f"  {view:<{long}} {count:>{wide}}  {'':>5}{_row(map(_number, values))}{caveat}")
         return lines
 
 

@@ -226,6 +226,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
 
 def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: int) -> Iterator[Any]:
     named = [spec.mask, *(target.entry for target in spec.new_targets())]
+    named += [chosen.entry for chosen in spec.new_selections()]
     return shuffled(
         pieces,
         model,
@@ -238,12 +239,14 @@ def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: in
 
 
 def _check_order(spec: ProbeSpec, batches: Any) -> None:
-    """Raise ValueError if sequences come in another order than the targets."""
-    ordered = [target.name for target in spec.new_targets() if target.in_order]
+    """Raise ValueError if sequences come in another order than the targets or the rows that are selected."""
+    ordered = [(f"targets[{one.name!r}]", "the target") for one in spec.new_targets() if one.in_order]
+    ordered += [(one.said, "it") for one in spec.new_selections() if one.in_order]
     if ordered and (sampler := shuffles(batches)):
+        said, what = ordered[0]
         raise ValueError(
-            f"targets[{ordered[0]!r}] must be in the order of the sequences, and the loader shuffles them "
-            f"({sampler}); let the batches hold the target and give its entry's name, or take shuffle=False"
+            f"{said} must be in the order of the sequences, and the loader shuffles them "
+            f"({sampler}); let the batches hold {what} and give its entry's name, or take shuffle=False"
         )
 
 

@@ -27,6 +27,7 @@ from rgfast.probing.options import (
     checked_positions,
     parse_memory,
 )
+from rgfast.probing.selections import RowsSpec, Selection, make_selections
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_integer, check_positive_int
@@ -54,6 +55,7 @@ class MeasureOptions(TypedDict, total=False):
     measures: str | Sequence[str]
     pairs: Pairs
     mask: MaskSpec
+    rows: RowsSpec
     padding: PaddingSpec
     axes: AxesSpec
     output: OutputSpec
@@ -106,6 +108,7 @@ class ProbeSpec:
     measures: str | Sequence[str] = "all"
     pairs: Pairs = "adjacent"
     mask: MaskSpec = None
+    rows: RowsSpec = None
     padding: PaddingSpec = "auto"
     axes: AxesSpec = None
     output: OutputSpec = None
@@ -142,6 +145,7 @@ class ProbeSpec:
         if self.refine is not None and not isinstance(self.refine, bool):
             raise TypeError(f"refine must be True, False or None, got {self.refine!r}")
         make_targets(self.targets)
+        selections = make_selections(self.rows)
         check_padding(self.padding)
         check_axes(self.axes)
         check_output(self.output)
@@ -150,7 +154,7 @@ class ProbeSpec:
         if "first" in self.positions and not isinstance(self.positions, str):
             self._set("origin", "token")
         if self.views is not None:
-            check_views(self.views)
+            check_views(self.views, [chosen.name for chosen in selections])
             self._set("views", tuple(self.views))
         self._set("measures", asked_measures(self.measures))
         self._set("pairs", as_pairs(self.pairs))
@@ -204,6 +208,10 @@ class ProbeSpec:
         """The targets, which learn their number of labels from the batches of one run."""
         return make_targets(self.targets)
 
+    def new_selections(self) -> list[Selection]:
+        """What the views of ``rows`` are of."""
+        return make_selections(self.rows)
+
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """What decides the numbers, as JSON gives it back, to compare with another rank's or a checkpoint's.
 
@@ -226,7 +234,9 @@ class ProbeSpec:
             "memory": self.memory,
             "refine": self.refine,
         }
-        if self.control is not None:  # absent from what earlier versions wrote
+        if self.rows is not None:  # absent from what earlier versions wrote, as is control
+            asked["rows"] = {chosen.name: chosen.to_json() for chosen in self.new_selections()}
+        if self.control is not None:
             asked |= {"control": self.control, "control_seed": self.control_seed}
         plain: dict[str, Any] = json.loads(json.dumps(asked))
         return plain

@@ -107,7 +107,8 @@ class Tally:
     @property
     def sequences(self) -> int:
         """How many sequences came."""
-        held = 0 if self._rows is None else self._rows.sequences
+        held = sum(batch.sequences for batch in self._early)
+        held += 0 if self._rows is None else self._rows.sequences
         return held + (0 if self._moments is None else self._moments.sequences)
 
     @property
@@ -154,7 +155,7 @@ class Tally:
     @property
     def _may_tile(self) -> bool:
         spec = self._spec
-        of_entries = spec.mask is not None or bool(spec.targets)
+        of_entries = spec.mask is not None or bool(spec.targets) or spec.rows is not None
         all_rows = spec.checkpoint is not None or spec.keep is not None
         return not (self._no_samples or spec.reads_layers or of_entries or all_rows)
 
@@ -339,9 +340,10 @@ class Tally:
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """What :meth:`rgfast.Probe.restore` says."""
         self._names = checkpoints.runs_of(self._names, header["asked"].get("layers"))
-        for name, value in self._asked().items():
-            if header["asked"].get(name) != value:
-                was = header["asked"].get(name)
+        asked = self._asked()
+        for name in dict.fromkeys((*asked, *header["asked"])):
+            value, was = asked.get(name), header["asked"].get(name)
+            if was != value:
                 raise ValueError(
                     f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
                 )
@@ -478,7 +480,11 @@ class Tally:
             self._model,
             layers=list(plan.names),
             measures=list(self._spec.measures),
-            **{name: asked[name] for name in ("mask", "padding", "origin", "axes", "output")},
+            **{
+                name: asked[name]
+                for name in ("mask", "rows", "padding", "origin", "axes", "output")
+                if name in asked
+            },
             **ranks,
             **found,
         )

@@ -117,6 +117,7 @@ class Probe:
             padding=spec.padding,
             origin=spec.origin,
             targets=targets,
+            selections=spec.new_selections(),
             notes=notes,
             unread=self._unread,
         )

@@ -8,7 +8,7 @@ from rgfast.monitor.result import COLLAPSED, MonitorResult
 from rgfast.report.definitions import HINT, PROBE_TERMS, number
 from rgfast.report.markup import Markup, bullets, table, tag
 from rgfast.report.monitor_charts import monitor_charts
-from rgfast.report.openings import VIEW_WORDS, terms_table
+from rgfast.report.openings import terms_table, words_of_view
 from rgfast.report.page import Page, as_rows
 from rgfast.report.parts import plain
 
@@ -30,7 +30,7 @@ def monitor_page(result: MonitorResult) -> Page:
         page.add(tag("p", HINT, class_="faint"))
     page.add(bullets([f"step {step}: {note}" for step, note in result.notes.items()]))
     page.heading("Terms")
-    views = [(plain(view), VIEW_WORDS[view]) for view in result.views]
+    views = [(plain(view), words_of_view(view)) for view in result.views]
     terms = [(term, meaning) for term, meaning in PROBE_TERMS if term in _TERMS]
     page.add(terms_table([*terms, *views]))
     if "effective_rank" in result.measures:

@@ -19,17 +19,17 @@ from rgfast.report.parts import plain
 
 __all__ = [
     "MEASURED",
-    "VIEW_WORDS",
     "deciding_view",
     "opening_of_probe",
     "opening_of_run",
     "terms_table",
     "verdict_badge",
+    "words_of_view",
 ]
 
 MEASURED = "effective rank and kernel drift of at least two layers"
 # What the rows of a view are.
-VIEW_WORDS = {
+_VIEW_WORDS = {
     "visible": "the rows at each position whose token the model sees",
     "masked": "the rows at each position whose token is hidden",
     "position": "all rows at each position",
@@ -46,6 +46,11 @@ _FINDINGS = {
     "ii": ("It does so at the short ξ and not at the long one", "exactly what the task needs is kept"),
     "iii": ("One or two blocks make most of the change", "it is a step, then a plateau"),
 }
+
+
+def words_of_view(view: str) -> str:
+    """What the rows of a view are."""
+    return _VIEW_WORDS.get(view, f"the rows that rows= selects as {view!r}")
 
 
 def verdict_badge(status: str) -> Markup:
@@ -170,7 +175,7 @@ def opening_of_probe(result: ProbeResult) -> list[Markup]:
 
 def _ranks(result: ProbeResult, flow: ViewFlow) -> Markup:
     rank, last = flow.rank, len(result.layers) - 1
-    rows = f"Over {VIEW_WORDS[flow.view]} the effective rank "
+    rows = f"Over {words_of_view(flow.view)} the effective rank "
     if not math.isfinite(rank.ratio):
         return join([rows, "is undefined: nothing varies there."])
     drop = "" if math.isnan(flow.error) else f", drop {number(rank.drop)} ± {number(flow.error)}"

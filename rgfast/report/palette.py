@@ -29,6 +29,7 @@ __all__ = [
     "depth_colours",
     "kind_colours",
     "ramp",
+    "view_styles",
     "xi_colours",
 ]
 
@@ -112,6 +113,19 @@ def xi_colours(xis: Iterable[float]) -> dict[float, str]:
 def kind_colours(names: Sequence[str]) -> dict[str, str]:
     """Color of each name, in their order, which says nothing more."""
     return {name: KIND_COLOURS[k % len(KIND_COLOURS)] for k, name in enumerate(names)}
+
+
+def view_styles(views: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and marker of each view: its own, or one by one for those that ``rows=`` names.
+
+    >>> view_styles(["pooled", "nouns"])
+    {'pooled': ('#B38F00', '^'), 'nouns': ('#332288', 'o')}
+    """
+    others = [view for view in views if view not in VIEW_COLOURS]
+    free = [color for color in KIND_COLOURS if color not in VIEW_COLOURS.values()]
+    styles = {view: (VIEW_COLOURS[view], VIEW_MARKERS[view]) for view in views if view in VIEW_COLOURS}
+    styles |= {view: (free[k % len(free)], SHAPES[k % len(SHAPES)]) for k, view in enumerate(others)}
+    return styles
 
 
 def depth_colours(layers: int) -> list[str]:

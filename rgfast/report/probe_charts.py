@@ -11,7 +11,7 @@ import numpy as np
 
 from rgfast.probing.result import MEASURES, ProbeResult, named
 from rgfast.report.extract import mean_of
-from rgfast.report.palette import VIEW_COLOURS, VIEW_MARKERS, kind_colours
+from rgfast.report.palette import kind_colours, view_styles
 from rgfast.report.parts import (
     component_axis,
     count_text,
@@ -59,14 +59,15 @@ def _series(result: ProbeResult, measure: str, view: str, *, unit: float = 1.0) 
     values = result.order_parameter(view, measure)
     error = result.standard_error(view, measure)
     x, y = np.asarray(values[values.dims[0]].values, float), np.asarray(values.values) / unit
+    color, marker = view_styles(result.views)[view]
     series = Series(
         plain(view),
         x,
         y,
-        VIEW_COLOURS[view],
+        color,
         note=_count(result, view),
         facts=(_where(result, view),),
-        marker=VIEW_MARKERS[view],
+        marker=marker,
         width=1.6,
     )
     if error is None:
@@ -91,10 +92,11 @@ def rank_chart(result: ProbeResult, measure: str, views: Sequence[str], *, relat
         values = result.order_parameter(view, measure)
         unit = _first(values.values) if relative else 1.0
         series.append(_series(result, measure, view, unit=unit))
+    styles = view_styles(result.views)
     for view in views if MEASURES[measure].baseline and not relative else ():
         x, y = series[0].x, np.asarray(result.baseline(view, measure).values)
         name, facts = f"isotropic, {plain(view)}", _facts(result, view)
-        line = Series(name, x, y, VIEW_COLOURS[view], facts=facts, dash=":", width=1.2, size=1.5)
+        line = Series(name, x, y, styles[view][0], facts=facts, dash=":", width=1.2, size=1.5)
         series.append(replace(line, group="isotropic, same n"))
     name = MEASURES[measure].label
     label = f"{name}\nover the first layer's" if relative else f"{name}, dimensions"
@@ -141,7 +143,7 @@ def drift_chart(result: ProbeResult, measure: str, views: Sequence[str], *, fits
         defined = np.flatnonzero(np.isfinite(series[-1].y))
         if fits and defined.size:
             first, drift = int(defined[0]), np.asarray(result.order_parameter(view, measure).values)
-            series += fit_series(drift[first:], first, VIEW_COLOURS[view], plain(view))
+            series += fit_series(drift[first:], first, series[-1].color, plain(view))
     x = transition_axis(result.dataset.sizes["transition"])
     panel = Panel(x, Axis(MEASURES[measure].label, log=True), series=tuple(series))
     caption = "How far each block moves the representation, with two descriptions of its decay."
@@ -188,7 +190,7 @@ def target_chart(result: ProbeResult, views: Sequence[str]) -> Chart:
             values = result.target_r2(name, view)
             style: dict[str, Any] = {
                 "facts": _facts(result, view),
-                "marker": VIEW_MARKERS[view],
+                "marker": view_styles(result.views)[view][1],
                 "width": 1.6,
             }
             series.append(

@@ -10,7 +10,7 @@ from rgfast.flow.probed import FALL, ViewFlow
 from rgfast.probing.result import MEASURES, ProbeResult, named
 from rgfast.report.definitions import HINT, PROBE_TERMS, number
 from rgfast.report.markup import Markup, bullets, join, table, tag
-from rgfast.report.openings import MEASURED, VIEW_WORDS, opening_of_probe, terms_table, verdict_badge
+from rgfast.report.openings import MEASURED, opening_of_probe, terms_table, verdict_badge, words_of_view
 from rgfast.report.page import Page, as_rows
 from rgfast.report.parts import count_text, plain
 from rgfast.report.probe_charts import probe_charts
@@ -42,7 +42,7 @@ def probe_page(result: ProbeResult) -> Page:
         page.add(tag("p", HINT, class_="faint"))
     page.add(bullets([f"note: {note}" for note in result.notes]))
     page.heading("Terms")
-    views = [(plain(view), VIEW_WORDS[view]) for view in result.views]
+    views = [(plain(view), words_of_view(view)) for view in result.views]
     page.add(terms_table([*PROBE_TERMS, *views]))
     page.heading("Findings")
     page.add(_findings(result))

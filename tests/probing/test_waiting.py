@@ -82,6 +82,18 @@ CASES = {
     "tiny float32": {"scale": 1e-30, "dtype": torch.float32, "views": ["position"]},
     "targets": POSITIONS
     | {"needs": ["labels"], "targets": {"b": "vector", "c": ROWS, "d": lambda entries: entries["vector"]}},
+    "rows": {
+        "needs": ["hidden", "attention_mask", "labels"],
+        "views": ["pooled", "hidden ones", "class", "last", "thirds", "none"],
+        "rows": {
+            "hidden ones": "hidden",
+            "class": ("labels", [1, 2]),
+            "last": "last",
+            "first": "first",
+            "thirds": (ROWS, 1),
+            "none": lambda entries: entries["hidden"] & ~entries["hidden"],
+        },
+    },
     "samples": {"route": "samples"},
 }
 OWN = ("needs", "dtype", "scale")

@@ -18,6 +18,7 @@ from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, PaddingSpec
 from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.capture.rows import RowBatch
+from rgfast.probing.selections import Selection
 from rgfast.probing.targets import Target
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import sent
@@ -40,15 +41,17 @@ class Entries:
         padding: PaddingSpec,
         origin: Origin,
         targets: Sequence[Target],
+        selections: Sequence[Selection] = (),
         notes: Notes,
         unread: Unread,
     ) -> None:
         self._model, self._mask, self._origin, self._targets = model, mask, origin, targets
-        self._notes, self._unread = notes, unread
+        self._selections, self._notes, self._unread = selections, notes, unread
+        self._names = [tap.name for tap in taps]
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        self._padding = Padding(padding, [tap.name for tap in taps], modules, notes, unread)
+        self._padding = Padding(padding, self._names, modules, notes, unread)
         self._caller = Caller(model, self._padding, notes)
-        named = [mask, *(target.entry for target in targets)]
+        named = [mask, *(target.entry for target in targets), *(chosen.entry for chosen in selections)]
         self._reserved = frozenset(name for name in named if isinstance(name, str))
         self._noted: dict[str, Any] = {}
         self._now: dict[str, Any] = {}
@@ -90,7 +93,7 @@ class Entries:
     def batch(self, activations: Sequence[Activation | None], taps: Sequence[int], seen: int) -> RowBatch:
         """The batch after ``seen`` sequences, whose layers, of the taps ``taps[l]``, put out ``activations``.
 
-        Raises ValueError if a mask or a target does not fit, or an entry is missing.
+        Raises ValueError if a mask, a target or a selection of rows does not fit, or an entry is missing.
         """
         given = {name: self._caller.source(value) for name, value in self._now.items()}
         by_tap = self._padding.entries(given, self._reserved)
@@ -116,6 +119,8 @@ class Entries:
             for name, keep, x in zip(names, own, rows, strict=True)
         ]
         batch, length = first.shape[:2]
+        if self._selections:
+            self._check_alike(rows, taps)
         found = RowBatch(
             rows,
             keeps,
@@ -124,11 +129,25 @@ class Entries:
                 sent(target.rows(self._now, given, seen, batch, length, self._unread), first.device)
                 for target in self._targets
             ],
+            chosen=[
+                x if isinstance(x, str) else sent(x, first.device)
+                for x in (s.rows(self._now, given, seen, batch, length) for s in self._selections)
+            ],
             places=[keys.index(key) for key in keys],
             padded=any(name is not None for name in names) or any(keep is not None for keep in own),
             notes=tuple(self._notes),
         )
         return from_first_token(found) if self._origin == "token" else found
+
+    def _check_alike(self, rows: Sequence[Tensor | None], taps: Sequence[int]) -> None:
+        """Raise ValueError if layers differ in their positions, of which rows are selected."""
+        lengths = {x.shape[1]: self._names[tap] for x, tap in zip(rows, taps, strict=True) if x is not None}
+        if len(lengths) > 1:
+            told = ", ".join(f"{name} has {length}" for length, name in lengths.items())
+            raise ValueError(
+                f"{self._selections[0].said} selects rows by position, and the layers differ in their "
+                f"positions: {told}; probe layers of one number of positions with rows="
+            )
 
     def end(self) -> None:
         """The forward is over."""

@@ -38,8 +38,14 @@ def from_first_token(batch: RowBatch) -> RowBatch:
         layers=[moved(x, keep) for x, keep in zip(batch.layers, keeps, strict=True)],
         keeps=[moved(keep, keep) for keep in keeps],
         masked=moved(batch.masked, first),
-        targets=[y for target in batch.targets if (y := moved(target, first)) is not None],
+        targets=[_given(moved(target, first)) for target in batch.targets],
+        chosen=[x if isinstance(x, str) else _given(moved(x, first)) for x in batch.chosen],
     )
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def _first(keep: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["RowBatch"]
@@ -16,17 +17,19 @@ class RowBatch:
     with them.
 
     ``keeps[l]`` ``[B, T_l]`` bool says which rows of a layer count (None: all do), ``masked`` ``[B, T]``
-    which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``places[l]``
-    numbers the places that a layer has its rows at. Layers may be on several devices; what goes with them is
-    on that of the first. ``padded`` says that some entry tells the padding, and
-    ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory is
-    about to be overwritten, ``owned`` that nobody else has it.
+    which tokens were hidden (None: there is no mask), ``targets[k]`` is ``[B, T, m_k]``. ``chosen[k]``
+    ``[B, T]`` bool says which rows a view of ``rows=`` has, or is "first" or "last": that of each sequence
+    which counts. ``places[l]`` numbers the places that a layer has its rows at. Layers may be on several
+    devices; what goes with them is on that of the first. ``padded`` says that some entry tells the padding,
+    and ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory
+    is about to be overwritten, ``owned`` that nobody else has it.
     """
 
     layers: Sequence[Tensor | None]
     keeps: Sequence[Tensor | None]
     masked: Tensor | None = None
     targets: Sequence[Tensor] = ()
+    chosen: Sequence[Tensor | str] = ()
     places: Sequence[int] = ()
     padded: bool = False
     notes: tuple[str, ...] = ()
@@ -60,5 +63,26 @@ class RowBatch:
             return [None if x is None else x[part] for x in xs]
 
         masked = None if self.masked is None else self.masked[part]
-        targets = [target[part] for target in self.targets]
-        return replace(self, layers=of(self.layers), keeps=of(self.keeps), masked=masked, targets=targets)
+        return replace(
+            self,
+            layers=of(self.layers),
+            keeps=of(self.keeps),
+            masked=masked,
+            targets=[target[part] for target in self.targets],
+            chosen=[x if isinstance(x, str) else x[part] for x in self.chosen],
+        )
+
+    def chosen_of(self, number: int, layer: int) -> Tensor:
+        """Which rows of a layer count in a view of ``rows=`` ``[B, T_l]``, bool."""
+        chosen, keep = self.chosen[number], self.keeps[layer]
+        if not isinstance(chosen, str):
+            return chosen if keep is None else chosen & keep
+        x = self.layers[layer]
+        assert x is not None
+        length, device = x.shape[1], self.first.device if keep is None else keep.device
+        every = torch.arange(length, dtype=torch.int64, device=device)
+        if keep is None:
+            return (every == (0 if chosen == "first" else length - 1)).expand(len(x), -1)
+        if chosen == "first":
+            return every == torch.where(keep, every, length).amin(1, keepdim=True)
+        return every == torch.where(keep, every, -1).amax(1, keepdim=True)

@@ -40,7 +40,7 @@ class HeldRows:
     def tiles(self, most: int) -> Iterator[Tile]:
         """All positions that a view is of, about ``most`` rows a layer at a time."""
         plan = self._plan
-        every = any(view in ("pooled", "mean_pooled") for view in plan.views)
+        every = any(view in ("pooled", "mean_pooled", *plan.rows) for view in plan.views)
         wanted = list(range(self.longest)) if every else [t for t in plan.positions if t < self.longest]
         room, kinds = Room(), self._kinds()
         device = self._batches[0].first.device
@@ -98,7 +98,11 @@ class HeldRows:
                 torch.cat([b.targets[k][:, where].transpose(0, 1) for b in self._batches], 1).flatten(0, 1)
                 for k in range(len(plan.targets))
             ]
-            return Tile(positions, counts, room, None, hidden, targets)
+            chosen = [
+                torch.cat([_chosen(b, k)[:, where].T for b in self._batches], 1).reshape(-1)
+                for k in range(len(plan.rows))
+            ]
+            return Tile(positions, counts, room, None, hidden, targets, chosen)
         places = [self._place(t) for t in positions]
         for layer, to in enumerate(room):
             at = 0
@@ -128,7 +132,12 @@ class HeldRows:
             torch.cat(some) if some else sequence.new_zeros(0, width, dtype=torch.float64)
             for some, (_, width) in zip(asked, plan.targets, strict=True)
         ]
-        return Tile(positions, counts, room, sequence, hidden, targets)
+        picked = [
+            [_chosen(b, k)[kept, t] for t, place in zip(positions, places, strict=True) for b, kept in place]
+            for k in range(len(plan.rows))
+        ]
+        chosen = [torch.cat(some) if some else sequence.new_zeros(0, dtype=torch.bool) for some in picked]
+        return Tile(positions, counts, room, sequence, hidden, targets, chosen)
 
     def _firsts(self, place: list[tuple[RowBatch, Tensor]]) -> list[int]:
         starts = {id(batch): start for batch, start in zip(self._batches, self._starts, strict=False)}
@@ -158,6 +167,14 @@ class HeldRows:
             found.append(x.flatten(0, 1) if keep is None else x[keep])
         return torch.cat(found)
 
+    def chosen(self, number: int) -> int:
+        """How many rows of a layer a selection has."""
+        return sum(int(batch.chosen_of(number, 0).sum()) for batch in self._batches)
+
+    def chosen_rows_of(self, number: int, layer: int) -> Tensor:
+        """All rows of a layer that a selection has ``[R, d]``."""
+        return torch.cat([batch.present[layer][batch.chosen_of(number, 0)] for batch in self._batches])
+
     def flattened(self) -> tuple[list[Tensor], Tensor | None]:
         """Every layer's sequences as one row each, and which sequences have all their positions."""
         keeps = [batch.keeps[0] for batch in self._batches]
@@ -180,6 +197,12 @@ def _slice_or_list(where: list[int]) -> slice | list[int]:
     """Positions to index with; without a copy where they are neighbours."""
     near = slice(where[0], where[-1] + 1)
     return near if where == list(range(near.start, near.stop)) else where
+
+
+def _chosen(batch: RowBatch, number: int) -> Tensor:
+    found = batch.chosen[number]
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _given(x: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from rgfast.probing.estimators.means import means_of
 from rgfast.probing.estimators.moment_measures import measure_all, measure_moments
 from rgfast.probing.later import LaterState
 from rgfast.probing.measured import Measured, spread
-from rgfast.probing.plan import SPLIT, WHOLE, Held, Plan
+from rgfast.probing.plan import CHOSEN, SPLIT, WHOLE, Held, Plan
 from rgfast.probing.targets import linear_r2
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import numbers, sent, waits_for
@@ -117,6 +117,9 @@ class Moments:
         elif held.kind == "rest":
             followed = () if self.plan.from_end else self.plan.positions
             _add_rest(accumulator, layers, keep, {*followed})
+        elif held.kind.startswith(CHOSEN):
+            chosen = batch.chosen_of(int(held.kind.removeprefix(CHOSEN)), held.layers[0])
+            _add_rest(accumulator, layers, chosen, set())
         else:
             self._add_positions(accumulator, held.kind, layers, keep, batch.masked)
 
@@ -253,6 +256,8 @@ class Moments:
         own = {h.kind: self._groups[group][h.name] for h in self.plan.accumulators if h.layers == members}
         if view in ("mean_pooled", "flattened"):
             return own[view]
+        if view in self.plan.rows:
+            return own[f"{CHOSEN}{self.plan.rows.index(view)}"]
         if view in ("visible", "masked"):
             return own["seen" if view == "visible" else "hidden"]
         if view == "position" and "rows" in own:

@@ -27,7 +27,7 @@ from rgfast.probing.plan import Plan
 from rgfast.probing.targets import linear_r2, over_folds
 from rgfast.streaming import MomentAccumulator, pair_keys
 
-__all__ = ["Part", "RowViews", "Tile"]
+__all__ = ["Part", "RowViews", "Tile", "numbers_of"]
 
 _T = TypeVar("_T")
 
@@ -44,7 +44,7 @@ class Tile:
 
     ``sequence[R]`` numbers the sequences that rows are of, None if every position has those of all in their
     order; ``hidden[R]`` says whose token was hidden, None if there is no mask. ``targets[k][R, m_k]`` are
-    what rows are asked about.
+    what rows are asked about, ``chosen[k][R]`` says which rows a view of ``rows=`` has.
     """
 
     positions: Sequence[int]
@@ -53,6 +53,7 @@ class Tile:
     sequence: Tensor | None = None
     hidden: Tensor | None = None
     targets: Sequence[Tensor] = ()
+    chosen: Sequence[Tensor] = ()
 
 
 class RowViews:
@@ -219,13 +220,13 @@ class RowViews:
         groups = self._plan.groups
         if self._few:
             rows, targets = ([x.clone() for x in some] for some in (tile.rows, tile.targets))
-            self._clouds.append(replace(tile, rows=rows, targets=targets, sequence=_numbers(tile)))
+            self._clouds.append(replace(tile, rows=rows, targets=targets, sequence=numbers_of(tile)))
             return
         if self._pool_of_all is not None:
             if len(tile.rows[0]):
                 self._pool_of_all.add(tile.rows)
             return
-        group = _numbers(tile) % groups
+        group = numbers_of(tile) % groups
         for g, sums in enumerate(self._sums):
             at = (group == g).nonzero()[:, 0]
             if len(at):
@@ -346,7 +347,7 @@ def _segments(tile: Tile) -> Iterator[tuple[int, slice]]:
         yield position, slice(end - count, end)
 
 
-def _numbers(tile: Tile) -> Tensor:
+def numbers_of(tile: Tile) -> Tensor:
     """The sequence of every row."""
     if tile.sequence is not None:
         return tile.sequence

@@ -15,6 +15,7 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.estimators import samples
 from rgfast.probing.estimators.finite import NOT_FINITE, FiniteCheck
 from rgfast.probing.estimators.held import HeldRows
+from rgfast.probing.estimators.row_choices import RowChoices
 from rgfast.probing.estimators.row_measures import DOUBT
 from rgfast.probing.estimators.row_views import Part, RowViews
 from rgfast.probing.estimators.samples import SampleState, enough, tile_rows, worthwhile
@@ -63,7 +64,7 @@ class Rows:
         rows, keep = batch.present, batch.keeps[0]
         if len({x.device for x in (*self._devices, *rows)}) > 1:
             return "layers are on several devices"
-        if waits_for(rows[0].device) and (keep is not None or batch.masked is not None):
+        if waits_for(rows[0].device) and (keep is not None or batch.masked is not None or batch.chosen):
             return "rows that do not count are told apart on the CPU only"
         if any(other is not keep for other in batch.keeps) or len({x.shape[:2] for x in rows}) > 1:
             return "layers differ in the positions that count"
@@ -91,7 +92,9 @@ class Rows:
             else:
                 rows = [self._kept(layer, x) for layer, x in enumerate(rows)]
         targets = [_copied(x) for x in batch.targets]
-        self._hold(replace(batch, layers=rows, targets=targets, owned=True, reused=False))
+        # Where a sequence's last token is is not written to a file.
+        chosen = [batch.chosen_of(number, 0).clone() for number in range(len(batch.chosen))]
+        self._hold(replace(batch, layers=rows, targets=targets, chosen=chosen, owned=True, reused=False))
 
     def _hold(self, batch: RowBatch) -> None:
         # The second batch of a run that was never stopped is there twice, and what fits must not depend on
@@ -128,6 +131,8 @@ class Rows:
             for name, mask in (("keep", batch.keeps[0]), ("masked", batch.masked)):
                 if mask is not None:
                     arrays[f"{name}.{number}"] = mask.cpu().numpy()
+            for k in range(len(batch.chosen)):
+                arrays[f"chosen.{number}.{k}"] = batch.chosen_of(k, 0).cpu().numpy()
         return arrays
 
     @staticmethod
@@ -161,12 +166,16 @@ class Rows:
                 _given(tensor(f"targets.{number}.{k}")).to(torch.float64).expand(-1, rows[0].shape[1], -1)
                 for k in range(len(self.plan.targets))
             ]
+            chosen = [
+                _given(tensor(f"chosen.{number}.{k}")).to(torch.bool) for k in range(len(self.plan.rows))
+            ]
             self._hold(
                 RowBatch(
                     rows,
                     [keep] * len(rows),
                     masked,
                     targets,
+                    chosen,
                     self.plan.places,
                     padded=keep is not None,
                     notes=() if number else tuple(notes),
@@ -253,10 +262,15 @@ class Rows:
             self.note([self.plan.longer])
         plan = self.plan
         views = RowViews(plan, uncentred=self._uncentred, sequences=self.sequences, total=held.total)
+        totals = {number: held.chosen(number) for number in plan.chosen}
+        choices = RowChoices(plan, uncentred=self._uncentred, sequences=self.sequences, totals=totals)
         for tile in held.tiles(tile_rows(plan, self._memory)):
             if not views.take(tile):
                 self._raise_not_finite()
+            choices.take(tile)
         found = views.finish(held.rows_of)
+        chosen, r2 = choices.finish(held.chosen_rows_of)
+        found |= chosen
         if "flattened" in plan.views:
             flat, sequence = held.flattened()
             part = views.cloud(flat, sequence)
@@ -265,7 +279,7 @@ class Rows:
             else:
                 found["flattened"] = _without_spectra(part)
         masked = self._batches[0].masked is not None
-        return SampleState(plan, self.sequences, found, masked, views.r2())
+        return SampleState(plan, self.sequences, found, masked, views.r2() | r2)
 
     def look(self) -> None:
         """Raise ValueError if a layer of a batch since the last look is not finite at a position that counts,
