@@ -25,13 +25,15 @@ _LENGTH = 128
 @dataclass(frozen=True)
 class Inputs:
     """Whole arrays by name, all with one row a sequence. ``main`` is the entry that the model reads,
-    ``mask`` the one that says which tokens were hidden, ``fixed`` which tokens must not be."""
+    ``mask`` the one that says which tokens were hidden, ``fixed`` which tokens must not be, ``named`` those
+    that select rows."""
 
     batch: dict[str, Tensor]
     main: str
     mask: str | None = None
     fixed: Tensor | None = None
     mask_token: int | None = None
+    named: frozenset[str] = frozenset()
 
     def share(self, rank: int, ranks: int) -> Inputs:
         """The sequences of one rank: the first ones rank 0's, and so on."""
@@ -190,7 +192,7 @@ def try_one(inputs: Inputs, module: torch.nn.Module) -> None:
     caller = Caller(module)
     some = {name: value[:2] for name, value in inputs.batch.items()}
     entries = caller.entries(some)
-    reserved = frozenset(() if inputs.mask is None else (inputs.mask,))
+    reserved = inputs.named | ({inputs.mask} if inputs.mask is not None else set())
     try:
         with torch.no_grad():
             caller(some, entries, reserved)
@@ -220,12 +222,12 @@ def _with_mask(inputs: Inputs, hidden: Tensor, tokens: Tensor) -> Inputs:
 
 def _only_taken(inputs: Inputs, model: Loaded) -> Inputs:
     """The inputs, if the model or the probe has a use for every array of them."""
-    known = _arguments(model) | {"attention_mask", inputs.mask}
+    known = _arguments(model) | {"attention_mask", inputs.mask} | inputs.named
     unknown = [name for name in inputs.batch if name not in known]
     if unknown:
         raise ValueError(
             f"inputs: {type(model.module).__name__} has no use for {', '.join(unknown)} (it takes "
-            f"{', '.join(sorted(_arguments(model)))}; --mask may name a bool array)"
+            f"{', '.join(sorted(_arguments(model)))}; --mask may name a bool array, --rows any)"
         )
     return inputs
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def add_probe(commands: Any) -> None:
         "  rgfast probe models/bert --text corpus.txt --mask 0.15 --groups 8\n"
         "  rgfast probe models/gpt2 --inputs tokens.npy --pairs all --layers 0 6 12\n"
         "  rgfast probe runs/stack --inputs batch.npz --mask hidden --json\n"
+        "  rgfast probe models/bert --inputs batch.npz --rows nouns=pos_tags:3 ends=last\n"
         "  torchrun --nproc-per-node 4 -m rgfast probe models/bert --text corpus.txt\n"
         '  rgfast probe saved/bert --axes "N T D" --groups 8',
     )
@@ -78,6 +80,13 @@ def add_probe(commands: Any) -> None:
         metavar="WHAT",
         help="which tokens are hidden, for the views visible and masked: a share such as 0.15 to "
         "hide, a bool array of the .npz, or none (default: those that hold the mask token)",
+    )
+    add(
+        "--rows",
+        nargs="+",
+        metavar="NAME=WHAT",
+        help="views of some rows: a bool array of the .npz, whole numbers and those that are meant "
+        "(nouns=pos_tags:3,4), or each sequence's first or last token (ends=last) (default: none)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the hidden share and of --control (default: 0)")
     add(
@@ -118,9 +127,9 @@ def add_probe(commands: Any) -> None:
     add(
         "--views",
         nargs="+",
-        choices=("visible", "masked", "position", "pooled", "mean_pooled", "flattened"),
         metavar="VIEW",
-        help="visible, masked, position, pooled, mean_pooled, flattened (default: all that the inputs allow)",
+        help="visible, masked, position, pooled, mean_pooled, flattened, and names of --rows "
+        "(default: all that the inputs allow)",
     )
     add(
         "--pairs",
@@ -160,6 +169,7 @@ def _probe(args: argparse.Namespace) -> None:
     from rgfast.commands.models import load_model
     from rgfast.files import check_new_folder
     from rgfast.probing import ProbeResult
+    from rgfast.probing.spec import ProbeSpec
 
     options = options_of(args)
     name = f"probe-{Path(args.model).resolve().name}" + (f"-{args.control}" if args.control else "")
@@ -174,7 +184,9 @@ def _probe(args: argparse.Namespace) -> None:
     else:
         inputs = read_arrays(args.inputs, model, limit=args.limit)
     whole, model = model, model.for_inputs(inputs.batch)
-    inputs = hide(inputs, model, args.mask, args.seed)
+    selections = ProbeSpec(rows=options.get("rows")).new_selections()
+    named = frozenset(chosen.entry for chosen in selections if chosen.entry is not None)
+    inputs = hide(replace(inputs, named=named), model, args.mask, args.seed)
     config = _config(args, options, model, inputs)
     rank, ranks = _rank()
     if model is not whole and rank == 0:

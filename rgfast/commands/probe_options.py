@@ -39,6 +39,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "groups": args.groups,
         "memory": args.memory,
         "refine": args.refine,
+        **({} if args.rows is None else {"rows": _rows(args.rows)}),
         **({} if args.control is None else {"control": args.control, "control_seed": args.seed}),
         # Only moments can be merged later.
         "route": "moments" if args.moments else "auto",
@@ -59,6 +60,21 @@ def _positions(words: list[str]) -> str | list[int | str]:
     if not all(re.fullmatch(r"-?\d+|first|last", word) for word in words):
         raise ValueError(f"positions must be auto, all, first, last or indices, got {' '.join(words)}")
     return [word if word in ("first", "last") else int(word) for word in words]
+
+
+def _rows(words: list[str]) -> dict[str, Any]:
+    found = [re.fullmatch(r"([^=]+)=([^:]+)(?::(-?\d+(?:,-?\d+)*))?", word) for word in words]
+    rows = {
+        part[1]: (part[2], [int(n) for n in part[3].split(",")]) if part[3] else part[2]
+        for part in found
+        if part
+    }
+    if len(rows) < len(words):
+        raise ValueError(
+            "rows must be such as nouns=is_noun verbs=pos_tags:3,4 ends=last, each of another name, got "
+            f"{' '.join(words)}"
+        )
+    return rows
 
 
 def _pairs(words: list[str]) -> str | list[tuple[int, int]]:

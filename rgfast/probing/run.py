@@ -68,6 +68,12 @@ def probe(
         pairs: of which layers CKA is taken: ``"adjacent"``, ``"all"`` or index pairs.
         mask: the name of a batch entry, or a function of the batch's entries, that gives ``[B, T]`` bool:
             True where the token was hidden. It makes the views ``visible`` and ``masked``.
+        rows: views of some rows only, ``{"nouns": ..., "rest": ...}``, each pooled over positions as one
+            cloud and named in the result (one selection that is not in a mapping: ``"rows"``). A selection is
+            the name of a batch entry, a function of the batch's entries, or an array over all sequences in
+            their order. It gives bool ``[B, T]``, True for the rows of the view (``[B]``: whole sequences),
+            or whole numbers of which some are meant: ``("pos_tags", 3)``, ``(labels, [3, 4])``. ``"first"``
+            and ``"last"`` are each sequence's first and last token that counts. Padding never counts.
         padding: which batch entry says what is padding: ``"auto"`` (``attention_mask`` and the like: whole
             numbers and bool, scores to be added, ``…key_padding_mask`` with True for padding; a decoder's, an
             encoder's and a tower's own), an entry's name, None (every position counts), or these by pattern
@@ -97,8 +103,9 @@ def probe(
         memory: bytes, or text such as ``"4GiB"``, that the state may take, of those that a GPU has free.
         views: some of ``visible`` (rows whose token is seen), ``masked``, ``position`` (all rows at each
             position), ``pooled`` (all rows at all positions as one cloud), ``mean_pooled`` (a sequence's mean
-            over positions), ``flattened`` (a sequence as one row); by default all that the data allow, the
-            last one where it is small. Drift is NaN and rank 0 for a layer without variance.
+            over positions), ``flattened`` (a sequence as one row), and names of ``rows``; by default all that
+            the data allow, ``flattened`` where it is small. Drift is NaN and rank 0 for a layer without
+            variance.
         refine: whether to keep, beside the moments, triangular factors of layers whose rows are deficient but
             for rounding (what a LayerNorm puts out, more features than tokens): they give the small singular
             values that moments lose, at up to 1.5 times the state and a few times the products of such a

@@ -148,6 +148,29 @@ def test_floats_enter_the_stack_itself(own_folder, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_views_of_rows_that_arrays_select(own_folder, tmp_path, capsys):
+    rng = np.random.default_rng(4)
+    arrays = {
+        "tokens": rng.integers(0, 5, (80, 4)),
+        "is_noun": rng.random((80, 4)) < 0.4,
+        "pos_tags": rng.integers(0, 9, (80, 4)),
+    }
+    np.savez(tmp_path / "all.npz", **arrays)
+    rows = {"nouns": "is_noun", "verbs": ("pos_tags", [3, 4]), "ends": "last"}
+    words = ["--rows", "nouns=is_noun", "verbs=pos_tags:3,4", "ends=last", "--views", "pooled", *rows]
+    words = [own_folder, "--inputs", tmp_path / "all.npz", *words, "--json"]
+    assert run(*words, "--out", tmp_path / "out") == errors.DONE
+    found = json.loads(capsys.readouterr().out)["views"]
+    model = rgfast.MaskedTokenModel.load(own_folder)
+    batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    want = rgfast.probe(model, batch, rows=rows, views=["pooled", *rows], progress=False)
+    assert list(found) == ["pooled", *rows]
+    for view in rows:
+        assert found[view]["effective_rank"] == want.order_parameter(view).values.tolist()
+    assert found["verbs"]["n"][0] == int(np.isin(arrays["pos_tags"], [3, 4]).sum())
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_named_arrays_with_a_mask_and_padding(own_folder, tmp_path, capsys):
     rng = np.random.default_rng(3)
     arrays = {
@@ -286,6 +309,13 @@ def test_positions_are_checked_on_inputs_without_any(tmp_path, capsys):
         (["--positions", "4"], "positions must be indices from 0 to 3"),
         (["--positions", "4", "--views", "pooled"], "positions must be indices from 0 to 3"),
         (["--positions", "some"], "positions must be auto, all, first, last or indices, got some"),
+        (["--views", "hidden"], "mean_pooled, flattened, got 'hidden'"),
+        (["--rows", "nouns"], "rows must be such as nouns=is_noun verbs=pos_tags:3,4 ends=last, "),
+        (["--rows", "a=last", "a=first"], "each of another name, got a=last a=first"),
+        (["--rows", "a=tags:x"], "rows must be such as nouns=is_noun"),
+        (["--rows", "pooled=last"], "rows must have names that no other view has, got 'pooled'"),
+        (["--rows", "a=missing"], "rows['a']: there is no entry 'missing' in the batch (tokens"),
+        (["--rows", "a=last", "--views", "pooled"], "views must have a view of rows= (a), got pooled"),
         (["--pairs", "0-9"], "pairs must name layers 0 to 3"),
         (["--pairs", "some"], "pairs must be adjacent, all or such as 0-3 2-5, got some"),
         (["--mask", "2"], "mask must be a share between 0 and 1"),
@@ -311,7 +341,6 @@ def test_wrong_options_are_one_sentence(
     ("words", "message"),
     [
         (["--inputs", "a.npy", "--text", "a.txt"], "not allowed with argument"),
-        (["--inputs", "a.npy", "--views", "hidden"], "invalid choice: 'hidden'"),
         (["--inputs", "a.npy", "--limit", "many"], "invalid int value: 'many'"),
         (["--input", "a.npy"], "--input (did you mean --inputs?)"),
     ],

@@ -56,7 +56,7 @@ class SavedActivations(nn.Module):
         for name, layer in self._modules.items():
             if name not in entries:
                 raise ValueError(
-                    f"mask and targets: {name!r} is a layer of the activations; give a function of the "
+                    f"mask, targets and rows: {name!r} is a layer of the activations; give a function of the "
                     f"entries, such as lambda entries: entries[{name!r}]"
                 )
             assert layer is not None
