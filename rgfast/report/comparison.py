@@ -16,7 +16,7 @@ from rgfast.report.canvas import Canvas, draw_chart, styled
 from rgfast.report.comparison_charts import comparison_charts, matrix_chart
 from rgfast.report.definitions import HINT, number
 from rgfast.report.markup import Markup, bullets, join, table, tag
-from rgfast.report.openings import VIEW_WORDS, terms_table
+from rgfast.report.openings import terms_table, words_of_view
 from rgfast.report.page import Page, as_rows
 from rgfast.report.parts import plain, rows_text
 from rgfast.report.sources import load
@@ -46,7 +46,7 @@ def comparison_page(result: Comparison) -> Page:
     page.add(bullets([f"note: {note}" for note in result.notes]))
     page.heading("Terms")
     terms = [(LABELS[measure], _TERMS[measure]) for measure in result.measures]
-    terms += [(plain(view), VIEW_WORDS[view]) for view in result.views]
+    terms += [(plain(view), words_of_view(view)) for view in result.views]
     if result.dataset.attrs["null"]:
         terms.append(("p", _p_words(result)))
     page.add(terms_table(terms))
@@ -70,7 +70,7 @@ def _opening(result: Comparison) -> list[Markup]:
     if good:
         top, least = (pick(good, key=lambda one: one.value) for pick in (max, min))
         came = (
-            f"Over {VIEW_WORDS[view]}, the layer of a that is most like one of b is {top.layer_name} "
+            f"Over {words_of_view(view)}, the layer of a that is most like one of b is {top.layer_name} "
             f"({LABELS[measure]} {number(top.value)} with {top.match_name}); the one least like its best "
             f"match is {least.layer_name} ({number(least.value)} with {least.match_name})."
         )
