@@ -92,7 +92,7 @@ class Rows:
             else:
                 rows = [self._kept(layer, x) for layer, x in enumerate(rows)]
         targets = [_copied(x) for x in batch.targets]
-        # Where a sequence's last token is is not written to a file.
+        # What is written to a file, and merged, has no words in it.
         chosen = [batch.chosen_of(number, 0).clone() for number in range(len(batch.chosen))]
         self._hold(replace(batch, layers=rows, targets=targets, chosen=chosen, owned=True, reused=False))
 
