@@ -64,6 +64,11 @@ def options(rank, size):
     labels = data()["label"]
     return {
         "mask": "mask",
+        "rows": {
+            "label 1": ("label", 1),
+            "last": "last",
+            "odd": torch.arange(200)[shard(rank, size)] % 2 == 1,
+        },
         "targets": {"vectors": vectors[shard(rank, size)], "label": labels[shard(rank, size)]},
         "groups": 3,
         "pairs": "all",

@@ -389,8 +389,12 @@ def _add_rest(rest: MomentAccumulator, layers: list[Tensor], keep: Tensor | None
     others = tuple(t for t in range(length) if t not in followed)
     if not others:
         return
-    x = [layer[:, index_of(others, layer.device)].reshape(batch * len(others), -1) for layer in layers]
-    kept = None if keep is None else keep[:, index_of(others, keep.device)].reshape(-1)
+
+    def rest_of(x: Tensor) -> Tensor:
+        return x[:, index_of(others, x.device)] if followed else x
+
+    x = [rest_of(layer).reshape(batch * len(others), -1) for layer in layers]
+    kept = None if keep is None else rest_of(keep).reshape(-1)
     if kept is not None and not waits_for(kept.device):
         # Rows that do not count are left out rather than masked: how far a batch is padded depends on how the
         # sequences were batched, and the bits must not. Elsewhere the number of rows is not known here.
