@@ -248,7 +248,7 @@ def test_the_default_path_is_beside_the_source(finished, probed, tmp_path):
     [
         (lambda folder: folder / "none", FileNotFoundError, "there is no"),
         (lambda folder: folder, ValueError, "holds no result.nc and no design.json"),
-        (lambda folder: 3, TypeError, "source must be a ProbeResult, .* got int"),
+        (lambda folder: 3, TypeError, "source must be a ProbeResult.* got int"),
         (lambda folder: xr.Dataset({"x": 1}), ValueError, "holds neither"),
     ],
 )
