@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 __all__ = [
+    "append_bytes",
     "as_json",
     "check_new_folder",
     "clear_leftovers",
@@ -36,6 +37,16 @@ _HOUR = 3600.0
 def write_bytes(path: str | Path, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path`` atomically; see :func:`write_stream` for links, modes and errors."""
     write_stream(path, lambda file: file.write(content))
+
+
+def append_bytes(path: str | Path, content: bytes) -> None:
+    """Add ``content`` to the end of ``path``, on the disk when this returns. OSErrors name ``path``; part of
+    it may then have been written."""
+    path = Path(path)
+    with _naming(path, path), path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: str | Path, text: str) -> None:

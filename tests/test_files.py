@@ -18,6 +18,7 @@ import rgfast
 from rgfast import cli
 from rgfast.commands import errors
 from rgfast.files import (
+    append_bytes,
     as_json,
     clear_leftovers,
     leftovers,
@@ -310,6 +311,17 @@ def test_truncated_weights_are_a_sentence_with_their_name(name, tmp_path):
         (tmp_path / name).write_bytes(whole[:part])
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             rgfast.MaskedTokenModel.load(tmp_path)
+
+
+def test_what_is_added_to_a_file_is_there_or_the_error_names_the_file(tmp_path):
+    append_bytes(tmp_path / "a", b"one\n")
+    append_bytes(tmp_path / "a", b"two\n")
+    assert (tmp_path / "a").read_bytes() == b"one\ntwo\n"
+    with pytest.raises(OSError, match="/nowhere/a"):
+        append_bytes(tmp_path / "nowhere" / "a", b"")
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match="/dev/full"):
+            append_bytes("/dev/full", b"one")
 
 
 def test_no_module_writes_a_file_by_itself():

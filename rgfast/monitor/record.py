@@ -7,12 +7,11 @@ yet, or was cut off, is not counted.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rgfast.files import plain, write_bytes
+from rgfast.files import append_bytes, plain, write_bytes
 
 __all__ = ["FORMAT", "append", "checked_path", "read", "rewrite"]
 
@@ -39,11 +38,7 @@ def rewrite(path: Path, header: Mapping[str, Any], steps: Sequence[Mapping[str, 
 def append(path: Path, step: Mapping[str, Any]) -> None:
     """Add a step, on the disk when this returns. Raises OSError, naming ``path``; the step is then not
     counted."""
-    line = _line(step)
-    with path.open("ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    append_bytes(path, _line(step))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

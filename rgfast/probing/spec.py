@@ -17,6 +17,7 @@ from rgfast.probing.capture.layers import LayerSpec
 from rgfast.probing.capture.outputs import OutputSpec, check_output
 from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
+from rgfast.probing.capture.selections import RowsSpec, Selection, make_selections
 from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import MEASURES, asked_measures
 from rgfast.probing.options import (
@@ -27,7 +28,6 @@ from rgfast.probing.options import (
     checked_positions,
     parse_memory,
 )
-from rgfast.probing.selections import RowsSpec, Selection, make_selections
 from rgfast.probing.targets import Target, TargetSpec, make_targets
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_integer, check_positive_int

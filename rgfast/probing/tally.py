@@ -465,7 +465,9 @@ class Tally:
         return self._summing(plan, masked=first.masked)
 
     def _summing(self, plan: Plan, *, masked: bool) -> Moments:
-        return Moments(plan, masked=masked, unread=self._unread, uncentred=self._spec.uncentred)
+        # On the CPU results have the bound of uncentred ranks whether these are asked for or not, as ever.
+        uncentred = self._spec.uncentred or not waits_for(self._device())
+        return Moments(plan, masked=masked, unread=self._unread, uncentred=uncentred)
 
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)

@@ -27,7 +27,8 @@ def alive():
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance() asks lazy objects for their class
+        # isinstance() asks lazy objects for their class; sparse tensors have no memory of their own.
+        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

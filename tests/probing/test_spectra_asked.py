@@ -1,4 +1,4 @@
-"""Spectra that no measure needs are not computed, and a device solves those of one size together."""
+"""On a device spectra that no measure needs are not computed, and those of one size are solved together."""
 
 import numpy as np
 import pytest
@@ -41,20 +41,20 @@ def test_half_of_them_without_uncentred_measures(groups, everywhere, solved):
     every = sum(solved)
     solved.clear()
     part = probed(case | {"measures": WITHOUT})
-    assert 2 * sum(solved) == every
+    assert (2 if everywhere else 1) * sum(solved) == every
     for name in WITHOUT:
         assert np.array_equal(part.dataset[name].values, whole.dataset[name].values, equal_nan=True), name
     for name in ("singular_values", "effective_rank_bound"):
         assert np.array_equal(part.dataset[name].values, whole.dataset[name].values, equal_nan=True), name
     assert not set(UNCENTRED) & set(part.dataset)
-    assert np.isnan(part.dataset.effective_rank_uncentred_bound.values).all()
+    assert np.isnan(part.dataset.effective_rank_uncentred_bound.values).all() == everywhere
 
 
 @pytest.mark.parametrize("measures", ["all", WITHOUT, UNCENTRED])
 def test_one_call_for_all_views_on_a_device(measures, everywhere, solved):
     probed(VIEWS | {"measures": measures})
     layers, places = 3, 5 + 1 + 1
-    kinds = 1 if measures == WITHOUT else 2
+    kinds = 1 if measures == WITHOUT and everywhere else 2
     if everywhere:
         assert solved == [kinds * layers * places]
     else:
@@ -89,4 +89,4 @@ def test_a_checkpoint_goes_on_with_the_measures_asked_for(tmp_path, solved):
     first = sum(solved)
     solved.clear()
     rgfast.probe(model, x, **options)
-    assert sum(solved) == first == 2 * 5
+    assert sum(solved) == first == 2 * 2 * 5

@@ -18,7 +18,7 @@ from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, PaddingSpec
 from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.capture.rows import RowBatch
-from rgfast.probing.selections import Selection
+from rgfast.probing.capture.selections import Selection
 from rgfast.probing.targets import Target
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import sent
