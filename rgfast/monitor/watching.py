@@ -38,7 +38,7 @@ class Monitor:
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> monitor = rgfast.Monitor(model, torch.randn(64, 3, 4), every=2, measures="effective_rank")
     >>> for i in range(5):
-    ...     monitor.step(i)
+    ...     _ = monitor.step(i)
     ...     model(torch.randn(8, 3, 4)).square().mean().backward()
     ...     optimizer.step()
     ...     optimizer.zero_grad()
