@@ -21,6 +21,7 @@ import numpy as np
 __all__ = [
     "append_bytes",
     "as_json",
+    "check_file",
     "check_new_folder",
     "clear_leftovers",
     "leftovers",
@@ -167,6 +168,19 @@ def _clear(paths: Iterable[Path]) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def check_file(path: Any, name: str) -> Path:
+    """The argument ``name`` as a Path. Raises TypeError for what is no path, ValueError where no file can be
+    written: a folder, or a file in a folder that does not exist."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{name} must be the path of a file, got {type(path).__name__}")
+    found = Path(path)
+    if found.is_dir():
+        raise ValueError(f"{name} must be the path of a file, and {found} is a folder")
+    if not found.parent.is_dir():
+        raise ValueError(f"{name} must be in a folder that exists, got {found}")
+    return found
 
 
 def check_new_folder(path: str | Path) -> None:

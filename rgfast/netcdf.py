@@ -16,7 +16,7 @@ from xarray.backends import H5NetCDFStore
 
 from rgfast.files import write_bytes
 
-__all__ = ["read_netcdf", "write_netcdf"]
+__all__ = ["read_netcdf", "read_result", "write_netcdf"]
 
 
 def write_netcdf(path: str | Path, dataset: xr.Dataset, **groups: xr.Dataset) -> None:
@@ -46,4 +46,24 @@ def read_netcdf(path: str | Path, group: str | None = None) -> xr.Dataset:
             dataset: xr.Dataset = file.load()
     except Exception as error:  # h5py and h5netcdf raise a dozen types for damaged files
         raise ValueError(f"{path} is truncated or not a NetCDF file: {error}") from error
+    return dataset
+
+
+def read_result(path: str | Path, form: str, version: int, what: str) -> xr.Dataset:
+    """The dataset of a result of the format ``form``, up to ``version``; ``what`` is what messages call it.
+
+    Raises FileNotFoundError if there is no file, ValueError for a truncated one, one of another kind and one
+    that a newer version wrote.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be {what}, and there is no file {path}")
+    dataset = read_netcdf(path)
+    if dataset.attrs.get("format") != form:
+        raise ValueError(f"{path} is a NetCDF file but not {what} (no format {form!r} in it)")
+    written = int(dataset.attrs.get("format_version", 0))
+    if written > version:
+        raise ValueError(
+            f"{path} was written by a newer rgfast (format {written}; this one reads up to {version})"
+        )
     return dataset

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.netcdf import read_netcdf, write_netcdf
+from rgfast.netcdf import read_result, write_netcdf
 from rgfast.ops.similarity import Calibrated
 from rgfast.validation import check_choice
 from rgfast.wiring import lent
@@ -283,18 +283,7 @@ class Comparison:
         Raises FileNotFoundError if there is no such file, ValueError for a truncated file, a file of another
         kind and one that a newer version wrote.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path must be a comparison, and there is no file {path}")
-        dataset = read_netcdf(path)
-        if dataset.attrs.get("format") != FORMAT:
-            raise ValueError(f"{path} is a NetCDF file but not a comparison (no format {FORMAT!r} in it)")
-        version = int(dataset.attrs.get("format_version", 0))
-        if version > VERSION:
-            raise ValueError(
-                f"{path} was written by a newer rgfast (format {version}; this one reads up to {VERSION})"
-            )
-        return cls(dataset)
+        return cls(read_result(path, FORMAT, VERSION, "a comparison"))
 
     def __repr__(self) -> str:
         sizes = self.dataset.sizes

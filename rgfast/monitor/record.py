@@ -13,21 +13,9 @@ from typing import Any
 
 from rgfast.files import append_bytes, plain, write_bytes
 
-__all__ = ["FORMAT", "append", "checked_path", "read", "rewrite"]
+__all__ = ["FORMAT", "append", "read", "rewrite"]
 
 FORMAT = "rgfast.monitor/1"
-
-
-def checked_path(path: Any) -> Path:
-    """``path`` as a Path. Raises TypeError for what is none, ValueError where no file can be written."""
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"path must be the path of a file, got {type(path).__name__}")
-    found = Path(path)
-    if found.is_dir():
-        raise ValueError(f"path must be the path of a file, and {found} is a folder")
-    if not found.parent.is_dir():
-        raise ValueError(f"path must be in a folder that exists, got {found}")
-    return found
 
 
 def rewrite(path: Path, header: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:

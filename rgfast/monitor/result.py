@@ -12,8 +12,10 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
+from rgfast.files import check_file
 from rgfast.monitor import record
-from rgfast.probing.frame import as_long_form, positions_of
+from rgfast.probing.frame import as_long_form
+from rgfast.probing.labelled import Labelled
 from rgfast.probing.measures import MEASURES
 from rgfast.wiring import lent
 
@@ -27,7 +29,7 @@ _COLUMNS = 9  # steps that a printed table has room for
 _CONSTANT = ("n", "sample_limited")  # of a fixed batch
 
 
-class MonitorResult:
+class MonitorResult(Labelled):
     """Measures by training step, view, layer and position; ``.dataset`` is the xarray.Dataset of all.
 
     The variables are those of :class:`~rgfast.ProbeResult`, with ``step`` as their first dimension; ``n`` and
@@ -45,26 +47,6 @@ class MonitorResult:
         return tuple(int(step) for step in self.dataset.step.values)
 
     @property
-    def views(self) -> tuple[str, ...]:
-        """The views, in the order of the dataset."""
-        return tuple(str(view) for view in self.dataset.view.values)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The name of every layer."""
-        return tuple(str(name) for name in self.dataset.layer_name.values)
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """The measures that the result has."""
-        return tuple(name for name in MEASURES if name in self.dataset)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of the targets; empty without any."""
-        return tuple(str(name) for name in self.dataset.target.values) if "target" in self.dataset else ()
-
-    @property
     def notes(self) -> dict[int, str]:
         """What was out of the ordinary, by step."""
         return {int(step["step"]): step["note"] for step in self._steps if "note" in step}
@@ -74,23 +56,6 @@ class MonitorResult:
         """Model, options and versions."""
         found: dict[str, Any] = self._header["provenance"]
         return found
-
-    def view_or_first(self, view: str | None = None) -> str:
-        """``view``, or the first view for None. Raises ValueError for an unknown one."""
-        if view is None:
-            return self.views[0]
-        if view not in self.views:
-            raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
-        return view
-
-    def variable(self, name: str, view: str | None = None) -> xr.DataArray:
-        """A variable of the dataset in one view, at the positions that the view has.
-
-        Raises KeyError for an unknown variable, ValueError for an unknown view.
-        """
-        view = self.view_or_first(view)
-        values: xr.DataArray = self.dataset[name].sel(view=view, position=positions_of(self.dataset, view))
-        return values
 
     def by_step(self, measure: str = "effective_rank", view: str | None = None) -> xr.DataArray:
         """A measure by step and layer (or transition), the mean over the view's positions where defined.
@@ -161,7 +126,7 @@ class MonitorResult:
 
     def save(self, path: str | Path) -> None:
         """Write the result to ``path``, atomically, as a :class:`Monitor` writes its own file."""
-        record.rewrite(record.checked_path(path), self._header, self._steps)
+        record.rewrite(check_file(path, "path"), self._header, self._steps)
 
     @classmethod
     def load(cls, path: str | Path) -> MonitorResult:

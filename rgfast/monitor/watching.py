@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rgfast.files import check_file
 from rgfast.monitor import record
 from rgfast.monitor.result import MonitorResult, header_of, values_of
 from rgfast.probing import probe
@@ -95,7 +96,7 @@ class Monitor:
         self._digest = "".join(map(batch_digest, self._batches))
         self._header: dict[str, Any] | None = None
         self._steps: list[dict[str, Any]] = []
-        self._path = None if path is None else record.checked_path(path)
+        self._path = None if path is None else check_file(path, "path")
         self._appends = False
         if self._path is not None and self._path.exists():
             self._header, self._steps = record.read(self._path)

@@ -25,7 +25,6 @@ from rgfast.validation import from_array
 
 __all__ = [
     "batch_digest",
-    "checked_path",
     "clear_stale",
     "fingerprint",
     "is_model",
@@ -49,18 +48,6 @@ def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     everything: dict[str, Any] = {_HEADER: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
     # Rows and moments may take most of the memory: they go to the file array by array.
     write_stream(path, lambda file: np.savez(file, **everything))
-
-
-def checked_path(path: Any) -> Path:
-    """``path`` as a Path. Raises TypeError for what is none, ValueError where no file can be written."""
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"checkpoint must be the path of a file, got {type(path).__name__}")
-    found = Path(path)
-    if found.is_dir():
-        raise ValueError(f"checkpoint must be the path of a file, and {found} is a folder")
-    if not found.parent.is_dir():
-        raise ValueError(f"checkpoint must be in a folder that exists, got {found}")
-    return found
 
 
 def clear_stale(path: Path) -> None:

@@ -12,9 +12,10 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rgfast.netcdf import read_netcdf, write_netcdf
+from rgfast.netcdf import read_netcdf, read_result, write_netcdf
 from rgfast.probing.accessor import Accessor
-from rgfast.probing.frame import as_long_form, positions_of
+from rgfast.probing.frame import as_long_form
+from rgfast.probing.labelled import Labelled
 from rgfast.probing.measures import MEASURES, named
 from rgfast.wiring import lent
 
@@ -24,7 +25,7 @@ FORMAT, VERSION = "rgfast.probe", 1
 _COLUMNS = 13  # layers that a printed table has room for
 
 
-class ProbeResult(Accessor):
+class ProbeResult(Labelled, Accessor):
     """Measures by view, layer and position; ``.dataset`` is the xarray.Dataset with all of them.
 
     Ranks have dimensions (view, layer, position), drifts (view, transition, position) with transition l from
@@ -81,26 +82,6 @@ class ProbeResult(Accessor):
         return self._writes
 
     @property
-    def views(self) -> tuple[str, ...]:
-        """The views, in the order of the dataset."""
-        return tuple(str(view) for view in self.dataset.view.values)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The name of every layer."""
-        return tuple(str(name) for name in self.dataset.layer_name.values)
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """The measures that the result has."""
-        return tuple(name for name in MEASURES if name in self.dataset)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of the targets; empty without any."""
-        return tuple(str(name) for name in self.dataset.target.values) if "target" in self.dataset else ()
-
-    @property
     def ids(self) -> tuple[int | str, ...] | None:
         """What identifies the sequences, in their order; None if the probe did not know."""
         if "sequence_id" not in self.dataset:
@@ -126,43 +107,6 @@ class ProbeResult(Accessor):
         """What was left out or done otherwise than by default, in sentences."""
         found = str(self.dataset.attrs.get("notes", ""))
         return tuple(found.splitlines())
-
-    def view_or_first(self, view: str | None = None) -> str:
-        """``view``, or the first view for None. Raises ValueError for an unknown one."""
-        if view is None:
-            return self.views[0]
-        if view not in self.views:
-            raise ValueError(f"view must be one of {', '.join(self.views)}, got {view!r}")
-        return view
-
-    def is_positional(self, view: str) -> bool:
-        """Whether the view has positions, rather than one value per layer.
-
-        Raises ValueError for an unknown view.
-        """
-        return bool(self.dataset.positional.sel(view=self.view_or_first(view)))
-
-    def positions(self, view: str) -> NDArray[np.int64]:
-        """The positions that the view has: the followed ones, or −1 alone.
-
-        Raises ValueError for an unknown view.
-        """
-        return positions_of(self.dataset, self.view_or_first(view))
-
-    def variable(self, name: str, view: str | None = None) -> xr.DataArray:
-        """A variable of the dataset in one view, at the positions that the view has.
-
-        Raises KeyError for an unknown variable, ValueError for an unknown view.
-
-        >>> import torch, rgfast
-        >>> stack = rgfast.ResidualStack(4, 2, mixing="none")
-        >>> result = rgfast.probe(stack, torch.randn(64, 3, 4), progress=False)
-        >>> result.variable("n", "position").values
-        array([64, 64, 64])
-        """
-        view = self.view_or_first(view)
-        values: xr.DataArray = self.dataset[name].sel(view=view, position=self.positions(view))
-        return values
 
     def rows(self, view: str) -> tuple[int, int]:
         """How many rows stand behind the view's values: the fewest and the most of any position.
@@ -288,17 +232,7 @@ class ProbeResult(Accessor):
         Raises FileNotFoundError if there is no such file, ValueError for a truncated file, a file of another
         kind and one that a newer version wrote.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"path must be a probe result, and there is no file {path}")
-        dataset = read_netcdf(path)
-        if dataset.attrs.get("format") != FORMAT:
-            raise ValueError(f"{path} is a NetCDF file but not a probe result (no format {FORMAT!r} in it)")
-        version = int(dataset.attrs.get("format_version", 0))
-        if version > VERSION:
-            raise ValueError(
-                f"{path} was written by a newer rgfast (format {version}; this one reads up to {VERSION})"
-            )
+        dataset = read_result(path, FORMAT, VERSION, "a probe result")
         moments = None
         try:
             if dataset.attrs.get("moments"):

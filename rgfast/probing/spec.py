@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from rgfast.files import check_file
 from rgfast.probing.capture.axes import AxesSpec, check_axes
 from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import LayerSpec
@@ -18,7 +19,6 @@ from rgfast.probing.capture.outputs import OutputSpec, check_output
 from rgfast.probing.capture.padding import PaddingSpec, check_padding
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.capture.selections import RowsSpec, Selection, make_selections
-from rgfast.probing.checkpoint import checked_path
 from rgfast.probing.measures import MEASURES, asked_measures
 from rgfast.probing.options import (
     CONTROLS,
@@ -163,7 +163,7 @@ class ProbeSpec:
         if self.targets and self.groups == 1:
             self._set("groups", _FOLDS)
         if self.checkpoint is not None:
-            self._set("checkpoint", checked_path(self.checkpoint))
+            self._set("checkpoint", check_file(self.checkpoint, "checkpoint"))
         if self.keep is not None:
             self._set("keep", checked_folder(self.keep))
             if self.checkpoint is not None:
