@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
+
+from rgfast.ops.fast import why_slow
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.options import human_bytes
 from rgfast.probing.plan import Plan, make_plan
 from rgfast.probing.spec import ProbeSpec
+from rgfast.runtime.waiting import waits_for
 
-__all__ = ["plan_of", "room", "unbounded_plan"]
+__all__ = ["plan_of", "room", "unbounded_plan", "why_no_samples"]
 
 _UNREFINED = (
     "small singular values are not refined, which would cost more than all else on this device; "
@@ -66,3 +70,18 @@ def _plan(
         launched=first.launched,
         notes=notes,
     )
+
+
+def why_no_samples(spec: ProbeSpec, several: bool, device: torch.device) -> str:
+    """Why the sample route is closed, whatever the batches are; nothing if it is open."""
+    if spec.route == "moments":
+        return "moments were asked for"
+    if several:
+        return "several processes probe together"
+    if spec.route == "auto" and not waits_for(device) and why_slow() is not None:
+        return "moments take less time without compiled kernels"
+    if spec.refine is not None:
+        return "refine= is about moments"
+    if spec.compared not in ("adjacent", "all", ()):
+        return "it compares adjacent or all pairs of layers"
+    return ""

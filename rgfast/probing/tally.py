@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rgfast.ops.fast import factors_pay, takes_rows, why_slow
+from rgfast.ops.fast import factors_pay, takes_rows
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
 from rgfast.probing.capture.batches import batch_items
@@ -26,7 +26,7 @@ from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.later import bring
 from rgfast.probing.plan import Plan
-from rgfast.probing.planning import plan_of, room, unbounded_plan
+from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
@@ -67,7 +67,7 @@ class Tally:
         self._unread = unread
         self._taps, self._targets = taps, targets
         self._names = [tap.name for tap in taps]
-        self._no_samples = _why_no_samples(spec, ranks, self._device())
+        self._no_samples = why_no_samples(spec, ranks is not None, self._device())
         if spec.route == "samples" and self._no_samples:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
         self._moments: Moments | None = None
@@ -495,18 +495,3 @@ class Tally:
 def _owned(batch: RowBatch) -> RowBatch:
     """``batch`` with layers of its own, which later forwards do not write to."""
     return replace(batch, layers=[None if x is None else x.clone() for x in batch.layers])
-
-
-def _why_no_samples(spec: ProbeSpec, ranks: Ranks | None, device: torch.device) -> str:
-    """Why the sample route is closed, whatever the batches are; nothing if it is open."""
-    if spec.route == "moments":
-        return "moments were asked for"
-    if ranks is not None:
-        return "several processes probe together"
-    if spec.route == "auto" and not waits_for(device) and why_slow() is not None:
-        return "moments take less time without compiled kernels"
-    if spec.refine is not None:
-        return "refine= is about moments"
-    if spec.compared not in ("adjacent", "all", ()):
-        return "it compares adjacent or all pairs of layers"
-    return ""

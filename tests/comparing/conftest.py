@@ -81,17 +81,21 @@ def stored(model, names, batches):
     ``name:input`` is what a module is given.
     """
     modules, seen = dict(model.named_modules()), {name: [] for name in names}
+
+    def keep(name):
+        def hook(module, args, out=None):
+            x = args if out is None else out
+            seen[name].append((x[0] if isinstance(x, tuple) else x).clone())
+
+        return hook
+
     handles = []
     for name in names:
         module = modules[name.removesuffix(":input")]
-        if name.endswith(":input"):
-            take = lambda m, args, name=name: seen[name].append(args[0].clone())  # noqa: E731
-            handles.append(module.register_forward_pre_hook(take))
-        else:
-            take = lambda m, args, out, name=name: seen[name].append(  # noqa: E731
-                (out[0] if isinstance(out, tuple) else out).clone()
-            )
-            handles.append(module.register_forward_hook(take))
+        given = name.endswith(":input")
+        handles.append(
+            (module.register_forward_pre_hook if given else module.register_forward_hook)(keep(name))
+        )
     model.eval()
     with torch.no_grad():
         for batch in batches:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.probing import tally
+from rgfast.probing import planning
 from rgfast.probing.estimators import samples
 
 OPTIONS = {"views": ["position"], "progress": False}
@@ -134,14 +134,14 @@ def test_chosen_positions_and_measures():
 
 def test_without_compiled_kernels_it_is_taken_where_asked_for_only(monkeypatch):
     monkeypatch.setattr(samples, "_LEAST_FLOPS", 0.0)
-    monkeypatch.setattr(tally, "why_slow", lambda: "there is none")
+    monkeypatch.setattr(planning, "why_slow", lambda: "there is none")
     stack, x = stack_of(8, 2), normal(50, 3, 8)
     for asked, taken in (("auto", "moments"), ("samples", "samples")):
         assert rgfast.probe(stack, x, route=asked, **OPTIONS).dataset.attrs["route"] == taken
 
 
 def test_when_it_is_taken(monkeypatch, tmp_path):
-    monkeypatch.setattr(tally, "why_slow", lambda: None)
+    monkeypatch.setattr(planning, "why_slow", lambda: None)
     monkeypatch.setattr(samples, "LIMIT", 400)
     monkeypatch.setattr(samples, "_LEAST_FLOPS", 1e8)
     stack, x = stack_of(64, 3), normal(400, 20, 64)

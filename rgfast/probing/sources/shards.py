@@ -151,7 +151,7 @@ class _Safetensors:
         return found.to(stored.dtype) if found.dtype != stored.dtype else found.clone()
 
     def text(self, key: str) -> list[str]:
-        raise NotImplementedError  # there is no such dtype
+        raise TypeError(f"path: {key} in {self.name} must be text, which these files do not hold")
 
     def close(self) -> None:
         self._file = None
