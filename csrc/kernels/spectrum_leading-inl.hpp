@@ -176,6 +176,18 @@ inline bool doubtful(const double* x, long long n, long long most, double allowe
   return expected > allowed;
 }
 
+// Whether of eigenvalues x[i L], ascending, between one and `few` lie far below all others.
+inline bool few_small(const double* x, long long n, long long few) {
+  constexpr int L = Simd<double>::lanes;
+  constexpr double gap = 1e3;
+  const double rounding = 1e-15 * x[(n - 1) * L];
+  for (long long i = 0; i < few && i + 1 < n; ++i) {
+    const double below = x[i * L] > rounding ? x[i * L] : rounding;
+    if (x[(i + 1) * L] > gap * below) return true;
+  }
+  return false;
+}
+
 // A number in [-1, 1) that depends on nothing but its place.
 RGFAST_INLINE double start_of(long long i, long long j) {
   unsigned long long bits = static_cast<unsigned long long>(i * 8191 + j + 1) * 0x9E3779B97F4A7C15ULL;
@@ -201,7 +213,8 @@ inline void leading_lanes(const spectrum::LeadingTask& task, long long n, double
     const long long from = task.from[first + lane];
     const double top = values[(n - 1) * L + lane];
     long long k = 0;
-    const bool asked = task.doubt < 0.0 || doubtful(values + lane, n, task.most, task.doubt);
+    const bool asked = task.doubt < 0.0 || (doubtful(values + lane, n, task.most, task.doubt) &&
+                                            !few_small(values + lane, n, task.few));
     while (asked && k < n - from && values[(n - 1 - k) * L + lane] >= task.share * top) ++k;
     // None where all are as large, nor of what is zero or NaN.
     wanted[lane] = k >= n - from || !(top > 0.0) ? 0 : k;

@@ -16,6 +16,10 @@ namespace {
 constexpr std::int64_t kManyRows =
     128;  // above, a task takes one group: the triangles of more leave the cache
 
+// As rgfast/ops/spectrum/trailing.py has them, which computes these few from the rows.
+constexpr std::int64_t kTrailingFrom = 96;
+constexpr long long kFew = 16;
+
 void tell(const MomentInfo& info, std::int64_t index, const GramResult& result) {
   info.accumulated[index] = result.accumulated;
   info.exponent[index] = result.exponent;
@@ -130,6 +134,7 @@ Status refine(const View& x, std::int64_t batch, const Refinement& step, double*
     const LeadingTask leading{share,
                               -1.0,
                               m,
+                              0,
                               step.vectors + first * m * step.stride,
                               m * step.stride,
                               step.stride,
@@ -185,9 +190,16 @@ bool refined_eigenvalues(const View& x, double doubt, double share, double* valu
     const std::vector<long long> from(static_cast<std::size_t>(count));
     LeadingTask leading[2];
     for (int way = 0; way < ways; ++way)
-      leading[way] = {
-          share,   doubt,       way == 0 ? n - 1 : n,      vectors + way * count * m * columns, m * columns,
-          columns, from.data(), second[way].count + first, second[way].residual + first};
+      leading[way] = {share,
+                      doubt,
+                      way == 0 ? n - 1 : n,
+                      n >= d && d >= kTrailingFrom ? kFew : 0,
+                      vectors + way * count * m * columns,
+                      m * columns,
+                      columns,
+                      from.data(),
+                      second[way].count + first,
+                      second[way].residual + first};
     MomentsTask moments(lanes, first, count, m, trouble.data() + first, bytes);
     EigenTask<double>& task = moments.task;
     task.values = values;

@@ -13,11 +13,13 @@ namespace rgfast::spectrum {
 // large, none is.
 //
 // With doubt >= 0 those alone whose effective rank the eigenvalues may not tell to that, of a rank of no more
-// than `most`.
+// than `most`, and of these not those where `few` eigenvalues or fewer lie far below all others: the vectors
+// of the few cost less.
 struct LeadingTask {
   double share;
   double doubt;
   long long most;
+  long long few;
   double* vectors;
   long long size;
   long long stride;

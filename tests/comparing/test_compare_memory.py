@@ -28,8 +28,8 @@ def alive():
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        # isinstance() asks lazy objects for their class; sparse and fake tensors, which other tests leave to torch's
-        # caches, have no memory of their own.
+        # isinstance() asks lazy objects for their class; sparse and fake tensors, which other tests leave in
+        # torch's caches, have no memory of their own.
         if not issubclass(type(thing), torch.Tensor) or issubclass(type(thing), FakeTensor):
             continue
         if thing.layout == torch.strided and thing.device.type == "cpu":

@@ -10,7 +10,7 @@ import rgfast
 from rgfast.dispatch import ImplUnavailable
 from rgfast.ops.spectrum.call import Again
 from rgfast.ops.spectrum.rows import refine_spectra, refined_spectra_of_rows, spectra_of_rows
-from rgfast.ops.spectrum.solve import REFINE
+from rgfast.ops.spectrum.solve import PATHS, REFINE
 from rgfast.runtime import native
 
 needs_native = pytest.mark.skipif(
@@ -262,6 +262,22 @@ def test_nothing_doubtful_has_one_stage():
         assert not theirs.path.any()
     x[3, 4, 5] = float("nan")
     assert refined_spectra_of_rows(x, uncentred=True, doubt=1e-11) is None
+
+
+@needs_native
+def test_a_second_stage_leaves_a_few_small_values_to_their_own_vectors():
+    draw = torch.Generator().manual_seed(0)
+
+    def stages(n, d, lost):
+        x = torch.randn(8, n, d, generator=draw, dtype=torch.float64)
+        small = x if n >= d else x.mT
+        small[..., :lost] = small[..., -lost:] + 1e-9 * small[..., :lost]
+        found = refined_spectra_of_rows(x, uncentred=n >= d, doubt=1e-11)
+        return {path for solved in found if solved is not None for path in solved.path.tolist()}
+
+    assert stages(200, 96, 1) == stages(200, 130, 16) == {PATHS.index("gram")}
+    # Many, of a narrow matrix, and of fewer samples than features.
+    assert stages(200, 96, 17) == stages(200, 95, 1) == stages(100, 130, 2) == {PATHS.index("refined")}
 
 
 @needs_native
