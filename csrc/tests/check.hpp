@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <string>
 #include <utility>
@@ -27,6 +28,16 @@ inline int& failures() {
 struct Register {
   Register(const char* name, std::function<void()> run) { cases().push_back({name, std::move(run)}); }
 };
+
+// What main returns: all cases in turn.
+inline int run() {
+  for (const auto& item : cases()) {
+    const int before = failures();
+    item.run();
+    std::printf("%-50s %s\n", item.name.c_str(), failures() == before ? "ok" : "FAILED");
+  }
+  return failures() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
 
 }  // namespace rgfast::test
 

@@ -1,4 +1,3 @@
-#include <cstdlib>
 #include <stdexcept>
 
 #include "rgfast/isa.hpp"
@@ -12,10 +11,5 @@ int main() {
     std::printf("skipped: %s\n", error.what());
     return 77;
   }
-  for (const auto& item : rgfast::test::cases()) {
-    const int before = rgfast::test::failures();
-    item.run();
-    std::printf("%-50s %s\n", item.name.c_str(), rgfast::test::failures() == before ? "ok" : "FAILED");
-  }
-  return rgfast::test::failures() == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  return rgfast::test::run();
 }
