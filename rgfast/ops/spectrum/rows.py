@@ -196,11 +196,18 @@ def without_each(x: Tensor, groups: int) -> Iterator[Tensor]:
 
 
 def refine_spectra(
-    x: Tensor, solved: Solved, at: Tensor, *, centering: str, kept: Tensor | None = None
+    x: Tensor,
+    solved: Solved,
+    at: Tensor,
+    *,
+    centering: str,
+    kept: Tensor | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Overwrite the spectra of matrices `at` of `x[b, n, d]` by what is computed from their rows.
 
-    From rows `kept[n]` alone, if given.
+    From rows `kept[n]` alone, if given. `moments`, if they are at hand and no rows are left out, are what
+    `spectra_of_rows` has put into its `matrix` and `means`.
     """
     here = at
     if kept is not None:
@@ -210,7 +217,7 @@ def refine_spectra(
     few = few_small(x, solved.of(at))
     for small in sorted({*few.tolist()} - {0}):
         some = (few == small).nonzero()[:, 0]
-        found = with_trailing(x, here[some], solved.of(at[some]), small, centering)
+        found = with_trailing(x, here[some], solved.of(at[some]), small, centering, moments)
         good = found.bound() <= _ENOUGH
         solved.put(at[some[good]], found.of(good))
         left[some[good]] = False

@@ -40,24 +40,34 @@ def few_small(x: Tensor, solved: Solved) -> Tensor:
     return torch.where(ratio > _GAP, _MOST - last, 0)
 
 
-def with_trailing(x: Tensor, at: Tensor, solved: Solved, small: int, centering: str) -> Solved:
+def with_trailing(
+    x: Tensor,
+    at: Tensor,
+    solved: Solved,
+    small: int,
+    centering: str,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Solved:
     """Spectra of matrices `at` of `x[b, n, d]`, n ≥ d, with the `small` least values from the rows.
 
-    `solved` are these matrices' spectra by their moments. Inverse iteration has a moment's eigenvectors V of
-    the least eigenvalues for one factorization, and x V has a moment of its own, in which they are large:
-    what `refined` otherwise gets by taking all other directions out of the rows.
+    `solved` are these matrices' spectra by their moments. `moments`, if given, are the centered moments
+    `[b, d, d]` of x and its column means `[b, d]`, in units of the spectra's exponents. Inverse iteration has
+    a moment's eigenvectors V of the least eigenvalues for one factorization, and x V has a moment of its own,
+    in which they are large: what `refined` otherwise gets by taking all other directions out of the rows.
     """
     b, d = solved.sigma.shape
     told = torch.zeros(b, 3 + small, dtype=torch.float64, device=x.device)
     kind = x.device.type
     for k, (index, exponent) in enumerate(zip(at.tolist(), solved.exponent.tolist(), strict=True)):
         rows = x[index]
+        if moments is None:
+            moment, shift, lost = _moment_of(rows, exponent, centering)
+        else:
+            moment, shift, lost = _moment_from(
+                moments[0][index], moments[1][index], rows, exponent, centering
+            )
         with one_thread(), no_autocast(kind):
-            shift, lost = _shift_of(rows, exponent, centering)
-        sums = torch.zeros(1, d + 2, d + 2, dtype=torch.float64, device=x.device)
-        add_products({(0, 0): sums}, [rows[None]], [shift[None] * 2.0**exponent], exponents=[exponent])
-        with one_thread(), no_autocast(kind):
-            told[k] = _of_moment(sums[0, :d, :d].contiguous(), rows, shift, lost, exponent, small)
+            told[k] = _of_moment(moment, rows, shift, lost, exponent, small)
     numbers: Array = told.cpu().numpy()
     accumulated, residual, trace = numbers[:, 0], numbers[:, 1], numbers[:, 2]
     # What was taken out counts as so many zeros.
@@ -80,6 +90,26 @@ def with_trailing(x: Tensor, at: Tensor, solved: Solved, small: int, centering: 
         solved.rank_limit,
         path,
     )
+
+
+def _moment_of(x: Tensor, exponent: int, centering: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The moment `[d, d]` of `x[n, d]` 2^-exponent, and what `_shift_of` returns."""
+    d = x.shape[1]
+    with one_thread(), no_autocast(x.device.type):
+        shift, lost = _shift_of(x, exponent, centering)
+    sums = torch.zeros(1, d + 2, d + 2, dtype=torch.float64, device=x.device)
+    add_products({(0, 0): sums}, [x[None]], [shift[None] * 2.0**exponent], exponents=[exponent])
+    return sums[0, :d, :d].contiguous(), shift, lost
+
+
+def _moment_from(
+    centered: Tensor, mean: Tensor, x: Tensor, exponent: int, centering: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_moment_of` returns, from the centered moment and the column means."""
+    lost = len(x) * (mean - _widened(x[0], exponent)).square().sum()
+    if centering == "mean":
+        return centered, mean, lost
+    return torch.addr(centered, mean, mean, alpha=len(x)), torch.zeros_like(mean), lost
 
 
 def _shift_of(x: Tensor, exponent: int, centering: str) -> tuple[Tensor, Tensor]:

@@ -149,26 +149,32 @@ def _of_one_width(
     left = spectra_without_groups(x, groups, uncentred=uncentred) if groups > 1 else []
     if whole is None or left is None:
         return None
+    group = torch.arange(n, dtype=torch.int64, device=states.device) % groups
+    found = [_spectral(states, *whole, None, room)]
+    found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
     if matrix is not None and means is not None and states.dtype == torch.float64:
         power = whole[0].exponent.double()
         matrix *= torch.exp2(2 * power)[:, None, None]
         means *= torch.exp2(power)[:, None]
-    group = torch.arange(n, dtype=torch.int64, device=states.device) % groups
-    found = [_spectral(states, *whole, None)]
-    found += [_spectral(states, *part, group != g) for g, part in enumerate(left)]
     return found
 
 
-def _spectral(states: Tensor, centred: Solved, raw: Solved | None, kept: Tensor | None) -> _Spectral:
+def _spectral(
+    states: Tensor,
+    centred: Solved,
+    raw: Solved | None,
+    kept: Tensor | None,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> _Spectral:
     """All but drifts and pairs of the samples ``kept`` (or all)."""
     layers, positions, n, d = states.shape
     n = n if kept is None else int(kept.sum())
     shape, most = (layers, positions), torch.full_like(centred.rank_limit, n)
-    again = _refine(states, kept, centred, "mean")
+    again = _refine(states, kept, centred, "mean", moments)
     constant = torch.zeros_like(again)
     if raw is not None:
         constant = (centred.sigma[:, 0] == 0) & (raw.sigma[:, 0] > 0)
-        _refine(states, kept, raw, "none", but=constant)
+        _refine(states, kept, raw, "none", moments, but=constant)
     values, bounds = (
         {name: value.reshape(shape) for name, value in found.items()}
         for found in of_spectra(centred, raw, constant)
@@ -221,7 +227,12 @@ def _change_of(norm: Tensor, drift: Tensor) -> Tensor:
 
 
 def _refine(
-    states: Tensor, kept: Tensor | None, solved: Solved, centering: str, but: Tensor | None = None
+    states: Tensor,
+    kept: Tensor | None,
+    solved: Solved,
+    centering: str,
+    moments: tuple[Tensor, Tensor] | None,
+    but: Tensor | None = None,
 ) -> Tensor:
     """Solve again from the rows what is in doubt, of the matrices of all layers and positions but some.
 
@@ -236,7 +247,7 @@ def _refine(
         limit_by_equal_rows(x, solved, at, centering=centering, kept=kept)
         at = at[doubtful(solved.sigma[at], solved.rank_limit[at], DOUBT)]
     if len(at):
-        refine_spectra(x, solved, at, centering=centering, kept=kept)
+        refine_spectra(x, solved, at, centering=centering, kept=kept, moments=moments)
     return solved.path > 0
 
 
