@@ -1,0 +1,2 @@
+// Every kernel of the package in one translation unit, which becomes rgfast/_kernels.fatbin.
+#include "fill.cu"
