@@ -13,6 +13,7 @@
 namespace rgfast::bind {
 
 void register_cka(pybind11::module_& m);
+void register_cuda(pybind11::module_& m);
 void register_moments(pybind11::module_& m);
 void register_runtime(pybind11::module_& m);
 void register_residual_mlp(pybind11::module_& m);

@@ -39,6 +39,7 @@ enum Result : int {
   kSystemDriverMismatch = 803,
   kCompatNotSupported = 804,
   kStreamCaptureUnsupported = 900,
+  kStreamCaptureImplicit = 906,
 };
 
 enum DeviceAttribute : int {

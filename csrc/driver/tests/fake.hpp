@@ -32,7 +32,8 @@ void fake_reset();
 // A kernel that is found and not run, with its number of parameters; `shared` is what it declares statically.
 void fake_kernel(const char* name, int parameters, int shared);
 // "version" (13000), "devices" (1), "major" (9), "minor" (0), "shared" (232448), "ratio" (2),
-// "clusters" (132), "capturing" (0), "running" (1: run kernels that can be run); devices are alike.
+// "clusters" (132), "capturing" (0), "threads" (1024: most per block), "running" (1: run
+// kernels that can be run); devices are alike.
 void fake_set(const char* what, std::int64_t value);
 // Calls of a driver function, by its name in the driver, return `code` from now on; 0 undoes it.
 void fake_fail(const char* function, int code);
