@@ -63,6 +63,7 @@ void register_cuda(py::module_& m) {
              return std::make_unique<Driver>(path, std::move(given));
            }),
            py::arg("path"), py::arg("image"), py::arg("holds"), py::arg("release"))
+      .def("same_process", &Driver::same_process)
       .def("version", &Driver::version)
       .def("device_count", &Driver::device_count)
       .def("device_name", &Driver::device_name, py::arg("device"), Free())

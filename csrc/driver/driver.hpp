@@ -57,6 +57,8 @@ class Driver {
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
+  // Throws in a process that was forked from the one that opened the driver.
+  void same_process() const;
   int version() const { return version_; }  // 1000 * major + 10 * minor of the CUDA that it supports
   int device_count() const { return static_cast<int>(devices_.size()); }
   std::string device_name(int device);
@@ -84,7 +86,6 @@ class Driver {
   };
   class Pushed;
 
-  void same_process() const;
   Device known(int device) const;
   Context context(int device);
   Place& place(int device);

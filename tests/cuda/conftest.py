@@ -1,0 +1,51 @@
+"""A library that stands for CUDA's driver, and the package made to use it."""
+
+import fake_driver
+import pytest
+import torch
+
+from rgfast.runtime import cuda, native
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return fake_driver.build(tmp_path_factory.mktemp("fake_driver"))
+
+
+@pytest.fixture
+def fake(library):
+    made = fake_driver.Fake(library)
+    made.reset()
+    yield made
+    made.reset()
+
+
+@pytest.fixture
+def open_driver(fake):
+    """Opens the library as the driver, for kernels that a compiler of CUDA 13.0 made."""
+
+    def opened(path=None, holds="sm_90 and PTX of sm_90", release=(13, 0)):
+        return native.load().CudaDriver(path or fake.path, b"an image", holds, release)
+
+    return opened
+
+
+@pytest.fixture
+def package(fake, monkeypatch, tmp_path):
+    """``rgfast.runtime.cuda`` on the library, with the CPU's tensors in place of a GPU's."""
+
+    def fresh(image=None, *, there=True):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.fatbin"
+        path.write_bytes(fake_driver.fat_binary() if image is None else image)
+        monkeypatch.setattr(cuda, "_file", lambda: path if there else None)
+        monkeypatch.setattr(cuda, "_opened", None)
+        return cuda
+
+    monkeypatch.setenv("RGFAST_CUDA_DRIVER", fake.path)
+    monkeypatch.setattr(cuda, "_TYPES", {"cuda", "cpu"})
+    return fresh
+
+
+@pytest.fixture
+def here():
+    return torch.device("cpu")
