@@ -45,7 +45,8 @@ gpu-check:
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 
-# A wheel with the compiled module, named after the oldest Linux that its symbols allow; a test tries it.
+# A wheel with the compiled module and, if there is nvcc, kernels for GPUs (RGFAST_CUDA_ARCHS says for which); it
+# is named after the oldest Linux that its symbols allow, and a test tries it.
 wheel: $(VENV)/.dev
 	rm -rf build/wheel/built
 	PATH="$(abspath $(BIN)):$$PATH" RGFAST_REQUIRE_NATIVE=1 $(BIN)/python -m build --wheel --no-isolation \
@@ -57,12 +58,14 @@ $(VENV)/.torch:
 	$(PIP) $(TORCH)
 	touch $@
 
+# Figures on a CPU need no kernels for GPUs.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable .
+	RGFAST_CUDA_ARCHS=none $(PIP) --editable .
 	touch $@
 
+# Kernels for one architecture: a wheel's three take three times as long.
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[dev,examples,docs]'
+	RGFAST_CUDA_ARCHS=$${RGFAST_CUDA_ARCHS:-90} $(PIP) --editable '.[dev,examples,docs]'
 	touch $@ $(VENV)/.installed
 
 clean:

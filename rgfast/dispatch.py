@@ -273,7 +273,7 @@ def _expected(impl: Impl, call: Any) -> bool:
     if impl.route:
         return False
     if device == "cpu":
-        return impl.missing() is not None
+        return device in (impl.devices or (device,)) and impl.missing() is not None
     # One for this device, or one that runs the same elsewhere: here, too, something faster is meant to exist.
     return device in (impl.devices or ()) or (impl.can_run(call) or impl.by_name_only(call)) is None
 

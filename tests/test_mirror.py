@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted({path.parent.name for path in (ROOT / "rgfast" / "ops").glob("*/api.py")})
 IMPLS = sorted((ROOT / "rgfast" / "ops").glob("*/impl/[!_]*.py"))
 SHARED_KERNELS = {"isa", "parallel"}
-SHARED_BINDINGS = {"module", "runtime"}
+SHARED_BINDINGS = {"cuda", "module", "runtime"}
 BENCHED = ("rgfast/bench/{op}.py", "benchmarks/bench_{op}.py")
 # What each implementation is made of, beside its file; what needs a compiler has a benchmark, too.
 SOURCES = {
@@ -21,7 +21,7 @@ SOURCES = {
     "native": ("csrc/bind/{op}.cpp", "csrc/kernels/{op}*.cpp", *BENCHED),
     "mkl": ("csrc/bind/{op}.cpp", "csrc/kernels/{op}_library*.cpp", *BENCHED),
     "triton": BENCHED,
-    "cuda": ("csrc/ops/{op}/cuda/*.cu", *BENCHED),
+    "cuda": ("csrc/cuda/{op}*.cu", *BENCHED),
 }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "architecture",
     "capturing",
     "device_refusal",
+    "facts",
     "images",
     "launch",
     "missing",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _SWITCH, _DRIVER, _FILE = "RGFAST_CUDA_DRIVER", "libcuda.so.1", "_kernels.fatbin"
-_NO_FILE = "the package was built without kernels for GPUs (no nvcc)"
+_NO_FILE = "the package was built without kernels for GPUs, for which it takes nvcc"
 
 # Tests add the CPU, whose tensors a library that stands for the driver can run kernels on.
 _TYPES = {"cuda"}
@@ -73,8 +74,7 @@ def _open() -> _Opened:
     global _opened
     if _opened is None:
         with _LOCK:
-            if _opened is None:
-                _opened = _attempt()
+            _opened = _opened or _attempt()
     return _opened
 
 
@@ -124,8 +124,8 @@ def device_refusal(device: torch.device) -> str | None:
     needed = 1000 * held.release[0] + 10 * held.release[1]
     if image.startswith("PTX") and _driver().version() < needed:
         return (
-            f"the package has no machine code for {_named(capability)}, only {image}, which takes a driver for "
-            f"CUDA {held.release[0]}.{held.release[1]}, and this one supports {version()}"
+            f"the package has no machine code for {_named(capability)}, only {image}, which takes a driver "
+            f"for CUDA {held.release[0]}.{held.release[1]}, and this one supports {version()}"
         )
     return None
 
@@ -155,9 +155,9 @@ def launch(
 ) -> None:
     """Queue ``kernel`` on torch's current stream of ``device``; a tensor is passed as its address.
 
-    ``shared`` is dynamic shared memory in bytes, ``cluster`` the number of blocks in a cluster along the first
-    side of the grid. Nothing is copied and nothing is waited for. Raises RuntimeError with a sentence if the
-    driver refuses, ValueError for a tensor on another device.
+    ``shared`` is dynamic shared memory in bytes, ``cluster`` the number of blocks in a cluster along the
+    first side of the grid. Nothing is copied and nothing is waited for. Raises RuntimeError with a sentence
+    if the driver refuses, ValueError for a tensor on another device.
     """
     ordinal = _ordinal(device)
     words: list[int | float] = []
@@ -172,7 +172,7 @@ def launch(
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is queued on the current stream of ``device`` goes into a CUDA graph instead of being run."""
+    """Whether what is queued on the current stream of ``device`` goes into a CUDA graph, not to the GPU."""
     ordinal = _ordinal(device)
     return bool(_driver().capturing(ordinal, _stream(device, ordinal)))
 
@@ -203,6 +203,31 @@ def version() -> str | None:
     return None if driver is None else f"{driver.version() // 1000}.{driver.version() % 1000 // 10}"
 
 
+def facts() -> dict[str, Any]:
+    """What `rgfast info` says: compiled architectures, compiler, driver, GPUs with their image or refusal."""
+    held, reason = images(), missing()
+    gpus = []
+    if reason is None:
+        driver = _driver()
+        for k in range(driver.device_count()):
+            device, capability = torch.device("cuda", k), driver.capability(k)
+            gpus.append(
+                {
+                    "name": driver.device_name(k),
+                    "architecture": _named(capability),
+                    "image": None if held is None else held.serving(capability),
+                    "refusal": device_refusal(device),
+                }
+            )
+    return {
+        "absent": reason,
+        "compiled": None if held is None else str(held),
+        "nvcc": None if held is None else f"{held.release[0]}.{held.release[1]}",
+        "driver": version(),
+        "gpus": gpus,
+    }
+
+
 def _driver() -> Any:
     driver, reason = _open()
     if driver is None:
@@ -211,9 +236,8 @@ def _driver() -> Any:
 
 
 def _ordinal(device: torch.device) -> int:
-    if device.index is not None:
-        return device.index
-    return torch.cuda.current_device() if device.type == "cuda" else 0
+    usual = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
+    return usual if device.index is None else device.index
 
 
 def _stream(device: torch.device, ordinal: int) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from rgfast import dispatch
-from rgfast.runtime import native
+from rgfast.runtime import cuda, native
 from rgfast.version import __version__
 
 __all__ = ["SWITCHES", "describe", "facts", "versions"]
 
 SWITCHES = {
+    "RGFAST_CUDA_DRIVER": "open this library as the GPU's driver instead of libcuda.so.1 (for tests)",
     "RGFAST_ISA": "force the instruction set of compiled kernels: baseline, neon, avx2 or avx512",
     "RGFAST_STRICT": "1 makes a fallback to the reference an error instead of a warning",
 }
@@ -48,6 +49,7 @@ def facts() -> dict[str, Any]:
             "compiled": list(native.compiled_isas()),
             "available": list(native.available_isas()),
         },
+        "cuda": cuda.facts(),
         "gpus": _gpus(),
         "ops": list(dispatch.registered()),
         "switches": {name: os.environ.get(name) for name in SWITCHES},
@@ -64,13 +66,28 @@ def describe() -> str:
         lines.append(f"{'native':<10} active {module['active']}, compiled {compiled}, available {available}")
     else:
         lines.append(f"{'native':<10} absent, so every op runs its reference in PyTorch: {module['absent']}")
+    lines += [f"{'cuda':<10} {line}" for line in _cuda_lines(found["cuda"])]
     lines.append(f"{'machine':<10} {found['machine']}, {found['cpu']}")
     lines.append(f"{'threads':<10} {found['threads']} of {found['cores']} cores")
     lines.append(f"{'gpus':<10} {', '.join(found['gpus']) or 'none'}")
     lines.append(f"{'ops':<10} {', '.join(found['ops'])}")
     for name, meaning in SWITCHES.items():
-        lines.append(f"{name:<14} {found['switches'][name] or 'unset'} ({meaning})")
+        lines.append(f"{name:<18} {found['switches'][name] or 'unset'} ({meaning})")
     return "\n".join(lines)
+
+
+def _cuda_lines(found: dict[str, Any]) -> list[str]:
+    """Kernels of the package, the driver, and for each GPU what runs there or why nothing does."""
+    if found["compiled"] is None:
+        return [found["absent"]]
+    lines = [f"kernels for {found['compiled']}, built by nvcc {found['nvcc']}"]
+    if found["absent"] is not None:
+        return [*lines, f"cannot run: {found['absent']}"]
+    lines.append(f"driver for CUDA {found['driver']}")
+    for gpu in found["gpus"]:
+        runs = f"runs {gpu['image']}" if gpu["refusal"] is None else f"cannot run: {gpu['refusal']}"
+        lines.append(f"{gpu['name']} ({gpu['architecture']}) {runs}")
+    return lines
 
 
 def _cpu() -> str:

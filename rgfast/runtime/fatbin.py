@@ -14,7 +14,7 @@ _RELEASE = re.compile(rb"Cuda compilation tools, release (\d+)\.(\d+)")
 
 
 class Images(NamedTuple):
-    """Architectures with machine code and with PTX, as in ``sm_90``: 90; the release of nvcc, (0, 0) if unknown."""
+    """Architectures with machine code and with PTX (90 for ``sm_90``), nvcc's release or (0, 0)."""
 
     cubins: tuple[int, ...]
     ptx: tuple[int, ...]

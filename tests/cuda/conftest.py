@@ -4,7 +4,7 @@ import fake_driver
 import pytest
 import torch
 
-from rgfast.runtime import cuda, native
+from rgfast.runtime import native
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +37,8 @@ def package(fake, monkeypatch, tmp_path):
     def fresh(image=None, *, there=True):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.fatbin"
         path.write_bytes(fake_driver.fat_binary() if image is None else image)
-        monkeypatch.setattr(cuda, "_file", lambda: path if there else None)
-        monkeypatch.setattr(cuda, "_opened", None)
-        return cuda
+        return fake_driver.install(monkeypatch, fake.path, path if there else None)
 
-    monkeypatch.setenv("RGFAST_CUDA_DRIVER", fake.path)
-    monkeypatch.setattr(cuda, "_TYPES", {"cuda", "cpu"})
     return fresh
 
 

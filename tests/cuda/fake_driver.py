@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from rgfast.runtime import cuda
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
@@ -22,6 +24,18 @@ def build(folder: Path) -> Path:
     words = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", str(source), "-o", str(library)]
     subprocess.run(words, check=True, timeout=200)
     return library
+
+
+def install(monkeypatch: Any, library: Path | str, image: Path | None) -> Any:
+    """Make ``rgfast.runtime.cuda`` open ``library`` and the file ``image``, for tensors on the CPU, too.
+
+    With a library that runs kernels on the host's memory, these then compute.
+    """
+    monkeypatch.setenv("RGFAST_CUDA_DRIVER", str(library))
+    monkeypatch.setattr(cuda, "_TYPES", {"cuda", "cpu"})
+    monkeypatch.setattr(cuda, "_file", lambda: image)
+    monkeypatch.setattr(cuda, "_opened", None)
+    return cuda
 
 
 class Fake:
@@ -59,7 +73,9 @@ def fat_binary(cubins: tuple[int, ...] = (90,), ptx: tuple[int, ...] = (90,), re
     body = b""
     for kind, architectures in ((2, cubins), (1, ptx)):
         for architecture in architectures:
-            text = f"Cuda compilation tools, release {release}, V{release}.88 -arch sm_{architecture}".encode()
+            text = (
+                f"Cuda compilation tools, release {release}, V{release}.88 -arch sm_{architecture}".encode()
+            )
             text += bytes(-len(text) % 8)
             body += struct.pack("<HHIQQIIIIIIQ", kind, 257, 64, len(text), 0, 0, architecture, 0, 0, 0, 0, 0)
             body += bytes(64 - 56) + text

@@ -44,7 +44,11 @@ def test_everything_is_there(fill, package, here):
     assert cuda.refusal(FILL, here, block=256, shared=200_000, cluster=2) is None
     assert fill.log("cuLaunchKernelEx") == []
     assert (cuda.architecture(here), cuda.version()) == ("sm_90", "13.0")
-    assert (cuda.shared_bytes(here), cuda.single_to_double(here), cuda.multiprocessors(here)) == (232448, 2, 132)
+    assert (cuda.shared_bytes(here), cuda.single_to_double(here), cuda.multiprocessors(here)) == (
+        232448,
+        2,
+        132,
+    )
     assert not cuda.capturing(here)
     fill.set(capturing=1)
     assert cuda.capturing(here)
@@ -62,7 +66,7 @@ def test_the_driver_is_opened_once_by_any_number_of_threads(fill, package):
 
 def test_nothing_is_opened_without_the_file(fill, package, here):
     cuda = package(there=False)
-    assert cuda.missing() == "the package was built without kernels for GPUs (no nvcc)"
+    assert cuda.missing() == "the package was built without kernels for GPUs, for which it takes nvcc"
     assert cuda.images() is None
     assert cuda.version() is None
     assert cuda.refusal(FILL, here) == cuda.missing()
@@ -105,8 +109,8 @@ def test_ptx_takes_a_driver_as_new_as_the_compiler(fill, package, here):
     cuda = package(fake_driver.fat_binary((80,), (80,), release="12.8"))
     fill.set(version=12040)
     assert cuda.device_refusal(here) == (
-        "the package has no machine code for sm_90, only PTX of sm_80, which takes a driver for CUDA 12.8, and "
-        "this one supports 12.4"
+        "the package has no machine code for sm_90, only PTX of sm_80, which takes a driver for CUDA 12.8, "
+        "and this one supports 12.4"
     )
     fill.set(major=8, minor=6)
     assert cuda.device_refusal(here) is None
@@ -125,4 +129,3 @@ def test_a_kernel_that_does_not_fit_is_refused(fill, package, here):
 
 def test_another_device_than_a_gpu_is_refused(fill, package):
     assert package().device_refusal(torch.device("meta")) == "it runs on CUDA devices, not on meta"
-

@@ -14,7 +14,9 @@ from rgfast.runtime import native
 FILL = "rgfast_fill"
 
 
-def launch(driver, *arguments, kernel=FILL, device=0, stream=0, grid=(2, 1, 1), block=128, shared=0, cluster=1):
+def launch(
+    driver, *arguments, kernel=FILL, device=0, stream=0, grid=(2, 1, 1), block=128, shared=0, cluster=1
+):
     driver.launch(kernel, device, stream, grid, block, shared, cluster, list(arguments))
 
 
@@ -43,7 +45,11 @@ def test_the_primary_context_is_current_for_a_launch_and_not_after(fill, open_dr
     assert calls.index("cuDevicePrimaryCtxRetain") < calls.index("cuCtxPushCurrent")
     assert calls[-2:] == ["cuLaunchKernelEx", "cuCtxPopCurrent"]
     launch(driver, 1, 2, 3.0)
-    assert [each["call"] for each in fill.log()] == ["cuCtxPushCurrent", "cuLaunchKernelEx", "cuCtxPopCurrent"]
+    assert [each["call"] for each in fill.log()] == [
+        "cuCtxPushCurrent",
+        "cuLaunchKernelEx",
+        "cuCtxPopCurrent",
+    ]
     fill.fail("cuLaunchKernelEx", 1)
     with pytest.raises(RuntimeError):
         launch(driver, 1, 2, 3.0)
@@ -96,7 +102,9 @@ def test_static_shared_memory_counts(fill, open_driver):
     assert fill.log("cuFuncSetAttribute") == []
     launch(driver, kernel="static", shared=(48 << 10) - 1000)
     assert len(fill.log("cuFuncSetAttribute")) == 1
-    with pytest.raises(RuntimeError, match=r"static needs 233448 bytes of shared memory per block, and cuda:0"):
+    with pytest.raises(
+        RuntimeError, match=r"static needs 233448 bytes of shared memory per block, and cuda:0"
+    ):
         launch(driver, kernel="static", shared=231448)
 
 
@@ -105,7 +113,11 @@ def test_clusters_are_asked_for_and_counted_once(fill, open_driver):
     for _ in range(2):
         launch(driver, 1, 2, 3.0, grid=(4, 1, 1), cluster=2)
     log = fill.log("cuOccupancyMaxActiveClusters", "cuLaunchKernelEx", "cuFuncSetAttribute")
-    assert [each["call"] for each in log] == ["cuOccupancyMaxActiveClusters", "cuLaunchKernelEx", "cuLaunchKernelEx"]
+    assert [each["call"] for each in log] == [
+        "cuOccupancyMaxActiveClusters",
+        "cuLaunchKernelEx",
+        "cuLaunchKernelEx",
+    ]
     assert {each["cluster"] for each in log} == {2}
     launch(driver, 1, 2, 3.0, grid=(16, 1, 1), cluster=16)
     (asked,) = fill.log("cuFuncSetAttribute")
@@ -118,7 +130,9 @@ def test_a_part_of_a_gpu_may_have_room_for_no_cluster(fill, open_driver):
     with pytest.raises(RuntimeError, match=sentence):
         launch(open_driver(), 1, 2, 3.0, cluster=2)
     fill.set(clusters=132, major=8, minor=0)
-    with pytest.raises(RuntimeError, match=r"clusters of 2 blocks, of which cuda:0 \(sm_80\) has room for none"):
+    with pytest.raises(
+        RuntimeError, match=r"clusters of 2 blocks, of which cuda:0 \(sm_80\) has room for none"
+    ):
         launch(open_driver(), 1, 2, 3.0, cluster=2)
     assert fill.log("cuLaunchKernelEx") == []
 
@@ -152,7 +166,11 @@ def test_the_default_stream_says_by_an_error_that_another_one_is_captured(fill, 
         ("cuInit", 3, r"cannot start in this process, which was forked from one that had used it: .*'spawn'"),
         ("cuInit", 34, "is a stub to link against and no CUDA driver"),
         ("cuInit", 803, "of different versions: restart the machine"),
-        ("cuInit", 999, r"starting the CUDA driver failed: CUDA_ERROR_FAKE \(999\): what the driver says of it"),
+        (
+            "cuInit",
+            999,
+            r"starting the CUDA driver failed: CUDA_ERROR_FAKE \(999\): what the driver says of it",
+        ),
         ("cuDeviceGetCount", 999, "counting GPUs failed"),
         ("cuDevicePrimaryCtxRetain", 46, "cuda:0 is in use by another process"),
         ("cuDevicePrimaryCtxRetain", 2, "taking the context of cuda:0 failed"),
@@ -160,15 +178,27 @@ def test_the_default_stream_says_by_an_error_that_another_one_is_captured(fill, 
         ("cuLibraryLoadData", 209, r"no kernels for sm_90 \(it has sm_90 and PTX of sm_90\)"),
         ("cuKernelGetFunction", 209, r"no kernels for sm_90 \(it has sm_90 and PTX of sm_90\)"),
         ("cuLibraryLoadData", 200, r"no kernels for sm_90 \(it has sm_90 and PTX of sm_90\)"),
-        ("cuLibraryLoadData", 222, "too old to compile the PTX for sm_90: it needs one that supports CUDA 13.0"),
+        (
+            "cuLibraryLoadData",
+            222,
+            "too old to compile the PTX for sm_90: it needs one that supports CUDA 13.0",
+        ),
         ("cuKernelGetFunction", 222, "too old to compile the PTX for sm_90"),
         ("cuKernelGetFunction", 500, "no kernel rgfast_fill for sm_90"),
         ("cuLibraryGetKernel", 999, "looking up rgfast_fill failed"),
         ("cuFuncGetAttribute", 999, "asking about rgfast_fill failed"),
         ("cuFuncSetAttribute", 1, "asking for 100000 bytes of shared memory for rgfast_fill failed"),
-        ("cuLaunchKernelEx", 701, r"more registers or shared memory than the GPU has for blocks of 128 threads"),
+        (
+            "cuLaunchKernelEx",
+            701,
+            r"more registers or shared memory than the GPU has for blocks of 128 threads",
+        ),
         ("cuLaunchKernelEx", 2, "launching rgfast_fill on cuda:0 failed: the GPU is out of memory"),
-        ("cuLaunchKernelEx", 700, r"failed, since a kernel before it did: CUDA_ERROR_ILLEGAL_ADDRESS \(700\)"),
+        (
+            "cuLaunchKernelEx",
+            700,
+            r"failed, since a kernel before it did: CUDA_ERROR_ILLEGAL_ADDRESS \(700\)",
+        ),
         ("cuLaunchKernelEx", 999, r"launching rgfast_fill on cuda:0 failed: CUDA_ERROR_FAKE \(999\)"),
     ],
 )
@@ -191,14 +221,20 @@ def test_a_failure_is_not_kept(fill, open_driver):
 def test_without_a_driver_or_with_one_that_is_too_old_it_says_what_is_needed(fill, open_driver):
     with pytest.raises(RuntimeError, match=r"there is no CUDA driver \(.*no-such-driver"):
         open_driver("/no-such-driver.so")
-    with pytest.raises(RuntimeError, match=r"has no cuGetProcAddress_v2: NVIDIA driver 525 or later is needed"):
+    with pytest.raises(
+        RuntimeError, match=r"has no cuGetProcAddress_v2: NVIDIA driver 525 or later is needed"
+    ):
         open_driver(native.load().__file__)
     fill.lacks("cuLibraryLoadData")
-    with pytest.raises(RuntimeError, match=r"has no cuLibraryLoadData of CUDA 12.0: NVIDIA driver 525 or later"):
+    with pytest.raises(
+        RuntimeError, match=r"has no cuLibraryLoadData of CUDA 12.0: NVIDIA driver 525 or later"
+    ):
         open_driver()
     fill.reset()
     fill.set(version=12040)
-    sentence = r"supports CUDA 12.4, and the kernels were built by nvcc 13.0: NVIDIA driver 580 or later is needed"
+    sentence = (
+        r"supports CUDA 12.4, and the kernels were built by nvcc 13.0: NVIDIA driver 580 or later is needed"
+    )
     with pytest.raises(RuntimeError, match=sentence):
         open_driver()
     assert open_driver(release=(12, 8)).version() == 12040
@@ -218,7 +254,9 @@ def test_what_is_asked_for_is_checked_before_the_driver_sees_it(fill, open_drive
         launch(driver, 1, 2, 3.0, block=0)
     with pytest.raises(RuntimeError, match="cluster must divide the grid's first side, 2, got 3"):
         launch(driver, 1, 2, 3.0, cluster=3)
-    with pytest.raises(RuntimeError, match="device must be one of the 1 that the CUDA driver finds, got cuda:1"):
+    with pytest.raises(
+        RuntimeError, match="device must be one of the 1 that the CUDA driver finds, got cuda:1"
+    ):
         launch(driver, 1, 2, 3.0, device=1)
     with pytest.raises(RuntimeError, match="rgfast_fill takes 3 arguments, got 2"):
         launch(driver, 1, 2)
@@ -273,5 +311,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(library):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told, after = done.stdout.splitlines()
-    assert told == "this process was forked from one that had opened the CUDA driver: start processes by 'spawn'"
+    assert (
+        told == "this process was forked from one that had opened the CUDA driver: start processes by 'spawn'"
+    )
     assert after == "the parent goes on"

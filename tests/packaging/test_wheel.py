@@ -2,8 +2,12 @@
 
 import json
 import sys
+from shutil import which
 
 import pytest
+from elftools.elf.elffile import ELFFile
+
+from rgfast.runtime import native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
 
@@ -40,4 +44,37 @@ def test_the_wheel_runs_compiled_kernels_without_a_compiler(with_wheel):
 def test_the_wheel_holds_the_compiled_module_and_no_sources(with_wheel):
     shipped = {path.suffix for path in (with_wheel.site / "rgfast").rglob("*") if path.is_file()}
     assert ".so" in shipped
-    assert not shipped & {".cpp", ".hpp", ".o", ".a"}
+    assert not shipped & {".cpp", ".hpp", ".o", ".a", ".cu", ".cuh"}
+
+
+def test_the_wheel_holds_kernels_for_gpus_if_there_is_a_compiler_for_them(with_wheel):
+    told = with_wheel.run("rgfast", "info", "--json")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)["cuda"]
+    if which("nvcc") is None:
+        assert found["compiled"] is None
+        assert found["absent"].startswith("the package was built without kernels for GPUs")
+        return
+    assert found["compiled"] == "sm_90 and PTX of sm_90"
+    assert found["nvcc"].partition(".")[0] in ("12", "13")
+    # Opened by name when it is wanted: a name that there is no library of is refused with a sentence.
+    nowhere = with_wheel.run("rgfast", "info", "--json", RGFAST_CUDA_DRIVER="libno-such-driver.so")
+    assert "there is no CUDA driver" in json.loads(nowhere.stdout)["cuda"]["absent"]
+
+
+def needed(path):
+    """Libraries that an ELF file asks the loader for."""
+    with open(path, "rb") as file:  # noqa: PTH123 - what the reader takes
+        section = ELFFile(file).get_section_by_name(".dynamic")
+        return {tag.needed for tag in section.iter_tags() if tag.entry.d_tag == "DT_NEEDED"}
+
+
+@pytest.mark.parametrize("where", ["here", "wheel"])
+def test_the_module_links_no_library_of_cuda_or_torch(request, where):
+    """A runtime of CUDA that comes along evicts the one that torch has."""
+    if where == "here":
+        module = native.load().__file__
+    else:
+        (module,) = (request.getfixturevalue("with_wheel").site / "rgfast").glob("_native*.so")
+    system = ("libc.", "libm.", "libstdc++.", "libgcc_s.", "libpthread.", "libdl.", "ld-linux", "librt.")
+    assert [name for name in needed(module) if not name.startswith(system)] == []
