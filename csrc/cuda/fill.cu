@@ -1,5 +1,5 @@
 // Writes a number to every element: what shows that kernels of this file can be launched at all.
-#include <cstdint>
+#include "cuda/common/device.cuh"
 
 extern "C" __global__ void rgfast_fill(double* out, std::int64_t count, double value) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
