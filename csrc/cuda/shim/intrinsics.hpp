@@ -20,6 +20,10 @@ To bits_as(From from) {
 }  // namespace rgfast::shim
 
 using std::abs;
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::signbit;
 
 template <class A, class B, class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
 std::common_type_t<A, B> min(A a, B b) {
