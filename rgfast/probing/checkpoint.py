@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rgfast.files import leftovers, write_stream
 from rgfast.probing.capture.batches import batch_items
+from rgfast.probing.sharding import class_of, whole
 from rgfast.validation import from_array
 
 __all__ = [
@@ -85,12 +86,12 @@ def runs_of(names: Sequence[str], seen: Any) -> list[str]:
 def model_digest(model: nn.Module) -> str:
     """A digest of the model's class, its parameters and buffers, taken on as many threads as torch has.
 
-    It is the same wherever they are. Those on a device come to the host, where processors have instructions
-    for it, many in one transfer.
+    It is the same wherever they are, on several ranks too, which then have to call this together. Those on a
+    device come to the host, where processors have instructions for it, many in one transfer.
     """
-    digest = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=16)
+    digest = hashlib.blake2b(class_of(model).__qualname__.encode(), digest_size=16)
     state = model.state_dict()
-    data_of = _data(value for value in state.values() if isinstance(value, Tensor))
+    data_of = _data(whole(value) for value in state.values() if isinstance(value, Tensor))
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         for name, value in state.items():
             digest.update(name.encode())

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,43 @@ from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import check_model
 from rgfast.probing.capture.padding import PaddingSpec, as_keep, is_padding_name, looks_like_padding
 from rgfast.probing.distributed import unwrapped
+from rgfast.probing.sharding import gathered, is_sharded, local, reshard, whole
 from rgfast.probing.unread import Unread
 from rgfast.validation import as_tensor
 
-__all__ = ["random_twin", "shuffled"]
+__all__ = ["random_twin", "random_weights", "shuffled"]
 
 # What names of whole numbers ``[B, T]`` beside the tokens hold.
 _NO_TOKENS = ("mask", "type", "position", "label", "segment", "target")
 _PARTS = ("encoder", "decoder")
+
+
+@contextmanager
+def random_weights(model: nn.Module, seed: int) -> Iterator[nn.Module]:
+    """``model`` with weights drawn anew: :func:`random_twin`, but of a sharded model, which cannot be copied,
+    the model itself, whose weights are back when the context is left.
+
+    Every rank draws the weights of one module at a time, those of one process, and keeps its part: a module
+    with a ``reset_parameters`` of its own is whole on every rank meanwhile. All ranks call this together.
+    Raises what :func:`random_twin` does.
+    """
+    check_model(model)
+    model = unwrapped(model)
+    if not is_sharded(model):
+        yield random_twin(model, seed)
+        return
+    _check_weights(model)
+    reshard(model)
+    kept = [(part, part.clone()) for part in (local(p.detach()) for p in model.parameters())]
+    try:
+        _draw(model, seed)
+        _check_drawn(model)
+        yield model
+    finally:
+        reshard(model)
+        with torch.no_grad():
+            for part, before in kept:
+                part.copy_(before)
 
 
 def random_twin(model: nn.Module, seed: int) -> nn.Module:
@@ -47,23 +77,30 @@ def random_twin(model: nn.Module, seed: int) -> nn.Module:
         raise ValueError(
             f"control='random_weights' needs a copy of {type(model).__name__}, and copying it failed: {error}"
         ) from error
-    kept = {name: value.clone() for name, value in twin.named_buffers()}
-    devices = sorted({p.get_device() for p in twin.parameters() if p.is_cuda})
+    _draw(twin, seed)
+    _check_drawn(twin)
+    return twin
+
+
+def _draw(model: nn.Module, seed: int) -> None:
+    """Draw the model's weights anew; what nothing draws is NaN."""
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
-        for parameter in twin.parameters():
+        for parameter in model.parameters():
             parameter.fill_(math.nan)
-        for module in reversed(list(twin.modules())):
+        for module in reversed(list(model.modules())):
             if (reset := _reset_of(module)) is not None:
-                reset()
-        for owner, module in _configured(twin):
-            owner._init_weights(module)
-        for name, buffer in twin.named_buffers():
+                with gathered(module, recurse=True):
+                    reset()
+        for owner, module in _configured(model):
+            with gathered(module, recurse=False):
+                owner._init_weights(module)
+        for name, buffer in model.named_buffers():
             buffer.copy_(kept[name])
-    _check_drawn(twin)
-    return twin
 
 
 def _reset_of(module: nn.Module) -> Any:
@@ -118,7 +155,7 @@ def _check_drawn(twin: nn.Module) -> None:
     lacking = {}
     for name, module in twin.named_modules():
         for p in module.parameters(recurse=False):
-            if bool(p.isnan().any()):
+            if bool(whole(p).isnan().any()):
                 lacking[name or "the model itself"] = type(module).__name__
     if lacking:
         raise ValueError(

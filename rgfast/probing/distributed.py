@@ -66,13 +66,14 @@ def open_ranks(distributed: Distributed, timeout: float) -> Ranks | None:
         if found is None or (found[2] == 1 and distributed == "auto"):
             return None
         store, rank, size, name = found
+        members = list(range(size))
     elif available and isinstance(distributed, dist.ProcessGroup):
         members, rank = dist.get_process_group_ranks(distributed), dist.get_rank(distributed)
         if rank < 0:
             raise ValueError(
                 f"distributed must be a group that this process is in, got one of ranks {members}"
             )
-        store, size = dist.distributed_c10d._get_default_store(), len(members)
+        store = dist.distributed_c10d._get_default_store()
         name = ",".join(map(str, members))
     else:
         raise TypeError(
@@ -83,7 +84,7 @@ def open_ranks(distributed: Distributed, timeout: float) -> Ranks | None:
     _opened[name] = _opened.get(name, 0) + 1
     from torch.distributed.distributed_c10d import PrefixStore
 
-    return Ranks(PrefixStore(f"rgfast/{name}/{_opened[name]}", store), rank, size, float(timeout))
+    return Ranks(PrefixStore(f"rgfast/{name}/{_opened[name]}", store), rank, members, float(timeout))
 
 
 def _everyone() -> tuple[Any, int, int, str] | None:
@@ -141,13 +142,16 @@ def rank_path(path: Path, rank: int, size: int) -> Path:
     return path if size == 1 else path.with_name(f"{path.name}.rank{rank}of{size}")
 
 
-def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> FirstBatch | None:
-    """What all ranks start from: the first batch of the lowest rank that has one, None where none has.
+def agree(
+    ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None, *, waiting: bool = False
+) -> FirstBatch | None:
+    """What all ranks start from: the first batch of the lowest rank that has one, None where none has, or
+    one of them is ``waiting`` to know its own.
 
     Labels are counted over all first batches. Raises ValueError, the same on every rank, where they were
     asked for different things (``asked``) or their layers do not fit.
     """
-    given = {"asked": asked, "first": None if first is None else asdict(first)}
+    given = {"asked": asked, "first": None if first is None else asdict(first), "waiting": waiting}
     found = ranks.gather(f"first/{ranks.round()}", given)
     for rank, other in enumerate(found):
         for name in dict.fromkeys((*found[0]["asked"], *other["asked"])):
@@ -155,7 +159,7 @@ def agree(ranks: Ranks, asked: Mapping[str, Any], first: FirstBatch | None) -> F
     firsts = [
         (rank, FirstBatch.from_json(f["first"])) for rank, f in enumerate(found) if f["first"] is not None
     ]
-    if not firsts:
+    if not firsts or any(f["waiting"] for f in found):
         return None
     lowest, chosen = firsts[0]
     widths = [width for _, width, _ in chosen.targets]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from rgfast.probing.capture.batches import batch_items, batch_rows, is_array, iterate
 from rgfast.probing.options import human_bytes
 from rgfast.probing.predict import added_seconds, best_time
+from rgfast.probing.sharding import is_sharded, sharded_over
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
 from rgfast.probing.watch import Probe, opened
 from rgfast.validation import check_positive_int
@@ -91,7 +92,7 @@ def plan(
     mapping or list, or of a loader's data set.
 
     Raises what :func:`rgfast.probe` does before its second batch, TypeError for an iterator, and ValueError
-    where ``sequences`` is not given and batches do not tell.
+    where ``sequences`` is not given and batches do not tell, or the model is sharded over several ranks.
 
     >>> import torch, rgfast
     >>> stack = rgfast.ResidualStack(width=32, depth=4, mixing="none")
@@ -99,6 +100,11 @@ def plan(
     >>> found.estimator, found.route, found.sequences
     ('tiles', 'samples', 512)
     """
+    if is_sharded(model):
+        raise ValueError(
+            "model must be one that a single process runs, since planning times its forward, got one that is "
+            f"sharded over ranks {sorted(sharded_over(model))}"
+        )
     spec = replace(ProbeSpec(**options), progress=False, distributed=False)
     if isinstance(batches, Iterator):
         raise TypeError(

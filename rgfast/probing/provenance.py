@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rgfast.probing.sharding import class_of
 from rgfast.version import __version__
 
 __all__ = ["provenance"]
@@ -20,7 +21,7 @@ def provenance(model: nn.Module, **options: Any) -> dict[str, Any]:
     """Model, options, versions and machine, as JSON-ready values."""
     first = next(iter(model.parameters()), None)
     return {
-        "model": type(model).__name__,
+        "model": class_of(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
         "device": None if first is None else str(first.device),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["RankError", "Ranks"]
 
 _PIECE = 64 << 20
 _RUNNING, _DONE, _FAILED = 0, 1, 2
+# What gloo and NCCL say where a collective has lost a rank.
+_OF_CONNECTION = r"gloo|nccl|connection (closed|reset)"
 
 
 class RankError(RuntimeError):
@@ -30,13 +33,16 @@ class Ranks:
     A thread gives a sign of life about once a second and looks for those of the others. A rank that has given
     none for ``timeout`` seconds counts as dead; :meth:`check`, and everything that waits, then raises
     :class:`RankError`. It starts with the object and ends with :meth:`close`, :meth:`fail` or :meth:`leave`.
+    ``members`` are the numbers that all ranks have in the default process group.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
-        self.rank, self.size, self.timeout = rank, size, timeout
+    def __init__(self, store: Any, rank: int, members: Sequence[int], timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, len(members), timeout
+        self.members = tuple(members)
         self._store, self._clone = store, store.clone()
         self._interval = min(1.0, timeout / 10)
         self._trouble: str | None = None
+        self.dead = False  # whether a rank has gone without a word
         self._end = threading.Event()
         self._lines: Any = None
         self._rounds = 0
@@ -60,6 +66,38 @@ class Ranks:
             for rank in range(self.size):
                 self._wait_for(f"{name}/{rank}")
             return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
+    def post(self, name: str, value: bytes = b"") -> None:
+        """Put up a value under ``name``, for any rank to read."""
+        with self._talking():
+            self._store.set(name, value)
+
+    def posted(self, name: str) -> bytes:
+        """What some rank puts up under ``name``, which is waited for."""
+        with self._talking():
+            self._wait_for(name)
+            found: bytes = self._store.get(name)
+            return found
+
+    def until(self, name: str, over: Callable[[], bool]) -> bool:
+        """True once a rank has put up something under ``name``, False once it is ``over`` without."""
+        pause = 0.001
+        while True:
+            ended = over()  # asked first: what was put up before is seen
+            with self._talking():
+                if self._store.check([name]):
+                    return True
+            if ended:
+                return False
+            if not self._end.is_set():
+                self.check()
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.02)
+
+    def count(self, name: str, more: int = 0) -> int:
+        """The sum of what all ranks have counted under ``name``, after ``more``."""
+        with self._talking():
+            return int(self._store.add(name, more))
 
     def send(self, name: str, to: int, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Hand ``arrays`` to another rank, which calls :meth:`receive` with the same name."""
@@ -107,6 +145,21 @@ class Ranks:
             time.sleep(3 * self._interval)  # time to read it: with this process the store may go
         self._stop()
 
+    def lost(self, error: BaseException) -> RankError | None:
+        """What befell another rank, if ``error`` is of a collective that it left. Waits until it is known."""
+        if not isinstance(error, RuntimeError) or isinstance(error, RankError):
+            return None
+        if not re.search(_OF_CONNECTION, str(error), re.IGNORECASE):
+            return None
+        end = time.monotonic() + self.timeout + 3 * self._interval
+        while self._trouble is None and time.monotonic() < end:
+            time.sleep(self._interval)
+        return RankError(self._trouble or _lost(error))
+
+    def all_gone(self) -> bool:
+        """Whether all other ranks have ended this probe."""
+        return all(self.count(f"state/{rank}") != _RUNNING for rank in range(self.size) if rank != self.rank)
+
     def leave(self) -> None:
         """Stop; where nothing was said before, tell the others that no result will be read here."""
         if not self._end.is_set():
@@ -150,9 +203,11 @@ class Ranks:
                         self._trouble = self._clone.get(f"said/{rank}").decode()
                         return
                     if state == _RUNNING and now - last[rank][1] > self.timeout:
+                        self.dead = True
                         self._trouble = self._missing(rank, begun=last[rank][0] > 0)
                         return
             except RuntimeError as error:
+                self.dead = True
                 self._trouble = _lost(error)
                 return
             self._end.wait(self._interval)

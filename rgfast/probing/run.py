@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from rgfast.files import write_folder_atomically
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.capture.batches import batch_rows, iterate, shuffles
-from rgfast.probing.controls import random_twin, shuffled
+from rgfast.probing.controls import random_weights, shuffled
 from rgfast.probing.distributed import rank_path
 from rgfast.probing.options import parse_memory
 from rgfast.probing.result import ProbeResult
@@ -170,9 +171,10 @@ def probe(
         ids = model.ids
         model, spec = as_replayed(model, spec)
         batches = model.batches(spec.batch_size)
-    elif spec.control == "random_weights":
-        model = random_twin(model, spec.control_seed)
-    result = _run(model, batches, spec) if spec.keep is None else _run_keeping(model, batches, spec, ids)
+    with ExitStack() as stack:
+        if spec.control == "random_weights":
+            model = stack.enter_context(random_weights(model, spec.control_seed))
+        result = _run(model, batches, spec) if spec.keep is None else _run_keeping(model, batches, spec, ids)
     if spec.control is not None:
         result.dataset.attrs.update(control=spec.control, control_seed=spec.control_seed)
     if ids is None or len(ids) != result.dataset.attrs["sequences"]:

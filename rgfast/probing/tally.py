@@ -31,6 +31,7 @@ from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.sharding import is_sharded
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
 from rgfast.probing.unread import Unread
@@ -79,6 +80,9 @@ class Tally:
         self._summed: tuple[Moments | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}
         self._weights: str | None = None
+        self._sharded = is_sharded(model)
+        # Ranks that run every forward together agree after one of them, all at the same time.
+        self._due = self._sharded and ranks is not None
 
     def open(self) -> None:
         """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward, and
@@ -212,17 +216,40 @@ class Tally:
             self._ranks.check()
         if not self._begun:
             self._early.append(_owned(batch) if batch.missing else batch)
-            unseen = [k for k in range(len(batch.layers)) if all(b.layers[k] is None for b in self._early)]
-            if not unseen:
-                self._begin(batch)
-            elif len(self._early) == _PATIENCE:
+            unseen = self._unseen()
+            if unseen and len(self._early) == _PATIENCE:
                 raise ValueError(self._never_ran(unseen))
+            if not unseen and not self._due:
+                first = self._agreed(self._seen_first(batch))
+                assert first is not None
+                self._begin(batch, first)
             return
         self._add(batch)
 
-    def _begin(self, batch: RowBatch) -> None:
+    def passed(self) -> None:
+        """A forward of all ranks together is over, or they all are where the sum is taken."""
+        if not self._due:
+            return
+        seen, waiting = bool(self._early), bool(self._early) and bool(self._unseen())
+        own = self._seen_first(self._early[-1]) if seen and not waiting else self._first_batch
+        first = self._agreed(own, waiting=waiting)
+        if first is None:
+            self._early[-1:] = [_owned(batch) for batch in self._early[-1:]]
+            return
+        self._due = False
+        if seen:
+            self._begin(self._early[-1], first)
+        elif self._moments is None:
+            self._moments = self._empty(first)
+
+    def _unseen(self) -> list[int]:
+        """The layers that have not run yet."""
+        layers = range(len(self._early[-1].layers))
+        return [k for k in layers if all(batch.layers[k] is None for batch in self._early)]
+
+    def _begin(self, batch: RowBatch, first: FirstBatch) -> None:
         """Plan what is measured, now that every layer has been seen, and add the batches so far."""
-        first = self._seen_first(batch)
+        pair_keys(self._spec.compared, len(self._names))
         if not self._no_samples and self._spec.route == "auto" and not takes_rows(batch.first):
             self._no_samples = "moments take less time on this device"
         rows = None if self._no_samples else self._hold(first)
@@ -291,8 +318,7 @@ class Tally:
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
             return ProbeResult(assemble(rows.measures(), spec.measures, self._provenance), rows.state())
         if self._early:
-            unseen = [k for k in range(len(self._names)) if all(b.layers[k] is None for b in self._early)]
-            raise ValueError(self._never_ran(unseen))
+            raise ValueError(self._never_ran(self._unseen()))
         self._hand_over("there are too few sequences for every measure")
         moments, provenance = self._moments, self._provenance
         if self._ranks is not None:
@@ -325,7 +351,7 @@ class Tally:
         header = {
             "first": None if self._first_batch is None else asdict(self._first_batch),
             "asked": self._asked(),
-            "model": checkpoints.model_digest(self._model),
+            "model": self._digest(),
             "provenance": self._provenance,
         }
         rows = self._rows
@@ -347,11 +373,15 @@ class Tally:
                 raise ValueError(
                     f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
                 )
-        if not checkpoints.is_model(header["model"], self._model):
+        if header["model"] != self._digest() and (
+            self._sharded or not checkpoints.is_model(header["model"], self._model)
+        ):
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
         of_rows = Rows.is_state(arrays)
-        if of_rows or self._ranks is not None:
+        if self._due:
+            self._first_batch = FirstBatch.from_json(header["first"])
+        elif of_rows or self._ranks is not None:
             self._agreed(FirstBatch.from_json(header["first"]))
         for target, (_, width) in zip(self._targets, plan.targets, strict=True):
             target.classes = width
@@ -365,7 +395,7 @@ class Tally:
         else:
             self._moments = self._summing(plan, masked=header["masked"])
             self._moments.load(arrays, self._device())
-        self._provenance = {**header["provenance"], "weights": checkpoints.model_digest(self._model)}
+        self._provenance = {**header["provenance"], "weights": self._digest()}
 
     def _restore_rows(
         self, plan: Plan, notes: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]
@@ -393,7 +423,9 @@ class Tally:
         if self._summed is not None:
             return self._summed
         try:
-            if self._moments is None and (first := self._agreed(None)) is not None:
+            if self._due:
+                self.passed()
+            elif self._moments is None and (first := self._agreed(None)) is not None:
                 self._moments = self._empty(first)
             found = all_reduce(ranks, self._moments, self._provenance, self._device())
             if last:
@@ -408,12 +440,14 @@ class Tally:
         first = next(iter(self._model.parameters()), None)
         return torch.device("cpu") if first is None else first.device
 
-    def _agreed(self, first: FirstBatch | None) -> FirstBatch | None:
-        """The first batch that all ranks start from; this one's if it is by itself."""
+    def _agreed(self, first: FirstBatch | None, *, waiting: bool = False) -> FirstBatch | None:
+        """The first batch that all ranks start from; this one's if it is by itself. None if no rank has one,
+        or one is ``waiting`` for layers to run."""
+        own = first
         if self._ranks is not None:
-            asked = {**self._spec.to_json(self._names), "weights": checkpoints.model_digest(self._model)}
-            first = agree(self._ranks, asked, first)
-        self._first_batch = first
+            asked = {**self._spec.to_json(self._names), "weights": self._digest()}
+            first = agree(self._ranks, asked, first, waiting=waiting)
+        self._first_batch = first or own
         found = first.targets if first else ()
         for target, (_, width, labels) in zip(self._targets, found, strict=False):
             target.classes = width if labels else None
@@ -438,26 +472,21 @@ class Tally:
         rows = [
             next(x for b in self._early if (x := b.layers[k]) is not None) for k in range(len(self._names))
         ]
-        first = self._agreed(
-            FirstBatch(
-                widths=tuple(x.shape[2] for x in rows),
-                length=rows[0].shape[1],
-                aligned=len({x.shape[1] for x in batch.present}) == 1,
-                padded=batch.padded,
-                places=tuple(batch.places),
-                masked=batch.masked is not None,
-                targets=tuple(
-                    (t.name, x.shape[2], t.classes is not None)
-                    for t, x in zip(self._targets, batch.targets, strict=True)
-                ),
-                free=free_bytes(rows[0].device),
-                factors=factors_pay(rows[0]),
-                launched=waits_for(rows[0].device),
-            )
+        return FirstBatch(
+            widths=tuple(x.shape[2] for x in rows),
+            length=rows[0].shape[1],
+            aligned=len({x.shape[1] for x in batch.present}) == 1,
+            padded=batch.padded,
+            places=tuple(batch.places),
+            masked=batch.masked is not None,
+            targets=tuple(
+                (t.name, x.shape[2], t.classes is not None)
+                for t, x in zip(self._targets, batch.targets, strict=True)
+            ),
+            free=free_bytes(rows[0].device),
+            factors=factors_pay(rows[0]),
+            launched=waits_for(rows[0].device),
         )
-        assert first is not None
-        pair_keys(self._spec.compared, len(self._names))
-        return first
 
     def _empty(self, first: FirstBatch) -> Moments:
         plan = plan_of(first, self._spec, self._names)
@@ -468,6 +497,12 @@ class Tally:
         # On the CPU results have the bound of uncentred ranks whether these are asked for or not, as ever.
         uncentred = self._spec.uncentred or not waits_for(self._device())
         return Moments(plan, masked=masked, unread=self._unread, uncentred=uncentred)
+
+    def _digest(self) -> str:
+        """That of the weights; if they are sharded, as they were at the start, when all ranks read them."""
+        if self._sharded and self._weights is not None:
+            return self._weights
+        return checkpoints.model_digest(self._model)
 
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -21,10 +22,12 @@ from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
+from rgfast.probing.in_step import InStep
 from rgfast.probing.plan import Plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
+from rgfast.probing.sharding import is_sharded
 from rgfast.probing.sources.keep import Keeper
 from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
@@ -46,13 +49,13 @@ _R = TypeVar("_R")
 _TILE = 128
 
 
-def _telling_ranks(init: Callable[_P, None]) -> Callable[_P, None]:
-    """``init``, after which the other ranks know of an error in it."""
+def _telling_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``method``, after which the other ranks know of an error in it."""
 
-    @functools.wraps(init)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> None:
+    @functools.wraps(method)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
-            init(*args, **kwargs)
+            return method(*args, **kwargs)
         except BaseException as error:
             ranks: Ranks | None = getattr(args[0], "_ranks", None)
             if ranks is not None:
@@ -98,6 +101,8 @@ class Probe:
         if self._ranks is not None:
             weakref.finalize(self, self._ranks.leave)
         self.model, self.measures = unwrapped(model), tuple(spec.measures)
+        sharded = is_sharded(self.model)
+        self._in_step = None if self._ranks is None or not sharded else InStep(self.model, self._ranks)
         if isinstance(self.model, SavedActivations):
             self._taps, chosen = self.model.taps(), f"{len(self.model.taps())} layers of saved activations"
         else:
@@ -128,7 +133,7 @@ class Probe:
             self,
             Outputs(spec.output, self._taps, self._unread),
             tile=_TILE * spec.groups,
-            tiles=not spec.reads_layers,
+            tiles=not spec.reads_layers and not sharded,  # as many forwards of a block as there are tiles
         )
         self._whole: RowBatch | None = None
         self._home = Home()
@@ -149,11 +154,14 @@ class Probe:
         """The processes that probe together; None for one by itself."""
         return self._ranks
 
+    @_telling_ranks
     def __enter__(self) -> Probe:
         if self._tally.ended:
             raise RuntimeError("this Probe has summed what all ranks saw; take a new one to see more")
         modes = [(module, module.training) for module in self.model.modules()]
         grad = torch.is_grad_enabled()
+        if self._in_step is not None:
+            self._in_step.open()
         self._tally.open()
         self._watcher.__enter__()
         self._axes.open()
@@ -161,14 +169,56 @@ class Probe:
         return self
 
     def __exit__(self, kind: object, value: BaseException | None, trace: object) -> None:
-        self._watcher.close()
-        self._axes.close()
-        self._whole = None
-        for module, training in self._modes:
-            module.training = training
-        torch.set_grad_enabled(self._grad)
-        if self._ranks is not None and value is not None:
-            self._ranks.fail(value)
+        try:
+            if self._in_step is not None:
+                self._end_in_step(self._in_step, value)
+            elif self._ranks is not None and value is not None:
+                self._ranks.fail(value)
+        finally:
+            self._watcher.close()
+            self._axes.close()
+            self._whole = None
+            for module, training in self._modes:
+                module.training = training
+            torch.set_grad_enabled(self._grad)
+
+    def _end_in_step(self, in_step: InStep, error: BaseException | None) -> None:
+        """Take part in what forwards of the other ranks are left, and tell them of an error.
+
+        Raises RankError if that is of another rank.
+        """
+        try:
+            if error is None:
+                self._join(in_step)
+            elif lost := in_step.lost(error):
+                raise lost from error
+        except BaseException as found:
+            error = found
+            raise
+        finally:
+            if error is not None and self._ranks is not None:
+                self._ranks.fail(error)
+                in_step.leave(self._unseen)
+            in_step.close()
+
+    def _join(self, in_step: InStep) -> None:
+        try:
+            in_step.join(self._unseen, self._passed)
+        except RuntimeError as error:
+            if lost := in_step.lost(error):
+                raise lost from error
+            raise
+
+    @_without_grad
+    def _passed(self) -> None:
+        self._tally.passed()
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Inside, forwards are not measured."""
+        with self._watcher.paused():
+            yield
+        self._axes.forget()
 
     def note(self, **entries: Any) -> None:
         """Give the next forward entries that the model itself does not take, for ``mask``."""
@@ -217,6 +267,8 @@ class Probe:
 
         Raises ValueError for fewer than 2 sequences.
         """
+        if self._in_step is not None and self._watcher.is_open:
+            self._join(self._in_step)
         with self._home.own():
             return self._tally.result(last=not self._watcher.is_open)
 
@@ -273,6 +325,7 @@ class Probe:
                     self._add(self._entries.batch(rows, of_taps, self._tally.sequences))
         self._whole = None
         self._entries.end()
+        self._tally.passed()
 
     def _add(self, batch: RowBatch) -> None:
         if self._keeper is not None:

@@ -52,6 +52,11 @@ class Axes:
         for evidence in self._evidence:
             evidence.close()
 
+    def forget(self) -> None:
+        """Forget how modules were called in a forward that is not measured."""
+        for evidence in self._evidence:
+            evidence.forget()
+
     def rows(self, seen: Sequence[Seen], entries: Mapping[str, Any]) -> list[Activation | None]:
         """What the layers put out in a forward on ``entries``, as rows; None for those that did not run.
 
@@ -60,8 +65,7 @@ class Axes:
         """
         sizes = self._with_asked(seen, Sizes.of(entries))
         layouts = self._layouts(seen, sizes)
-        for evidence in self._evidence:
-            evidence.forget()
+        self.forget()
         found: list[Activation | None] = []
         for layer, layout in zip(seen, layouts, strict=True):
             if layer.value is None or layout is None:

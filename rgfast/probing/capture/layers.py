@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rgfast.probing.capture.sublayers import points_inside
+from rgfast.probing.sharding import class_of
 
 __all__ = ["LayerSpec", "Tap", "check_model", "chosen_names", "resolve"]
 
@@ -223,7 +224,7 @@ def _only_stream(model: nn.Module, asked: str = "auto") -> _Stream:
     if not streams:
         raise ValueError(
             f"layers={asked!r} found no stack of blocks (modules of one kind in a row, which have modules "
-            f"and weights of their own, in a ModuleList or Sequential) in {type(model).__name__}; "
+            f"and weights of their own, in a ModuleList or Sequential) in {class_of(model).__name__}; "
             + _looked_at(model)
         )
     if asked == SUBLAYERS:
@@ -237,7 +238,7 @@ def _only_stream(model: nn.Module, asked: str = "auto") -> _Stream:
 def _looked_at(model: nn.Module) -> str:
     """What there was to look at for a stack of blocks, in words."""
     looked = [
-        f"{name or 'the model'} ({type(module).__name__} of {', '.join(_kinds(module)) or 'nothing'})"
+        f"{name or 'the model'} ({class_of(module).__name__} of {', '.join(_kinds(module)) or 'nothing'})"
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
     ]
@@ -253,7 +254,7 @@ def _looked_at(model: nn.Module) -> str:
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    kinds = list(dict.fromkeys(type(child).__name__ for child in module.children()))
+    kinds = list(dict.fromkeys(class_of(child).__name__ for child in module.children()))
     return kinds[:_SHOWN] + ["…"] * (len(kinds) > _SHOWN)
 
 
@@ -266,12 +267,12 @@ def _streams(module: nn.Module, prefix: str) -> Iterator[_Stream]:
         shortest = 1 if len(children) == 1 and isinstance(module, nn.ModuleList) else 2
         run: list[tuple[str, nn.Module]] = []
         for name, child in [*children, ("", nn.Identity())]:
-            if run and type(child) is not type(run[0][1]):
+            if run and class_of(child) is not class_of(run[0][1]):
                 if len(run) >= shortest:
                     inside |= {n for n, _ in run}
                     blocks = tuple(f"{prefix}{n}" for n, _ in run)
                     whole = prefix.removesuffix(".") if len(run) == len(children) else ""
-                    yield _Stream(blocks, type(run[0][1]).__name__, whole)
+                    yield _Stream(blocks, class_of(run[0][1]).__name__, whole)
                 run = []
             if _is_block(child):
                 run.append((name, child))

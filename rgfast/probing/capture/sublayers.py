@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from rgfast.probing.sharding import class_of
+
 __all__ = ["points_inside"]
 
 _INPUT = ":input"
@@ -47,7 +49,7 @@ def points_inside(name: str, block: nn.Module) -> list[str]:
 
     Raises ValueError if attention and MLP are side by side, or the block is of no family that is known.
     """
-    kind = type(block).__name__
+    kind = class_of(block).__name__
     children = dict(block.named_children())
     sources = (block, getattr(block, "config", None))
     if any(getattr(source, flag, False) is True for source in sources for flag in _SIDE_BY_SIDE):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,7 +82,8 @@ class Watcher:
     layers are then in the order in which they ran. How many there are is known from the first forward in
     which it runs; a layer that does not run in some forward is seen without a value.
 
-    ``outputs`` says which tensor of a layer's output is seen; ``tiles=False`` hooks our own stack, too.
+    ``outputs`` says which tensor of a layer's output is seen; ``tiles=False`` hooks our own stack, too, and
+    only then can it be :meth:`paused`.
     """
 
     def __init__(
@@ -105,6 +107,16 @@ class Watcher:
         self._differ: dict[int, list[Later]] = {}
         self._tiles_began = False
         self._eager: Any = None
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forwards of the model are none that ``receiver`` is told of."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @property
     def is_open(self) -> bool:
@@ -162,11 +174,15 @@ class Watcher:
         )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         self._held.clear()
         self._tiles_began = False
         self._receiver.began(args, kwargs)
 
     def _capture(self, index: int, find: Callable[[], Tensor]) -> None:
+        if self._paused:
+            return
         tap, run = self._taps[index], sum(key[0] == index for key in self._held)
         if run and tap.once:
             return
@@ -181,6 +197,8 @@ class Watcher:
         self._held[index, run] = _Captured(copied, keep, x, _version(x), stream_of(x))
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._paused:
+            return
         held, self._held = self._held, {}
         if not held:
             raise ValueError(

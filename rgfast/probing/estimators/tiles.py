@@ -25,6 +25,7 @@ from rgfast.probing.estimators.row_views import RowViews, Tile
 from rgfast.probing.estimators.samples import LEAST_TILES, SampleState, tile_rows
 from rgfast.probing.options import POSITIONAL
 from rgfast.probing.plan import Plan
+from rgfast.probing.sharding import is_sharded
 
 __all__ = ["LaterRows", "gather", "independent_stack", "measured_by_tiles"]
 
@@ -33,7 +34,7 @@ def independent_stack(model: nn.Module, taps: Sequence[Tap]) -> Any:
     """``model`` if it is a stack of which every position goes its own way and ``taps`` are the stream."""
     if not getattr(model, "positions_are_independent", False) or tile_streamer({"": model}, taps) is None:
         return None
-    return None if model._forward_hooks or model._forward_pre_hooks else model
+    return None if model._forward_hooks or model._forward_pre_hooks or is_sharded(model) else model
 
 
 def gather(model: Any, batches: Iterator[Any]) -> tuple[Tensor | None, list[Any]]:

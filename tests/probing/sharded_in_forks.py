@@ -1,0 +1,282 @@
+"""Run by test_probe_sharded: probes of models under FSDP2 by forked ranks over gloo; prints what came of them
+as JSON. Several cases share one start of the ranks, which is what takes time."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks_in_forks import SHORT, TIMEOUT, batches, build, forked, furthest, options, values
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+
+import rgfast
+from rgfast.probing.checkpoint import model_digest
+from rgfast.probing.controls import random_twin
+
+
+def shard(model, blocks, **asked):
+    """The model under FSDP2, every block by itself."""
+    for block in blocks:
+        fully_shard(block, **asked)
+    return fully_shard(model, **asked)
+
+
+def masked(rank, size, **more):
+    model = build()
+    return rgfast.probe(shard(model, model.stack.blocks), batches(rank, size), **options(rank, size) | more)
+
+
+def brief(rank, size, model, given=None, **more):
+    """All values of a probe of two views."""
+    asked = {"mask": "mask", "views": ["visible", "pooled"], "progress": False, "timeout": TIMEOUT}
+    return rgfast.probe(model, given or batches(rank, size, 30), **asked | more)
+
+
+class Experts(nn.Module):
+    """A block that sends each row to one of its experts, of which a batch may leave some without any."""
+
+    def __init__(self, width=6, experts=4):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+        self.gate = nn.Linear(width, experts)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(experts))
+        self.register_buffer("routed", torch.zeros(experts))
+
+    def forward(self, x):
+        chosen = self.gate(self.norm(x)).argmax(-1)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = (chosen == k).nonzero()[:, 0]
+            self.routed[k] += len(rows)
+            if len(rows):
+                out[rows] = expert(x[rows])
+        return x + out
+
+
+class Mixture(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        self.blocks = nn.ModuleList(Experts() for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def mixture():
+    torch.manual_seed(2)
+    return Mixture().double()
+
+
+def rows_of(rank, size):
+    """As many batches as the rank's number, so that rank 0 has none."""
+    x = torch.randn(120, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return [x[20 * k : 20 * k + 15 + k] for k in range(rank * (rank - 1) // 2, rank * (rank + 1) // 2)]
+
+
+def counted(model):
+    """How often each module that FSDP2 shards runs."""
+    calls = {name: 0 for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+
+    def count(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    for name in calls:
+        model.get_submodule(name).register_forward_pre_hook(count(name))
+    return calls
+
+
+def in_step(rank, size):
+    """Forwards of every rank, buffers of what ran on nothing of its own, in both modes."""
+    out = {}
+    for training in (False, True):
+        model = mixture().train(training)
+        alone = mixture().train(training)
+        shard(model, model.blocks)
+        calls, noise = counted(model), torch.get_rng_state()
+        with rgfast.Probe(model, progress=False, timeout=TIMEOUT) as p:
+            for x in rows_of(rank, size):
+                with torch.no_grad():
+                    model(x)
+                    alone(x)
+            early = p.result()  # of all ranks, the slowest included
+        result = p.result()
+        same = all(
+            torch.equal(mine, other)
+            for (_, mine), (_, other) in zip(model.named_buffers(), alone.named_buffers(), strict=True)
+        )
+        out[training] = {
+            "calls": sorted(set(calls.values())),
+            "buffers": same,
+            "noise": torch.equal(noise, torch.get_rng_state()),
+            "n": [int(one.dataset.n.max()) for one in (early, result)],
+            "digest": values(result)[1],
+        }
+    return out
+
+
+class Skips(nn.Module):
+    """Leaves out its second layer of a batch that begins with less than 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) if x[0, 0] > 0 else x
+
+
+def skipped(rank, size):
+    """A layer that runs in no early batch of one rank, while another has seen all of its layers."""
+    torch.manual_seed(7)
+    model = Skips().double()
+    x = torch.randn(9, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        order = sorted(x, key=lambda part: float(model.a(part)[0, 0]))
+    mine = order if rank == 0 else order[-2:]
+    asked = {"layers": ["a", "b"], "progress": False, "timeout": TIMEOUT}
+    wanted = values(rgfast.probe(model, mine, **asked))[1]
+    return values(rgfast.probe(fully_shard(model), mine, **asked))[1] == wanted
+
+
+def half(rank, size):
+    """Mixed precision computes what the model does in bf16."""
+    model, plain = build().float(), build().bfloat16()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    shard(model, model.stack.blocks, mp_policy=policy)
+    found, wanted = (values(brief(rank, size, one)) for one in (model, plain))
+    return found[1] == wanted[1]
+
+
+def controls(rank, size):
+    """Fingerprints and random weights are those of one process; afterwards weights are as before."""
+    model = build()
+    before, twin = model_digest(model), random_twin(model, 3)
+    wanted = values(brief(rank, size, twin))
+    shard(model, model.stack.blocks)
+    with torch.no_grad():
+        model(torch.zeros(2, 4, dtype=torch.int64))  # FSDP2 keeps the root's weights whole from here on
+    found = brief(rank, size, model, control="random_weights", control_seed=3)
+    return {
+        "same": values(found)[1] == wanted[1],
+        "weights": found.provenance["weights"] == model_digest(twin),
+        "model": found.provenance["model"],
+        "digest": model_digest(model) == before,
+    }
+
+
+def planned(rank, size):
+    """What planning says, which would run a forward on one rank alone."""
+    model = build()
+    try:
+        rgfast.plan(shard(model, model.stack.blocks), list(batches(rank, size)), mask="mask")
+    except ValueError as error:
+        return str(error)
+
+
+def several(rank, size):
+    """Cases that share one start of the ranks."""
+    out = {}
+    out["masked"] = values(masked(rank, size))
+    model = build()
+    out["brief"] = values(brief(rank, size, shard(model, model.stack.blocks)))[1]
+    out["replicated"] = values(rgfast.probe(build(), batches(rank, size), **options(rank, size)))[1]
+    for case in (in_step, skipped, half, controls, planned):
+        out[case.__name__] = case(rank, size)
+    return out
+
+
+def agreement(folder):
+    alone = values(rgfast.probe(build(), batches(0, 1, 64), **options(0, 1)))[0]
+    out = {}
+    for size in (2, 4):
+        ranks = forked(size, several, folder)
+        assert all(error is None for _, error, _, _ in ranks), [error for _, error, _, _ in ranks]
+        found = [value for value, _, _, _ in ranks]
+        out[size] = {
+            "furthest": furthest(found[-1]["masked"][0], alone),
+            "brief": found[0]["brief"],
+            "digests": len({one["masked"][1] for one in found} | {one["replicated"] for one in found}),
+            **{
+                case: [one[case] for one in found]
+                for case in ("in_step", "skipped", "half", "controls", "planned")
+            },
+        }
+    return out
+
+
+def killed(folder):
+    """A rank kills itself; all start again, one of them, which never had a batch, without a checkpoint."""
+    path = Path(folder) / "run.checkpoint"
+
+    def work(rank, size, dies=None):
+        def stream():
+            for number, batch in enumerate(batches(rank, size, 30)):
+                if number == dies and rank == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+        model = build()
+        asked = {"checkpoint": path, "checkpoint_every": 1, "timeout": TIMEOUT if dies is None else SHORT}
+        return values(brief(rank, size, shard(model, model.stack.blocks), stream(), **asked))[1]
+
+    died = forked(4, lambda r, s: work(r, s, 3), folder)
+    files = sorted(p.name for p in Path(folder).glob("run.checkpoint*"))
+    return {"killed": died, "files": files, "again": [one[:2] for one in forked(4, work, folder)]}
+
+
+def telling(folder):
+    """One rank raises between forwards and lives on: the others, in a forward, learn what it said."""
+
+    def raises(rank, size):
+        def stream():
+            for number, batch in enumerate(batches(rank, size)):
+                if number == 2 and rank == 0:
+                    raise KeyError("no such shard")
+                yield batch
+
+        try:
+            model = build()
+            brief(rank, size, shard(model, model.stack.blocks), stream())
+        except (KeyError, rgfast.probing.RankError) as error:
+            dist.barrier()  # the connections of all are still whole
+            raise error
+
+    def part(rank, size):
+        pair = dist.new_group([0, 1])
+        model = build()
+        shard(model, model.stack.blocks)
+        if rank < 2:
+            brief(rank, 2, model, distributed=pair)
+
+    return {"raises": forked(4, raises, folder), "part": forked(4, part, folder)}
+
+
+def main():
+    torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
+    out = {}
+    for case in (agreement, killed, telling):
+        if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:
+            continue
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            out[case.__name__] = case(folder)
+        print(case.__name__, round(time.monotonic() - start, 2), "s", file=sys.stderr)
+    print(json.dumps(out, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Models under FSDP2: the numbers of one process, and all ranks in every forward until the last is done."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_probe_distributed import HERE, SINGLE, TIMEOUT, needs_gloo
+from torch import nn
+
+from rgfast.probing import in_step
+from rgfast.probing.sharding import class_of, gathered, is_sharded, sharded_over, whole
+
+pytestmark = needs_gloo
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(HERE / "sharded_in_forks.py")],
+        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_a_sharded_model_gives_the_bits_of_a_whole_one(found, size):
+    case = found["agreement"][size]
+    assert case["digests"] == 1  # on every rank, with FSDP2 and without, of shards that differ in length
+    assert case["furthest"] <= 1e-12  # from one process
+    assert case["skipped"] == [True] * int(size)
+    assert case["half"] == [True] * int(size)
+
+
+@pytest.mark.parametrize(("size", "forwards", "rows"), [("2", 1, 15), ("4", 3, 105)])
+@pytest.mark.parametrize("training", ["false", "true"])
+def test_every_rank_takes_part_in_every_forward(found, size, forwards, rows, training):
+    cases = [one[training] for one in found["agreement"][size]["in_step"]]
+    for case in cases:
+        assert case["calls"] == [forwards]
+        assert case["buffers"]  # as after the rank's own batches, and no others
+        assert case["noise"]
+        assert case["n"] == [rows, rows]  # read within the block, and after it
+    assert len({case["digest"] for case in cases}) == 1
+
+
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_controls_and_fingerprints_are_those_of_one_process(found, size):
+    for case in found["agreement"][size]["controls"]:
+        assert case == {"same": True, "weights": True, "model": "MaskedTokenModel", "digest": True}
+
+
+def test_a_sharded_model_is_not_timed_on_one_rank(found):
+    said = "planning times its forward, got one that is sharded over ranks [0, 1]"
+    assert all(said in text for text in found["agreement"]["2"]["planned"])
+
+
+def test_a_dead_rank_is_noticed_and_the_checkpoint_is_good(found):
+    *alive, dead, last = found["killed"]["killed"]
+    assert dead[3] == 9
+    for value, error, seconds, status in (*alive, last):
+        assert (value, status) == (None, 0)
+        assert error.startswith("RankError: rank 2 of 4 has given no sign of life for timeout=3 s")
+        assert seconds < 10 * TIMEOUT
+    assert found["killed"]["files"] == [f"run.checkpoint.rank{rank}of4" for rank in (0, 2, 3)]
+    digests = {tuple(one) for one in found["killed"]["again"]}
+    assert digests == {(found["agreement"]["4"]["brief"], None)}
+
+
+def test_every_rank_says_what_is_wrong_and_none_is_left_in_a_forward(found):
+    raised, *others = found["telling"]["raises"]
+    assert raised[1] == "KeyError: 'no such shard'"
+    assert {one[1] for one in others} == {"RankError: rank 0 of 4 failed: KeyError: 'no such shard'"}
+    for _, _, seconds, _ in (raised, *others):
+        assert seconds < 10 * TIMEOUT
+
+
+def test_a_group_without_ranks_that_hold_a_part_is_refused(found):
+    for _, error, _, _ in found["telling"]["part"][:2]:
+        assert error.endswith("all ranks that hold a part of the model, got [0, 1] without [2, 3]")
+
+
+def test_arguments_for_ranks_without_a_batch():
+    model = nn.Linear(3, 3)
+    tokens, large = torch.arange(6).reshape(2, 3), torch.ones(2, 1 << 19)
+    given = (tokens, {"large": large, "small": large[:, :2]}), {"flag": None}
+    (args, kwargs) = in_step._unpacked(in_step._packed(given), model)
+    assert torch.equal(args[0], tokens)
+    assert args[1]["large"].shape == large.shape
+    assert not args[1]["large"].any()  # too large to send
+    assert torch.equal(args[1]["small"], large[:, :2])
+    assert kwargs == {"flag": None}
+    packed = in_step._packed(((lambda x: x,), {}))
+    assert len(packed) < 10_000
+    with pytest.raises(ValueError, match="at least one sequence on every rank, since what the others have"):
+        in_step._unpacked(packed, model)
+
+
+def test_dummies_leave_buffers_as_they_are():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
+    mean, noise = model[0].running_mean, torch.get_rng_state()
+    with in_step._as_before(model):
+        model(torch.ones(4, 3))
+        model[0].running_mean = torch.ones(3)
+    assert model[0].running_mean is mean
+    assert not mean.any()
+    assert model[0].num_batches_tracked == 0
+    assert torch.equal(noise, torch.get_rng_state())
+
+
+def test_a_model_of_one_process_is_not_sharded():
+    model = nn.Linear(2, 2)
+    assert class_of(model) is nn.Linear
+    assert not is_sharded(model)
+    assert sharded_over(model) == set()
+    assert whole(model.weight) is model.weight
+    before = model.weight
+    with gathered(model, recurse=True):
+        assert model.weight is before
