@@ -77,7 +77,8 @@ class Probe:
     but for how batches are cut and written. ``run(batch)`` calls the model as :func:`probe` does; a plain
     ``model(...)`` works too, and ``mask`` then names an argument of the forward or an entry given by
     :meth:`note` before it. On leaving, hooks are gone and training flags and grad mode are as they were on
-    entering. A compiled model runs eagerly inside the block.
+    entering. A compiled model runs eagerly inside the block. Training steps may run there: what activation
+    checkpointing runs again in a backward is not counted a second time.
 
     >>> import torch, rgfast
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))

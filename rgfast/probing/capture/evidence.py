@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from rgfast.probing.capture.recompute import Forwards
+
 __all__ = ["Evidence", "Reading", "Sizes"]
 
 # Modules of torch that hand their input on to their parts as it is.
@@ -106,8 +108,9 @@ class Evidence:
     def open(self) -> None:
         """Watch the parts with ``batch_first=False`` from now on: the size of their second axis is the
         batch's."""
+        called = Forwards().hook(self._called)
         for part in self._sequence_first:
-            self._handles.append(part.register_forward_pre_hook(self._called, with_kwargs=True))
+            self._handles.append(part.register_forward_pre_hook(called, with_kwargs=True))
 
     def close(self) -> None:
         """Stop watching."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rgfast.probing.capture.activations import find_tensor, unnested
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.outputs import Outputs
+from rgfast.probing.capture.recompute import Forwards
 from rgfast.runtime.streams import stream_of
 from rgfast.runtime.waiting import Later
 
@@ -76,7 +77,7 @@ class Watcher:
 
     It can be opened again and again, during training too: training flags and grad mode are not touched, and
     no graph is kept alive. Compiled models and modules run eagerly while it is open, since compiled code does
-    not call hooks.
+    not call hooks. What a backward runs again (activation checkpointing) is no forward.
 
     A module that runs several times in a forward is as many layers, ``name#1``, ``name#2`` and so on, and the
     layers are then in the order in which they ran. How many there are is known from the first forward in
@@ -131,16 +132,18 @@ class Watcher:
         try:
             if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
                 self._eager = torch.compiler.set_stance("force_eager")
-            self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            once = Forwards().hook
+            self._handles.append(self._model.register_forward_pre_hook(once(self._begin), with_kwargs=True))
             if streamer is None:
                 for index, tap in enumerate(self._taps):
-                    self._handles.append(self._hook(index, modules[tap.module]))
+                    self._handles.append(self._hook(index, modules[tap.module], once))
             else:
                 stack: Any = streamer
-                self._handles.append(stack.register_forward_pre_hook(self._enter_stack, with_kwargs=True))
-                self._handles.append(streamer.stream_tiles(self._receiver.tile, self._tile))
+                enter = once(self._enter_stack)
+                self._handles.append(stack.register_forward_pre_hook(enter, with_kwargs=True))
+                self._handles.append(streamer.stream_tiles(once(self._receiver.tile), self._tile))
             finish = self._finish if streamer is None else self._finish_stack
-            self._handles.append(self._model.register_forward_hook(finish))
+            self._handles.append(self._model.register_forward_hook(once(finish)))
         except BaseException:
             self.close()
             raise
@@ -160,18 +163,18 @@ class Watcher:
             self._eager.__exit__(None, None, None)
             self._eager = None
 
-    def _hook(self, index: int, module: nn.Module) -> Any:
+    def _hook(
+        self, index: int, module: nn.Module, once: Callable[[Callable[..., object]], Callable[..., None]]
+    ) -> Any:
+        def returned(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._capture(index, lambda: self._outputs.returned(index, output, args, kwargs, m))
+
+        def given(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._capture(index, lambda: self._outputs.given(index, args, kwargs, m))
+
         if self._taps[index].side == "output":
-            return module.register_forward_hook(
-                lambda m, args, kwargs, output: self._capture(
-                    index, lambda: self._outputs.returned(index, output, args, kwargs, m)
-                ),
-                with_kwargs=True,
-            )
-        return module.register_forward_pre_hook(
-            lambda m, args, kwargs: self._capture(index, lambda: self._outputs.given(index, args, kwargs, m)),
-            with_kwargs=True,
-        )
+            return module.register_forward_hook(once(returned), with_kwargs=True)
+        return module.register_forward_pre_hook(once(given), with_kwargs=True)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
