@@ -21,7 +21,7 @@ from rgfast.probing.options import parse_memory
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.sources.activations import Activations
 from rgfast.probing.sources.keep import Keeper
-from rgfast.probing.sources.replay import as_replayed
+from rgfast.probing.sources.replay import SavedActivations, as_replayed
 from rgfast.probing.spec import ProbeOptions, ProbeSpec, shows_options
 from rgfast.probing.watch import Probe, opened
 
@@ -43,7 +43,7 @@ def probe(
         model: any module. Hooks, training flags and grad mode are as before when this returns or raises. Or
             :class:`rgfast.Activations` that exist already, without ``batches``: ``layers`` then names some of
             theirs (all by ``"auto"``), and ``axes``, ``output`` and ``control`` are refused. Their ids are
-            ``result.dataset.sequence_id``.
+            ``result.dataset.sequence_id``. Of several ranks that give the same ones each reads a part.
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
             which is cut into pieces of ``batch_size``. A batch is a mapping (what ``forward`` takes by name
             is passed; the whole mapping, if ``forward`` takes a single argument of another name), a tuple
@@ -127,7 +127,9 @@ def probe(
         distributed: whether the ranks of torch.distributed probe together, each the sequences it is given:
             ``"auto"`` where torch.distributed is initialised, or torchrun started the process, with more than
             one rank; False never; True or a process group always. Every rank returns the result of all
-            sequences, rank 0's first, and rank 0 alone writes its report and files. See docs/distributed.md.
+            sequences, rank 0's first, and rank 0 alone writes its report and files. Arrays given for all
+            sequences are of the rank's own, but of all for activations that the ranks divide. See
+            docs/distributed.md.
         control: probe a control in the model's stead. ``"random_weights"``: a copy whose modules draw their
             weights anew, each by its own ``reset_parameters`` (Hugging Face models: by their configuration);
             buffers stay, and the model is as before.
@@ -177,9 +179,8 @@ def probe(
         result = _run(model, batches, spec) if spec.keep is None else _run_keeping(model, batches, spec, ids)
     if spec.control is not None:
         result.dataset.attrs.update(control=spec.control, control_seed=spec.control_seed)
-    if ids is None or len(ids) != result.dataset.attrs["sequences"]:
-        return result  # of several ranks each knows its own sequences only
-    return result.with_ids(ids)
+    ids = model.ids if isinstance(model, SavedActivations) else None
+    return result if ids is None else result.with_ids(ids)
 
 
 def _run_keeping(
@@ -203,7 +204,10 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
     watched = opened(model, spec, keeper)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
     if keeper is not None and ranks > 1:
-        raise ValueError(f"keep: one process alone keeps activations, got {ranks} ranks")
+        raise ValueError(
+            f"keep: one process alone keeps activations, got {ranks} ranks; with distributed=False each rank "
+            "keeps those of its own sequences, in a folder of its own"
+        )
     quiet = bool(rank) or not spec.shows_progress
     pieces = iterate(batches, spec.batch_size)
     if spec.control == "shuffled_tokens":

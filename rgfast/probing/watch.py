@@ -104,7 +104,11 @@ class Probe:
         self.model, self.measures = unwrapped(model), tuple(spec.measures)
         sharded = is_sharded(self.model)
         self._in_step = None if self._ranks is None or not sharded else InStep(self.model, self._ranks)
+        self._first = 0
         if isinstance(self.model, SavedActivations):
+            if self._ranks is not None:
+                self.model.divide(self._ranks)
+            self._first = self.model.first
             self._taps, chosen = self.model.taps(), f"{len(self.model.taps())} layers of saved activations"
         else:
             self._taps, chosen = resolve(self.model, spec.layers)
@@ -303,7 +307,7 @@ class Probe:
         rows = Activation(_of_stack(x, self._taps[0].name))
         every = range(len(self._taps))
         with self._home.reading([(x, stream_of(x))]):
-            self._whole = self._entries.batch([rows for _ in every], every, self._tally.sequences)
+            self._whole = self._entries.batch([rows for _ in every], every, self._seen)
 
     @_without_grad
     def tile(self, first: int, states: Tensor) -> None:
@@ -323,10 +327,15 @@ class Probe:
                 self._tally.name_layers([x.name for x in seen])
                 of_taps = [x.tap for x in seen]
                 with self._home.reading([(x.value, x.stream) for x in seen if x.value is not None]):
-                    self._add(self._entries.batch(rows, of_taps, self._tally.sequences))
+                    self._add(self._entries.batch(rows, of_taps, self._seen))
         self._whole = None
         self._entries.end()
         self._tally.passed()
+
+    @property
+    def _seen(self) -> int:
+        """The number of the next sequence."""
+        return self._first + self._tally.sequences
 
     def _add(self, batch: RowBatch) -> None:
         if self._keeper is not None:

@@ -304,8 +304,8 @@ def test_a_checkpoint_goes_on(saved, tmp_path):
 
     batches = rgfast.Activations.batches
 
-    def stopping(self, size=256, layers=None):
-        for number, batch in enumerate(batches(self, size, layers)):
+    def stopping(self, size=256, layers=None, **some):
+        for number, batch in enumerate(batches(self, size, layers, **some)):
             if number == 4:
                 raise Stop
             yield batch

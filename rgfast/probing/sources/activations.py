@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,8 @@ class Activations:
             odd = sorted({*found.layers} ^ {*table.layers})
             raise ValueError(f"path: {found.path} names and holds other layers ({', '.join(odd)})")
         self._table = table
+        self._numbers = tuple(range(len(groups)))
+        self._whole = self
         self.layers: tuple[str, ...] = found.layers or tuple(table.layers)
         self.ids = self._identified(given if given is not None else found.ids)
         self._mask = self._mask_of_all()
@@ -171,6 +174,52 @@ class Activations:
         return self._table.sequences
 
     @property
+    def shards(self) -> tuple[str, ...]:
+        """What holds all layers of some sequences each: files, batches or requests, or one for all."""
+        return tuple(group.name for group in self._table.groups)
+
+    def of_shards(self, shards: Sequence[int]) -> Activations:
+        """The sequences of some of the shards, by their numbers in :attr:`shards`, in this order.
+
+        It is what one of several processes reads, if it is not to be every rank's part in their order. A part
+        has the layers of the whole, padded to the same length. Raises TypeError for what is no number,
+        ValueError for one that is out of range or there twice.
+
+        >>> import torch, rgfast
+        >>> acts = rgfast.Activations([{"block": torch.randn(10, 3, 8)} for _ in range(4)], "N T D")
+        >>> len(acts), len(acts.of_shards([3, 0]))
+        (40, 20)
+        """
+        numbers = list(shards)
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+                raise TypeError(f"shards must be whole numbers, got {number!r}")
+            if not 0 <= number < len(self._numbers):
+                raise ValueError(f"shards must be numbers from 0 to {len(self._numbers) - 1}, got {number}")
+            if numbers.count(number) > 1:
+                raise ValueError(f"shards must not repeat a number, got {number} twice")
+        part = copy.copy(self)
+        part._table = self._table.of(numbers)
+        part._numbers = tuple(self._numbers[number] for number in numbers)
+        part.ids = None if self.ids is None else self._ids_of(numbers)
+        return part
+
+    def _ids_of(self, shards: Sequence[int]) -> tuple[int | str, ...]:
+        assert self.ids is not None
+        starts = self._table.starts
+        return tuple(one for k in shards for one in self.ids[starts[k] : starts[k + 1]])
+
+    @property
+    def whole(self) -> Activations:
+        """What :meth:`of_shards` was asked of first; this itself if it is no part."""
+        return self._whole
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The shards by their numbers in the whole."""
+        return self._numbers
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """How many positions each sequence has ``[n]``, those of its first layer if layers differ."""
         return np.repeat(np.array(self._table.lengths, dtype=np.int64), self._table.sizes)
@@ -201,17 +250,26 @@ class Activations:
         return "memory" if self._path is None else str(self._path)
 
     def __repr__(self) -> str:
-        lengths = self.lengths
-        span = f"{lengths.min()}" if not self.is_ragged else f"{lengths.min()} to {lengths.max()}"
+        lengths, span = self.lengths, f"{self._table.longest}"
+        if self.is_ragged and len(lengths):
+            span = f"{lengths.min()} to {lengths.max()}"
         return (
             f"Activations of {len(self)} sequences, {len(self.layers)} layers, {span} positions "
             f"({human_bytes(self.nbytes)})"
         )
 
-    def batches(self, size: int = 256, layers: Sequence[str] | None = None) -> Iterator[ActivationBatch]:
+    def batches(
+        self,
+        size: int = 256,
+        layers: Sequence[str] | None = None,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[ActivationBatch]:
         """Batches of ``size`` sequences in their order, or fewer that take 128 MiB.
 
-        ``layers`` reads only these. Raises ValueError for an unknown one, and for a file that has changed.
+        ``layers`` reads only these, ``first`` and ``stop`` only the sequences from one number to before
+        another. Raises ValueError for an unknown layer, and for a file that has changed.
         """
         check_positive_int(size, "size")
         names = self.layers if layers is None else tuple(layers)
@@ -220,8 +278,9 @@ class Activations:
         most = max(1, _BLOCK // self._bytes(names))
         size = min(size, most)
         block = most // size * size
-        for start in range(0, len(self), block):
-            read = self._read(start, min(start + block, len(self)), names)
+        stop = len(self) if stop is None else min(stop, len(self))
+        for start in range(first, stop, block):
+            read = self._read(start, min(start + block, stop), names)
             for at in range(0, len(read), size):
                 yield _part(read, at, size)
 
@@ -253,10 +312,9 @@ class Activations:
                 by_entry[name].append(_values(group, name, part))
             for shard in {id(shard): shard for shard, _ in group.arrays.values()}.values():
                 shard.close()
-        longest = max(table.lengths)
         layers = {name: _padded(found, table.places[name]) for name, found in by_layer.items()}
         entries = {
-            name: _padded(found, longest if name in table.by_token else None)
+            name: _padded(found, table.longest if name in table.by_token else None)
             for name, found in by_entry.items()
         }
         ids = None if self.ids is None else self.ids[start:stop]
@@ -269,7 +327,7 @@ class Activations:
         if not self.is_ragged:
             return keep
         lengths = torch.from_numpy(self.lengths[start:stop])
-        there = torch.arange(max(self._table.lengths), dtype=torch.int64, device="cpu") < lengths[:, None]
+        there = torch.arange(self._table.longest, dtype=torch.int64, device="cpu") < lengths[:, None]
         return there if keep is None else there & keep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,20 @@ class Table:
     def sequences(self) -> int:
         """How many sequences there are."""
         return int(self.starts[-1])
+
+    @property
+    def longest(self) -> int:
+        """What shorter sequences are padded to, those of other groups of the same store as well."""
+        return max(self.places.values())
+
+    def of(self, numbers: Sequence[int]) -> Table:
+        """Some of the groups."""
+        return replace(
+            self,
+            groups=[self.groups[k] for k in numbers],
+            sizes=[self.sizes[k] for k in numbers],
+            lengths=[self.lengths[k] for k in numbers],
+        )
 
 
 def check_layouts(axes: Any) -> None:

@@ -13,7 +13,9 @@ from rgfast.probing.capture.axes import AxesSpec
 from rgfast.probing.capture.layers import LayerSpec, Tap, chosen_names
 from rgfast.probing.capture.outputs import OutputSpec
 from rgfast.probing.capture.padding import PaddingSpec
+from rgfast.probing.ranks import Ranks
 from rgfast.probing.sources.activations import KEEP, Activations
+from rgfast.probing.sources.dividing import divided
 
 if TYPE_CHECKING:
     from rgfast.probing.spec import ProbeSpec
@@ -34,7 +36,8 @@ class SavedActivations(nn.Module):
 
     def __init__(self, acts: Activations, layers: str | LayerSpec | Sequence[LayerSpec]) -> None:
         super().__init__()
-        self._acts, self.source = acts, acts.source
+        self._acts, self.source, self.ids = acts, acts.source, acts.ids
+        self.first, self._stop = 0, len(acts)
         self._chosen = chosen_names(acts.layers, layers)
         for name in self._chosen:
             # Names of saved layers have dots, which add_module refuses, and are all that says what they are.
@@ -44,9 +47,14 @@ class SavedActivations(nn.Module):
         """The layers that were asked for."""
         return [Tap(name, name, "output") for name in self._chosen]
 
+    def divide(self, ranks: Ranks) -> None:
+        """Play back what is this rank's. Raises ValueError if a sequence is two ranks'."""
+        share = divided(self._acts, ranks)
+        self.first, self._stop, self.ids = share.first, share.stop, share.ids
+
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """All sequences, as mappings of layers and entries by name."""
-        for batch in self._acts.batches(size, self._chosen):
+        """All sequences that are this rank's, as mappings of layers and entries by name."""
+        for batch in self._acts.batches(size, self._chosen, first=self.first, stop=self._stop):
             number = torch.arange(batch.start, batch.start + len(batch), dtype=torch.int64, device="cpu")
             keep = {KEEP: batch.keep} if self._acts.is_ragged and batch.keep is not None else {}
             yield {_NUMBER: number, **batch.entries, **keep, **batch.layers}
