@@ -46,6 +46,7 @@ from rgfast.ops.spectrum import (
     singular_values_from_moment,
     stable_rank,
 )
+from rgfast.runtime.known_answers import warmup
 from rgfast.stack import MaskedTokenModel, ResidualStack
 from rgfast.version import __version__
 
@@ -128,6 +129,7 @@ __all__ = [
     "singular_values_from_moment",
     "stable_rank",
     "sweep",
+    "warmup",
 ]
 
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.

@@ -32,6 +32,7 @@ __all__ = [
     "ImplUnavailable",
     "Op",
     "Record",
+    "Unproven",
     "explain",
     "implementations",
     "is_plain",
@@ -52,7 +53,22 @@ class ImplUnavailable(RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """``impl="auto"`` took the reference where a faster implementation was expected."""
+    """``impl="auto"`` took the reference where a faster implementation was expected, or another one in place
+    of one whose results are not to be trusted here."""
+
+
+class Unproven(str):
+    """Why an implementation is not trusted here: ``auto`` warns of it, whatever it takes instead.
+
+    ``passing``: it may be trusted the next time, so that the choice made without it is not kept.
+    """
+
+    passing: bool
+
+    def __new__(cls, reason: str, *, passing: bool = False) -> Unproven:
+        made = super().__new__(cls, reason)
+        made.passing = passing
+        return made
 
 
 class HandOff(Exception):
@@ -97,6 +113,8 @@ class Impl:
     which ``auto`` chooses; ``run(call)`` the result. ``devices`` are the device types that it runs on (None:
     all). ``missing()`` says why it can run nothing in this process (its module failed to import, say).
     ``by_name_only(call)`` says why ``auto`` leaves it alone although it can run, if not for its time.
+    ``unproven(call)`` is asked last, when nothing else speaks against it, and may try it out: it says why its
+    results are not to be trusted here, as an :class:`Unproven`.
     A ``route`` is made of other ops' or implementations' results: ``auto`` may take it, no name calls it.
     """
 
@@ -109,6 +127,7 @@ class Impl:
     by_name_only: Callable[[Any], str | None] = _nothing
     isa: Callable[[], str | None] = _nothing
     route: bool = False
+    unproven: Callable[[Any], Unproven | None] = _nothing
 
     def refusal(self, call: Any) -> str | None:
         """Why it cannot run this call here, or None."""
@@ -120,7 +139,8 @@ class Impl:
 
 class _Choice(typing.NamedTuple):
     impl: Impl
-    passed_over: tuple[str, ...]  # sentences that warn of a fallback
+    passed_over: tuple[str, ...] = ()  # sentences that warn of a fallback
+    lasting: bool = True
 
 
 class Op:
@@ -154,19 +174,21 @@ class Op:
         """The implementation to run for this call; see the module's docstring for the rule."""
         if torch.compiler.is_compiling():  # traced once and run many times: there is nothing to cache
             choice = self._choose(impl, call)
-            self._forbid(choice.passed_over)
+            self._forbid(choice)
             return choice.impl
         if _ASKING.get():
             raise _Asked(self, call)
         kind = call.shape_class()
-        found = None if kind is None else self._chosen.get((impl, kind))
+        # Of two GPUs one may be of another architecture, or broken.
+        key = (impl, call.device, kind)
+        found = None if kind is None else self._chosen.get(key)
         choice = found or self._choose(impl, call)
-        if found is None and kind is not None:
+        if found is None and kind is not None and choice.lasting:
             if len(self._chosen) >= _MOST_CACHED:
                 self._chosen.clear()
-            self._chosen[impl, kind] = choice
+            self._chosen[key] = choice
         if choice.passed_over:
-            self._warn(choice.passed_over)
+            self._warn(choice)
         return choice.impl
 
     def find(self, impl: str, call: Any) -> Impl | None:
@@ -211,7 +233,10 @@ class Op:
 
     def candidates(self, call: Any) -> list[tuple[Impl, str | None]]:
         """Every implementation with the reason why ``auto`` does not take it, None where it could."""
-        return [(impl, impl.refusal(call) or impl.by_name_only(call)) for impl in self.impls.values()]
+        return [
+            (impl, impl.refusal(call) or impl.by_name_only(call) or impl.unproven(call))
+            for impl in self.impls.values()
+        ]
 
     def _hand_off(self, rest: HandOff, chosen: Impl, named: bool) -> Any:
         if named:
@@ -231,10 +256,10 @@ class Op:
         if chosen is None or chosen.route:
             have = ", ".join(each.name for each in self.impls.values() if not each.route)
             raise ImplUnavailable(f"{self.name}: there is no {impl!r} implementation (there are: {have})")
-        reason = chosen.refusal(call)
+        reason = chosen.refusal(call) or chosen.unproven(call)
         if reason is not None:
             raise self._refused(impl, reason)
-        return _Choice(chosen, ())
+        return _Choice(chosen)
 
     def _refused(self, impl: str, reason: str) -> ImplUnavailable:
         return ImplUnavailable(f"{self.name}: impl={impl!r} cannot run this input: {reason}")
@@ -248,23 +273,29 @@ class Op:
             raise ImplUnavailable(f"{self.name}: nothing can run this input on {call.device.type} ({why})")
         costs = [impl.cost(call) for impl in able]  # a tracer does not follow min() with a key
         best = able[costs.index(min(costs))]
-        if best.name != "reference":
-            return _Choice(best, ())
+        slow = best.name == "reference"
         # Two that are missing for the same reason are told once, as the first of them.
-        told = {reason: impl.name for impl, reason in reversed(refused) if _expected(impl, call)}
-        return _Choice(best, tuple(f"{name} cannot run ({reason})" for reason, name in told.items()))
+        told = {
+            reason: impl.name
+            for impl, reason in reversed(refused)
+            if isinstance(reason, Unproven) or (slow and _expected(impl, call))
+        }
+        lasting = not any(isinstance(reason, Unproven) and reason.passing for reason in told)
+        return _Choice(best, tuple(f"{name} cannot run ({why})" for why, name in told.items()), lasting)
 
-    def _forbid(self, passed_over: tuple[str, ...]) -> None:
-        if passed_over and os.environ.get("RGFAST_STRICT") == "1":
-            message = f"{self.name}: {passed_over[0]}; using reference, which RGFAST_STRICT=1 forbids"
+    def _forbid(self, choice: _Choice) -> None:
+        if choice.passed_over and os.environ.get("RGFAST_STRICT") == "1":
+            reason, instead = choice.passed_over[0], choice.impl.name
+            message = f"{self.name}: {reason}; using {instead}, which RGFAST_STRICT=1 forbids"
             raise ImplUnavailable(message)
 
-    def _warn(self, passed_over: tuple[str, ...]) -> None:
-        self._forbid(passed_over)
-        for reason in passed_over:
+    def _warn(self, choice: _Choice) -> None:
+        self._forbid(choice)
+        for reason in choice.passed_over:
             if (self.name, reason) not in _WARNED:
                 _WARNED.add((self.name, reason))
-                warnings.warn(f"{self.name}: {reason}; using reference", FallbackWarning, _outside())
+                message = f"{self.name}: {reason}; using {choice.impl.name}"
+                warnings.warn(message, FallbackWarning, _outside())
 
 
 def _expected(impl: Impl, call: Any) -> bool:
@@ -375,7 +406,7 @@ def explain(what: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explan
     """Every implementation for this input, with the reason why it is refused and its cost in seconds.
 
     Takes a public function, or its name or that of an op, and the arguments of the function (without
-    ``impl``), which are validated. Nothing is computed.
+    ``impl``), which are validated. Nothing is computed of them.
 
     >>> import rgfast, torch
     >>> rgfast.explain(rgfast.effective_rank, torch.randn(8, 4)).candidates[-1]

@@ -6,7 +6,7 @@ import torch
 
 import rgfast
 from rgfast import FallbackWarning, ImplUnavailable, dispatch
-from rgfast.dispatch import HandOff, Impl, Op
+from rgfast.dispatch import HandOff, Impl, Op, Unproven
 from rgfast.runtime import native
 
 
@@ -53,6 +53,58 @@ def test_auto_takes_the_cheapest_that_can_without_a_word(options, taken):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make(**options)("auto", Call(3)) == (taken, 3)
+
+
+def doubted(reasons, devices=("cpu",)):
+    """An op whose fastest implementation is trusted or not as ``reasons`` says, one after another."""
+    fast = Impl("cuda", lambda call: "cuda", unproven=lambda call: reasons.pop(0), devices=devices)
+    library = Impl("library", lambda call: "library", cost=lambda call: 1.0)
+    return Op("toy", [fast, library, Impl("reference", lambda call: "reference", cost=lambda call: 2.0)])
+
+
+def test_auto_warns_of_one_that_is_not_trusted_whatever_it_takes_instead(monkeypatch):
+    reasons = [Unproven("it is wrong here"), Unproven("it is wrong here")]
+    op = doubted(reasons)
+    with pytest.warns(FallbackWarning, match=r"^toy: cuda cannot run \(it is wrong here\); using library$"):
+        assert op("auto", Call(3)) == "library"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op("auto", Call(3)) == "library"
+    assert len(reasons) == 1  # the choice was kept
+    with pytest.raises(ImplUnavailable, match="impl='cuda' cannot run this input: it is wrong here"):
+        op("cuda", Call(3))
+    monkeypatch.setenv("RGFAST_STRICT", "1")
+    with pytest.raises(
+        ImplUnavailable, match=r"it is wrong here\); using library, which RGFAST_STRICT=1 forbids"
+    ):
+        op("auto", Call(3))
+
+
+def test_a_choice_that_may_be_another_the_next_time_is_not_kept():
+    op = doubted([Unproven("not now", passing=True), None])
+    with pytest.warns(FallbackWarning, match="not now"):
+        assert op("auto", Call(3)) == "library"
+    assert op("auto", Call(3)) == "cuda"
+    assert op("auto", Call(3)) == "cuda"
+
+
+def test_one_that_auto_leaves_alone_is_not_tried_out():
+    tried = []
+    fast = Impl("cuda", lambda call: "cuda", by_name_only=lambda call: "slow", unproven=tried.append)
+    op = Op("toy", [fast, Impl("reference", lambda call: "reference")])
+    assert op("auto", Call(3)) == "reference"
+    assert tried == []
+    assert op("cuda", Call(3)) == "cuda"
+    assert len(tried) == 1
+
+
+def test_a_choice_is_made_for_each_device():
+    op = doubted([None, Unproven("it is wrong there")], devices=("cuda",))
+    first, second = (Call(3, torch.device("cuda", k)) for k in range(2))
+    assert op("auto", first) == "cuda"
+    with pytest.warns(FallbackWarning, match="it is wrong there"):
+        assert op("auto", second) == "library"
+    assert op("auto", first) == "cuda"
 
 
 def test_a_named_implementation_runs_what_auto_leaves_alone():

@@ -26,6 +26,7 @@ __all__ = [
     "device_refusal",
     "facts",
     "images",
+    "is_gpu",
     "launch",
     "missing",
     "multiprocessors",
@@ -105,9 +106,14 @@ def missing() -> str | None:
     return None
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether ``device`` is of the type that kernels are for, be there one or not."""
+    return device.type in _TYPES
+
+
 def device_refusal(device: torch.device) -> str | None:
     """Why no kernel can run on ``device``, None if one might: :func:`missing`, or no image for it."""
-    if device.type not in _TYPES:
+    if not is_gpu(device):
         return f"it runs on CUDA devices, not on {device.type}"
     reason = missing()
     if reason is not None:

@@ -4,7 +4,7 @@ import fake_driver
 import pytest
 import torch
 
-from rgfast.runtime import native
+from rgfast.runtime import known_answers, native
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,24 @@ def package(fake, monkeypatch, tmp_path):
         return fake_driver.install(monkeypatch, fake.path, path if there else None)
 
     return fresh
+
+
+@pytest.fixture(scope="session")
+def filling_library(tmp_path_factory):
+    return fake_driver.build(tmp_path_factory.mktemp("filling_driver"), "filling.cpp")
+
+
+@pytest.fixture
+def filling(filling_library, monkeypatch, tmp_path):
+    """The library that runs the package's simplest kernel, opened as the driver; nothing was tried there."""
+    made = fake_driver.Fake(filling_library)
+    made.reset()
+    made.mistake(0)
+    image = tmp_path / "filling.fatbin"
+    image.write_bytes(fake_driver.fat_binary())
+    fake_driver.install(monkeypatch, made.path, image)
+    monkeypatch.setattr(known_answers, "_TRIED", {})
+    return made
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from rgfast.runtime import cuda
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
-def build(folder: Path) -> Path:
-    """Compile the library, which records and runs nothing, into ``folder``."""
+def build(folder: Path, *more: str) -> Path:
+    """Compile the library, which records and runs nothing, into ``folder``, with ``more`` sources."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "clang++"
     library = folder / "librgfast_fake_cuda.so"
-    source = CSRC / "driver" / "tests" / "fake.cpp"
-    words = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", str(source), "-o", str(library)]
+    sources = [str(CSRC / "driver" / "tests" / name) for name in ("fake.cpp", *more)]
+    words = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}", *sources, "-o", str(library)]
     subprocess.run(words, check=True, timeout=200)
     return library
 
@@ -61,6 +61,10 @@ class Fake:
 
     def lacks(self, function: str) -> None:
         self._library.fake_lacks(function.encode())
+
+    def mistake(self, which: int) -> None:
+        """Plant a mistake into the kernel that the library runs; see csrc/driver/tests/filling.cpp."""
+        self._library.filling_mistake(which)
 
     def log(self, *names: str) -> list[dict[str, Any]]:
         """All calls since the last one of this, or those of the functions named."""
