@@ -6,12 +6,16 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rgfast.bench import ROOMS
 from rgfast.commands.errors import DONE, FAILED
 from rgfast.commands.parser import add_json, print_json
+
+if TYPE_CHECKING:
+    from rgfast.bench.suite import Report
 
 __all__ = ["add_bench"]
 
@@ -33,6 +37,7 @@ def add_bench(commands: Any) -> None:
         "  rgfast bench --quick\n"
         "  rgfast bench --only cka probe --threads 1 --out runs/bench-one\n"
         "  rgfast bench --device cuda --only spectrum moments\n"
+        "  rgfast bench --device cuda --save\n"
         "  RGFAST_ISA=avx2 rgfast bench --json > bench.json",
     )
     bench.add_argument("--quick", action="store_true", help="few and small cases: under two minutes")
@@ -41,6 +46,12 @@ def add_bench(commands: Any) -> None:
     )
     bench.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the cases run (default: both, if there is a GPU)"
+    )
+    bench.add_argument(
+        "--save",
+        action="store_true",
+        help="time our kernels for GPUs, too, and save that for this user: auto takes a kernel only on an "
+        "architecture where it was measured (with --device cuda)",
     )
     bench.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's own number)")
     bench.add_argument(
@@ -59,11 +70,16 @@ def _bench(args: argparse.Namespace) -> int:
     from rgfast.bench import suite
     from rgfast.bench.timing import threads
     from rgfast.files import as_json, write_text
+    from rgfast.runtime.measured import saved
     from rgfast.validation import check_integer
 
     if args.threads is not None:
         check_integer(args.threads, "threads", least=1, most=os.cpu_count())
+    if args.save and args.device != "cuda":
+        raise ValueError("save must come with device cuda: what is saved are times of kernels for GPUs")
     where = suite.devices(args.device)
+    if args.save:
+        saved()  # a file that cannot be read is refused before anything is timed
     seconds = (0.5 if args.quick else 1.5) if args.seconds is None else args.seconds
     if not 0 < seconds < 3600:
         raise ValueError(f"seconds must lie between 0 and 3600, got {seconds:g}")
@@ -83,6 +99,8 @@ def _bench(args: argparse.Namespace) -> int:
                 for row in suite.run(report, only, seconds=seconds, tell=_aside):
                     if not args.json:
                         print(suite.row_line(row), flush=True)
+                if args.save and report.green:
+                    _save(report, only, seconds)
             except KeyboardInterrupt as stop:
                 stop.args = ("nothing was written",)
                 raise
@@ -102,11 +120,31 @@ def _bench(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _save(report: Report, only: Sequence[str], seconds: float) -> None:
+    """Time kernels against other implementations, and put that into the user's table unless one is wrong."""
+    from rgfast.bench.saving import measured
+    from rgfast.bench.timing import WrongResult
+    from rgfast.runtime.measured import save
+
+    rows = []
+    try:
+        for row in measured(only, seconds=seconds, size="quick" if report.quick else "full", tell=_aside):
+            _aside(
+                f"{row.impl} of {row.op}, {row.case}: {row.times_faster:.2f} times as fast as {row.against}"
+            )
+            rows.append(row)
+    except WrongResult as error:
+        report.gate.append(error.check)
+        return
+    _aside(f"saved to {save(rows)}" if rows else "nothing was saved: no kernel for GPUs ran")
+
+
 def _said(args: argparse.Namespace) -> list[str]:
     """The options that decide what is measured, as they were given."""
     words = ["--quick"] if args.quick else []
     words += ["--only", *args.only] if args.only else []
     words += ["--device", args.device] if args.device else []
+    words += ["--save"] if args.save else []
     words += ["--threads", str(args.threads)] if args.threads else []
     return words + (["--seconds", f"{args.seconds:g}"] if args.seconds else [])
 

@@ -4,7 +4,7 @@ import fake_driver
 import pytest
 import torch
 
-from rgfast.runtime import known_answers, native
+from rgfast.runtime import native
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,6 @@ def filling(filling_library, monkeypatch, tmp_path):
     image = tmp_path / "filling.fatbin"
     image.write_bytes(fake_driver.fat_binary())
     fake_driver.install(monkeypatch, made.path, image)
-    monkeypatch.setattr(known_answers, "_TRIED", {})
     return made
 
 

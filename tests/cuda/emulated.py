@@ -14,12 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_driver
 import pytest
 import torch
 from fake_driver import Fake, fat_binary
 
 from rgfast.dispatch import Op
-from rgfast.runtime import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,8 +77,5 @@ def install(library: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Emu
     gpu.seed(0)
     image = folder / "emulated.fatbin"
     image.write_bytes(fat_binary())
-    monkeypatch.setenv("RGFAST_CUDA_DRIVER", gpu.path)
-    monkeypatch.setattr(cuda, "_file", lambda: image)
-    monkeypatch.setattr(cuda, "_opened", None)
-    monkeypatch.setattr(cuda, "_TYPES", {"cuda", gpu.device.type})
+    fake_driver.install(monkeypatch, gpu.path, image)
     return gpu

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from rgfast.runtime import cuda
+from rgfast.runtime import cuda, known_answers
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -35,6 +35,7 @@ def install(monkeypatch: Any, library: Path | str, image: Path | None) -> Any:
     monkeypatch.setattr(cuda, "_TYPES", {"cuda", "cpu"})
     monkeypatch.setattr(cuda, "_file", lambda: image)
     monkeypatch.setattr(cuda, "_opened", None)
+    monkeypatch.setattr(known_answers, "_TRIED", {})
     return cuda
 
 

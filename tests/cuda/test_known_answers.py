@@ -18,7 +18,11 @@ from rgfast.runtime import cuda, known_answers
 from rgfast.runtime.known_answers import KnownAnswer, register, unproven
 
 FILL = "rgfast_fill"
-MISTAKES = {1: r"off by 1.0e-09, more than 0.0e\+00", 2: "not a number", 3: r"off by 1.0e\+00, more than 0.0e\+00"}
+MISTAKES = {
+    1: r"off by 1.0e-09, more than 0.0e\+00",
+    2: "not a number",
+    3: r"off by 1.0e\+00, more than 0.0e\+00",
+}
 
 
 class Call(NamedTuple):
@@ -147,6 +151,12 @@ def test_warming_up_says_why_kernels_cannot_run(package, monkeypatch):
         assert "built without kernels for GPUs" in rgfast.warmup(device)[FILL]
     with pytest.raises(ValueError, match="device must be a CUDA device, got 'meta'"):
         rgfast.warmup("meta")
+
+
+def test_every_kernel_of_the_package_has_an_answer_and_gives_it(emulated_gpu):
+    found = rgfast.warmup(emulated_gpu.device)
+    kernels = [name for name in emulated_gpu.kernels() if not name.startswith("rgfast_fault_")]
+    assert {name: found[name] for name in kernels} == dict.fromkeys(kernels)
 
 
 def test_any_number_of_threads_try_it_once(filling, op):
