@@ -12,7 +12,7 @@ from torch import Tensor
 from rgfast import dispatch
 from rgfast.dispatch import Impl, ImplName
 from rgfast.ops.residual_mlp.call import Call
-from rgfast.ops.residual_mlp.impl import mkl, native
+from rgfast.ops.residual_mlp.impl import mkl, native, triton
 from rgfast.ops.residual_mlp.pinned import residual_mlp_pinned
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS
 from rgfast.validation import as_real_tensor, check_choice
@@ -54,6 +54,7 @@ OP = dispatch.Op(
     [
         native.BLOCK,
         mkl.BLOCK,
+        triton.BLOCK,
         Impl(
             "fp64",
             _in_fp64,
@@ -108,6 +109,8 @@ def residual_mlp(
     fp64 is computed in fp64 and fp32 in fp32. bf16 and fp16 are storage: computed in fp32, rounded once at
     the end. ``x`` and the parameters may mix fp32, bf16 and fp16 (autocast regions hand over such mixtures);
     fp64 mixes with nothing. The result has the dtype and device of ``x``. Autocast does not reach inside.
+    ``impl="triton"`` multiplies as eager PyTorch would on a GPU instead: in bf16 or fp16 if ``x`` and both
+    weights are, in autocast's type inside its region, and in TF32 if torch is set to allow that.
     Differentiable in every tensor argument.
 
     Raises:

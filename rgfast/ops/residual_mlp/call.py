@@ -80,7 +80,7 @@ class Call(NamedTuple):
         x, w1 = self.x, self.w1
         if not is_plain(x):
             return None
-        return x.device.type, x.dtype, x.numel(), w1.shape, self.across, self.recorded()
+        return x.device, x.dtype, x.numel(), w1.shape, self.across, self.recorded()
 
 
 class StackCall(NamedTuple):
@@ -102,4 +102,4 @@ class StackCall(NamedTuple):
         if not is_plain(x):
             return None
         hidden = tuple(layer.w1.shape[0] for layer in self.layers)
-        return x.device.type, x.dtype, x.numel(), x.shape[-1], hidden, self.recorded()
+        return x.device, x.dtype, x.numel(), x.shape[-1], hidden, self.recorded()

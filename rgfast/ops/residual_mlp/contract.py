@@ -19,7 +19,7 @@ from rgfast.ops.residual_mlp.compiled import backward, check_memory, forward
 from rgfast.ops.residual_mlp.reference import residual_mlp_reference
 from rgfast.runtime.threads import all_on_one_thread
 
-__all__ = ["run"]
+__all__ = ["differentiable_gradients", "run"]
 
 # The backward pass reads the first product's sums instead of forming them again from this width on, but for
 # few rows.
@@ -70,7 +70,7 @@ class _Block(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:TENSORS]
         *saved, sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(ctx, saved, dy, wanted)
+            gradients = differentiable_gradients(ctx, saved, dy, wanted)
         else:
             call = Call(*saved, *ctx.options)
             check_memory(call, dy)  # parameters may have become others since, as by module.half()
@@ -78,7 +78,7 @@ class _Block(torch.autograd.Function):
         return (*gradients, *rest)
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     ctx: Any, saved: list[Tensor | None], dy: Tensor, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     # The kernels' gradient has no gradient: it is taken from the formula.

@@ -1,0 +1,87 @@
+"""What the Triton block needs of a machine and of a call, and which products a call gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import torch
+
+from rgfast.ops.residual_mlp.call import Call
+
+__all__ = ["LEAST_TRITON", "Products", "capability", "dtype_of", "missing", "products_of", "too_old"]
+
+# The type that products have the accuracy of. "fp32" and "tf32" are made of fp16 ones.
+Products = Literal["bf16", "fp16", "tf32", "fp32"]
+
+# The oldest that compiles every kernel here, and what torch 2.8 brings.
+LEAST_TRITON = (3, 4)
+_LEAST_CAPABILITY = (8, 0)
+_HALVES: dict[torch.dtype, Products] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def dtype_of(products: str) -> torch.dtype:
+    """The type in which the library multiplies for these products."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(products, torch.float32)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no kernel can be compiled in this process, or None. Triton itself is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not importable"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "Triton's version is not known"
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < LEAST_TRITON:
+        return f"Triton {found} is older than {'.'.join(map(str, LEAST_TRITON))}"
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs, and this PyTorch is for AMD's"
+    compiler = os.environ.get("CC")
+    if shutil.which(compiler) is None if compiler else not (shutil.which("gcc") or shutil.which("clang")):
+        wanted = f"CC={compiler} is not one" if compiler else "neither gcc nor clang is there"
+        return f"Triton builds its launchers with a C compiler, and {wanted}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why a GPU's tensor cores do not have these products, or None."""
+    major, minor = capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"it is for compute capability 8.0 and later, and this GPU has {major}.{minor}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 this is what older switches set, too; reading those may then be an error.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
+def products_of(call: Call) -> Products:
+    """The products that a call gets: autocast's, those of its own half type, or TF32 or fp32 as torch is set.
+
+    Where types are mixed outside autocast, they are widened to fp32.
+    """
+    kind = call.x.device.type
+    if torch.is_autocast_enabled(kind):
+        return _HALVES[torch.get_autocast_dtype(kind)]
+    dtype = call.x.dtype
+    if dtype in _HALVES and call.w1.dtype == dtype and call.w2.dtype == dtype:
+        return _HALVES[dtype]
+    return "tf32" if _tf32_allowed() else "fp32"

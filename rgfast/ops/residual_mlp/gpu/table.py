@@ -1,0 +1,78 @@
+"""How each kernel is cut into tiles, by architecture and width: measured on an H100, chosen for others.
+
+The rows for "h100" are the fastest of those tried there. Those of the other groups are the nearest that fit
+into shared memory without spills in the inner loop: nothing was run on these cards.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+__all__ = ["BACKWARD", "FORWARD", "GROUPS", "WIDEST", "Form", "Tile", "form_of", "group_of", "padded"]
+
+Form = Literal["plain", "single", "split"]
+
+# The widest block that is fused: a wider one does not fit on a multiprocessor.
+WIDEST = 256
+
+
+class Tile(NamedTuple):
+    """Rows and hidden units of a tile, warps, stages of the pipeline, and parts that columns are cut into."""
+
+    rows: int
+    units: int
+    warps: int
+    stages: int
+    halves: int = 1
+
+
+# Shared memory per block is 227 KiB in the first two groups, 163 KiB and 99 KiB in the others. The second
+# keeps sums in tensor memory, too small for split products at 256 unless a tile has fewer than 64 rows.
+GROUPS = {"h100": (90,), "b200": (100, 103), "a100": (80, 87), "other": (86, 89, 120, 121)}
+
+_SMALL = Tile(64, 64, 4, 2)
+FORWARD: dict[tuple[str, Form], dict[int, Tile]] = {
+    ("h100", "plain"): {64: _SMALL, 128: _SMALL, 256: Tile(128, 64, 8, 2)},
+    ("h100", "single"): {64: _SMALL, 128: _SMALL, 256: Tile(128, 64, 8, 2, 2)},
+    ("h100", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 1, 2)},
+    ("b200", "plain"): {64: _SMALL, 128: _SMALL, 256: Tile(128, 64, 8, 2)},
+    ("b200", "single"): {64: _SMALL, 128: _SMALL, 256: Tile(64, 32, 8, 2, 2)},
+    ("b200", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1, 2)},
+    ("a100", "plain"): {64: _SMALL, 128: _SMALL, 256: Tile(64, 32, 8, 2)},
+    ("a100", "single"): {64: _SMALL, 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2, 2)},
+    ("a100", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1, 2)},
+    ("other", "plain"): {64: _SMALL, 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 1)},
+    ("other", "single"): {64: _SMALL, 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 1, 2)},
+    ("other", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(64, 32, 8, 1, 2)},
+}
+BACKWARD: dict[tuple[str, Form], dict[int, Tile]] = {
+    ("h100", "plain"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2, 2)},
+    ("h100", "single"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2, 2)},
+    ("h100", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 1, 2)},
+    ("b200", "plain"): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2, 2)},
+    ("b200", "single"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2, 2)},
+    ("b200", "split"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1, 2)},
+    ("a100", "plain"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 2, 2)},
+    ("a100", "single"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1, 2)},
+    ("a100", "split"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1, 2)},
+    ("other", "plain"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1, 2)},
+    ("other", "single"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1, 2)},
+    ("other", "split"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 1, 2)},
+}
+
+
+def group_of(capability: tuple[int, int]) -> str:
+    """The group whose tiles an architecture gets; one not named gets the smallest."""
+    number = 10 * capability[0] + capability[1]
+    return next((group for group, numbers in GROUPS.items() if number in numbers), "other")
+
+
+def form_of(products: str) -> Form:
+    """How the kernels make products of a type."""
+    forms: dict[str, Form] = {"fp32": "split", "tf32": "single"}
+    return forms.get(products, "plain")
+
+
+def padded(width: int) -> int:
+    """The columns of a tile: a power of two, and at least what the tensor cores take."""
+    return max(16, 1 << (width - 1).bit_length())

@@ -1,0 +1,55 @@
+"""The Triton block on a GPU: the checks that are interpreted elsewhere, and the same bits run after run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rgfast
+
+CHECKS = Path(__file__).resolve().parents[1] / "ops" / "residual_mlp" / "triton_checks.py"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch finds"),
+]
+
+
+def test_what_the_interpreter_checks(tmp_path):
+    done = subprocess.run(
+        [sys.executable, CHECKS, tmp_path / "found.json"],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    failed = {
+        name: {k: v for k, v in each.items() if v is False or not v <= 1} if isinstance(each, dict) else each
+        for name, each in found.items()
+    }
+    assert {name: each for name, each in failed.items() if each} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_large_block_by_name(d, dtype):
+    generator = torch.Generator().manual_seed(d)
+    shapes = ((40_000, d), (4 * d, d), (d, 4 * d))
+    x, w1, w2 = (torch.randn(*s, generator=generator).to("cuda", dtype) for s in shapes)
+    w1, w2 = w1 / d**0.5, w2 / d**0.5
+
+    def run(*given, impl="triton"):
+        leaves = [t.clone().requires_grad_() for t in given]
+        y = rgfast.residual_mlp(leaves[0], leaves[1], None, leaves[2], None, impl=impl)
+        return [y.detach(), *torch.autograd.grad(y, leaves, y.detach())]
+
+    want = run(*(t.double() for t in (x, w1, w2)), impl="reference")
+    got, again = run(x, w1, w2), run(x, w1, w2)
+    allowed = 1e-6 if dtype == torch.float32 else 1e-2
+    for found, same, wanted in zip(got, again, want, strict=True):
+        assert torch.equal(found, same)
+        assert float((found.double() - wanted).norm() / wanted.norm()) < allowed
