@@ -1,2 +1,3 @@
 // Every kernel of the package in one translation unit, which becomes rgfast/_kernels.fatbin.
 #include "fill.cu"
+#include "spectrum.cu"

@@ -6,6 +6,7 @@ A choice between implementations takes their ratios, which differ less from card
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +22,7 @@ __all__ = [
     "STREAM",
     "TRANSFER",
     "WAIT",
+    "between",
     "by_itself",
     "by_name_on_cpu",
     "cache_bytes",
@@ -62,6 +64,18 @@ def seconds(launches: float, moved: float, products: float = 0.0) -> float:
     The host queues ahead of the device, so that the slower of the two counts.
     """
     return max(LAUNCH * launches, moved / STREAM + products / PRODUCTS)
+
+
+def between(table: dict[int, tuple[float, ...]], d: int) -> tuple[float, ...]:
+    """A row of a table, between two sizes along a power of the size; those of its ends beyond them."""
+    sizes = sorted(table)
+    d = min(max(d, sizes[0]), sizes[-1])
+    above = next(size for size in sizes if size >= d)
+    if d == above:
+        return table[d]
+    below = sizes[sizes.index(above) - 1]
+    at = math.log(d / below) / math.log(above / below)
+    return tuple(low ** (1 - at) * high**at for low, high in zip(table[below], table[above], strict=True))
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from rgfast.dispatch import Impl, Op
 from rgfast.ops.device import TRANSFER, WAIT
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.call import Rows, Symmetric
-from rgfast.ops.spectrum.impl import library, native
+from rgfast.ops.spectrum.impl import cuda, library, native
 from rgfast.runtime.threads import no_autocast, on_one_thread, one_thread
 
 __all__ = ["EIGVALSH", "GRAM", "RANKS", "SPECTRUM"]
@@ -88,6 +88,7 @@ EIGVALSH = Op(
     "eigvalsh",
     [
         native.EIGVALSH,
+        cuda.EIGVALSH,
         library.EIGVALSH,
         Impl(
             "on the CPU",
@@ -106,6 +107,7 @@ SPECTRUM = Op(
     "spectrum",
     [
         native.SPECTRUM,
+        cuda.SPECTRUM,
         library.SPECTRUM,
         Impl(
             "parts",

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from rgfast.dispatch import Impl
-from rgfast.ops.device import LAUNCH, by_itself, by_name_on_cpu, cache_bytes, memory_bytes, seconds
+from rgfast.ops.device import LAUNCH, between, by_itself, by_name_on_cpu, memory_bytes
+from rgfast.ops.spectrum import products
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.runtime.threads import no_autocast, on_one_thread
 
@@ -48,9 +49,6 @@ _ONE_BY_ONE: dict[int, tuple[float, ...]] = {
 # of which a GPU's quarter is given.
 _MOST, _WORK = 16_384, 20
 _CHECKS = 25  # operators of a call, with its checks
-# Rows per partial sum of a moment, as the error bound counts them.
-_TILE = 256
-_PART_BYTES, _WORTH_A_LAUNCH = 32 << 20, 8 << 20
 
 
 def loops(device_type: str) -> bool:
@@ -82,26 +80,14 @@ def solving(count: int, d: int, dtype: torch.dtype, device: torch.device) -> flo
         return on_cpu(count, d, dtype)
     beyond = max(1.0, d / max(_BATCHED)) ** 3
     if loops(device.type):
-        return 1e-6 * count * beyond * _between(_ONE_BY_ONE, d)[0]
-    few, many, single = _between(_BATCHED, d)
+        return 1e-6 * count * beyond * between(_ONE_BY_ONE, d)[0]
+    few, many, single = between(_BATCHED, d)
     slope = (many - few) / (400 - 64)
     # Every call has to fill its pipelines, and few matrices do not.
     calls = -(-count // at_once(d, device)) if count else 0
     milliseconds = calls * max(few - 64 * slope, 0.0) + count * slope
     share = single if dtype == torch.float32 else 1.0
     return _CHECKS * LAUNCH * calls + 1e-3 * milliseconds * share * beyond
-
-
-def _between(table: dict[int, tuple[float, ...]], d: int) -> tuple[float, ...]:
-    """A row of a table, between two sizes along a power of the size; those of its ends beyond them."""
-    sizes = sorted(table)
-    d = min(max(d, sizes[0]), sizes[-1])
-    above = next(size for size in sizes if size >= d)
-    if d == above:
-        return table[d]
-    below = sizes[sizes.index(above) - 1]
-    at = math.log(d / below) / math.log(above / below)
-    return tuple(low ** (1 - at) * high**at for low, high in zip(table[below], table[above], strict=True))
 
 
 def at_once(d: int, device: torch.device) -> int:
@@ -157,71 +143,13 @@ def _cost(call: Symmetric) -> float:
 EIGVALSH = Impl("library", _eigvalsh, cost=_cost)
 
 
-def gram(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `reference.gram` returns, in the same tiles, by fewer passes over rows that stay in the cache."""
-    x, m = call.x.detach(), call.side
-    b, n, d = x.shape
-    matrix = torch.empty((b, m, m), dtype=torch.float64, device=x.device)
-    accumulated = torch.empty(b, dtype=torch.float64, device=x.device)
-    exponent, limit = torch.zeros((2, b), dtype=torch.int64, device=x.device)
-    step = _matrices_at_once(call)
-    with by_itself(x.device.type):
-        for start in range(0, b, step):
-            part = slice(start, min(start + step, b))
-            y, first = _shifted(call, part, exponent)
-            if call.centering == "mean":
-                mean = y.mean(1, keepdim=True)
-                y.sub_(mean)
-                accumulated[part] = y.square().sum((1, 2)) + n * mean.square().sum((1, 2))
-            else:
-                mean = (y - first[:, None]).mean(1, keepdim=True)
-                accumulated[part] = y.square().sum((1, 2))
-            if call.means is not None:
-                call.means[part] = first + mean[:, 0]
-            live = y != 0
-            rows = live.any(2).sum(1) - (1 if call.centering == "mean" else 0)
-            limit[part] = torch.minimum(rows.clamp_min(0), live.any(1).sum(1))
-            tall = y if n >= d else y.mT
-            total = torch.bmm(tall[:, :_TILE].mT, tall[:, :_TILE])
-            for row in range(_TILE, max(n, d), _TILE):
-                total.baddbmm_(tall[:, row : row + _TILE].mT, tall[:, row : row + _TILE])
-            matrix[part] = total
-    return matrix, accumulated, exponent, limit
-
-
-def _shifted(call: Rows, part: slice, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Widened rows less the first (times 2^-exponent for fp64 data), and that first; new tensors."""
-    x = call.x.detach()[part]
-    y = torch.empty(x.shape, dtype=torch.float64, device=x.device)
-    if x.dtype == torch.float64:
-        largest = x.abs().amax((-2, -1))
-        exponent[part] = torch.frexp(largest).exponent.long().clamp(-1000, 1000)
-        unit = ((1023 - exponent[part]) << 52).view(torch.float64)[:, None, None]
-        torch.mul(x, unit, out=y)
-    else:
-        y.copy_(x)
-    first = y[:, 0].clone()
-    if call.centering == "mean":
-        # The first row goes first: an exactly constant column becomes exactly zero, which no mean promises.
-        y.sub_(first[:, None])
-    return y, first
-
-
-def _matrices_at_once(call: Rows) -> int:
-    """As many as stay in a GPU's cache, if launches then have enough to do."""
-    each = max(1, 8 * call.x.shape[1] * call.x.shape[2])
-    if call.device.type == "cpu":
-        return max(1, _PART_BYTES // each)
-    return max(1, cache_bytes(call.device) // 2 // each, _WORTH_A_LAUNCH // each)
-
-
 def spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `reference.gram_spectrum` returns."""
     b, _, d = call.x.shape
     means = call.means
     if call.raw is not None and means is None:
         means = torch.empty((b, d), dtype=torch.float64, device=call.device)
-    matrix, accumulated, exponent, limit = gram(call._replace(means=means))
+    matrix, accumulated, exponent, limit = products.gram(call._replace(means=means))
     if call.matrix is not None:
         call.matrix.copy_(matrix)
     matrix = torch.where(torch.isfinite(accumulated)[:, None, None], matrix, 0.0)
@@ -234,25 +162,9 @@ def spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values, accumulated, exponent, limit
 
 
-def _refusal(call: Rows) -> str | None:
-    single = call.dtype != torch.float64
-    return "it computes in float64, and precision='single' asks for float32" if single else None
-
-
-def _gram_cost(call: Rows) -> float:
-    """On a GPU ten passes through the cache, and tiles of products."""
-    b, n, d = call.x.shape
-    if call.device.type == "cpu":
-        return 1e-4 + call.x.numel() * (call.side + 30.0) / 12e9
-    calls = -(-b // _matrices_at_once(call))
-    launches = calls * (16 + -(-max(n, d) // _TILE))
-    moved = call.x.numel() * (call.x.element_size() + 40.0) + 16.0 * b * call.side**2
-    return seconds(launches, moved, float(call.x.numel()) * call.side)
-
-
 def _spectrum_cost(call: Rows) -> float:
-    return _gram_cost(call) + solving(len(call.x), call.side, torch.float64, call.device)
+    return products.cost(call) + solving(len(call.x), call.side, torch.float64, call.device)
 
 
-GRAM = Impl("library", gram, _refusal, _gram_cost, by_name_only=by_name_on_cpu)
-SPECTRUM = Impl("library", spectrum, _refusal, _spectrum_cost, by_name_only=by_name_on_cpu)
+GRAM = Impl("library", products.gram, products.refusal, products.cost, by_name_only=by_name_on_cpu)
+SPECTRUM = Impl("library", spectrum, products.refusal, _spectrum_cost, by_name_only=by_name_on_cpu)

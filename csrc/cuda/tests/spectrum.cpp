@@ -1,0 +1,370 @@
+// The eigenvalue kernels on the shim: every kind of matrix against extended precision, at the edges of every
+// kernel.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/common/device.cuh"
+#include "cuda/tests/spectrum_truth.hpp"
+#include "tests/check.hpp"
+
+#define RGFAST_SPECTRUM_KERNEL(name, T)                                                     \
+  extern "C" void rgfast_spectrum_##name(const T* matrices, const T* means, std::int64_t n, \
+                                         std::int64_t batch, double samples, T* values, T* raw)
+RGFAST_SPECTRUM_KERNEL(lanes8_f64, double);
+RGFAST_SPECTRUM_KERNEL(lanes16_f64, double);
+RGFAST_SPECTRUM_KERNEL(lanes32_f64, double);
+RGFAST_SPECTRUM_KERNEL(registers64_f64, double);
+RGFAST_SPECTRUM_KERNEL(registers96_f64, double);
+RGFAST_SPECTRUM_KERNEL(registers128_f64, double);
+RGFAST_SPECTRUM_KERNEL(shared192_f64, double);
+RGFAST_SPECTRUM_KERNEL(lanes8_f32, float);
+RGFAST_SPECTRUM_KERNEL(lanes16_f32, float);
+RGFAST_SPECTRUM_KERNEL(lanes32_f32, float);
+RGFAST_SPECTRUM_KERNEL(registers64_f32, float);
+RGFAST_SPECTRUM_KERNEL(registers96_f32, float);
+RGFAST_SPECTRUM_KERNEL(registers128_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared256_f32, float);
+#undef RGFAST_SPECTRUM_KERNEL
+
+namespace {
+
+template <class T>
+using Matrix = std::vector<T>;
+template <class T>
+using Each = std::vector<std::vector<T>>;
+
+template <class T>
+struct Kernel {
+  int rows;  // of the largest matrix
+  void (*run)(const T*, const T*, std::int64_t, std::int64_t, double, T*, T*);
+  int threads, per_block;
+  std::size_t shared;  // without a packed matrix
+  bool packed;
+};
+
+template <class T>
+std::vector<Kernel<T>> kernels();
+template <>
+std::vector<Kernel<double>> kernels() {
+  return {{8, rgfast_spectrum_lanes8_f64, 128, 16, 8192, false},
+          {16, rgfast_spectrum_lanes16_f64, 128, 8, 6144, false},
+          {32, rgfast_spectrum_lanes32_f64, 128, 4, 6144, false},
+          {64, rgfast_spectrum_registers64_f64, 128, 1, 11872, false},
+          {96, rgfast_spectrum_registers96_f64, 128, 1, 16736, false},
+          {128, rgfast_spectrum_registers128_f64, 128, 1, 21600, false},
+          {192, rgfast_spectrum_shared192_f64, 256, 1, 33440, true}};
+}
+template <>
+std::vector<Kernel<float>> kernels() {
+  return {{8, rgfast_spectrum_lanes8_f32, 128, 16, 3584, false},
+          {16, rgfast_spectrum_lanes16_f32, 128, 8, 3584, false},
+          {32, rgfast_spectrum_lanes32_f32, 128, 4, 3584, false},
+          {64, rgfast_spectrum_registers64_f32, 128, 1, 6464, false},
+          {96, rgfast_spectrum_registers96_f32, 128, 1, 8896, false},
+          {128, rgfast_spectrum_registers128_f32, 128, 1, 11328, false},
+          {256, rgfast_spectrum_shared256_f32, 256, 1, 22624, true}};
+}
+
+constexpr double kSamples = 50;
+
+// Of the matrices, and of them raised by their means if there are any. Buffers of the exact size, so that a
+// sanitizer sees one step beyond them; the output begins as NaN.
+template <class T>
+std::pair<Each<T>, Each<T>> solve_both(const Each<T>& matrices, const Each<T>& means, int n,
+                                       std::uint64_t seed) {
+  std::vector<T> all, all_means;
+  for (const auto& matrix : matrices) all.insert(all.end(), matrix.begin(), matrix.end());
+  for (const auto& mean : means) all_means.insert(all_means.end(), mean.begin(), mean.end());
+  const auto batch = static_cast<std::int64_t>(matrices.size());
+  const auto all_kernels = kernels<T>();
+  const auto chosen =
+      std::find_if(all_kernels.begin(), all_kernels.end(), [n](const auto& k) { return k.rows >= n; });
+  const int groups = (n + 3) / 4;
+  const auto packed =
+      chosen->packed ? static_cast<std::size_t>(4 * (n * groups - 2 * groups * (groups - 1))) : 0;
+  rgfast::shim::Launch how;
+  how.grid = {static_cast<unsigned>((batch + chosen->per_block - 1) / chosen->per_block)};
+  how.block = {static_cast<unsigned>(chosen->threads)};
+  how.shared = chosen->shared + packed * sizeof(T);
+  how.seed = seed;
+  std::vector<T> values(matrices.size() * static_cast<std::size_t>(n), std::numeric_limits<T>::quiet_NaN());
+  std::vector<T> raw(all_means.size(), std::numeric_limits<T>::quiet_NaN());
+  rgfast::shim::launch(how, chosen->run, static_cast<const T*>(all.data()),
+                       means.empty() ? nullptr : static_cast<const T*>(all_means.data()), std::int64_t{n},
+                       batch, kSamples, values.data(), means.empty() ? nullptr : raw.data());
+  std::pair<Each<T>, Each<T>> each;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const auto from = static_cast<std::ptrdiff_t>(i) * n;
+    each.first.emplace_back(values.begin() + from, values.begin() + from + n);
+    if (!means.empty()) each.second.emplace_back(raw.begin() + from, raw.begin() + from + n);
+  }
+  return each;
+}
+
+template <class T>
+Each<T> solve(const Each<T>& matrices, int n, std::uint64_t seed = 1) {
+  return solve_both<T>(matrices, {}, n, seed).first;
+}
+
+// The error in units of what is promised; infinite for values that do not ascend.
+template <class T>
+double error(const Matrix<T>& a, int n, const std::vector<T>& values) {
+  const std::vector<double> want = rgfast::test::by_bisection(rgfast::test::tridiagonal(a.data(), n));
+  const double norm = std::max(std::fabs(want.front()), std::fabs(want.back()));
+  double worst = 0;
+  for (std::size_t k = 0; k < values.size(); ++k) {
+    const double off = std::fabs(static_cast<double>(values[k]) - want[k]);
+    worst = off <= worst ? worst : off;  // NaN wins
+    if (k > 0 && !(values[k] >= values[k - 1])) return std::numeric_limits<double>::infinity();
+  }
+  if (norm == 0) return worst == 0 ? 0 : std::numeric_limits<double>::infinity();
+  const double unit = std::numeric_limits<T>::epsilon() / 2;
+  return worst / (norm * unit * std::max(50.0, n / 2.0));
+}
+
+// Only the lower triangle is given: the rest is NaN.
+template <class T>
+Matrix<T> lower(const std::vector<double>& full, int n, double factor = 1) {
+  Matrix<T> a(full.size());
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) {
+      const auto at = static_cast<std::size_t>(i * n + j);
+      a[at] = j <= i ? static_cast<T>(full[at] * factor) : std::numeric_limits<T>::quiet_NaN();
+    }
+  return a;
+}
+
+std::vector<double> filled(int n, const std::function<double(int, int)>& entry) {
+  std::vector<double> a(static_cast<std::size_t>(n * n));
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j)
+      a[static_cast<std::size_t>(i * n + j)] = entry(std::max(i, j), std::min(i, j));
+  return a;
+}
+
+std::vector<double> gaussian(int n, unsigned seed) {
+  std::mt19937 draw(seed);
+  std::normal_distribution<double> normal;
+  return filled(n, [&](int, int) { return normal(draw); });
+}
+
+// Q diag(values) Q' for Q a product of two reflections.
+std::vector<double> rotated(const std::vector<double>& values, unsigned seed) {
+  const int n = static_cast<int>(values.size());
+  std::mt19937 draw(seed);
+  std::normal_distribution<double> normal;
+  std::vector<double> a =
+      filled(n, [&](int i, int j) { return i == j ? values[static_cast<std::size_t>(i)] : 0; });
+  for (int round = 0; round < 2; ++round) {
+    std::vector<double> u(values.size()), w(values.size());
+    double square = 0, dot = 0;
+    for (double& x : u) {
+      x = normal(draw);
+      square += x * x;
+    }
+    for (int i = 0; i < n; ++i) {
+      for (int j = 0; j < n; ++j)
+        w[static_cast<std::size_t>(i)] +=
+            a[static_cast<std::size_t>(i * n + j)] * u[static_cast<std::size_t>(j)];
+      dot += w[static_cast<std::size_t>(i)] * u[static_cast<std::size_t>(i)];
+    }
+    for (std::size_t i = 0; i < u.size(); ++i) w[i] = 2 / square * (w[i] - dot / square * u[i]);
+    for (std::size_t i = 0; i < u.size(); ++i)
+      for (std::size_t j = 0; j < u.size(); ++j) a[i * u.size() + j] -= u[i] * w[j] + w[i] * u[j];
+  }
+  return a;
+}
+
+std::vector<double> spectrum(int n, const std::function<double(int)>& value) {
+  std::vector<double> values;
+  for (int k = 0; k < n; ++k) values.push_back(value(k));
+  return values;
+}
+
+std::vector<std::vector<double>> families(int n) {
+  const auto seed = static_cast<unsigned>(n);
+  const auto wilkinson = [](int i, int j, int size) {
+    return i == j ? std::abs(i % size - size / 2) : i == j + 1 && i % size != 0 ? 1.0 : 0.0;
+  };
+  return {
+      gaussian(n, seed),
+      rotated(spectrum(n, [](int k) { return std::pow(10.0, -k); }), seed),
+      rotated(spectrum(n, [n](int k) { return k < n / 2 ? 1.0 + 1e-14 * k : -1.0; }), seed),
+      rotated(spectrum(n, [](int k) { return k == 0 ? 1.0 : 1e-10; }), seed),
+      rotated(spectrum(n, [](int k) { return k == 0 ? 1e10 : 1.0 + 0.01 * k; }), seed),
+      filled(n, [](int, int) { return 0.0; }),
+      filled(n, [](int, int) { return 1.0; }),
+      filled(n, [](int i, int j) { return i == j ? 3.0 : 0.0; }),
+      filled(n, [n](int i, int j) { return i == j ? i - n / 3 : 0.0; }),
+      filled(n, [](int i, int j) { return i == j       ? 2.0
+                                          : i == j + 1 ? -1.0
+                                                       : 0.0; }),
+      filled(n, [&](int i, int j) { return wilkinson(i, j, 21); }),
+      filled(n, [&](int i, int j) { return i == j + 1 && i % 21 == 0 ? 1e-9 : wilkinson(i, j, 21); }),
+      filled(n, [](int i, int j) { return 1.0 / (i + j + 1); }),
+      filled(n, [](int i, int j) { return std::pow(0.5, i + j) * (i == j ? 2 : 1); }),
+      filled(n, [n](int i, int j) { return std::pow(0.5, 2 * n - i - j) * (i == j ? 2 : 1); }),
+      filled(n, [](int i, int j) { return j == 0   ? 1.0
+                                          : i == j ? 1 + 0.03 * i
+                                                   : 0.0; }),
+  };
+}
+
+template <class T>
+void check_sizes(const std::vector<int>& sizes, std::size_t most) {
+  for (const int n : sizes) {
+    Each<T> matrices;
+    for (const auto& family : families(n))
+      if (matrices.size() < most) matrices.push_back(lower<T>(family, n));
+    const auto values = solve(matrices, n);
+    for (std::size_t i = 0; i < matrices.size(); ++i) {
+      const double off = error(matrices[i], n, values[i]);
+      CHECK(off <= 1);
+      if (!(off <= 1)) std::printf("n = %d, family %zu: %g of what is promised\n", n, i, off);
+    }
+  }
+}
+
+std::vector<int> up_to(int n) {
+  std::vector<int> sizes(static_cast<std::size_t>(n));
+  std::iota(sizes.begin(), sizes.end(), 1);
+  return sizes;
+}
+
+// With RGFAST_GATE every size there is, else those at the edges of every kernel.
+TEST(eigenvalues_at_every_size) {
+  const bool every = std::getenv("RGFAST_GATE") != nullptr;
+  const std::vector<int> edges{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128};
+  check_sizes<double>(every ? up_to(130) : edges, every ? 4 : 2);
+  check_sizes<float>(every ? up_to(130) : edges, every ? 4 : 2);
+  check_sizes<double>({129}, 1);
+  check_sizes<float>({129}, 1);
+  if (!every) return;
+  check_sizes<double>({150, 190, 191, 192}, 3);
+  check_sizes<float>({150, 191, 192, 193, 200, 255, 256}, 2);
+}
+
+TEST(eigenvalues_of_every_family) {
+  for (const int n : {12, 27, 42, 70, 105}) {
+    if (n > 42 && std::getenv("RGFAST_GATE") == nullptr) return;
+    check_sizes<double>({n}, 100);
+    check_sizes<float>({n}, 100);
+  }
+}
+
+template <class T>
+void check_scale(double factor) {
+  for (const int n : {5, 13, 30, 40}) {
+    const Each<T> matrices{lower<T>(gaussian(n, 3), n, factor), lower<T>(gaussian(n, 4), n, 1)};
+    const auto values = solve(matrices, n);
+    for (std::size_t i = 0; i < 2; ++i) CHECK(error(matrices[i], n, values[i]) <= 1);
+  }
+}
+
+TEST(eigenvalues_at_every_scale) {
+  for (const double factor : {1e150, 1e-150, 1e300, 1e-300, 1e-307}) check_scale<double>(factor);
+  for (const double factor : {1e18, 1e-18, 1e37, 1e-37}) check_scale<float>(factor);
+  const double least = std::numeric_limits<double>::denorm_min();
+  CHECK(solve<double>({{2 * least, 0, 4 * least, 2 * least}}, 2)[0] ==
+        (std::vector<double>{-2 * least, 6 * least}));
+}
+
+template <class T>
+void check_bad(int n) {
+  const Matrix<T> good = lower<T>(gaussian(n, 8), n);
+  Each<T> matrices(5, good);
+  matrices[1][0] = std::numeric_limits<T>::quiet_NaN();
+  matrices[2][static_cast<std::size_t>(n * n - 1)] = std::numeric_limits<T>::infinity();
+  matrices[3][static_cast<std::size_t>(n * (n - 1))] = -std::numeric_limits<T>::infinity();
+  const auto values = solve(matrices, n);
+  const auto nothing = [](T x) { return std::isnan(x); };
+  for (const std::size_t i : {1, 2, 3}) CHECK(std::all_of(values[i].begin(), values[i].end(), nothing));
+  CHECK(error(good, n, values[0]) <= 1);
+  CHECK(values[4] == values[0]);
+}
+
+TEST(a_matrix_that_is_not_finite_has_nan_for_eigenvalues) {
+  for (const int n : {1, 4, 11, 20, 40}) {
+    check_bad<double>(n);
+    check_bad<float>(n);
+  }
+}
+
+// A moment, and the same raised by 50 mean mean', of means small and large, against either in fp64.
+template <class T>
+void check_raised(int n) {
+  std::mt19937 draw(static_cast<unsigned>(n));
+  std::normal_distribution<double> normal;
+  Each<T> matrices, means, raised;
+  for (const double offset : {0.0, 1e-9, 0.3, 1.0, 3e3, 1e9, 1e-17, 1e17}) {
+    const std::vector<double> full = rotated(spectrum(n, [](int k) { return std::pow(0.5, k); }), 5);
+    std::vector<T> mean;
+    for (int i = 0; i < n; ++i) mean.push_back(static_cast<T>(offset * (1 + 0.1 * normal(draw))));
+    if (offset == 3e3) std::fill(mean.begin() + 1, mean.end(), T(0));
+    matrices.push_back(lower<T>(full, n));
+    means.push_back(mean);
+    Matrix<T> sum = matrices.back();
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j <= i; ++j) {
+        const double product = kSamples * static_cast<double>(mean[static_cast<std::size_t>(i)]) *
+                               static_cast<double>(mean[static_cast<std::size_t>(j)]);
+        T& entry = sum[static_cast<std::size_t>(i * n + j)];
+        entry = static_cast<T>(static_cast<double>(entry) + product);
+      }
+    raised.push_back(sum);
+  }
+  const auto both = solve_both(matrices, means, n, 2);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    CHECK(error(matrices[i], n, both.first[i]) <= 1);
+    CHECK(error(raised[i], n, both.second[i]) <= 1);
+  }
+  means[1][static_cast<std::size_t>(n - 1)] = std::numeric_limits<T>::infinity();
+  const auto bad = solve_both(matrices, means, n, 2);
+  CHECK(std::isnan(bad.second[1][0]));
+  CHECK(bad.first[0] == both.first[0] && bad.second[2] == both.second[2]);
+}
+
+TEST(both_spectra_come_from_one_reduction) {
+  for (const int n : {1, 2, 8, 13, 32, 35}) {
+    check_raised<double>(n);
+    check_raised<float>(n);
+  }
+  if (std::getenv("RGFAST_GATE") == nullptr) return;
+  for (const int n : {64, 97, 128, 131}) {
+    check_raised<double>(n);
+    check_raised<float>(n);
+  }
+}
+
+template <class T>
+void check_bits(int n, std::size_t batch) {
+  Each<T> matrices;
+  for (std::size_t i = 0; i < batch; ++i)
+    matrices.push_back(lower<T>(gaussian(n, static_cast<unsigned>(i)), n));
+  const auto values = solve(matrices, n);
+  CHECK(solve(matrices, n, 77) == values);
+  for (std::size_t i = 0; i < batch; ++i) CHECK(solve<T>({matrices[i]}, n)[0] == values[i]);
+  std::reverse(matrices.begin(), matrices.end());
+  auto reversed = solve(matrices, n);
+  std::reverse(reversed.begin(), reversed.end());
+  CHECK(reversed == values);
+}
+
+TEST(eigenvalues_have_the_same_bits_in_any_batch) {
+  check_bits<double>(6, 19);
+  check_bits<float>(14, 10);
+  check_bits<double>(25, 6);
+  check_bits<float>(50, 2);
+  if (std::getenv("RGFAST_GATE") == nullptr) return;
+  check_bits<double>(80, 2);
+  check_bits<double>(131, 2);
+}
+
+}  // namespace

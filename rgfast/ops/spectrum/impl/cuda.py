@@ -1,0 +1,221 @@
+"""Eigenvalues by the package's own kernels on a GPU, csrc/cuda/spectrum.cu: one launch for a whole batch.
+
+The kernel that a matrix gets depends on its rows and dtype alone, so that it has the same values in any
+batch. Nothing is read on the device: a matrix with an entry that is not finite has NaN for eigenvalues.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import Impl, Unproven
+from rgfast.ops.device import LAUNCH, between
+from rgfast.ops.spectrum import products
+from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.runtime import cuda, known_answers, measured
+from rgfast.runtime.known_answers import KnownAnswer
+from rgfast.runtime.threads import no_autocast
+
+__all__ = ["EIGVALSH", "KERNELS", "SPECTRUM", "Kernel", "kernel_for"]
+
+
+class Kernel(NamedTuple):
+    """A kernel of spectrum.cu: the rows it takes at most, and how it is launched."""
+
+    name: str
+    rows: int
+    block: int
+    per_block: int  # matrices
+    shared: int  # bytes, without a packed matrix
+    packed: bool  # whether the lower triangle is in shared memory, too
+    tried: int  # rows of the problem with a known answer
+
+    def shared_bytes(self, d: int, dtype: torch.dtype) -> int:
+        """Of a block that solves matrices of d rows."""
+        groups = -(-d // 4)
+        entries = 4 * (d * groups - 2 * groups * (groups - 1)) if self.packed else 0
+        return self.shared + entries * dtype.itemsize
+
+    def launch(self, a: Tensor, means: Tensor | None = None, samples: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[b, d]`, ascending, of `a[b, d, d]` and, if given means, of a + samples mean mean'."""
+        b, d = a.shape[:2]
+        values = torch.empty((b, d), dtype=a.dtype, device=a.device)
+        raw = values if means is None else torch.empty_like(values)
+        cuda.launch(
+            self.name,
+            (-(-b // self.per_block), 1, 1),
+            self.block,
+            self.shared_bytes(d, a.dtype),
+            a.contiguous(),
+            0 if means is None else means.contiguous(),
+            d,
+            b,
+            float(samples),
+            values,
+            raw,
+            device=a.device,
+        )
+        return values, raw
+
+
+def _named(suffix: str, *kernels: Kernel) -> tuple[Kernel, ...]:
+    return tuple(each._replace(name=f"rgfast_spectrum_{each.name}_{suffix}") for each in kernels)
+
+
+# By their rows; spectrum.cu compares its side of these numbers with its sources.
+KERNELS: dict[torch.dtype, tuple[Kernel, ...]] = {
+    torch.float64: _named(
+        "f64",
+        Kernel("lanes8", 8, 128, 16, 8192, False, 7),
+        Kernel("lanes16", 16, 128, 8, 6144, False, 13),
+        Kernel("lanes32", 32, 128, 4, 6144, False, 29),
+        Kernel("registers64", 64, 128, 1, 11872, False, 45),
+        Kernel("registers96", 96, 128, 1, 16736, False, 75),
+        Kernel("registers128", 128, 128, 1, 21600, False, 101),
+        Kernel("shared192", 192, 256, 1, 33440, True, 77),
+    ),
+    torch.float32: _named(
+        "f32",
+        Kernel("lanes8", 8, 128, 16, 3584, False, 7),
+        Kernel("lanes16", 16, 128, 8, 3584, False, 13),
+        Kernel("lanes32", 32, 128, 4, 3584, False, 29),
+        Kernel("registers64", 64, 128, 1, 6464, False, 45),
+        Kernel("registers96", 96, 128, 1, 8896, False, 75),
+        Kernel("registers128", 128, 128, 1, 11328, False, 101),
+        Kernel("shared256", 256, 256, 1, 22624, True, 77),
+    ),
+}
+# Microseconds that an H100 takes for one batch, however small, and for each matrix, by rows: of prototypes
+# that made the reduction and the counts in two launches, less these. Not measured of these kernels.
+_TIMES: dict[torch.dtype, dict[int, tuple[float, ...]]] = {
+    torch.float64: {
+        8: (8.0, 0.004),
+        16: (15.0, 0.009),
+        32: (35.0, 0.04),
+        64: (130.0, 0.2),
+        100: (270.0, 0.72),
+        128: (320.0, 1.2),
+        192: (650.0, 5.4),
+    },
+    torch.float32: {
+        8: (8.0, 0.003),
+        16: (12.0, 0.005),
+        32: (25.0, 0.02),
+        64: (85.0, 0.1),
+        100: (180.0, 0.47),
+        128: (220.0, 0.61),
+        200: (430.0, 3.0),
+        256: (600.0, 4.7),
+    },
+}
+
+
+def kernel_for(d: int, dtype: torch.dtype) -> Kernel | None:
+    """The kernel for matrices of d rows, None if they are too large."""
+    return next((each for each in KERNELS[dtype] if each.rows >= d), None)
+
+
+def _refusal(d: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    kernel = kernel_for(d, dtype)
+    if kernel is None:
+        most, kind = KERNELS[dtype][-1].rows, str(dtype).removeprefix("torch.")
+        return f"its kernels take {kind} matrices of up to {most} rows, not of {d}"
+    return cuda.refusal(kernel.name, device, block=kernel.block, shared=kernel.shared_bytes(d, dtype))
+
+
+def _unproven(d: int, dtype: torch.dtype, device: torch.device) -> Unproven | None:
+    kernel = kernel_for(d, dtype)
+    return None if kernel is None else known_answers.unproven(device, kernel.name)
+
+
+def _solving(count: int, d: int, dtype: torch.dtype) -> float:
+    alone, each = between(_TIMES[dtype], d)
+    return LAUNCH + 1e-6 * (alone + count * each)
+
+
+def _eigvalsh(call: Symmetric) -> Tensor:
+    a, d = call.a.detach(), call.side
+    kernel = kernel_for(d, a.dtype)
+    assert kernel is not None
+    values, _ = kernel.launch(a.reshape(call.matrices, d, d))
+    return values.reshape(a.shape[:-1])
+
+
+def _spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `reference.gram_spectrum` returns: moments by torch's products, both spectra by one launch."""
+    kernel = kernel_for(call.side, torch.float64)
+    assert kernel is not None
+    b, n, d = call.x.shape
+    means = call.means
+    if call.raw is not None and means is None:
+        means = torch.empty((b, d), dtype=torch.float64, device=call.device)
+    matrix, accumulated, exponent, limit = products.gram(call._replace(means=means))
+    if call.matrix is not None:
+        call.matrix.copy_(matrix)
+    with no_autocast(call.device.type):
+        bad = ~torch.isfinite(accumulated)
+        matrix.masked_fill_(bad[:, None, None], 0.0)
+        if call.raw is None or means is None:
+            values, _ = kernel.launch(matrix)
+        else:
+            values, raw = kernel.launch(matrix, means.masked_fill(bad[:, None], 0.0), n)
+            call.raw.copy_(raw)
+    return values, accumulated, exponent, limit
+
+
+EIGVALSH = Impl(
+    "cuda",
+    _eigvalsh,
+    lambda call: _refusal(call.side, call.a.dtype, call.device),
+    lambda call: _solving(call.matrices, call.side, call.a.dtype),
+    devices=("cuda",),
+    missing=cuda.missing,
+    by_name_only=lambda call: measured.refusal("eigvalsh", "cuda", call.device),
+    unproven=lambda call: _unproven(call.side, call.a.dtype, call.device),
+)
+SPECTRUM = Impl(
+    "cuda",
+    _spectrum,
+    lambda call: products.refusal(call) or _refusal(call.side, torch.float64, call.device),
+    lambda call: products.cost(call) + _solving(len(call.x), call.side, torch.float64),
+    devices=("cuda",),
+    missing=cuda.missing,
+    by_name_only=lambda call: measured.refusal("spectrum", "cuda", call.device),
+    unproven=lambda call: _unproven(call.side, torch.float64, call.device),
+)
+
+
+def _answer(kernel: Kernel, dtype: torch.dtype) -> KnownAnswer:
+    """Of min(i, j), the inverse of a second difference, and of its negative, whose values have a formula.
+
+    Once more of both, less something that the means give back, and of more of the first than a block takes,
+    which must have its bits. All entries are whole numbers.
+    """
+    d = kernel.tried
+
+    def run(device: torch.device) -> Tensor:
+        index = torch.arange(1, d + 1, dtype=dtype, device=device)
+        plain = torch.minimum(index[:, None], index)
+        mean = (index % 3) - 1
+        taken = 4.0 * mean[:, None] * mean
+        a = torch.stack([plain, -plain, plain - taken, -plain - taken, *[plain] * kernel.per_block])
+        a = a.tril() + torch.full_like(plain, torch.nan).triu(1)
+        means = torch.zeros((len(a), d), dtype=dtype, device=device)
+        means[2:4] = mean
+        values, raw = kernel.launch(a, means, 4.0)
+        alone, _ = kernel.launch(a)
+        same = torch.stack([values[4:] == values[0], raw[4:] == values[0], alone[4:] == alone[0]]).all()
+        return torch.cat([values[0], values[1], raw[2], raw[3], alone[0], same[None]])
+
+    values = sorted(0.25 / math.sin((k - 0.5) * math.pi / (2 * d + 1)) ** 2 for k in range(1, d + 1))
+    negative = [-value for value in reversed(values)]
+    allowed = max(50, d / 2) * torch.finfo(dtype).eps / 2 * values[-1]
+    expected = (*values, *negative, *values, *negative, *values, 1.0)
+    return KnownAnswer((kernel.name,), run, expected, allowed, lambda device: _refusal(d, dtype, device))
+
+
+known_answers.register(*(_answer(kernel, dtype) for dtype, kernels in KERNELS.items() for kernel in kernels))

@@ -1,0 +1,242 @@
+"""Eigenvalues by the kernels of spectrum.cu, which run on this processor: see tests/cuda/emulated.py.
+
+csrc/cuda/tests/spectrum.cpp has every size and every kind of matrix; here is the way to them.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.linalg import LinAlgError
+
+import rgfast
+from rgfast import ImplUnavailable
+from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.spectrum.impl import cuda as room
+from rgfast.ops.spectrum.impl import library
+from rgfast.ops.spectrum.selection import EIGVALSH, SPECTRUM
+from rgfast.runtime import known_answers, measured
+
+F64, F32 = torch.float64, torch.float32
+KERNELS = [(kernel, dtype) for dtype, kernels in room.KERNELS.items() for kernel in kernels]
+
+
+@pytest.fixture
+def gpu(emulated_gpu):
+    emulated_gpu.admit(EIGVALSH, SPECTRUM)
+    return emulated_gpu
+
+
+def drawn(*shape, seed=0, dtype=F64):
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=made, dtype=F64).to(dtype)
+
+
+def symmetric(*shape, dtype=F64):
+    a = drawn(*shape, shape[-1], seed=shape[-1])
+    return (a + a.mT).to(dtype)
+
+
+def truth(a):
+    """Rayleigh quotients of LAPACK's eigenvectors, in extended precision: they err by the square."""
+    lower = a.double().tril().reshape(-1, *a.shape[-2:])
+    full = lower + lower.tril(-1).mT
+    vectors = torch.linalg.eigh(full).eigenvectors.numpy().astype(np.longdouble)
+    wide = full.numpy().astype(np.longdouble)
+    products = np.stack([m @ v for m, v in zip(wide, vectors, strict=True)])
+    values = (products * vectors).sum(-2) / (vectors * vectors).sum(-2)
+    return torch.from_numpy(np.sort(values, -1).astype(np.float64)).reshape(a.shape[:-1])
+
+
+def error(values, a):
+    """The worst in units of what is promised."""
+    want = truth(a)
+    allowed = max(50, a.shape[-1] / 2) * torch.finfo(a.dtype).eps / 2 * want.abs().amax(-1, keepdim=True)
+    return float(((values.double() - want).abs() / allowed).max())
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [each for each in KERNELS if each[0].rows <= 64])
+def test_a_kernel_is_tried_by_launches_of_the_table(gpu, kernel, dtype):
+    assert known_answers.unproven(gpu.device, kernel.name) is None
+    launches = gpu.log("cuLaunchKernelEx")
+    assert [each["kernel"] for each in launches] == [kernel.name] * 2
+    blocks = -(-(kernel.per_block + 4) // kernel.per_block)
+    shared = kernel.shared_bytes(kernel.tried, dtype)
+    for each in launches:
+        assert (each["grid"], each["block"]) == ([blocks, 1, 1], [kernel.block, 1, 1])
+        assert each["shared"] == shared
+
+
+def test_the_sources_have_the_kernels_of_the_table(gpu):
+    found = {name for name in gpu.kernels() if name.startswith("rgfast_spectrum_")}
+    assert found == {kernel.name for kernel, _ in KERNELS}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("d", [1, 2, 8, 9, 16, 17, 32, 33])
+def test_eigenvalues_of_a_batch(gpu, d, dtype):
+    a = symmetric(2, 3, d, dtype=dtype)
+    with rgfast.record() as log:
+        values = rgfast.eigvalsh(a, impl="cuda")
+    assert [(each.op, each.impl) for each in log] == [("eigvalsh", "cuda")]
+    assert values.dtype == dtype
+    assert values.shape == a.shape[:-1]
+    assert bool((values.diff(dim=-1) >= 0).all())
+    assert error(values, a) <= 1
+    kernel = room.kernel_for(d, dtype)
+    assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == kernel.name
+    assert kernel.rows >= d
+    assert all(each.rows < d or each.rows >= kernel.rows for each in room.KERNELS[dtype])
+
+
+def test_any_strides_and_no_batch(gpu):
+    a = symmetric(6, 10)
+    want = rgfast.eigvalsh(a, impl="cuda")
+    for other in (a.mT, a.expand(2, 6, 10, 10), a[::2], a[0], a.flip(-1).flip(-1)):
+        expected = want[0].expand(other.shape[:-1]) if other.dim() == 2 else want[:: 6 // len(other)]
+        expected = want.expand(2, 6, 10) if other.dim() == 4 else expected
+        assert torch.equal(rgfast.eigvalsh(other, impl="cuda"), expected)
+    buffer = torch.full((6, 12, 15), torch.nan, dtype=F64)
+    buffer[:, 1:11, 3:13] = a
+    assert torch.equal(rgfast.eigvalsh(buffer[:, 1:11, 3:13], impl="cuda"), want)
+    assert rgfast.eigvalsh(a[:0], impl="cuda").shape == (0, 10)
+
+
+def test_only_the_lower_triangle_is_read(gpu):
+    a = symmetric(3, 11)
+    half = a.tril() + torch.full_like(a, torch.nan).triu(1)
+    assert torch.equal(rgfast.eigvalsh(half, impl="cuda"), rgfast.eigvalsh(a, impl="cuda"))
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(5, F32), (14, F64), (30, F32), (40, F64)])
+def test_the_same_bits_in_any_batch(gpu, d, dtype):
+    a = symmetric(9, d, dtype=dtype)
+    gpu.seed(3)
+    values = rgfast.eigvalsh(a, impl="cuda")
+    for part in (slice(0, 1), slice(4, 9), slice(8, 9)):
+        assert torch.equal(rgfast.eigvalsh(a[part], impl="cuda"), values[part])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_matrix_that_is_not_finite_is_named(gpu, bad):
+    a = symmetric(4, 12)
+    want = rgfast.eigvalsh(a, impl="cuda")
+    a[2, 7, 3] = bad
+    values = EIGVALSH("cuda", Symmetric(a))
+    assert values.isnan().all(1).tolist() == [False, False, True, False]
+    assert torch.equal(values[[0, 1, 3]], want[[0, 1, 3]])
+    with pytest.raises(LinAlgError, match="eigvalsh gave NaN or infinity for matrix 2 of the batch"):
+        library.finite(values)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 30, 7), (2, 12, 20), (2, 60, 33), (2, 1, 4)])
+def test_spectra_of_data(gpu, shape, dtype):
+    x = (drawn(*shape) + 3).to(dtype)
+    for centering in ("mean", "none"):
+        with rgfast.record() as log:
+            found = rgfast.effective_rank(x, centering=centering, impl="cuda")
+        assert (log[0].op, log[0].impl) == ("spectrum", "cuda")
+        torch.testing.assert_close(found, rgfast.effective_rank(x, centering=centering), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(5, 30, 7), (2, 40, 21), (2, 50, 35), (1, 9, 1)])
+def test_both_spectra_come_from_one_launch(gpu, shape, offset):
+    x = drawn(*shape) + offset
+    b, _, d = shape
+    raw, means = torch.full((2, b, 2 * d), torch.nan, dtype=F64)[:, :, ::2]
+    matrix = torch.full((b, d, d), torch.nan, dtype=F64)
+    call = Rows(x, raw=raw, means=means, matrix=matrix)
+    SPECTRUM.select("cuda", call)  # tries the kernel
+    gpu.log()  # begins anew
+    values, accumulated, exponent, limit = SPECTRUM("cuda", call)
+    assert len(gpu.log("cuLaunchKernelEx")) == 1
+    other_raw, other_matrix = torch.empty_like(raw), torch.empty_like(matrix)
+    want = SPECTRUM("library", Rows(x, raw=other_raw, matrix=other_matrix))
+    assert torch.equal(matrix, other_matrix)
+    torch.testing.assert_close(accumulated, want[1], rtol=1e-14, atol=0)
+    assert torch.equal(exponent, want[2])
+    assert torch.equal(limit, want[3])
+    for found, expected in ((values, want[0]), (raw, other_raw)):
+        allowed = 100 * 2.0**-53 * expected.abs().amax(1, keepdim=True)
+        assert bool(((found - expected).abs() <= allowed).all())
+
+
+def test_data_that_are_not_finite_are_named(gpu):
+    x = drawn(4, 20, 6)
+    x[2, 3, 1] = torch.inf
+    with pytest.raises(
+        ValueError, match="x must be finite, got 1 NaN or infinite values in matrix 2 of the batch"
+    ):
+        rgfast.effective_rank(x, impl="cuda")
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(F64, 192), (F32, 256)])
+def test_larger_matrices_are_refused(gpu, dtype, most):
+    a = torch.zeros(1, dtype=dtype).expand(2, most + 1, most + 1)
+    kind = str(dtype).removeprefix("torch.")
+    sentence = f"its kernels take {kind} matrices of up to {most} rows, not of {most + 1}"
+    with pytest.raises(ImplUnavailable, match=re.escape(sentence)):
+        rgfast.eigvalsh(a, impl="cuda")
+    assert dict(rgfast.explain(rgfast.eigvalsh, a).candidates)["cuda"] == sentence
+    if dtype == F64:
+        x = torch.zeros(1).expand(2, 300, most + 1)
+        assert dict(rgfast.explain(rgfast.effective_rank, x).candidates)["cuda"] == sentence
+
+
+def test_a_gpu_with_less_shared_memory_takes_smaller_matrices(gpu):
+    gpu.set(shared=166_912)  # of an A100
+    refused = {
+        d: EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F64).expand(d, d)))
+        for d in (128, 180, 181, 192)
+    }
+    assert refused[128] is None
+    assert refused[180] is None
+    assert "needs 167392 bytes of shared memory per block, and cuda:0 (sm_90) has 166912" in refused[181]
+    assert "needs 183968 bytes" in refused[192]
+
+
+def test_single_precision_is_the_reference_s(gpu):
+    with pytest.raises(ImplUnavailable, match="precision='single' asks for float32"):
+        rgfast.effective_rank(drawn(2, 8, 4), precision="single", impl="cuda")
+
+
+def test_auto_takes_it_where_it_was_measured(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    measured._standing.cache_clear()
+    a, x = symmetric(3, 6), drawn(2, 9, 5)
+    reason = "it was not measured on sm_90 (rgfast bench --device cuda --save does that)"
+    for what, argument in ((rgfast.eigvalsh, a), (rgfast.effective_rank, x)):
+        assert dict(rgfast.explain(what, argument).candidates)["cuda"] == reason
+    rows = [
+        measured.Measured(
+            op,
+            "cuda",
+            "sm_90",
+            "a GPU",
+            "a case",
+            "library",
+            2.0,
+            1.9,
+            2.1,
+            1e-4,
+            2e-4,
+            rgfast.__version__,
+            "2.13",
+        )
+        for op in ("eigvalsh", "spectrum")
+    ]
+    measured.save(rows)
+    for what, argument in ((rgfast.eigvalsh, a), (rgfast.effective_rank, x)):
+        assert dict(rgfast.explain(what, argument).candidates)["cuda"] is None
+    measured._standing.cache_clear()
+
+
+def test_its_time_grows_with_rows_and_matrices():
+    def cost(d, count):
+        return room.EIGVALSH.cost(Symmetric(torch.zeros(1, dtype=F64, device="cpu").expand(count, d, d)))
+
+    assert cost(16, 400) < cost(32, 400) < cost(64, 400) < cost(128, 400) < cost(192, 400)
+    assert cost(64, 1) < cost(64, 400) < cost(64, 4000)
