@@ -22,6 +22,7 @@ from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.checkpoint import fingerprint
 from rgfast.probing.distributed import unwrapped
 from rgfast.probing.provenance import provenance
+from rgfast.probing.sharding import is_sharded, sharded_over
 from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.unread import Unread
 
@@ -50,6 +51,11 @@ class Side:
         with renamed({"model": side}):
             check_model(model)
         self.model, self.side = unwrapped(model), side
+        if is_sharded(self.model):
+            raise ValueError(
+                f"{side} must be a model that a single process runs, got one that is sharded over ranks "
+                f"{sorted(sharded_over(self.model))}"
+            )
         at = 0 if side == "a" else 1
         if isinstance(self.model, SavedActivations):
             self.taps = self.model.taps()

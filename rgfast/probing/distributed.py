@@ -201,11 +201,14 @@ def all_reduce(
     are merged in pairs, then pairs of pairs, one accumulator at a time, and the sum goes back the same way.
     """
     tag = f"sum/{ranks.round()}"
-    given = None if state is None else [state.plan.to_json(), state.sequences, dict(provenance)]
+    given = None
+    if state is not None:
+        given = [state.plan.to_json(), state.sequences, dict(provenance), state.numbers, list(state.line)]
     found = ranks.gather(tag, given)
     if state is None or any(one is None for one in found):
         return None
     seen = [int(one[1]) for one in found]
+    starts = _starts([(one[3], tuple(one[4])) for one in found])
     total = Moments(state.plan, masked=state.masked, uncentred=state.uncentred)
     total.load(state.state(), device)
     total.adopt(_joint([Plan.from_json(one[0])[0] for one in found]))
@@ -218,7 +221,8 @@ def all_reduce(
             break
         if me + step < ranks.size:
             parts = _received(ranks, f"{tag}/up/{me + step}", me + step)
-            total.merge_parts(sum(seen[me + step : me + 2 * step]), parts, device)
+            shift = starts[me + step] - starts[me]
+            total.merge_parts(sum(seen[me + step : me + 2 * step]), parts, device, shift=shift)
     for step in reversed(steps):
         if me % (2 * step) == step:
             total.load_parts(sum(seen), _received(ranks, f"{tag}/down/{me}", me - step), device)
@@ -228,6 +232,19 @@ def all_reduce(
         total.load_parts(sum(seen), total.parts(), device)
     lowest = next((rank for rank, sequences in enumerate(seen) if sequences), 0)
     return total, dict(found[lowest][2])
+
+
+def _starts(numbered: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
+    """The number of every rank's first sequence among those of all, of how many each numbers and the ranks
+    that number the same ones with it."""
+    starts: dict[Any, int] = {}
+    end, found = 0, []
+    for rank, (numbers, line) in enumerate(numbered):
+        key = line or rank
+        if key not in starts:
+            starts[key], end = end, end + numbers
+        found.append(starts[key])
+    return found
 
 
 def _send(ranks: Ranks, name: str, to: int, state: Moments) -> None:

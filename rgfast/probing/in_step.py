@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rgfast.probing.capture.recompute import Forwards
 from rgfast.probing.ranks import RankError, Ranks
 from rgfast.probing.sharding import sharded_over
 
@@ -51,10 +52,11 @@ class InStep:
         """Announce the forwards of the model from now on. Waits until all ranks are here."""
         self._ranks.gather(f"open/{self._ranks.round()}", None)
         # Before anything that FSDP2 does in a forward, and after all of it.
+        once, model = Forwards().hook, self._model
         self._handles.append(
-            self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
+            model.register_forward_pre_hook(once(self._begin), prepend=True, with_kwargs=True)
         )
-        self._handles.append(self._model.register_forward_hook(self._end))
+        self._handles.append(model.register_forward_hook(once(self._end)))
 
     def close(self) -> None:
         """Announce nothing any more."""

@@ -90,6 +90,11 @@ def probe(
             return value, ``"sum"`` (adds a branch and its residual), or these by pattern of layer names. A
             layer ``name:input`` follows ``"sum"`` and patterns that end in ``:input``. By default the first
             tensor, unless a second one has the stream's shape.
+        placements: of a model that several ranks run together (``parallelize_module``), what each rank has of
+            the plain tensors that layers put out: ``Shard(1)`` (some of the positions), ``Shard(-1)``
+            (features), ``Partial()``, ``Replicate()`` of ``torch.distributed.tensor``, or these by pattern of
+            layer names. DTensors say so themselves, and tensors that are the same on all these ranks need
+            nothing. See docs/distributed.md.
         targets: name -> what to predict linearly from each layer: an array over all sequences, the name of a
             batch entry, or a function of the entries; vectors ``[B, T, m]`` or ``[B, m]``, or integer labels
             ``[B, T]`` or ``[B]`` (one-hot). ``target_r2`` is the R² on held-out groups of the least squares

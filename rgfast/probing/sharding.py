@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["class_of", "gathered", "is_sharded", "local", "reshard", "sharded_over", "whole"]
+__all__ = [
+    "class_of",
+    "copied",
+    "gathered",
+    "is_dtensor",
+    "is_sharded",
+    "local",
+    "reshard",
+    "sharded_over",
+    "tensor_mesh",
+    "whole",
+]
 
 
 def class_of(module: nn.Module) -> type:
@@ -24,7 +35,7 @@ def is_sharded(model: nn.Module) -> bool:
     fsdp = _class("torch.distributed.fsdp", "FSDPModule")
     if fsdp is not None and any(isinstance(module, fsdp) for module in model.modules()):
         return True
-    return any(_is_dtensor(p) for p in model.parameters())
+    return any(is_dtensor(p) for p in model.parameters())
 
 
 def sharded_over(model: nn.Module) -> set[int]:
@@ -32,7 +43,7 @@ def sharded_over(model: nn.Module) -> set[int]:
     reshard(model)
     found: set[int] = set()
     for p in model.parameters():
-        if _is_dtensor(p):
+        if is_dtensor(p):
             parted: Any = p
             found.update(parted.device_mesh.mesh.flatten().tolist())
     return found
@@ -49,13 +60,73 @@ def reshard(model: nn.Module) -> None:
 def whole(x: Tensor) -> Tensor:
     """The tensor itself, of a DTensor all of it: then every rank that has a part of it must call this."""
     parted: Any = x
-    return parted.full_tensor() if _is_dtensor(x) else x
+    return parted.full_tensor() if is_dtensor(x) else x
 
 
 def local(x: Tensor) -> Tensor:
-    """The tensor itself, of a DTensor what this rank has of it."""
+    """The tensor itself, of a DTensor what this rank has of it; waits until it is there."""
     parted: Any = x
-    return parted.to_local() if _is_dtensor(x) else x
+    found: Any = parted.to_local() if is_dtensor(x) else parted
+    kind = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    own: Tensor = found.trigger_wait() if kind is not None and isinstance(found, kind) else found
+    return own
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy, of a DTensor one that is placed alike."""
+    if not is_dtensor(x):
+        return x.clone()
+    from torch.distributed.tensor import DTensor
+
+    parted: Any = x
+    found: Tensor = DTensor.from_local(
+        local(x).clone(),
+        parted.device_mesh,
+        parted.placements,
+        run_check=False,
+        shape=x.shape,
+        stride=x.stride(),
+    )
+    return found
+
+
+def tensor_mesh(model: nn.Module) -> Any:
+    """The mesh whose ranks run every forward of the model on the same batch, None if there is none.
+
+    It is that of DTensor parameters, of models under FSDP2 that of their whole parameters, which are looked
+    at: all ranks call this together. Raises ValueError for parameters over several meshes.
+    """
+    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
+    units = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp)]
+    parted = {id(p) for unit in units for p in _own(unit, fsdp)}
+    meshes = {p.device_mesh for p in _dtensors(model.parameters()) if id(p) not in parted}
+    for unit in units:
+        if any(p.device_mesh.ndim > 1 for p in _dtensors(_own(unit, fsdp))):
+            unit.unshard()
+            meshes |= {p.device_mesh for p in _dtensors(_own(unit, fsdp))}
+            unit.reshard()
+    if len(meshes) > 1:
+        raise ValueError(
+            "model must have its parameters over one mesh of ranks that run it together, got "
+            f"{', '.join(sorted(map(str, meshes)))}"
+        )
+    mesh = next(iter(meshes), None)
+    return None if mesh is None or mesh.size() == 1 else mesh
+
+
+def _dtensors(parameters: Iterable[Any]) -> list[Any]:
+    return [p for p in parameters if is_dtensor(p)]
+
+
+def _own(unit: nn.Module, fsdp: Any) -> list[nn.Parameter]:
+    """The parameters of a module under FSDP2 that are of none inside it."""
+    found, parts = [*unit.parameters(recurse=False)], [*unit.children()]
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, fsdp):
+            found += part.parameters(recurse=False)
+            parts += part.children()
+    return found
 
 
 @contextmanager
@@ -63,7 +134,7 @@ def gathered(module: nn.Module, *, recurse: bool) -> Iterator[None]:
     """Inside, the sharded parameters of a module (``recurse``: of its parts too) are whole and plain; of what
     they hold in the end every rank keeps its own part. All ranks go through it together."""
     modules = list(module.modules()) if recurse else [module]
-    places = [(m, name, p) for m in modules for name, p in m._parameters.items() if _is_dtensor(p)]
+    places = [(m, name, p) for m in modules for name, p in m._parameters.items() if is_dtensor(p)]
     if not places:
         yield
         return
@@ -87,7 +158,7 @@ def gathered(module: nn.Module, *, recurse: bool) -> Iterator[None]:
             local(part).copy_(local(new))
 
 
-def _is_dtensor(x: Any) -> bool:
+def is_dtensor(x: Any) -> bool:
     kind = _class("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(x, kind)
 

@@ -17,6 +17,7 @@ from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import LayerSpec
 from rgfast.probing.capture.outputs import OutputSpec, check_output
 from rgfast.probing.capture.padding import PaddingSpec, check_padding
+from rgfast.probing.capture.placed import PlacementsSpec, check_placements
 from rgfast.probing.capture.positions import Origin
 from rgfast.probing.capture.selections import RowsSpec, Selection, make_selections
 from rgfast.probing.measures import MEASURES, asked_measures
@@ -65,6 +66,7 @@ class MeasureOptions(TypedDict, total=False):
     views: Sequence[str] | None
     refine: bool | None
     route: Route
+    placements: PlacementsSpec
 
 
 class WatchOptions(MeasureOptions, total=False):
@@ -122,6 +124,7 @@ class ProbeSpec:
     batch_size: int = 256
     refine: bool | None = None
     route: Route = "auto"
+    placements: PlacementsSpec = None
     distributed: Distributed = "auto"
     timeout: float = 60.0
     control: Control = None
@@ -149,6 +152,7 @@ class ProbeSpec:
         check_padding(self.padding)
         check_axes(self.axes)
         check_output(self.output)
+        check_placements(self.placements)
         check_choice(self.origin, "origin", ("column", "token"))
         self._set("positions", checked_positions(self.positions))
         if "first" in self.positions and not isinstance(self.positions, str):
@@ -236,16 +240,21 @@ class ProbeSpec:
         }
         if self.rows is not None:  # absent from what earlier versions wrote, as is control
             asked["rows"] = {chosen.name: chosen.to_json() for chosen in self.new_selections()}
+        if self.placements is not None:
+            asked["placements"] = _plain(self.placements)
         if self.control is not None:
             asked |= {"control": self.control, "control_seed": self.control_seed}
         plain: dict[str, Any] = json.loads(json.dumps(asked))
         return plain
 
 
-def _plain(output: OutputSpec) -> Any:
-    if isinstance(output, Mapping):
-        return {pattern: _plain(choice) for pattern, choice in output.items()}
-    return "a function" if callable(output) else output
+def _plain(asked: Any) -> Any:
+    """What was asked for, by layer pattern or not, as JSON has it."""
+    if isinstance(asked, Mapping):
+        return {pattern: _plain(choice) for pattern, choice in asked.items()}
+    if callable(asked):
+        return "a function"
+    return asked if asked is None or isinstance(asked, (int, str)) else repr(asked)
 
 
 def shows_options(options: Any) -> Callable[[_F], _F]:

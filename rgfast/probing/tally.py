@@ -110,10 +110,10 @@ class Tally:
 
     @property
     def sequences(self) -> int:
-        """How many sequences came."""
-        held = sum(batch.sequences for batch in self._early)
+        """How many sequences came, to all ranks that run the model together with this one."""
+        held = sum(batch.numbers for batch in self._early)
         held += 0 if self._rows is None else self._rows.sequences
-        return held + (0 if self._moments is None else self._moments.sequences)
+        return held + (0 if self._moments is None else self._moments.numbers)
 
     @property
     def nbytes(self) -> int:
@@ -226,10 +226,13 @@ class Tally:
             return
         self._add(batch)
 
+    @property
+    def due(self) -> bool:
+        """Whether ranks that run every forward together have yet to agree on what they start from."""
+        return self._due
+
     def passed(self) -> None:
-        """A forward of all ranks together is over, or they all are where the sum is taken."""
-        if not self._due:
-            return
+        """Agree: a forward of all ranks together is over, or they all are where the sum is taken."""
         seen, waiting = bool(self._early), bool(self._early) and bool(self._unseen())
         own = self._seen_first(self._early[-1]) if seen and not waiting else self._first_batch
         first = self._agreed(own, waiting=waiting)
@@ -519,7 +522,7 @@ class Tally:
             measures=list(self._spec.measures),
             **{
                 name: asked[name]
-                for name in ("mask", "rows", "padding", "origin", "axes", "output")
+                for name in ("mask", "rows", "padding", "origin", "axes", "output", "placements")
                 if name in asked
             },
             **ranks,

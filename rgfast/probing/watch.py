@@ -19,6 +19,7 @@ from rgfast.probing.capture.entries import Entries
 from rgfast.probing.capture.layers import check_model, resolve
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.outputs import Outputs
+from rgfast.probing.capture.placed import Placed
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
@@ -27,7 +28,7 @@ from rgfast.probing.plan import Plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.sharding import is_sharded
+from rgfast.probing.sharding import is_sharded, local
 from rgfast.probing.sources.keep import Keeper
 from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
@@ -131,6 +132,7 @@ class Probe:
             notes=notes,
             unread=self._unread,
         )
+        self._placed = Placed(spec.placements, self.model, self._taps, self._ranks)
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, self._unread, say=say)
         self._watcher = Watcher(
             self.model,
@@ -216,7 +218,9 @@ class Probe:
 
     @_without_grad
     def _passed(self) -> None:
-        self._tally.passed()
+        if self._tally.due:
+            with self._placed.together():
+                self._tally.passed()
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:
@@ -322,15 +326,15 @@ class Probe:
     def finished(self, seen: Sequence[Seen] | None) -> None:
         """:meta private:"""
         if seen is not None:
-            rows = self._axes.rows(seen, self._entries.now)
-            if any(x is not None and len(x.rows) for x in rows):
-                self._tally.name_layers([x.name for x in seen])
-                of_taps = [x.tap for x in seen]
-                with self._home.reading([(x.value, x.stream) for x in seen if x.value is not None]):
-                    self._add(self._entries.batch(rows, of_taps, self._seen))
+            came = [(local(x.value), x.stream) for x in seen if x.value is not None]
+            with self._home.reading(came), self._placed.together():
+                rows = self._axes.rows(self._placed.seen(seen), self._entries.now)
+                if any(x is not None and len(x.rows) for x in rows):
+                    self._tally.name_layers([x.name for x in seen])
+                    self._add(self._entries.batch(rows, [x.tap for x in seen], self._seen))
         self._whole = None
         self._entries.end()
-        self._tally.passed()
+        self._passed()
 
     @property
     def _seen(self) -> int:

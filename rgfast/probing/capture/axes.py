@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from rgfast.probing.capture.activations import Activation
 from rgfast.probing.capture.evidence import Evidence, Sizes
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.notes import Notes
-from rgfast.probing.capture.patterns import by_layer
+from rgfast.probing.capture.patterns import beside, by_layer
+from rgfast.probing.capture.placed import divided, regrouped
 from rgfast.probing.capture.watcher import Seen
 
 __all__ = ["Axes", "AxesSpec", "check_axes"]
@@ -71,7 +73,8 @@ class Axes:
             if layer.value is None or layout is None:
                 found.append(None)
             else:
-                found.append(Activation(laid_out(layer.value, layout, layer.name), layer.keep))
+                laid = functools.partial(laid_out, layout=layout, name=layer.name)
+                found.append(Activation(divided(layer.value, layout.split().index("N"), laid), layer.keep))
         return self._unflattened(seen, layouts, found, sizes)
 
     def _with_asked(self, seen: Sequence[Seen], sizes: Sizes) -> Sizes:
@@ -180,7 +183,7 @@ class Axes:
                         "other layers have positions before samples, so it is unknown which row is whose; "
                         "leave it out of layers="
                     )
-                found[k] = Activation(a.rows.reshape(batch, n // batch, -1))
+                found[k] = Activation(regrouped(a.rows, batch))
         self._check_samples(seen, found, sizes)
         return found
 
@@ -262,10 +265,5 @@ def _refusal(name: str, x: Tensor, layouts: Sequence[str], why: str) -> str:
     readings = f" may be {' or '.join(layouts)}" if layouts else ""
     return (
         f"axes: layer {name!r} of shape {tuple(x.shape)}{readings}, {why}; say which axis is which, as in "
-        f"axes={{{_pattern(name)!r}: {shown!r}}}"
+        f"axes={{{beside(name)!r}: {shown!r}}}"
     )
-
-
-def _pattern(name: str) -> str:
-    """A pattern of the layers beside ``name``, if it is numbered."""
-    return re.sub(r"(^|\.)\d+(:input|#\d+)*$", r"\1*", name)

@@ -16,9 +16,11 @@ from rgfast.probing.capture.calls import Caller
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, PaddingSpec
+from rgfast.probing.capture.placed import summed_here
 from rgfast.probing.capture.positions import Origin, from_first_token
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.selections import Selection
+from rgfast.probing.sharding import whole
 from rgfast.probing.targets import Target
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import sent
@@ -88,7 +90,9 @@ class Entries:
                 "token at a time from a cache; generate outside the probe, then run the model once on prompt "
                 "and generated tokens together"
             )
-        self._now, self._noted = {**bound, **self._noted}, {}
+        given = {**bound, **self._noted}
+        self._now = {name: whole(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+        self._noted = {}
 
     def batch(self, activations: Sequence[Activation | None], taps: Sequence[int], seen: int) -> RowBatch:
         """The batch after ``seen`` sequences, whose layers, of the taps ``taps[l]``, put out ``activations``.
@@ -137,6 +141,7 @@ class Entries:
             padded=any(name is not None for name in names) or any(keep is not None for keep in own),
             notes=tuple(self._notes),
         )
+        found = summed_here(found)
         return from_first_token(found) if self._origin == "token" else found
 
     def _check_alike(self, rows: Sequence[Tensor | None], taps: Sequence[int]) -> None:

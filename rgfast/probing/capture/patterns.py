@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-__all__ = ["by_layer"]
+__all__ = ["beside", "by_layer"]
 
 
 def by_layer(option: str, asked: Any, names: Sequence[str], default: Any = None) -> list[tuple[str, Any]]:
@@ -23,3 +24,8 @@ def by_layer(option: str, asked: Any, names: Sequence[str], default: Any = None)
     every = {"": default, **asked}
     found = [next((p for p in asked if fnmatchcase(name, p)), "") for name in names]
     return [(pattern, every[pattern]) for pattern in found]
+
+
+def beside(name: str) -> str:
+    """A pattern of the layers beside ``name``, if it is numbered."""
+    return re.sub(r"(^|\.)\d+(:input|#\d+)*$", r"\1*", name)

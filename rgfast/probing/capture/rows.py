@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["RowBatch"]
+__all__ = ["Part", "RowBatch"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which sequences of a batch that ``ranks`` divide are here: those from ``first`` on, of ``size``."""
+
+    first: int
+    size: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,8 @@ class RowBatch:
     which counts. ``places[l]`` numbers the places that a layer has its rows at. Layers may be on several
     devices; what goes with them is on that of the first. ``padded`` says that some entry tells the padding,
     and ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory
-    is about to be overwritten, ``owned`` that nobody else has it.
+    is about to be overwritten, ``owned`` that nobody else has it. ``part`` says which of a batch of several
+    ranks these sequences are, None for a batch of this one.
     """
 
     layers: Sequence[Tensor | None]
@@ -35,6 +45,7 @@ class RowBatch:
     notes: tuple[str, ...] = ()
     reused: bool = False
     owned: bool = False
+    part: Part | None = None
 
     @property
     def first(self) -> Tensor:
@@ -50,6 +61,11 @@ class RowBatch:
     def sequences(self) -> int:
         """B."""
         return self.first.shape[0]
+
+    @property
+    def numbers(self) -> int:
+        """How many sequences the batch has on all ranks that divide it."""
+        return self.sequences if self.part is None else self.part.size
 
     @property
     def missing(self) -> list[int]:

@@ -15,6 +15,7 @@ from rgfast.probing.capture.activations import find_tensor, unnested
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.recompute import Forwards
+from rgfast.probing.sharding import copied, local
 from rgfast.runtime.streams import stream_of
 from rgfast.runtime.waiting import Later
 
@@ -196,8 +197,8 @@ class Watcher:
             )
         x = find().detach()
         rows, keep = unnested(x, tap.name)
-        copied = rows.clone() if index in self._copied and rows is x else rows
-        self._held[index, run] = _Captured(copied, keep, x, _version(x), stream_of(x))
+        value = copied(rows) if index in self._copied and rows is x else rows
+        self._held[index, run] = _Captured(value, keep, x, _version(x), stream_of(x))
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._paused:
@@ -233,7 +234,7 @@ class Watcher:
             silent = {k for (k, _), x in held.items() if x.original.is_inference()}
             for (k, _), x in held.items():
                 if k not in written | silent and not x.original.is_nested:
-                    self._differ.setdefault(k, []).append(Later((x.value != x.original).any()))
+                    self._differ.setdefault(k, []).append(Later((local(x.value) != local(x.original)).any()))
             unseen = {*range(len(self._taps))} - {k for k, _ in held}
             self._copied, self._first = written | silent | unseen | {*self._differ}, False
         elif written - self._copied:

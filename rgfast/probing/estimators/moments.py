@@ -44,7 +44,8 @@ class Moments:
         self, plan: Plan, *, masked: bool, unread: Unread | None = None, uncentred: bool = True
     ) -> None:
         self.plan, self.masked, self.uncentred = plan, masked, uncentred
-        self.sequences = 0
+        self.sequences = self.numbers = 0  # summed here, and numbered by all ranks of ``line``
+        self.line: tuple[int, ...] = ()
         self._groups = [_accumulators(plan) for _ in range(plan.groups)]
         self._finite = FiniteCheck(plan.names, unread or Unread())
         self._measured: dict[str, Measured] = {}
@@ -66,7 +67,8 @@ class Moments:
 
     def _add(self, batch: RowBatch) -> None:
         self._changes()
-        self.check(batch, self.sequences)
+        start = self.numbers + (0 if batch.part is None else batch.part.first)
+        self.check(batch, start)
         length = batch.first.shape[1]
         if self.plan.positions and length > self.plan.length:
             self.note([self.plan.longer])
@@ -76,13 +78,15 @@ class Moments:
             self.adopt(self.plan.without(late))
         groups = self.plan.groups
         for group in range(groups):
-            first = (group - self.sequences) % groups
+            first = (group - start) % groups
             if first < batch.sequences:
                 some = batch if groups == 1 else batch.some(slice(first, None, groups))
                 for held in self.plan.accumulators:
                     if all(batch.layers[layer] is not None for layer in held.layers):
                         self._add_to(self._groups[group][held.name], held, some)
         self.sequences += batch.sequences
+        self.numbers += batch.numbers
+        self.line = () if batch.part is None else batch.part.ranks
 
     def check(self, batch: RowBatch, seen: int) -> None:
         """Raise ValueError if a layer of the batch after ``seen`` sequences is not finite."""
@@ -285,10 +289,11 @@ class Moments:
             self.adopt(self.plan.without(other.plan.missed))
             other.adopt(other.plan.without(self.plan.missed))
         for group, theirs in enumerate(other._groups):
-            mine = self._groups[(group + self.sequences) % self.plan.groups]
+            mine = self._groups[(group + self.numbers) % self.plan.groups]
             for kind, accumulator in mine.items():
                 accumulator.merge(theirs[kind])
         self.sequences += other.sequences
+        self.numbers += other.numbers
 
     def parts(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         """All moments as :meth:`state` names them, one accumulator at a time."""
@@ -298,12 +303,18 @@ class Moments:
                 yield accumulator.state_dict()
 
     def merge_parts(
-        self, sequences: int, parts: Iterator[Mapping[str, np.ndarray[Any, Any]]], device: torch.device | str
+        self,
+        sequences: int,
+        parts: Iterator[Mapping[str, np.ndarray[Any, Any]]],
+        device: torch.device | str,
+        *,
+        shift: int,
     ) -> None:
-        """:meth:`merge` with a state of the same plan that comes as :meth:`parts`."""
+        """:meth:`merge` with a state of the same plan that comes as :meth:`parts`, whose sequence 0 has the
+        number ``shift`` here."""
         self._changes()
         for group in range(self.plan.groups):
-            mine = self._groups[(group + self.sequences) % self.plan.groups]
+            mine = self._groups[(group + shift) % self.plan.groups]
             for name, other in _accumulators(self.plan).items():
                 other.load_state_dict(next(parts), device)
                 mine[name].merge(other)
@@ -317,7 +328,8 @@ class Moments:
         for state in self._groups:
             for accumulator in state.values():
                 accumulator.load_state_dict(next(parts), device)
-        self.sequences = sequences
+        self.sequences = self.numbers = sequences
+        self.line = ()
 
     @property
     def nbytes(self) -> int:
@@ -327,6 +339,8 @@ class Moments:
         """All moments as named arrays, rows not yet summed included."""
         self._finite.look()
         arrays: dict[str, np.ndarray[Any, Any]] = {"sequences": np.array(self.sequences)}
+        if self.line:
+            arrays |= {"numbers": np.array(self.numbers), "line": np.array(self.line)}
         for group, state in enumerate(self._groups):
             for kind, accumulator in state.items():
                 for name, value in accumulator.state_dict().items():
@@ -349,6 +363,8 @@ class Moments:
         """Replace all moments by what :meth:`state` returned for the same plan."""
         self._changes()
         self.sequences = int(arrays["sequences"])
+        self.numbers = int(arrays.get("numbers", arrays["sequences"]))
+        self.line = tuple(map(int, arrays.get("line", ())))
         for group, state in enumerate(self._groups):
             for kind, accumulator in state.items():
                 prefix = f"{group}.{kind}."

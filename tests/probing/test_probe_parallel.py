@@ -1,0 +1,156 @@
+"""Tensor-parallel models: every sequence counts once, whatever its outputs' placements."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import rgfast
+from rgfast.probing.capture.placed import _digest, _positive, _whole_shape
+from rgfast.probing.distributed import _starts
+
+HERE = Path(__file__).parent
+SINGLE = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")),
+    reason="no gloo, or no fork",
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(HERE / "parallel_in_forks.py")],
+        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads(done.stdout.splitlines()[-1])
+    for name, of_ranks in ranks.items():
+        assert [(error, status) for _, error, _, status in of_ranks] == [(None, 0)] * len(of_ranks), name
+    return {name: [value for value, *_ in of_ranks] for name, of_ranks in ranks.items()}
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [("tensor/2", "whole"), ("tensor/2", "positions"), ("lines/4", "whole"), ("lines/4", "across")],
+)
+def test_every_sequence_counts_once(found, ranks, case):
+    """Column and row parallel layers, and sequence parallel ones whose plain outputs are said to be parts of
+    the positions; on a mesh of data and tensor dimensions, in either order of ranks."""
+    furthest = [value[case][0] for value in found[ranks]]
+    assert furthest[0] <= 1e-12
+    assert len({value[case][1] for value in found[ranks]}) == 1  # the same bits on every rank
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [
+        ("tensor/2", "inside"),  # DTensors that are replicated or sharded by positions or features
+        ("tensor/2", "features"),  # plain parts of the features
+        ("tensor/2", "samples"),  # batches that are DTensors, sharded by samples
+        ("tensor/2", "sums"),  # a DTensor that is still to be summed
+        ("tensor/2", "by itself"),  # distributed=False: every rank has the whole
+        ("lines/4", "fsdp"),  # a row of the mesh runs the model together, a column shares its parameters
+        ("lines/4", "four"),
+    ],
+)
+def test_every_placement_is_read(found, ranks, case):
+    assert found[ranks][0][case] <= 1e-12
+
+
+@needs_gloo
+def test_a_checkpoint_goes_on_to_the_same_bits(found):
+    for value in found["tensor/2"]:
+        assert value["checkpoint"] == value["whole"][1]
+
+
+@needs_gloo
+def test_the_fingerprint_is_that_of_the_whole_model(found):
+    assert all(value["digest"] for value in found["tensor/2"])
+
+
+@needs_gloo
+def test_ranks_that_only_share_parameters_have_batches_of_their_own(found):
+    assert all(value["data alone"] for value in found["lines/4"])
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unsaid", "layer 'blocks.0' is a plain tensor (23, 2, 6) that differs between ranks [0, 1]"),
+        ("unsaid", "placements={'blocks.*': Shard(1)} for some of the positions"),
+        ("odd", "layer 'last' is placed as Shard(dim=1) (Odd), and only Shard(dim), Replicate() or"),
+        ("other", "placements says Shard(dim=2) of layer 'blocks.0', which is a DTensor placed as Shard"),
+        ("plain", "placements must be of a model with parameters that are DTensors"),
+        ("poisoned", "ValueError: activations must be finite, got 4 NaN or infinite values in layer 0"),
+        ("poisoned", "(last, sequences 12 to 22)"),  # those of the second rank
+    ],
+)
+def test_every_rank_says_what_is_wrong(found, case, message):
+    for value in found["refused/2"]:
+        assert message in value[case]
+
+
+@needs_gloo
+def test_a_rank_that_is_left_out(found):
+    message = "distributed must take in all ranks that hold a part of the model, got [0] without [1]"
+    assert message in found["refused/2"][0]["left out"]
+
+
+@needs_gloo
+def test_what_one_rank_finds_ends_the_others_of_its_group(found):
+    assert found["refused/2"][0]["poisoned"].startswith("RankError: rank 1 of 2 failed: ValueError")
+    assert found["refused/2"][1]["poisoned"].startswith("ValueError")
+
+
+@pytest.mark.parametrize(
+    ("placements", "got"), [("blocks", "'blocks'"), (1, "1"), ({"*": None}, "None"), ([1], "1")]
+)
+def test_what_is_no_placement(placements, got):
+    with pytest.raises(TypeError, match=rf"placements must be Shard\(dim\), .*, got {got}"):
+        rgfast.probe(torch.nn.Linear(2, 2), torch.zeros(4, 2), layers=[""], placements=placements)
+
+
+def test_parts_that_are_no_chunks():
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    assert _whole_shape("x", [Shard(1)], [(2, 3, 5), (2, 2, 5)]) == [2, 5, 5]
+    assert _whole_shape("x", [Shard(0)], [(2, 3), (2, 3), (1, 3), (0, 3)]) == [5, 3]
+    assert _whole_shape("x", [Partial()], [(2, 3), (2, 3)]) == [2, 3]
+    for placement, shapes in (
+        (Shard(1), [(2, 2, 5), (2, 3, 5)]),
+        (Shard(1), [(2, 3, 5), (3, 3, 5)]),
+        (Replicate(), [(2, 3), (2, 2)]),
+    ):
+        with pytest.raises(ValueError, match=r"of layer 'x', and the ranks have parts of shapes \(2, "):
+            _whole_shape("x", [placement], shapes)
+    with pytest.raises(ValueError, match=r"placements says Shard\(dim=3\) of a layer of 3 dimensions"):
+        _positive([Shard(3)], 3)
+    assert _positive([Shard(-1)], 3) == [Shard(2)]
+    with pytest.raises(ValueError, match=r"must be Replicate\(\) over a mesh of 2 dimensions"):
+        _whole_shape("x", [Shard(0), Replicate()], [(2, 3)] * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_digest_sees_every_bit_and_place(dtype):
+    x = torch.arange(24.0).reshape(2, 3, 4).to(dtype)
+    others = [x.flip(0), x.flip(1), x.flip(2), x.clone(), x.double().float()[:1].to(dtype)]
+    others[3][1, 2, 3] = torch.nextafter(x[1, 2, 3].float(), torch.tensor(99.0)) if dtype.itemsize > 2 else 24
+    assert _digest(x) == _digest(x.clone().transpose(0, 1).contiguous().transpose(0, 1))
+    assert len({_digest(one) for one in [x, *others]}) == 6
+    assert _digest(x[:, :0]) == _digest(x[:0])
+
+
+def test_ranks_that_run_a_model_together_number_the_same_sequences():
+    assert _starts([(5, ()), (0, ()), (7, ())]) == [0, 5, 5]
+    assert _starts([(5, (0, 1)), (5, (0, 1)), (7, (2, 3)), (7, (2, 3))]) == [0, 0, 5, 5]
+    assert _starts([(5, (0, 2)), (7, (1, 3)), (5, (0, 2)), (7, (1, 3))]) == [0, 5, 0, 5]
