@@ -10,7 +10,7 @@ WHEELS := dist
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test fuzz bench gpu-check docs wheel clean
+.PHONY: reproduce test lint native-test fuzz bench gate gpu-check docs wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
@@ -37,6 +37,10 @@ fuzz: native-test
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Every kernel for every architecture, which takes nvcc and Triton and no GPU; `make test` compiles what has changed.
+gate: $(VENV)/.dev
+	$(BIN)/python tests/gate/gate.py --all
 
 # On a machine with a GPU, under the Python that has torch there: no environment is made, nothing is downloaded.
 gpu-check:
