@@ -36,12 +36,9 @@ struct Shuffle {
   int lane;  // whose value this lane asks for
 };
 
-// Combines run in the lane that comes last. They read and write the other lanes' registers, so to say, which
-// are no accesses of a thread to memory: TSan must not see them.
-#define RGFAST_COMBINE __attribute__((no_sanitize_thread)) inline void
-
+// Combines run in the lane that comes last.
 template <class T>
-RGFAST_COMBINE shuffle(unsigned mask, const void* const* in, void* const* out) {
+void shuffle(unsigned mask, const void* const* in, void* const* out) {
   for (int lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1U) == 0) continue;
     const int source = static_cast<const Shuffle<T>*>(in[lane])->lane;
@@ -50,7 +47,7 @@ RGFAST_COMBINE shuffle(unsigned mask, const void* const* in, void* const* out) {
   }
 }
 
-RGFAST_COMBINE ballot(unsigned mask, const void* const* in, void* const* out) {
+inline void ballot(unsigned mask, const void* const* in, void* const* out) {
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane)
     if ((mask >> lane & 1U) != 0 && *static_cast<const int*>(in[lane]) != 0) votes |= 1U << lane;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdint>
+#include <deque>
 #include <new>
 
 #include "cuda/shim/sanitizers.hpp"
@@ -151,6 +152,33 @@ void drop_context(void* context) { delete static_cast<ucontext_t*>(context); }
 }  // namespace
 #endif
 
+#ifdef RGFAST_TSAN
+namespace {
+
+char all_fibres;  // the place that stands for what fibres did that are gone
+
+// TSan gives a new fibre the number of one that it has destroyed, and does not see a race between two of one
+// number. So those that are gone stay for a while; there are 8,192 numbers.
+constexpr std::size_t kRetired = 300;
+
+void retire(void* fibre, bool suspended) {
+  static std::deque<void*> retired;
+  void* host = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fibre, __tsan_switch_to_fiber_no_sync);
+  // A fibre that was left in mid-air is in a call of the shim.
+  if (suspended) __tsan_ignore_thread_end();
+  __tsan_release(&all_fibres);
+  __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
+  retired.push_back(fibre);
+  if (retired.size() > kRetired) {
+    __tsan_destroy_fiber(retired.front());
+    retired.pop_front();
+  }
+}
+
+}  // namespace
+#endif
+
 Stack::Stack() : guard_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))) {
   void* memory = mmap(nullptr, guard_ + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -164,12 +192,15 @@ Fibre::Fibre(Stack& stack, void (*entry)(void*), void* argument)
     : stack_(stack), entry_(entry), argument_(argument) {
   // A fibre that was left in mid-air has left its frames' red zones behind.
   RGFAST_ASAN_ONLY(__asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);)
-  RGFAST_TSAN_ONLY(thread_ = __tsan_create_fiber(0);)
+  // Pages of another fibre hold its accesses, which are no races with this one's: new pages.
+  RGFAST_TSAN_ONLY(mmap(stack.bottom(), Stack::kBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+                   thread_ = __tsan_create_fiber(0);)
   context_ = first_context(stack, &Fibre::begin, this);
 }
 
 Fibre::~Fibre() {
-  RGFAST_TSAN_ONLY(__tsan_destroy_fiber(thread_);)
+  RGFAST_TSAN_ONLY(retire(thread_, suspended_);)
   drop_context(context_);
   drop_context(host_context_);
 }
@@ -179,6 +210,8 @@ void Fibre::begin(void* self) {
   RGFAST_ASAN_ONLY(__sanitizer_finish_switch_fiber(nullptr, &fibre->host_bottom_, &fibre->host_bytes_);)
   fibre->entry_(fibre->argument_);
 }
+
+void Fibre::join() { RGFAST_TSAN_ONLY(__tsan_acquire(&all_fibres);) }
 
 void Fibre::resume() {
   RGFAST_ASAN_ONLY(__sanitizer_start_switch_fiber(&host_fake_stack_, stack_.bottom(), Stack::kBytes);)
@@ -191,7 +224,9 @@ void Fibre::resume() {
 void Fibre::suspend() {
   RGFAST_ASAN_ONLY(__sanitizer_start_switch_fiber(&fake_stack_, host_bottom_, host_bytes_);)
   RGFAST_TSAN_ONLY(__tsan_switch_to_fiber(host_thread_, __tsan_switch_to_fiber_no_sync);)
+  suspended_ = true;
   rgfast_switch(&context_, host_context_);
+  suspended_ = false;
   RGFAST_ASAN_ONLY(__sanitizer_finish_switch_fiber(fake_stack_, &host_bottom_, &host_bytes_);)
 }
 

@@ -37,6 +37,10 @@ class Fibre {
   void suspend();  // from the fibre: returns at the next resume
   void leave();    // from the fibre, for good
 
+  // From the scheduler, for TSan, which takes a switch as no order between the accesses of two fibres: what
+  // fibres did that are gone was before what follows.
+  static void join();
+
  private:
   struct Host;
 
@@ -54,6 +58,7 @@ class Fibre {
   std::size_t host_bytes_ = 0;
   void* thread_ = nullptr;
   void* host_thread_ = nullptr;
+  bool suspended_ = false;
 };
 
 }  // namespace rgfast::shim

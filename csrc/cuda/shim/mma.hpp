@@ -59,7 +59,7 @@ struct Narrow {
 };
 
 template <class Shape>
-RGFAST_COMBINE multiply_warp(unsigned, const void* const* in, void* const*) {
+void multiply_warp(unsigned, const void* const* in, void* const*) {
   using Held = Fragments<typename Shape::Operand, typename Shape::Accumulator>;
   double a[Shape::rows][Shape::depth], b[8][Shape::depth];
   for (int k = 0; k < Shape::depth; ++k) {

@@ -7,7 +7,9 @@
 namespace rgfast::shim {
 namespace {
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 std::string hexadecimal(unsigned mask) {
   char digits[16];
@@ -20,6 +22,16 @@ void wait_at(const char* what, Site site) {
   self().site = site;
   runner->suspend();
 }
+
+// What threads that meet wrote before is what all of them see after: who comes last has seen it and tells the
+// others. For TSan; a place per thread, since at a barrier's own the fast threads would tell the slow ones of
+// what they write after it.
+void arrives([[maybe_unused]] Thread& me) { RGFAST_TSAN_ONLY(__tsan_release(&me.arrival);) }
+void comes_last([[maybe_unused]] const std::vector<Thread*>& others) {
+  RGFAST_TSAN_ONLY(for (Thread* other : others) __tsan_acquire(&other->arrival);
+                   for (Thread* other : others) __tsan_release(&other->departure);)
+}
+void goes_on([[maybe_unused]] Thread& me) { RGFAST_TSAN_ONLY(__tsan_acquire(&me.departure);) }
 
 // Waits until all lanes of the mask are here; true in the one that comes last, which has left the others
 // asleep.
@@ -51,12 +63,16 @@ bool meet(const char* what, Site site, unsigned mask) {
   return false;
 }
 
-void part(unsigned mask) {
+template <class Function>
+void for_other_lanes(unsigned mask, Function&& function) {
   Thread& me = self();
-  Warp& warp = me.block->warps[me.linear / kLanes];
-  warp.waiting &= ~mask;
-  for (Thread* other : warp.lanes)
-    if (other != &me && (mask >> (other->linear % kLanes) & 1U) != 0) runner->wake(other);
+  for (Thread* other : me.block->warps[me.linear / kLanes].lanes)
+    if (other != &me && (mask >> (other->linear % kLanes) & 1U) != 0) function(other);
+}
+
+void part(unsigned mask) {
+  self().block->warps[self().linear / kLanes].waiting &= ~mask;
+  for_other_lanes(mask, [](Thread* other) { runner->wake(other); });
 }
 
 }  // namespace
@@ -72,7 +88,9 @@ void fail_shuffle(int lane, int source) {
 
 int lane() { return static_cast<int>(self().linear % kLanes); }
 
+// Orders no memory, as on a GPU.
 void warp_collective(const char* what, Site site, unsigned mask, const void* in, void* out, Combine combine) {
+  const Unseen shim;
   Thread& me = self();
   me.in = in;
   me.out = out;
@@ -88,14 +106,20 @@ void warp_collective(const char* what, Site site, unsigned mask, const void* in,
 }
 
 void warp_barrier(const char* what, Site site, unsigned mask) {
-  Warp& warp = self().block->warps[self().linear / kLanes];
-  RGFAST_TSAN_ONLY(__tsan_release(&warp);)
-  if (meet(what, site, mask)) part(mask);
-  RGFAST_TSAN_ONLY(__tsan_acquire(&warp);)
-  static_cast<void>(warp);
+  const Unseen shim;
+  arrives(self());
+  if (!meet(what, site, mask)) {
+    goes_on(self());
+    return;
+  }
+  RGFAST_TSAN_ONLY(std::vector<Thread*> others;
+                   for_other_lanes(mask, [&](Thread* other) { others.push_back(other); });
+                   comes_last(others);)
+  part(mask);
 }
 
 Votes block_barrier(const char* what, Site site, unsigned id, unsigned threads, bool vote) {
+  const Unseen shim;
   Thread& me = self();
   Block& block = *me.block;
   if (id >= kBarriers)
@@ -123,27 +147,29 @@ Votes block_barrier(const char* what, Site site, unsigned id, unsigned threads, 
          text(site));
   ++barrier.votes.threads;
   barrier.votes.nonzero += vote ? 1U : 0U;
-  RGFAST_TSAN_ONLY(__tsan_release(&barrier);)
   if (barrier.votes.threads == threads) {
     me.votes = barrier.votes;
     for (Thread* other : barrier.waiting) other->votes = barrier.votes;
+    comes_last(barrier.waiting);
     runner->wake_all(barrier.waiting);
   } else {
+    arrives(me);
     barrier.waiting.push_back(&me);
     wait_at(what, site);
+    goes_on(me);
   }
-  RGFAST_TSAN_ONLY(__tsan_acquire(&barrier);)
   return me.votes;
 }
 
 void cluster_arrive(Site site) {
+  const Unseen shim;
   Thread& me = self();
   if (me.arrived_at_cluster)
     fail("cluster_arrive at " + text(site) + ", " + place(me) +
          ": it has arrived already and must wait first");
   me.arrived_at_cluster = true;
   me.cluster_phase = runner->cluster_phase_;
-  RGFAST_TSAN_ONLY(__tsan_release(&runner->cluster_);)
+  RGFAST_TSAN_ONLY(__tsan_release(&runner->cluster_arrivals_[me.cluster_phase % 2]);)
   std::size_t total = 0;
   for (const auto& block : runner->blocks_)
     for (const auto& warp : block->warps) total += warp.lanes.size();
@@ -154,6 +180,7 @@ void cluster_arrive(Site site) {
 }
 
 void cluster_wait(Site site) {
+  const Unseen shim;
   Thread& me = self();
   if (!me.arrived_at_cluster)
     fail("cluster_wait at " + text(site) + ", " + place(me) + ": it has not arrived");
@@ -162,7 +189,7 @@ void cluster_wait(Site site) {
     runner->cluster_.waiting.push_back(&me);
     wait_at("cluster_wait", site);
   }
-  RGFAST_TSAN_ONLY(__tsan_acquire(&runner->cluster_);)
+  RGFAST_TSAN_ONLY(__tsan_acquire(&runner->cluster_arrivals_[me.cluster_phase % 2]);)
 }
 
 unsigned cluster_rank() { return self().block->rank; }
@@ -183,12 +210,14 @@ std::byte* peer_memory(void* mine, unsigned rank, Site site) {
 }
 
 void publish(int* flag, int value) {
+  const Unseen shim;
   RGFAST_TSAN_ONLY(__tsan_release(flag);)
   *flag = value;
   runner->wake_all(runner->watching_);
 }
 
 void wait_for(const int* flag, int at_least, Site site) {
+  const Unseen shim;
   while (*flag < at_least) {
     runner->watching_.push_back(&self());
     wait_at("wait_for", site);
@@ -203,7 +232,8 @@ void copy_async(void* to, const void* from, std::size_t bytes, std::size_t fille
   if (filled > bytes || misaligned(to) || misaligned(from))
     fail(place(self()) + ": an asynchronous copy of " + std::to_string(filled) + " of " +
          std::to_string(bytes) + " bytes, whose addresses must be multiples of " + std::to_string(bytes));
-  // Until the copy is waited for its target is NaN, so that a read that comes too early shows.
+  // Until the copy is waited for its target is NaN, so that a read that comes too early shows. TSan sees
+  // these writes and the copy as the thread's.
   std::memset(to, 0xff, bytes);
   if (filled < bytes) std::memset(static_cast<std::byte*>(to) + filled, 0, bytes - filled);
   self().copies.back().push_back({static_cast<std::byte*>(to), static_cast<const std::byte*>(from), filled});

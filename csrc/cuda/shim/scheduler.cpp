@@ -6,6 +6,10 @@
 #include <mutex>
 #include <new>
 
+#ifdef RGFAST_TSAN
+#include <sys/mman.h>
+#endif
+
 namespace rgfast::shim {
 
 Runner* runner = nullptr;
@@ -16,6 +20,26 @@ namespace {
 std::vector<std::unique_ptr<Stack>>& stacks() {
   static std::vector<std::unique_ptr<Stack>> all;
   return all;
+}
+
+// TSan takes an access of one block, and the next block's to the same memory, for a race; what is unmapped it
+// forgets. ASan needs what lies around memory of the heap.
+std::byte* new_shared_memory(std::size_t bytes) {
+#ifdef RGFAST_TSAN
+  void* memory = mmap(nullptr, bytes + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+#else
+  void* memory = ::operator new(bytes, std::align_val_t(128));
+#endif
+  return static_cast<std::byte*>(memory);
+}
+
+void delete_shared_memory(std::byte* memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef RGFAST_TSAN
+  munmap(memory, bytes + 1);
+#else
+  ::operator delete(memory, std::align_val_t(128));
+#endif
 }
 
 void enter(void* thread) { runner->run_thread(*static_cast<Thread*>(thread)); }
@@ -55,7 +79,7 @@ void Runner::run_thread(Thread& thread) {
 void Runner::suspend() { now_->fibre->suspend(); }
 
 void Runner::allocate(Block& block) {
-  block.shared = static_cast<std::byte*>(::operator new(launch_.shared, std::align_val_t(128)));
+  block.shared = new_shared_memory(launch_.shared);
   std::memset(block.shared, 0xff, launch_.shared);  // NaN in every floating-point format
 }
 
@@ -63,14 +87,17 @@ void Runner::release() {
   threads_.clear();
   for (const auto& block : blocks_) {
     RGFAST_ASAN_ONLY(__asan_unpoison_memory_region(block->shared, launch_.shared);)
-    ::operator delete(block->shared, std::align_val_t(128));
+    delete_shared_memory(block->shared, launch_.shared);
   }
   blocks_.clear();
   ready_.clear();
   watching_.clear();
 }
 
-Runner::~Runner() { release(); }
+Runner::~Runner() {
+  release();
+  Fibre::join();
+}
 
 void Runner::run_cluster(unsigned x, unsigned y, unsigned z) {
   const dim3 size = launch_.block;
@@ -160,6 +187,7 @@ void run_grid(const Launch& launch, void (*body)(void*), void* argument) {
   // The built-in variables and the stacks are the process's.
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const Unseen host;
   Runner here(launch, body, argument);
   runner = &here;
   struct Clear {

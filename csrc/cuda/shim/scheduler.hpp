@@ -43,6 +43,9 @@ struct Thread {
   bool arrived_at_cluster = false;
   unsigned cluster_phase = 0;
   std::vector<std::vector<Copy>> copies{1};  // committed groups, and the one that is open
+
+  // Places whose addresses stand for its coming to a barrier and its going on, for TSan.
+  std::uint64_t arrival = 0, departure = 0;
 };
 
 struct Warp {
@@ -93,6 +96,7 @@ class Runner {
   std::vector<Thread*> watching_;               // those in wait_for
   Barrier cluster_;
   unsigned cluster_phase_ = 0;
+  std::uint64_t cluster_arrivals_[2] = {};  // places for TSan; nobody is two phases ahead of another
 
  private:
   void run_cluster(unsigned x, unsigned y, unsigned z);

@@ -1,5 +1,5 @@
 // Planted faults: what the proofs must report, each by the tool that is there for it.
-#include "cuda/common/device.cuh"
+#include "cuda/common/async_copy.cuh"
 
 using rgfast::cuda::shared_memory;
 
@@ -16,6 +16,36 @@ extern "C" __global__ void rgfast_fault_none(const double* x, double* out) {
   shared[threadIdx.x] = x[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+
+// TSan. A shuffle is no barrier for memory.
+extern "C" __global__ void rgfast_fault_missing_warp_barrier(const double* x, double* out) {
+  auto* shared = shared_memory<double>();
+  shared[threadIdx.x] = x[threadIdx.x];
+  const double kept = __shfl_sync(rgfast::cuda::kFullWarp, x[threadIdx.x], 0);
+  out[threadIdx.x] = kept + shared[threadIdx.x ^ 1U];
+}
+
+// TSan. The second barrier of the loop is missing: a fast thread writes what a slow one still reads.
+extern "C" __global__ void rgfast_fault_late_barrier(const double* x, double* out) {
+  auto* shared = shared_memory<double>();
+  double sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    shared[threadIdx.x] = x[threadIdx.x] + round;
+    __syncthreads();
+    sum += shared[(threadIdx.x + 1) % blockDim.x];
+  }
+  out[threadIdx.x] = sum;
+}
+
+// TSan. An asynchronous copy is under way until it has been waited for.
+extern "C" __global__ void rgfast_fault_early_read(const double* x, double* out) {
+  auto* shared = shared_memory<double>();
+  rgfast::cuda::copy_async<8>(shared + threadIdx.x, x + threadIdx.x);
+  rgfast::cuda::copy_async_commit();
+  __syncthreads();
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+  rgfast::cuda::copy_async_wait<0>();
 }
 
 // TSan. Blocks add to one number.

@@ -67,7 +67,9 @@ TEST(a_block_reduces_through_shared_memory) {
   }
 }
 
-void order(int* out, int* next) { out[(*next)++] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+void order(int* out, int* next) {
+  out[atomicAdd(next, 1)] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
 
 TEST(a_seed_shuffles_threads_and_blocks_and_repeats) {
   std::vector<std::vector<int>> seen;
@@ -243,9 +245,11 @@ TEST(asynchronous_copies_are_there_once_waited_for) {
     CHECK(out[static_cast<std::size_t>(t)] == 31 - t);
     CHECK(out[static_cast<std::size_t>(32 + t)] == 32 + 2 * (31 - t));
   }
+#ifndef RGFAST_TSAN
   launch(blocks(1, 32, 96 * sizeof(double)), copies, from.data(), out.data(), 1);
   CHECK(out[0] == 31);
   CHECK(std::isnan(out[32]));
+#endif
 }
 
 void reads_unwritten(double* out) {
