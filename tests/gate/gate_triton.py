@@ -2,7 +2,8 @@
 
     python tests/gate/gate_triton.py tests/ops/OP/triton_gate.py 90
 
-The list is a Python file with
+The list is a Python file. What it imports from ``rgfast/ops/OP/gpu`` is what its kernels are made of: they
+are compiled again if that changes. It has
 
 - ``entries(arch)``, which yields all that is compiled for the architecture, each with its own ``name``:
   every kernel with every configuration of the checked-in tables;

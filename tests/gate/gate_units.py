@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.metadata
@@ -130,7 +131,7 @@ class TritonRoom(Unit):
 
     @property
     def files(self) -> list[Path]:
-        return [self.path, *(ROOT / "rgfast" / "ops" / self.path.parent.name / "gpu").glob("*.py")]
+        return imported(self.path)
 
     def knows(self, arch: int) -> bool:
         return arch in ARCHITECTURES
@@ -177,6 +178,24 @@ def included(source: Path) -> list[Path]:
                 # The shim is for host compilers.
                 if CUDA / "shim" not in places[0].parents:
                     waiting.append(places[0].resolve())
+    return list(found)
+
+
+def imported(listed: Path) -> list[Path]:
+    """A list of Triton kernels and the modules that it imports from its room's ``gpu``, theirs as well."""
+    package = f"rgfast.ops.{listed.parent.name}.gpu"
+    folder = ROOT.joinpath(*package.split("."))
+    found: dict[Path, None] = {}
+    waiting = [listed]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = None
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module == package:
+                    waiting += [folder / f"{alias.name}.py" for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+                    waiting.append(folder / f"{str(node.module).removeprefix(package + '.')}.py")
     return list(found)
 
 
