@@ -155,25 +155,37 @@ void drop_context(void* context) { delete static_cast<ucontext_t*>(context); }
 #ifdef RGFAST_TSAN
 namespace {
 
-char all_fibres;  // the place that stands for what fibres did that are gone
+// What TSan takes for threads. It needs 0.3 ms to make one, so they serve again, after many others, since one
+// that serves twice does not race with itself: a block races with those that ran just before.
+constexpr std::size_t kResting = 400;
 
-// TSan gives a new fibre the number of one that it has destroyed, and does not see a race between two of one
-// number. So those that are gone stay for a while; there are 8,192 numbers.
-constexpr std::size_t kRetired = 300;
+std::deque<void*>& resting() {
+  static std::deque<void*> all;
+  return all;
+}
 
-void retire(void* fibre, bool suspended) {
-  static std::deque<void*> retired;
+// Places that stand for what the scheduler did before the fibre began, and for what fibres did that are gone.
+char before_all, after_all;
+
+void* wake() {
+  __tsan_release(&before_all);
+  if (resting().size() < kResting) return __tsan_create_fiber(0);
+  void* thread = resting().front();
+  resting().pop_front();
+  return thread;
+}
+
+void rest(void* thread, bool suspended) {
   void* host = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(fibre, __tsan_switch_to_fiber_no_sync);
-  // A fibre that was left in mid-air is in a call of the shim.
+  __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
   if (suspended) __tsan_ignore_thread_end();
-  __tsan_release(&all_fibres);
+  __tsan_release(&after_all);
   __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
-  retired.push_back(fibre);
-  if (retired.size() > kRetired) {
-    __tsan_destroy_fiber(retired.front());
-    retired.pop_front();
-  }
+  // One that was left in mid-air, in a call of the shim, still has the calls of a kernel open.
+  if (suspended)
+    __tsan_destroy_fiber(thread);
+  else
+    resting().push_back(thread);
 }
 
 }  // namespace
@@ -195,12 +207,12 @@ Fibre::Fibre(Stack& stack, void (*entry)(void*), void* argument)
   // Pages of another fibre hold its accesses, which are no races with this one's: new pages.
   RGFAST_TSAN_ONLY(mmap(stack.bottom(), Stack::kBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-                   thread_ = __tsan_create_fiber(0);)
+                   thread_ = wake();)
   context_ = first_context(stack, &Fibre::begin, this);
 }
 
 Fibre::~Fibre() {
-  RGFAST_TSAN_ONLY(retire(thread_, suspended_);)
+  RGFAST_TSAN_ONLY(rest(thread_, suspended_);)
   drop_context(context_);
   drop_context(host_context_);
 }
@@ -208,10 +220,11 @@ Fibre::~Fibre() {
 void Fibre::begin(void* self) {
   auto* fibre = static_cast<Fibre*>(self);
   RGFAST_ASAN_ONLY(__sanitizer_finish_switch_fiber(nullptr, &fibre->host_bottom_, &fibre->host_bytes_);)
+  RGFAST_TSAN_ONLY(__tsan_acquire(&before_all);)
   fibre->entry_(fibre->argument_);
 }
 
-void Fibre::join() { RGFAST_TSAN_ONLY(__tsan_acquire(&all_fibres);) }
+void Fibre::join() { RGFAST_TSAN_ONLY(__tsan_acquire(&after_all);) }
 
 void Fibre::resume() {
   RGFAST_ASAN_ONLY(__sanitizer_start_switch_fiber(&host_fake_stack_, stack_.bottom(), Stack::kBytes);)
