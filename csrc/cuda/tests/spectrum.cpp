@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cuda/common/device.cuh"
+#include "cuda/tests/effort.hpp"
 #include "cuda/tests/spectrum_truth.hpp"
 #include "tests/check.hpp"
 
@@ -34,6 +34,9 @@ RGFAST_SPECTRUM_KERNEL(shared256_f32, float);
 #undef RGFAST_SPECTRUM_KERNEL
 
 namespace {
+
+using rgfast::test::everything;
+using rgfast::test::kFew;
 
 template <class T>
 using Matrix = std::vector<T>;
@@ -238,10 +241,11 @@ std::vector<int> up_to(int n) {
   return sizes;
 }
 
-// With RGFAST_GATE every size there is, else those at the edges of every kernel.
+// For the gate every size there is, else those at the edges of every kernel.
 TEST(eigenvalues_at_every_size) {
-  const bool every = std::getenv("RGFAST_GATE") != nullptr;
-  const std::vector<int> edges{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128};
+  const bool every = everything();
+  const std::vector<int> edges = kFew ? std::vector<int>{1, 8, 9, 17, 33, 65, 97}
+                                      : std::vector<int>{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128};
   check_sizes<double>(every ? up_to(130) : edges, every ? 4 : 2);
   check_sizes<float>(every ? up_to(130) : edges, every ? 4 : 2);
   check_sizes<double>({129}, 1);
@@ -253,7 +257,7 @@ TEST(eigenvalues_at_every_size) {
 
 TEST(eigenvalues_of_every_family) {
   for (const int n : {12, 27, 42, 70, 105}) {
-    if (n > 42 && std::getenv("RGFAST_GATE") == nullptr) return;
+    if (n > (kFew ? 12 : 42) && !everything()) return;
     check_sizes<double>({n}, 100);
     check_sizes<float>({n}, 100);
   }
@@ -336,7 +340,7 @@ TEST(both_spectra_come_from_one_reduction) {
     check_raised<double>(n);
     check_raised<float>(n);
   }
-  if (std::getenv("RGFAST_GATE") == nullptr) return;
+  if (!everything()) return;
   for (const int n : {64, 97, 128, 131}) {
     check_raised<double>(n);
     check_raised<float>(n);
@@ -362,7 +366,7 @@ TEST(eigenvalues_have_the_same_bits_in_any_batch) {
   check_bits<float>(14, 10);
   check_bits<double>(25, 6);
   check_bits<float>(50, 2);
-  if (std::getenv("RGFAST_GATE") == nullptr) return;
+  if (!everything()) return;
   check_bits<double>(80, 2);
   check_bits<double>(131, 2);
 }
