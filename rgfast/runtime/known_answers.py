@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from rgfast.dispatch import FallbackWarning, Unproven
 from rgfast.runtime import cuda
 from rgfast.runtime.threads import no_autocast
+from rgfast.runtime.tracing import constant_when_traced
 
 __all__ = ["KnownAnswer", "register", "unproven", "warmup"]
 
@@ -67,7 +68,7 @@ def register(*answers: KnownAnswer) -> None:
         _ANSWERS.update(dict.fromkeys(answer.kernels, answer))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+@constant_when_traced
 def unproven(device: torch.device, *kernels: str) -> Unproven | None:
     """Why results of ``kernels`` are not to be trusted on ``device``, None if their answers are right.
 

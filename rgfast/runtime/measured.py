@@ -22,6 +22,7 @@ import torch
 
 from rgfast.files import as_json, write_text
 from rgfast.runtime import cuda
+from rgfast.runtime.tracing import constant_when_traced
 from rgfast.version import __version__
 
 __all__ = ["Measured", "architecture", "refusal", "save", "saved", "user_file"]
@@ -55,7 +56,7 @@ class Measured(NamedTuple):
 _KINDS = typing.get_type_hints(Measured)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+@constant_when_traced
 def refusal(op: str, impl: str, device: torch.device) -> str | None:
     """Why ``auto`` does not take ``impl`` of ``op`` on ``device``, None if rows stand for its architecture.
 

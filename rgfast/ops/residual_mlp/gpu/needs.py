@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from rgfast.ops.residual_mlp.call import Call
+from rgfast.runtime.tracing import constant_when_traced
 
 __all__ = ["LEAST_TRITON", "Products", "capability", "dtype_of", "missing", "products_of", "too_old"]
 
@@ -51,7 +52,7 @@ def missing() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+@constant_when_traced
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
@@ -65,7 +66,7 @@ def too_old(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
+@constant_when_traced
 def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9 this is what older switches set, too; reading those may then be an error.
