@@ -4,6 +4,8 @@ import shutil
 from email import message_from_string
 from pathlib import Path
 
+import pytest
+
 import rgfast
 from rgfast.runtime import native
 
@@ -58,8 +60,9 @@ def test_an_installation_without_a_compiler_says_so_and_is_the_package(installed
     ]  # fmt: skip
 
 
-def test_the_compiled_module_can_be_demanded(bare, sdist):
-    done = bare.install(sdist, RGFAST_REQUIRE_NATIVE="1")
+@pytest.mark.parametrize("what", ["NATIVE", "CUDA"])
+def test_what_is_compiled_can_be_demanded(bare, sdist, what):
+    done = bare.install(sdist, **{f"RGFAST_REQUIRE_{what}": "1"})
     assert done.returncode != 0
     assert "there is no C++ compiler" in done.stdout + done.stderr
 

@@ -9,6 +9,8 @@ from elftools.elf.elffile import ELFFile
 
 from rgfast.runtime import native
 
+WITHOUT = "the package was built without kernels for GPUs, for which it takes nvcc"
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="auditwheel is for Linux")
 
 USE = """
@@ -51,15 +53,29 @@ def test_the_wheel_holds_kernels_for_gpus_if_there_is_a_compiler_for_them(with_w
     told = with_wheel.run("rgfast", "info", "--json")
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout)["cuda"]
-    if which("nvcc") is None:
-        assert found["compiled"] is None
-        assert found["absent"].startswith("the package was built without kernels for GPUs")
+    if found["compiled"] is None:
+        assert which("nvcc") is None
+        assert found["absent"] == WITHOUT
         return
     assert found["compiled"] == "sm_90 and PTX of sm_90"
     assert found["nvcc"].partition(".")[0] in ("12", "13")
     # Opened by name when it is wanted: a name that there is no library of is refused with a sentence.
     nowhere = with_wheel.run("rgfast", "info", "--json", RGFAST_CUDA_DRIVER="libno-such-driver.so")
     assert "there is no CUDA driver" in json.loads(nowhere.stdout)["cuda"]["absent"]
+
+
+def test_the_wheel_without_kernels_for_gpus_says_so_and_is_the_same_otherwise(with_wheel, tmp_path):
+    """What a build makes that finds no nvcc."""
+    kernels = with_wheel.site / "rgfast" / "_kernels.fatbin"
+    if kernels.exists():
+        kernels.rename(tmp_path / kernels.name)
+    try:
+        told, done = with_wheel.run("rgfast", "info"), with_wheel.run("python", "-c", USE)
+    finally:
+        if (tmp_path / kernels.name).exists():
+            (tmp_path / kernels.name).rename(kernels)
+    assert f"cuda       {WITHOUT}" in told.stdout.splitlines()
+    assert "native" in json.loads(done.stdout)[2], done.stderr
 
 
 def needed(path):
