@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from rgfast.probing.sources.replay import SavedActivations
 from rgfast.probing.spec import ProbeSpec, WatchOptions, shows_options
 from rgfast.probing.tally import Tally
 from rgfast.probing.unread import Unread
+from rgfast.runtime import known_answers
 from rgfast.runtime.streams import Home, capturing, stream_of
 from rgfast.streaming import pair_keys
 
@@ -48,6 +50,8 @@ _R = TypeVar("_R")
 # Sequences of a stack that hands over tiles that are taken through all its layers, and summed, at once: as
 # many rows per position as an accumulator sums in one product.
 _TILE = 128
+# Ops whose kernels for GPUs run beside forwards or after them.
+_ROOMS = ("cka", "moments", "spectrum")
 
 
 def _telling_ranks(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -167,6 +171,8 @@ class Probe:
             raise RuntimeError("this Probe has summed what all ranks saw; take a new one to see more")
         modes = [(module, module.training) for module in self.model.modules()]
         grad = torch.is_grad_enabled()
+        state = itertools.chain(self.model.parameters(), self.model.buffers())
+        known_answers.prepare({x.device for x in state}, _ROOMS)
         if self._in_step is not None:
             self._in_step.open()
         self._tally.open()

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rgfast.dispatch import FallbackWarning, Unproven
-from rgfast.runtime import cuda
+from rgfast.runtime import cuda, measured
 from rgfast.runtime.threads import no_autocast
 from rgfast.runtime.tracing import constant_when_traced
 
-__all__ = ["KnownAnswer", "register", "unproven", "warmup"]
+__all__ = ["KnownAnswer", "prepare", "register", "registered", "unproven", "warmup"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class KnownAnswer:
     values: tuple[float, ...]
     allowed: float = 0.0
     refusal: Callable[[torch.device], str | None] | None = None
+
+    @property
+    def room(self) -> str:
+        """The room of the kernels, by their names: ``moments`` of ``rgfast_moments_exact``."""
+        return self.kernels[0].removeprefix("rgfast_").partition("_")[0]
 
     def cannot_run(self, device: torch.device) -> str | None:
         """Why the kernels cannot run on ``device``, whatever they compute, or None."""
@@ -66,6 +71,11 @@ def register(*answers: KnownAnswer) -> None:
             if kernel in _ANSWERS:
                 raise ValueError(f"{kernel} has a known answer already")
         _ANSWERS.update(dict.fromkeys(answer.kernels, answer))
+
+
+def registered() -> tuple[KnownAnswer, ...]:
+    """Every answer that was registered, in that order."""
+    return tuple(dict.fromkeys(_ANSWERS.values()))
 
 
 @constant_when_traced
@@ -112,6 +122,19 @@ def warmup(device: torch.device | str | int | None = None) -> dict[str, str | No
             if reason is not None and kernel == answer.kernels[0]:
                 warnings.warn(f"{reason}; it is not used there", FallbackWarning, stacklevel=2)
     return found
+
+
+def prepare(devices: Iterable[torch.device], rooms: Collection[str]) -> None:
+    """Try the kernels of some rooms on those GPUs among ``devices`` where ``auto`` may take a kernel.
+
+    For what runs beside a user's forward, which is not to wait for that. While a graph is captured nothing is
+    tried; a wrong answer is told when its kernel is passed over.
+    """
+    for device in {_placed(each) for each in devices if cuda.is_gpu(each)}:
+        if measured.stands(device):
+            for answer in registered():
+                if answer.room in rooms and answer.cannot_run(device) is None:
+                    _judged(answer, device)
 
 
 def _placed(device: torch.device) -> torch.device:

@@ -25,7 +25,7 @@ from rgfast.runtime import cuda
 from rgfast.runtime.tracing import constant_when_traced
 from rgfast.version import __version__
 
-__all__ = ["Measured", "architecture", "refusal", "save", "saved", "user_file"]
+__all__ = ["Measured", "architecture", "refusal", "save", "saved", "stands", "user_file"]
 
 _FORMAT, _FILE = "rgfast.measured/1", "measured.json"
 _ROOMS = Path(__file__).resolve().parents[1] / "ops"
@@ -76,6 +76,12 @@ def refusal(op: str, impl: str, device: torch.device) -> str | None:
             f"{here} ({slowest.case})"
         )
     return None
+
+
+def stands(device: torch.device) -> bool:
+    """Whether there is a row of any op for the architecture of ``device``."""
+    here = architecture(device)
+    return here is not None and any(key[2] == here for key in _standing())
 
 
 def architecture(device: torch.device) -> str | None:
