@@ -122,16 +122,14 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _save(report: Report, only: Sequence[str], seconds: float) -> None:
     """Time kernels against other implementations, and put that into the user's table unless one is wrong."""
-    from rgfast.bench.saving import measured
+    from rgfast.bench.saving import measured, told_of
     from rgfast.bench.timing import WrongResult
     from rgfast.runtime.measured import save
 
     rows = []
     try:
         for row in measured(only, seconds=seconds, size="quick" if report.quick else "full", tell=_aside):
-            _aside(
-                f"{row.impl} of {row.op}, {row.case}: {row.times_faster:.2f} times as fast as {row.against}"
-            )
+            _aside(told_of(row))
             rows.append(row)
     except WrongResult as error:
         report.gate.append(error.check)

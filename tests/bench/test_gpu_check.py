@@ -3,25 +3,17 @@
 import json
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
+import gpu_check as script
+import gpu_timing as timing
 import pytest
 import torch
 
 from rgfast.bench import suite
-from rgfast.bench.timing import Checked, Contest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    spec = util.spec_from_file_location("gpu_check", SCRIPT)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -39,7 +31,7 @@ def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_named_before_anything_is_done(script, monkeypatch, tmp_path, capsys):
+def test_what_is_missing_is_named_before_anything_is_done(monkeypatch, tmp_path, capsys):
     lacking = {"h5netcdf", "pybind11"}
     find = script.importlib.util.find_spec
     monkeypatch.setattr(
@@ -55,7 +47,7 @@ def test_what_is_missing_is_named_before_anything_is_done(script, monkeypatch, t
     assert not (tmp_path / "out").exists()
 
 
-def test_it_needs_no_more_than_it_names(script):
+def test_it_needs_no_more_than_it_names():
     """A process in which every other package is missing imports all that the checks import."""
     code = f"""
 import sys
@@ -67,6 +59,7 @@ class Missing:
             raise ModuleNotFoundError(f"no {{name}}", name=name)
 sys.meta_path.insert(0, Missing())
 import torch, rgfast
+assert "torch._dynamo" not in sys.modules  # it takes seconds, and more packages than are named
 from rgfast.bench import suite
 from rgfast.bench.probe import Case, check_last
 assert check_last(Case.make("default", 3, 2, 8, 16, "cpu")).good
@@ -76,107 +69,108 @@ print("all right")
     assert done.stdout.strip() == "all right", done.stderr
 
 
-def test_tests_are_counted_with_their_sentences(script, tmp_path):
-    found = script.run_tests(300, tmp_path, ("-k", "cka_and_drift and shape0"))
-    assert found["failed"] == {}
-    assert found["passed"] == 2 if not torch.cuda.is_available() else 4
-    if not torch.cuda.is_available():
-        assert {*found["skipped"].values()} == {"there is no GPU that torch finds"}
-        nothing = script.run_tests(300, tmp_path, ("-m", "gpu", "-k", "cka_and_drift"))
-        assert nothing["failed"] == {"all": "no test ran"}
-
-
-def test_a_failing_test_is_named(script, tmp_path, monkeypatch):
-    root = tmp_path / "checkout"
-    (root / "tests/gpu").mkdir(parents=True)
-    (root / "tests/gpu/pytest.ini").write_text((ROOT / "tests/gpu/pytest.ini").read_text())
-    (root / "tests/gpu/test_it.py").write_text("def test_wrong():\n    assert 1 == 2, 'one is not two'\n")
-    monkeypatch.setattr(script, "ROOT", root)
-    found = script.run_tests(100, tmp_path, ())
-    assert list(found["failed"]) == ["test_it::test_wrong"]
-    assert "one is not two" in found["failed"]["test_it::test_wrong"]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    def contests(device, size):
-        right = Checked("right", 0.0, 1.0)
-        for name in ("first", "second"):
-            yield Contest(
-                name, lambda: 1, lambda x, impl: int, lambda x, impl: right, {"rival": lambda x: int}
-            )
-        wrong = Checked("it is off", 2.0, 1.0)
-        yield Contest("bad", lambda: 1, lambda x, impl: int, lambda x, impl: wrong, {"rival": lambda x: int})
-
-    for name, module in suite.BENCHMARKS.items():
-        monkeypatch.setattr(module, "contests", contests if name == "spectrum" else lambda *_: iter(()))
-
-
-def test_the_benchmark_writes_as_it_goes_and_tells_wrong_values(script, small, tmp_path):
-    assert script.benchmark(2e9, tmp_path, "cpu", 0.001) == 1
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["case"] for row in found["rows"]] == ["first", "second"]
-    assert [check["name"] for check in found["gate"]] == ["it is off"]
-    assert found["not_run"] == []
-
-
-def test_what_does_not_fit_the_time_is_said(script, small, tmp_path):
-    assert script.benchmark(0.0, tmp_path, "cpu", 0.001) == 0
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["not_run"] == ["spectrum: first", "spectrum: second", "spectrum: bad"]
-    assert found["rows"] == []
-
-
-def test_one_json_and_one_table(script, small, tmp_path, monkeypatch, capsys):
-    """The whole way with the GPU, the build and the tests taken away."""
+def test_one_json_and_one_table(kernel, tmp_path, monkeypatch, capsys):
+    """The whole way with the GPU, the build, the tests and the sanitizers taken away."""
     monkeypatch.setattr(script, "why_no_gpu", lambda: None)
     monkeypatch.setattr(script, "missing", list)
-    monkeypatch.setattr(script, "build", lambda limit: None)
+    monkeypatch.setattr(script, "architecture", lambda: "90")
+    monkeypatch.setattr(script, "build", lambda limit, architecture: "nvcc failed: it is too old")
     tested = {"passed": 3, "failed": {"a::b": "it is wrong"}, "skipped": {"c::d": "no reason"}}
     monkeypatch.setattr(script, "run_tests", lambda limit, out: tested)
+    seen = {"memcheck": {"errors": 0, "told": "all is well"}, "racecheck": {"errors": 2, "told": "2 hazards"}}
+    monkeypatch.setattr(script, "sanitize", lambda limit, out, tool: seen[tool])
+    monkeypatch.setattr(script, "nvcc", lambda: "12.8")
 
     def run(command, **options):
         assert command[-2] == "--benchmark-until"
-        return subprocess.CompletedProcess(command, script.benchmark(2e9, tmp_path, "cpu", 0.001))
+        assert options["env"]["XDG_CONFIG_HOME"] == str(tmp_path / "config")
+        return subprocess.CompletedProcess(command, script.timed(2e9, tmp_path, "cpu", 0.001))
 
-    monkeypatch.setattr(script, "nvcc", lambda: "12.8")
     monkeypatch.setattr(script.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
     assert script.main() == 1
     document = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert document["format"] == "rgfast.gpu-check/1"
+    assert document["format"] == "rgfast.gpu-check/2"
     assert document["tests"] == tested
+    assert document["sanitizers"] == seen
     assert document["machine"]["versions"]["torch"] == torch.__version__
+    rows = json.loads((tmp_path / "measured.json").read_text())["rows"]
+    assert rows == document["bench"]["kernels"]
     table = (tmp_path / "gpu_check.md").read_text()
     assert table in capsys.readouterr().out
     for part in (
+        "No kernels were compiled: nvcc failed: it is too old.",
         "3 passed, 1 failed, 1 skipped",
         "FAILED a::b: it is wrong",
-        "WRONG it is off",
-        "| spectrum | first |",
+        "- memcheck: all is well",
+        "- FAILED racecheck: 2 hazards",
+        "| toy | ones | cuda | library |",
+        "| cka | ones |",
     ):
         assert part in table
 
 
-def test_it_builds_the_compiled_module_by_what_is_there(script, tmp_path, monkeypatch):
+GREEN = {"passed": 1, "failed": {}, "skipped": {}}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "nvcc", "errors", "code"),
+    [
+        (None, "13.0", 0, 0),
+        (None, "13.0", None, 0),
+        (None, "13.0", 1, 1),
+        ("there is no nvcc", "absent", 0, 0),
+        ("nvcc failed: so", "13.0", 0, 1),
+    ],
+)
+def test_what_the_exit_code_depends_on(tmp_path, monkeypatch, kernels, nvcc, errors, code):
+    monkeypatch.setattr(script, "architecture", lambda: "90")
+    monkeypatch.setattr(script, "build", lambda limit, architecture: kernels)
+    monkeypatch.setattr(script, "run_tests", lambda limit, out: GREEN)
+    monkeypatch.setattr(script, "sanitize", lambda limit, out, tool: {"errors": errors, "told": "so"})
+    monkeypatch.setattr(script, "nvcc", lambda: nvcc)
+    bench = {"gate": [], "failed": {}, "kernels": [], "rows": [], "skipped": {}, "not_run": [], "green": True}
+    monkeypatch.setattr(script, "time_all", lambda until, out: bench)
+    assert script.check(tmp_path, 8, keep_kernels=False) == code
+    monkeypatch.setattr(script, "time_all", lambda until, out: bench | {"green": False})
+    assert script.check(tmp_path, 8, keep_kernels=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "runs", "failed"),
+    [
+        ([4, 4, 0], 3, {}),
+        ([-11, 0], 2, {"case 0": "the process died"}),
+        ([4, 1, 1], 2, {"the benchmark": "it left with 1"}),
+        ([1], 1, {"the benchmark": "it left with 1"}),
+    ],
+)
+def test_the_benchmark_is_taken_up_again_as_long_as_it_gets_further(
+    tmp_path, monkeypatch, codes, runs, failed
+):
     told = []
 
-    def run(words, **options):
-        told.append(words)
-        assert options["check"]
-        if "--build" in words:
-            folder = Path(words[2])
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"_native{script.importlib.machinery.EXTENSION_SUFFIXES[0]}").write_text("built")
+    def run(command, **options):
+        code = codes[len(told)]
+        log = timing.Log(tmp_path / "timing.json")
+        if code != 1 and log.begin(f"case {len(told)}") and code >= 0:
+            log.end()
+        told.append(code)
+        return subprocess.CompletedProcess(command, code)
 
-    (tmp_path / "rgfast").mkdir()
-    monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(script.subprocess, "run", run)
-    script.build(10)
-    assert [words[:2] for words in told] == [["cmake", "-S"], ["cmake", "--build"]]
-    assert f"-DPython_EXECUTABLE={sys.executable}" in told[0]
-    (built,) = (tmp_path / "rgfast").iterdir()
-    assert built.read_text() == "built"
+    bench = script.time_all(2e9, tmp_path)
+    assert (len(told), bench["failed"], bench["green"]) == (runs, failed, not failed)
+
+
+def test_a_benchmark_that_is_out_of_time_has_not_failed(tmp_path, monkeypatch):
+    def run(command, **options):
+        timing.Log(tmp_path / "timing.json").begin("a long one")
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    bench = script.time_all(2e9, tmp_path)
+    assert (bench["failed"], bench["not_run"], bench["green"]) == ({}, ["a long one"], True)
 
 
 @pytest.mark.parametrize("name", suite.BENCHMARKS)

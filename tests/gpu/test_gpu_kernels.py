@@ -1,0 +1,190 @@
+"""The package's kernels on a GPU: known answers, the same bits, threads, streams, graphs, every room by name.
+
+On the CPU a few of them run, behind the library that stands for CUDA's driver.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+
+import pytest
+import torch
+
+import rgfast
+from rgfast import dispatch
+from rgfast.bench import suite
+from rgfast.bench.saving import kernels_of
+from rgfast.dispatch import HandOff, ImplUnavailable
+from rgfast.runtime import cuda, known_answers, measured
+
+ANSWERS = {answer.kernels[0]: answer for answer in known_answers.registered()}
+# The kernels of every room that has any.
+ROOMS = {
+    name: {kernel for contest in room.contests("cuda", "tiny") for kernel in kernels_of(contest, "cuda")}
+    for name, room in suite.BENCHMARKS.items()
+}
+ROOMS = {name: kernels for name, kernels in ROOMS.items() if kernels}
+# For the CPU one kernel of each room, and this many cases; tests/cuda and tests/ops have all of them.
+FEW, CASES = {answer.room: name for name, answer in ANSWERS.items()}.values(), 3
+
+
+class Gpu:
+    """The current GPU, or a library that runs kernels on the CPU in its place."""
+
+    device = torch.device("cuda", 0)
+
+    def admit(self, *ops):
+        """Let kernels of these ops run."""
+
+    @contextmanager
+    def beside(self):
+        """On a stream of its own, beside one that has much to do; its end waits for what was queued."""
+        torch.cuda._sleep(50_000_000)
+        side = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(side):
+            yield
+        side.synchronize()
+
+    def replayed(self, run):
+        """What ``run`` returns when it is captured in a graph that then runs twice."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        for _ in range(2):
+            found.zero_()
+            graph.replay()
+        return found
+
+
+class Cpu:
+    def __init__(self, emulated_gpu):
+        self.device, self.admit = emulated_gpu.device, emulated_gpu.admit
+
+    @contextmanager
+    def beside(self):
+        yield
+
+    def replayed(self, run):
+        return run()
+
+
+@pytest.fixture
+def place(request):
+    if request.param == "cpu":
+        return Cpu(request.getfixturevalue("emulated_gpu"))
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU that torch finds")
+    if (reason := cuda.device_refusal(Gpu.device)) is not None:
+        pytest.skip(reason)
+    return Gpu()
+
+
+def on_both(name, here, there):
+    """Each of ``here`` on the CPU, each of ``there`` on a GPU."""
+    cases = [pytest.param("cpu", each, id=f"cpu-{each}") for each in here]
+    cases += [pytest.param("cuda", each, id=f"cuda-{each}", marks=pytest.mark.gpu) for each in there]
+    return pytest.mark.parametrize(("place", name), cases, indirect=["place"])
+
+
+def bits(x):
+    return x.double().view(torch.int64).cpu()
+
+
+@on_both("kernel", FEW, ANSWERS)
+def test_the_answer_is_right(place, kernel):
+    answer = ANSWERS[kernel]
+    assert answer.cannot_run(place.device) is None
+    assert known_answers.unproven(place.device, *answer.kernels) is None
+
+
+@on_both("kernel", FEW, ANSWERS)
+def test_the_same_bits_run_after_run(place, kernel):
+    first = ANSWERS[kernel].run(place.device)
+    kept = [torch.full((1 << 16,), torch.nan, device=place.device) for _ in range(3)]  # others lie elsewhere
+    again = ANSWERS[kernel].run(place.device)
+    assert len(kept) == 3
+    assert torch.equal(bits(first), bits(again))
+
+
+@on_both("kernel", FEW, ANSWERS)
+def test_the_same_bits_in_another_thread_on_a_stream_beside_a_busy_one(place, kernel):
+    want = ANSWERS[kernel].run(place.device)
+
+    def run():
+        with place.beside():
+            return ANSWERS[kernel].run(place.device)
+
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(bits(thread.submit(run).result()), bits(want))
+
+
+@on_both("kernel", FEW, ANSWERS)
+def test_a_graph_gives_the_same_bits(place, kernel):
+    want = ANSWERS[kernel].run(place.device)
+    try:
+        found = place.replayed(lambda: ANSWERS[kernel].run(place.device))
+    except HandOff as refused:  # an implementation may leave graphs to another one
+        pytest.skip(str(refused))
+    assert torch.equal(bits(found), bits(want))
+
+
+@on_both("room", [room for room, kernels in ROOMS.items() if "cuda" in kernels], ROOMS)
+def test_every_case_by_name_against_the_truth(place, room):
+    ran, refused = 0, []
+    most = CASES if place.device.type == "cpu" else None
+    for contest in islice(suite.BENCHMARKS[room].contests(place.device.type, "tiny"), most):
+        for impl in kernels_of(contest, "cuda"):
+            place.admit(dispatch._OPS[contest.op][0])
+            data = contest.data()
+            try:
+                with suite.quiet("cuda"):
+                    check = contest.check(data, impl)
+                    first, again = (contest.ours(data, impl)() for _ in range(2))
+            except ImplUnavailable as error:
+                refused.append(str(error))
+                continue
+            assert check.good, f"{contest.case} by {impl}: {check}"
+            if isinstance(first, torch.Tensor):
+                assert torch.equal(bits(first), bits(again)), f"{contest.case} by {impl}"
+            ran += 1
+    assert ran, refused
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """Puts rows of every kernel on the device's architecture into a user's table."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+    def put(device):
+        here = measured.architecture(device)
+        measured.save(
+            measured.Measured(op, impl, here, "", "", "", *[1.0] * 5, rgfast.__version__, "")
+            for op in dispatch.registered()
+            for impl in ("cuda", "triton")
+        )
+
+    yield put
+    measured._standing.cache_clear()
+    for op, _ in dispatch._OPS.values():
+        op._chosen.clear()
+
+
+@on_both("kind", ["plain"], ["plain", "narrow"])
+def test_a_probe_that_may_take_kernels_gives_what_it_gives_without(place, kind, rows):
+    torch.manual_seed(3)
+    width = 12 if kind == "narrow" else 40
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width, dtype=torch.float64) for _ in range(3)))
+    x = torch.randn(96, width, dtype=torch.float64)
+
+    def probed(device):
+        return rgfast.probe(
+            model.to(device), x.to(device), layers=["0", "1", "2"], progress=False, route="moments"
+        )
+
+    here = probed("cpu")
+    rows(place.device)
+    place.admit(*(op for op, _ in dispatch._OPS.values() if "cuda" in op.impls))
+    there = probed(place.device)
+    for name in here.measures:
+        want, found = (torch.from_numpy(each.dataset[name].values) for each in (here, there))
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9, equal_nan=True, msg=name)
