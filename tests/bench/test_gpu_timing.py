@@ -5,6 +5,7 @@ import json
 import gpu_timing as timing
 import pytest
 
+from rgfast import dispatch
 from rgfast.bench import suite
 from rgfast.bench.timing import Checked, Contest
 from rgfast.runtime import measured
@@ -86,3 +87,19 @@ def test_kernels_are_timed_first_and_then_taken_by_auto(kernel, tmp_path):
     # That `auto` takes it from now on, unless this machine was busier for one than for the other.
     if row["high"] >= 1:
         assert [each["impl"] for each in log.state["rows"]] == ["cuda"]
+
+
+def test_kernels_of_a_room_are_timed(emulated_gpu, monkeypatch, tmp_path):
+    """Eigenvalues by the kernel itself, on this processor, beside the other implementations and the rival."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    emulated_gpu.admit(*(op for op, _ in dispatch._OPS.values() if op.name == "eigvalsh"))
+    (first, *_) = suite.BENCHMARKS["spectrum"].contests("cpu", "tiny")
+    for name, module in suite.BENCHMARKS.items():
+        monkeypatch.setattr(module, "contests", lambda *_, name=name: [first] if name == "spectrum" else [])
+    log = timing.Log(tmp_path / "timing.json")
+    assert timing.benchmark(log, 2e9, "cpu", 0.001, "tiny") == timing.DONE
+    measured._standing.cache_clear()
+    assert log.green, log.state
+    (row,) = log.state["kernels"]
+    assert (row["op"], row["impl"], row["case"]) == ("eigvalsh", "cuda", first.case)
+    assert {each["against"] for each in log.state["rows"]} == {"torch.linalg.eigvalsh"}
