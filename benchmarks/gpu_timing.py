@@ -20,7 +20,7 @@ from rgfast.runtime import measured
 
 __all__ = ["AGAIN", "DONE", "Log", "benchmark"]
 
-# AGAIN: no kernel runs in this process any more.
+# AGAIN: another process has to go on.
 DONE, AGAIN = 0, 4
 _KERNELS, _RIVALS = "kernels", "rivals"
 _SHARE = 0.5  # of the time, for kernels
@@ -78,11 +78,13 @@ class Log:
 
 
 def benchmark(log: Log, until: float, device: str, seconds: float, size: Any = "quick") -> int:
-    """Time every case that fits; DONE, or AGAIN if another process has to go on."""
-    kernels_until = time.time() + _SHARE * (until - time.time())
+    """Time every case that fits. Returns DONE, or AGAIN: a kernel took the process down, or rows are new."""
+    kernels_until, new = time.time() + _SHARE * (until - time.time()), False
     for phase, end in ((_KERNELS, kernels_until), (_RIVALS, until)):
         if phase == _RIVALS and log.state["kernels"]:
             measured.save(measured.Measured(**row) for row in log.state["kernels"])
+            if new:  # what was chosen without them is kept
+                return AGAIN
         # Of the rivals the probe first: it is what all of this is for.
         for name in sorted(suite.BENCHMARKS, key=lambda name: (phase == _KERNELS) == (name == "probe")):
             for contest in suite.BENCHMARKS[name].contests(device, size):
@@ -94,6 +96,7 @@ def benchmark(log: Log, until: float, device: str, seconds: float, size: Any = "
                 if time.time() > end:
                     log.late()
                     continue
+                new = new or phase == _KERNELS
                 failure = _timed(log, phase, name, contest, device, seconds)
                 log.end(failure)
                 if failure is not None and _dead(device):
