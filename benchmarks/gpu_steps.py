@@ -19,10 +19,18 @@ __all__ = ["SANITIZERS", "build", "environment", "nvcc", "run_tests", "sanitize"
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck")
-# Every kernel of the package on its small problem.
+# Every kernel of the package's file on its small problem; a sanitizer would have to compile Triton's anew.
 _ANSWERS = """
+import torch
 import rgfast
-refused = {kernel: why for kernel, why in rgfast.warmup().items() if why}
+from rgfast.runtime import known_answers
+
+device, refused = torch.device({device!r}), {{}}
+for answer in known_answers.registered():
+    if answer.kernels[0].startswith("rgfast_"):
+        why = answer.cannot_run(device) or known_answers.unproven(device, *answer.kernels)
+        if why is not None:
+            refused[answer.kernels[0]] = str(why)
 print("REFUSED:" if refused else "every kernel ANSWERED", *refused.items(), flush=True)
 """
 
@@ -145,12 +153,15 @@ def run_tests(
         report = out / f"tests-{path.stem}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "tests" / "gpu" / "pytest.ini")]
-        command += ["-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--junitxml={report}", "-q", *words]
+        command += ["-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--junitxml={report}", "-v", *words]
         left = max(1.0, until - time.monotonic())
         try:
             done = _run([*command, str(path)], left, cwd=ROOT, env=environment(out))
         except subprocess.TimeoutExpired as stopped:
             found["failed"][path.stem] = f"it was stopped after {left:.0f} s"
+            found["passed"] += stopped.output.count(" PASSED ")
+            wrong = re.findall(r"::(\S+) (?:FAILED|ERROR) ", stopped.output)
+            found["failed"].update((f"{path.stem}::{name}", "see what was printed") for name in wrong)
             print(stopped.output, flush=True)
             continue
         print(done.stdout, flush=True)
@@ -196,7 +207,9 @@ def sanitize(limit: float, out: Path, tool: str) -> dict[str, Any]:
     # From torch's cache tensors would lie side by side, and what is written behind one would be in another.
     env = {**environment(out), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = _run([*words, sys.executable, "-c", _ANSWERS], limit, cwd=ROOT, env=env)
+        done = _run(
+            [*words, sys.executable, "-c", _ANSWERS.format(device="cuda:0")], limit, cwd=ROOT, env=env
+        )
     except subprocess.TimeoutExpired:
         return {"errors": None, "told": f"it was stopped after {limit:.0f} s"}
     (out / f"{tool}.log").write_text(done.stdout, encoding="utf-8")

@@ -11,7 +11,8 @@ import gpu_steps as steps
 import pytest
 import torch
 
-import rgfast
+from rgfast.runtime import known_answers
+from rgfast.runtime.known_answers import KnownAnswer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,9 +49,29 @@ def test_a_failing_test_is_named_and_a_file_that_dies_takes_no_other_with_it(tmp
     assert found["passed"] == 1
 
 
-def test_tests_that_hang_are_stopped(tmp_path, monkeypatch):
-    checkout(monkeypatch, tmp_path / "checkout", hangs="import time\n\ntime.sleep(300)\n")
-    assert steps.run_tests(2, tmp_path, ())["failed"] == {"test_hangs": "it was stopped after 2 s"}
+HANGS = """
+import pytest
+import time
+
+@pytest.mark.parametrize("what", ["passes", "fails", "hangs"])
+def test_it(what):
+    assert what != "fails"
+    if what == "hangs":
+        time.sleep(300)
+"""
+
+
+def test_tests_that_hang_are_stopped_and_those_before_count(tmp_path, monkeypatch):
+    checkout(monkeypatch, tmp_path / "checkout", hangs=HANGS)
+    found = steps.run_tests(15, tmp_path, ("-p", "no:randomly"))
+    assert found == {
+        "passed": 1,
+        "failed": {
+            "test_hangs": "it was stopped after 15 s",
+            "test_hangs::test_it[fails]": "see what was printed",
+        },
+        "skipped": {},
+    }
 
 
 @pytest.fixture
@@ -173,8 +194,12 @@ def test_without_a_sanitizer_it_says_so(tmp_path, monkeypatch):
 
 
 def test_what_a_sanitizer_runs_is_every_kernel(capsys, emulated_gpu, monkeypatch):
-    monkeypatch.setattr(rgfast, "warmup", lambda: dict.fromkeys(emulated_gpu.kernels()))
-    exec(steps._ANSWERS, {})
-    monkeypatch.setattr(rgfast, "warmup", lambda: {"rgfast_fill": "it is wrong"})
-    exec(steps._ANSWERS, {})
+    answers = [each for each in known_answers.registered() if each.room == "fill"]
+    other = KnownAnswer(("residual_mlp_plain",), lambda device: pytest.fail("it ran"), (0.0,))
+    monkeypatch.setattr(known_answers, "registered", lambda: [*answers, other])
+    code = steps._ANSWERS.format(device=str(emulated_gpu.device))
+    exec(code, {})
+    assert len(emulated_gpu.log("cuLaunchKernelEx")) == 1
+    monkeypatch.setattr(known_answers, "unproven", lambda device, *kernels: "it is wrong")
+    exec(code, {})
     assert capsys.readouterr().out.splitlines() == ["every kernel ANSWERED", REFUSED]
