@@ -1,3 +1,4 @@
 // Every kernel of the package in one translation unit, which becomes rgfast/_kernels.fatbin.
 #include "fill.cu"
+#include "moments.cu"
 #include "spectrum.cu"

@@ -1,8 +1,8 @@
 // Kernels of second and cross moments; moments.cuh says what they compute.
 //
-// `table` has kLayerWords numbers per layer, then kPairWords per pair (layer_at, pair_at). A block of the grid is a
-// tile of a position, of `tiles` per position of all pairs together; with `spread` the grid's second side are blocks
-// of 1,024 rows, whose moments lie `spread` numbers apart.
+// `table` has kLayerWords numbers per layer, then kPairWords per pair (layer_at, pair_at). A block of the
+// grid is a tile of a position, of `tiles` per position of all pairs together; with `spread` the grid's
+// second side are blocks of 1,024 rows, whose moments lie `spread` numbers apart.
 #include "cuda/moments.cuh"
 
 namespace rgfast::cuda::moments {
@@ -28,7 +28,8 @@ __device__ inline void tops(const std::int64_t* table, std::int64_t rows) {
 
 // Adds what blocks of 1,024 rows have, in their order.
 __device__ inline void gather(const std::int64_t* table, std::int64_t layers, std::int64_t positions,
-                              std::int64_t extras, std::int64_t add, std::int64_t blocks, std::int64_t spread) {
+                              std::int64_t extras, std::int64_t add, std::int64_t blocks,
+                              std::int64_t spread) {
   const Pair pair = pair_at(table, layers, blockIdx.y);
   const std::int64_t columns = layer_at(table, pair.left).width + extras;
   const std::int64_t entries = positions * columns * (layer_at(table, pair.right).width + extras);
@@ -43,25 +44,25 @@ __device__ inline void gather(const std::int64_t* table, std::int64_t layers, st
 }  // namespace rgfast::cuda::moments
 
 // Three blocks of fp64 products on a multiprocessor, two where rows or products need more registers than 168.
-#define RGFAST_MOMENTS(name, T, blocks)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(128) rgfast_moments_norms_##name(                                    \
-      const std::int64_t* table, std::int64_t positions, std::int64_t rows, const unsigned char* keep,              \
-      std::int64_t keep_position, std::int64_t keep_row) {                                                          \
-    rgfast::cuda::moments::norms<T>(table, positions, rows, {keep, keep_position, keep_row});                       \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(128, blocks) rgfast_moments_exact_##name(                                 \
-      const std::int64_t* table, std::int64_t layers, std::int64_t pairs, std::int64_t tiles, std::int64_t rows,    \
-      const unsigned char* keep, std::int64_t keep_position, std::int64_t keep_row, std::int64_t extras,            \
-      std::int64_t add, std::int64_t spread) {                                                                      \
-    rgfast::cuda::moments::tiles<rgfast::cuda::moments::Exact, T>(                                                  \
-        {table, layers, pairs, tiles, rows, {keep, keep_position, keep_row}, extras, add, spread});                 \
-  }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(128, 2) rgfast_moments_split_##name(                                 \
-      const std::int64_t* table, std::int64_t layers, std::int64_t pairs, std::int64_t tiles, std::int64_t rows,    \
-      const unsigned char* keep, std::int64_t keep_position, std::int64_t keep_row, std::int64_t extras,            \
-      std::int64_t add, std::int64_t spread) {                                                                      \
-    rgfast::cuda::moments::tiles<rgfast::cuda::moments::Split, T>(                                                  \
-        {table, layers, pairs, tiles, rows, {keep, keep_position, keep_row}, extras, add, spread});                 \
+#define RGFAST_MOMENTS(name, T, blocks)                                                                \
+  extern "C" __global__ void __launch_bounds__(128) rgfast_moments_norms_##name(                       \
+      const std::int64_t* table, std::int64_t positions, std::int64_t rows, const unsigned char* keep, \
+      std::int64_t keep_position, std::int64_t keep_row) {                                             \
+    rgfast::cuda::moments::norms<T>(table, positions, rows, {keep, keep_position, keep_row});          \
+  }                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(128, blocks) rgfast_moments_exact_##name(               \
+      const std::int64_t* table, std::int64_t layers, std::int64_t pairs, std::int64_t tiles,          \
+      std::int64_t rows, const unsigned char* keep, std::int64_t keep_position, std::int64_t keep_row, \
+      std::int64_t extras, std::int64_t add, std::int64_t spread) {                                    \
+    rgfast::cuda::moments::tiles<rgfast::cuda::moments::Exact, T>(                                     \
+        {table, layers, pairs, tiles, rows, {keep, keep_position, keep_row}, extras, add, spread});    \
+  }                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(128, 2) rgfast_moments_split_##name(                    \
+      const std::int64_t* table, std::int64_t layers, std::int64_t pairs, std::int64_t tiles,          \
+      std::int64_t rows, const unsigned char* keep, std::int64_t keep_position, std::int64_t keep_row, \
+      std::int64_t extras, std::int64_t add, std::int64_t spread) {                                    \
+    rgfast::cuda::moments::tiles<rgfast::cuda::moments::Split, T>(                                     \
+        {table, layers, pairs, tiles, rows, {keep, keep_position, keep_row}, extras, add, spread});    \
   }
 
 RGFAST_MOMENTS(float64, double, 2)
@@ -70,12 +71,13 @@ RGFAST_MOMENTS(bfloat16, rgfast::cuda::Bfloat16, 3)
 RGFAST_MOMENTS(float16, rgfast::cuda::Half, 3)
 #undef RGFAST_MOMENTS
 
-extern "C" __global__ void __launch_bounds__(128) rgfast_moments_tops(const std::int64_t* table, std::int64_t rows) {
+extern "C" __global__ void __launch_bounds__(128)
+    rgfast_moments_tops(const std::int64_t* table, std::int64_t rows) {
   rgfast::cuda::moments::tops(table, rows);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    rgfast_moments_gather(const std::int64_t* table, std::int64_t layers, std::int64_t positions, std::int64_t extras,
-                          std::int64_t add, std::int64_t blocks, std::int64_t spread) {
+    rgfast_moments_gather(const std::int64_t* table, std::int64_t layers, std::int64_t positions,
+                          std::int64_t extras, std::int64_t add, std::int64_t blocks, std::int64_t spread) {
   rgfast::cuda::moments::gather(table, layers, positions, extras, add, blocks, spread);
 }

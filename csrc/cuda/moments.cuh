@@ -1,18 +1,17 @@
 // Second and cross moments of the rows of layers, position by position: sum += z_l' z_m over rows, with
 // z = [y, |y|^2, 1] or y alone and y = (x - shift) unit.
 //
-// A block of four warps takes a tile of 64 x 64 entries of one moment of one position. It stages 16 rows of both
-// strips of columns at a time: loaded into registers while the rows before are multiplied, then widened, shifted and
-// stored where the operands of an mma are read in 128-bit loads. |y|^2 and 1 are columns like others, the first from a
-// kernel that has passed over the rows. Which of the 16 rows stands in which slot of an mma does not matter, as long
-// as both operands agree.
+// A block of four warps takes a tile of 64 x 64 entries of one moment of one position. It stages 16 rows of
+// both strips of columns at a time: loaded into registers while the rows before are multiplied, then widened,
+// shifted and stored where the operands of an mma are read in 128-bit loads. |y|^2 and 1 are columns like
+// others, the first from a kernel that has passed over the rows. Which of the 16 rows stands in which slot of
+// an mma does not matter, as long as both operands agree.
 //
-// Every entry is summed in the order of the rows, 1,024 of them apart before they are added: its bits depend on the
-// rows of its own position alone. Either a block goes through all rows, or a block of the grid each takes 1,024 and
-// `rgfast_moments_gather` adds what they have.
+// Every entry is summed in the order of the rows, 1,024 of them apart before they are added: its bits depend
+// on the rows of its own position alone. Either a block goes through all rows, or a block of the grid each
+// takes 1,024 and `rgfast_moments_gather` adds what they have.
 #pragma once
 
-#include "cuda/common/device.cuh"
 #include "cuda/moments_products.cuh"
 
 namespace rgfast::cuda::moments {
@@ -38,13 +37,18 @@ __device__ inline Pair pair_at(const std::int64_t* table, std::int64_t layers, s
 // What a block's threads share: what they load, and where their sums go.
 struct Plan {
   std::int64_t pair;
-  Strip strip[2];          // down the tile, and to the right of it
-  double* sum;             // the tile's first entry
-  double* mirror;          // that of the tile on the other side of the diagonal, or null
-  std::int64_t stride;     // of a row of the moment
+  Strip strip[2];             // down the tile, and to the right of it
+  double* sum;                // the tile's first entry
+  double* mirror;             // that of the tile on the other side of the diagonal, or null
+  std::int64_t stride;        // of a row of the moment
   const unsigned char* mask;  // of the position's rows, or null
-  std::int64_t same;       // whether the tile is on the diagonal, and both strips are one
+  std::int64_t same;          // whether the tile is on the diagonal, and both strips are one
 };
+
+// rgfast/ops/moments/impl/cuda.py launches with these numbers.
+inline constexpr int kShared = kArea + sizeof(Plan);
+static_assert(kShared == 34016 && kSide == 64 && kBlock == 1024 && kThreads == 128);
+static_assert(kLayerWords == 9 && kPairWords == 5);
 
 struct Work {
   const std::int64_t* table;
@@ -69,12 +73,12 @@ __device__ void make_plan(const Work& work, int most, Plan& plan) {
     const std::int64_t high = left.width + work.extras, wide = right.width + work.extras;
     const Tile at = tile_at(tile - pair.first, strips(wide), own);
     const std::int64_t row = at.row * kSide, column = at.column * kSide;
-    plan.strip[threadIdx.x] =
-        threadIdx.x == 0
-            ? strip_at<T>(left, position, work.rows, row, work.extras, most)
-            : strip_at<T>(right, position, work.rows, column, work.extras, most);
+    plan.strip[threadIdx.x] = threadIdx.x == 0
+                                  ? strip_at<T>(left, position, work.rows, row, work.extras, most)
+                                  : strip_at<T>(right, position, work.rows, column, work.extras, most);
     if (threadIdx.x == 0) {
-      double* sum = (pair.apart == nullptr ? pair.sum : pair.apart + blockIdx.y * work.spread) + position * high * wide;
+      double* sum =
+          (pair.apart == nullptr ? pair.sum : pair.apart + blockIdx.y * work.spread) + position * high * wide;
       plan.sum = sum + row * wide + column;
       plan.mirror = own ? sum + column * wide + row : nullptr;
       plan.stride = wide;
@@ -91,7 +95,8 @@ __device__ inline Shape shape_of(const Plan& plan, int top, int left) {
     return columns <= 0 ? 0 : columns > size * most ? most : (columns + size - 1) / size;
   };
   const bool below = plan.same != 0 && top > left, on = plan.same != 0 && top == left;
-  return {below ? 0 : blocks(plan.strip[0].columns - top, 16, 2), blocks(plan.strip[1].columns - left, 8, 4), on ? 2 : 0};
+  return {below ? 0 : blocks(plan.strip[0].columns - top, 16, 2), blocks(plan.strip[1].columns - left, 8, 4),
+          on ? 2 : 0};
 }
 
 template <class How>
@@ -127,13 +132,14 @@ __device__ void tiles(const Work& work) {
   auto& plan = *reinterpret_cast<Plan*>(shared + kArea);
   make_plan<T>(work, Mover::kMost, plan);
 
-  // Which quarter of the tile a warp multiplies differs from block to block, since not all quarters have as much to do
-  // and the warps of the same number of all blocks on a multiprocessor share a tensor core.
+  // Which quarter of the tile a warp multiplies differs from block to block, since not all quarters have as
+  // much to do and the warps of the same number of all blocks on a multiprocessor share a tensor core.
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int quarter = (thread / 32 + static_cast<int>(blockIdx.x >> 2)) & 3;
   const int top = quarter / 2 * 32, left = quarter % 2 * 32;
   const bool same = plan.same != 0;
-  const bool whole = plan.strip[0].columns >= top + 32 && plan.strip[1].columns >= left + 32 && !(same && top >= left);
+  const bool whole =
+      plan.strip[0].columns >= top + 32 && plan.strip[1].columns >= left + 32 && !(same && top >= left);
 
   // Eight neighboring lanes take two rows each, and lanes eight apart other columns.
   const int k = lane % 8, column = 4 * (lane / 8 + thread / 32 * 4);
@@ -143,7 +149,8 @@ __device__ void tiles(const Work& work) {
     const int count = static_cast<int>(work.rows - first < kBlock ? work.rows - first : kBlock);
     bool kept[2];
     const auto fetch = [&](int at) {
-      for (int h = 0; h < 2; ++h) kept[h] = at + 8 * h < count &&
+      for (int h = 0; h < 2; ++h)
+        kept[h] = at + 8 * h < count &&
                   (plan.mask == nullptr || plan.mask[(first + at + 8 * h) * work.keep.row_stride] != 0);
       down.fetch(plan.strip[0], column, count - at);
       if (plan.same == 0) right.fetch(plan.strip[1], column, count - at);
@@ -188,7 +195,7 @@ __device__ void tiles(const Work& work) {
       if (r >= down_end || c >= right_end || (same && r > c)) continue;
       double* entry = plan.sum + r * plan.stride + c;
       double& value = tile[r * kPadded + c];
-      value *= Mover::scale(plan.strip[0], r) * Mover::scale(plan.strip[1], c);
+      value = value * Mover::scale(plan.strip[0], r) * Mover::scale(plan.strip[1], c);
       if (onto) value += *entry;
       *entry = value;
     }
@@ -196,7 +203,8 @@ __device__ void tiles(const Work& work) {
     if (plan.mirror != nullptr)
       for (int at = thread; at < kSide * kSide; at += kThreads) {
         const int r = at % kSide, c = at / kSide;
-        if (r < down_end && c < right_end && !(same && r >= c)) plan.mirror[c * plan.stride + r] = tile[r * kPadded + c];
+        if (r < down_end && c < right_end && !(same && r >= c))
+          plan.mirror[c * plan.stride + r] = tile[r * kPadded + c];
       }
     __syncthreads();
     first += kBlock;

@@ -1,17 +1,17 @@
-// What the kernels of second and cross moments compute apart from their products: which tile a block takes, and how a
-// number is brought into units and split into halves.
+// What the kernels of second and cross moments compute apart from their products: which tile a block takes,
+// and how a number is brought into units and split into halves.
 #pragma once
 
 #include "cuda/common/half.cuh"
 
 namespace rgfast::cuda::moments {
 
-inline constexpr int kSide = 64;                // columns of a strip, and of a tile's side
-inline constexpr int kStep = 16;                // rows that are staged and multiplied at a time
+inline constexpr int kSide = 64;  // columns of a strip, and of a tile's side
+inline constexpr int kStep = 16;  // rows that are staged and multiplied at a time
 inline constexpr int kThreads = 128;
-inline constexpr std::int64_t kBlock = 1024;    // rows that are summed apart before they are added to a moment
-inline constexpr int kFresh = 4;                // steps that fp32 accumulators of split products take
-inline constexpr int kTop = 14;                 // split numbers are below 2^kTop in size; fp16 ends below 2^16
+inline constexpr std::int64_t kBlock = 1024;  // rows that are summed apart before they are added to a moment
+inline constexpr int kFresh = 4;              // steps that fp32 accumulators of split products take
+inline constexpr int kTop = 14;               // split numbers are below 2^kTop in size; fp16 ends below 2^16
 
 __host__ __device__ inline std::int64_t strips(std::int64_t columns) { return (columns + kSide - 1) / kSide; }
 
@@ -35,7 +35,8 @@ __host__ __device__ inline double power_of_two(int exponent) {
   return x;
 }
 
-// The exponent above finite x >= 0: x < 2^exponent. Zero and subnormal numbers have that of the least normal one.
+// The exponent above finite x >= 0: x < 2^exponent. Zero and subnormal numbers have that of the least normal
+// one.
 __host__ __device__ inline int exponent_above(double x) {
   std::uint64_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -1,7 +1,7 @@
 // How 16 rows of two strips of 64 columns stand in shared memory, and how four warps multiply them.
 //
-// A thread stages four columns of rows k and k + 8. A warp multiplies 32 columns from `top` on by 32 from `left` on, in
-// two blocks of 16 by four of 8.
+// A thread stages four columns of rows k and k + 8. A warp multiplies 32 columns from `top` on by 32 from
+// `left` on, in two blocks of 16 by four of 8.
 #pragma once
 
 #include "cuda/common/mma.cuh"
@@ -10,17 +10,19 @@
 
 namespace rgfast::cuda::moments {
 
-// Which blocks are multiplied, unless it is all: this many down and to the right, of the second down those from `skip`.
+// Which blocks are multiplied, unless it is all: this many down and to the right, of the second down those
+// from `skip`.
 struct Shape {
   int high, wide, skip;
 };
 
 // fp64 products of exactly widened rows.
 //
-// Two neighboring columns of a row are the two numbers that m16n8k4 takes on the left, and one each of two blocks on
-// the right: one 128-bit load, without a move between registers. A block's columns are therefore not neighbors, which
-// `row` and `column` undo. Rows are 66 numbers apart, one 128-bit bank more than a whole line: the same columns of
-// eight rows are stored, and two columns of rows 0, 2, 4 and 6 are loaded, without a conflict.
+// Two neighboring columns of a row are the two numbers that m16n8k4 takes on the left, and one each of two
+// blocks on the right: one 128-bit load, without a move between registers. A block's columns are therefore
+// not neighbors, which `row` and `column` undo. Rows are 66 numbers apart, one 128-bit bank more than a whole
+// line: the same columns of eight rows are stored, and two columns of rows 0, 2, 4 and 6 are loaded, without
+// a conflict.
 template <class T>
 struct Exact {
   using Mover = Widened<T>;
@@ -41,7 +43,9 @@ struct Exact {
 
   // Of the moment's entry e of block i, j.
   __device__ static int row(int i, int e, int lane) { return 16 * i + lane / 4 * 2 + e / 2; }
-  __device__ static int column(int j, int e, int lane) { return j / 2 * 16 + lane % 4 * 4 + e % 2 * 2 + j % 2; }
+  __device__ static int column(int j, int e, int lane) {
+    return j / 2 * 16 + lane % 4 * 4 + e % 2 * 2 + j % 2;
+  }
 
   __device__ static void put(unsigned char* strip, int column, int k, const double (&y)[2][4]) {
 #pragma unroll
@@ -53,8 +57,9 @@ struct Exact {
   }
 
   template <bool Whole>
-  __device__ __forceinline__ static void multiply(Sums& sums, const unsigned char* down, const unsigned char* right,
-                                                  int top, int left, Shape shape) {
+  __device__ __forceinline__ static void multiply(Sums& sums, const unsigned char* down,
+                                                  const unsigned char* right, int top, int left,
+                                                  Shape shape) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int first = lane % 4 * kApart + lane / 4;  // in pairs: rows 0, 2, 4 and 6
 #pragma unroll 1
@@ -82,11 +87,12 @@ struct Exact {
   }
 };
 
-// Products of numbers split into two fp16 numbers each: high low + low high + high high, in fp32 for 64 rows, since
-// tensor cores truncate what they add to, and in pairs of fp32 numbers between.
+// Products of numbers split into two fp16 numbers each: high low + low high + high high, in fp32 for 64 rows,
+// since tensor cores truncate what they add to, and in pairs of fp32 numbers between.
 //
-// A column has 64 bytes: eight pairs of rows k and k + 8, high before low. Of two columns in a line of banks the places
-// are exchanged in every other group of four, so that a store of every fourth column has no conflict.
+// A column has 64 bytes: eight pairs of rows k and k + 8, high before low. Of two columns in a line of banks
+// the places are exchanged in every other group of four, so that a store of every fourth column has no
+// conflict.
 template <class T>
 struct Split {
   using Mover = Narrowed<T>;
@@ -145,13 +151,15 @@ struct Split {
   }
 
   template <bool Whole>
-  __device__ __forceinline__ static void multiply(Sums& sums, const unsigned char* down, const unsigned char* right,
-                                                  int top, int left, Shape shape) {
+  __device__ __forceinline__ static void multiply(Sums& sums, const unsigned char* down,
+                                                  const unsigned char* right, int top, int left,
+                                                  Shape shape) {
     const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, t = lane % 4;
     HalfPair a[2][2][4];  // by block, high or low
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 upper = four(down, top + 16 * i + group, t), lower = four(down, top + 16 * i + 8 + group, t);
+      const uint4 upper = four(down, top + 16 * i + group, t),
+                  lower = four(down, top + 16 * i + 8 + group, t);
       a[i][0][0] = {upper.x};
       a[i][0][1] = {lower.x};
       a[i][0][2] = {upper.z};

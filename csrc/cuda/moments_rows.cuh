@@ -6,13 +6,13 @@
 namespace rgfast::cuda::moments {
 
 struct Layer {
-  const void* rows;                            // [positions, rows, width] of any strides, in elements
+  const void* rows;  // [positions, rows, width] of any strides, in elements
   std::int64_t position_stride, row_stride, feature_stride;
   std::int64_t width;
-  const double* shift;                         // [positions, width]
-  double unit;                                 // a power of two
-  double* norms;                               // [positions, rows]: |y|^2, zero for rows that are not kept
-  double* tops;                                // [positions]: the largest finite one of these
+  const double* shift;  // [positions, width]
+  double unit;          // a power of two
+  double* norms;        // [positions, rows]: |y|^2, zero for rows that are not kept
+  double* tops;         // [positions]: the largest finite one of these
 };
 
 inline constexpr int kLayerWords = 9;
@@ -60,14 +60,15 @@ struct Bits<16> {
 
 // A strip of columns of one position, for all threads of a block, which keep little of it in registers.
 struct Strip {
-  const void* at;              // the first row and column
+  const void* at;  // the first row and column
   std::int64_t row_stride, feature_stride;
-  const double* shift;         // of the first column
+  const double* shift;  // of the first column
   const double* norms;
   double unit;
-  double factor, norm_factor;  // that split numbers and |y|^2 are multiplied by: powers of two, the unit among them
-  double back, norm_back;      // that take sums back to units
-  int body, columns;           // how many from the first on are features, and with |y|^2 and 1: at most 2 kSide
+  double factor,
+      norm_factor;  // that split numbers and |y|^2 are multiplied by: powers of two, the unit among them
+  double back, norm_back;  // that take sums back to units
+  int body, columns;       // how many from the first on are features, and with |y|^2 and 1: at most 2 kSide
 };
 
 __host__ __device__ inline int within(int x, int most) { return x < -most ? -most : x > most ? most : x; }
@@ -132,7 +133,6 @@ struct Columns {
     }
     from += kStep * strip.row_stride;
   }
-
 };
 
 // Numbers of a strip in fp64: exactly widened, shifted, in units.
@@ -143,7 +143,8 @@ struct Widened : Columns<T> {
   double shift[4];
 
   __device__ Widened(const Strip& strip, int column, std::int64_t row) : Columns<T>(strip, column, row) {
-    for (int e = 0; e < 4; ++e) shift[e] = column + e < strip.body ? strip.shift[column + e] * strip.unit : 0.0;
+    for (int e = 0; e < 4; ++e)
+      shift[e] = column + e < strip.body ? strip.shift[column + e] * strip.unit : 0.0;
   }
 
   // The product with a power of two is exact, so that this rounds as the difference does.
@@ -190,7 +191,9 @@ struct Narrowed : Columns<T> {
   }
 
   __device__ float number(const Strip& strip, int h, int e) const { return move(strip, e, this->raw[h][e]); }
-  __device__ static float norm(const Strip& strip, double norm) { return static_cast<float>(norm * strip.norm_factor); }
+  __device__ static float norm(const Strip& strip, double norm) {
+    return static_cast<float>(norm * strip.norm_factor);
+  }
   __device__ static double scale(const Strip& strip, int column) {
     return column < strip.body ? strip.back : column == strip.body ? strip.norm_back : 1.0;
   }
@@ -198,7 +201,8 @@ struct Narrowed : Columns<T> {
 
 // |y|^2 of every row, by a warp for four rows at a time.
 template <class T>
-__device__ void norms(const std::int64_t* table, std::int64_t positions, std::int64_t rows, const Keep& keep) {
+__device__ void norms(const std::int64_t* table, std::int64_t positions, std::int64_t rows,
+                      const Keep& keep) {
   constexpr int count = 4;
   const Layer layer = layer_at(table, blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -211,14 +215,16 @@ __device__ void norms(const std::int64_t* table, std::int64_t positions, std::in
   for (int i = 0; i < count; ++i) {
     const std::int64_t at = first + i, position = at / rows, row = at % rows;
     kept[i] = at < positions * rows && keep(position, row);
-    from[i] = static_cast<const T*>(layer.rows) + (kept[i] ? position * layer.position_stride + row * layer.row_stride : 0);
+    from[i] = static_cast<const T*>(layer.rows) +
+              (kept[i] ? position * layer.position_stride + row * layer.row_stride : 0);
     shift[i] = layer.shift + (kept[i] ? position * layer.width : 0);
   }
   for (std::int64_t column = lane; column < layer.width; column += 32)
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       if (!kept[i]) continue;
-      const double y = fma(widened(from[i][column * layer.feature_stride]), layer.unit, -(shift[i][column] * layer.unit));
+      const double y =
+          fma(widened(from[i][column * layer.feature_stride]), layer.unit, -(shift[i][column] * layer.unit));
       sum[i] = fma(y, y, sum[i]);
     }
 #pragma unroll

@@ -1,5 +1,5 @@
-// The kernels of moments, run by fibres, against sums in long double; and their arithmetic apart from that.
-#include "cuda/moments_math.cuh"
+// The kernels of moments, run by fibres, against sums in long double, and their arithmetic by itself.
+#include "cuda/moments.cuh"
 
 #include <cmath>
 #include <cstdint>
@@ -11,22 +11,22 @@
 
 #include "tests/check.hpp"
 
-#define RGFAST_DECLARE(name)                                                                                       \
-  extern "C" void rgfast_moments_norms_##name(const std::int64_t*, std::int64_t, std::int64_t,                     \
-                                              const unsigned char*, std::int64_t, std::int64_t);                   \
-  extern "C" void rgfast_moments_exact_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,       \
-                                              std::int64_t, const unsigned char*, std::int64_t, std::int64_t,      \
-                                              std::int64_t, std::int64_t, std::int64_t);                           \
-  extern "C" void rgfast_moments_split_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,       \
-                                              std::int64_t, const unsigned char*, std::int64_t, std::int64_t,      \
-                                              std::int64_t, std::int64_t, std::int64_t)
+#define RGFAST_DECLARE(name)                                                                                 \
+  extern "C" void rgfast_moments_norms_##name(const std::int64_t*, std::int64_t, std::int64_t,               \
+                                              const unsigned char*, std::int64_t, std::int64_t);             \
+  extern "C" void rgfast_moments_exact_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, \
+                                              std::int64_t, const unsigned char*, std::int64_t,              \
+                                              std::int64_t, std::int64_t, std::int64_t, std::int64_t);       \
+  extern "C" void rgfast_moments_split_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, \
+                                              std::int64_t, const unsigned char*, std::int64_t,              \
+                                              std::int64_t, std::int64_t, std::int64_t, std::int64_t)
 RGFAST_DECLARE(float64);
 RGFAST_DECLARE(float32);
 RGFAST_DECLARE(bfloat16);
 RGFAST_DECLARE(float16);
 extern "C" void rgfast_moments_tops(const std::int64_t*, std::int64_t);
-extern "C" void rgfast_moments_gather(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                                      std::int64_t, std::int64_t);
+extern "C" void rgfast_moments_gather(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,
+                                      std::int64_t, std::int64_t, std::int64_t);
 
 namespace {
 
@@ -34,16 +34,14 @@ using namespace rgfast::cuda;
 using namespace rgfast::cuda::moments;
 using rgfast::shim::launch;
 
-constexpr std::size_t kShared = 34304;
-
 template <class T>
 struct Kernels;
-#define RGFAST_KERNELS(T, name)                                    \
-  template <>                                                      \
-  struct Kernels<T> {                                              \
-    static constexpr auto norms = rgfast_moments_norms_##name;     \
-    static constexpr auto exact = rgfast_moments_exact_##name;     \
-    static constexpr auto split = rgfast_moments_split_##name;     \
+#define RGFAST_KERNELS(T, name)                                \
+  template <>                                                  \
+  struct Kernels<T> {                                          \
+    static constexpr auto norms = rgfast_moments_norms_##name; \
+    static constexpr auto exact = rgfast_moments_exact_##name; \
+    static constexpr auto split = rgfast_moments_split_##name; \
   }
 RGFAST_KERNELS(double, float64);
 RGFAST_KERNELS(float, float32);
@@ -79,8 +77,8 @@ struct Case {
   std::int64_t extras = 2, add = 1;
   bool split = false, spread = false;
 
-  Case(std::int64_t p, std::int64_t n, std::int64_t d, std::int64_t e, double offset = 0.75, double scale = 1.0,
-       bool turned = false)
+  Case(std::int64_t p, std::int64_t n, std::int64_t d, std::int64_t e, double offset = 0.75,
+       double scale = 1.0, bool turned = false)
       : positions(p), rows(n), width{d, e}, across(turned) {
     std::mt19937 generator(static_cast<unsigned>(n + d));
     std::normal_distribution<double> normal;
@@ -109,8 +107,8 @@ struct Case {
     std::vector<std::int64_t> table;
     for (int l = 0; l < 2; ++l)
       for (const std::int64_t w :
-           {word(x[l].data()), rows * width[l], row_stride(l), feature_stride(), width[l], word(shift[l].data()),
-            word(unit[l]), word(norms[l].data()), word(tops[l].data())})
+           {word(x[l].data()), rows * width[l], row_stride(l), feature_stride(), width[l],
+            word(shift[l].data()), word(unit[l]), word(norms[l].data()), word(tops[l].data())})
         table.push_back(w);
     const std::int64_t entries = positions * columns(0) * std::max(columns(0), columns(1));
     std::int64_t tiles = 0;
@@ -124,20 +122,24 @@ struct Case {
       tiles += pair == 0 ? high * (high + 1) / 2 : high * wide;
     }
     const auto groups = static_cast<unsigned>((positions * rows + 15) / 16);
-    launch({.grid = {groups, 2, 1}, .block = {kThreads, 1, 1}, .seed = seed}, Kernels<T>::norms, table.data(), positions,
-           rows, keep.data(), rows, std::int64_t{1});
+    launch({.grid = {groups, 2, 1}, .block = {kThreads, 1, 1}, .seed = seed}, Kernels<T>::norms, table.data(),
+           positions, rows, keep.data(), rows, std::int64_t{1});
     if (split)
-      launch({.grid = {static_cast<unsigned>(positions), 2, 1}, .block = {kThreads, 1, 1}, .shared = 8 * kThreads,
+      launch({.grid = {static_cast<unsigned>(positions), 2, 1},
+              .block = {kThreads, 1, 1},
+              .shared = 8 * kThreads,
               .seed = seed},
              rgfast_moments_tops, table.data(), rows);
-    launch({.grid = {static_cast<unsigned>(positions * tiles), spread ? static_cast<unsigned>(blocks) : 1U, 1},
-            .block = {kThreads, 1, 1},
-            .shared = kShared,
-            .seed = seed},
-           split ? Kernels<T>::split : Kernels<T>::exact, table.data(), std::int64_t{2}, std::int64_t{2}, tiles, rows,
-           keep.data(), rows, std::int64_t{1}, extras, add, spread ? entries : std::int64_t{0});
+    launch(
+        {.grid = {static_cast<unsigned>(positions * tiles), spread ? static_cast<unsigned>(blocks) : 1U, 1},
+         .block = {kThreads, 1, 1},
+         .shared = kShared,
+         .seed = seed},
+        split ? Kernels<T>::split : Kernels<T>::exact, table.data(), std::int64_t{2}, std::int64_t{2}, tiles,
+        rows, keep.data(), rows, std::int64_t{1}, extras, add, spread ? entries : std::int64_t{0});
     if (spread)
-      launch({.grid = {static_cast<unsigned>((entries + kThreads - 1) / kThreads), 2, 1}, .block = {kThreads, 1, 1}},
+      launch({.grid = {static_cast<unsigned>((entries + kThreads - 1) / kThreads), 2, 1},
+              .block = {kThreads, 1, 1}},
              rgfast_moments_gather, table.data(), std::int64_t{2}, positions, extras, add, blocks, entries);
     return sums;
   }
@@ -147,7 +149,8 @@ struct Case {
     double most = 0.0;
     for (int pair = 0; pair < 2; ++pair)
       for (std::int64_t p = 0; p < positions; ++p) {
-        const auto high = static_cast<std::size_t>(columns(0)), wide = static_cast<std::size_t>(columns(pair));
+        const auto high = static_cast<std::size_t>(columns(0)),
+                   wide = static_cast<std::size_t>(columns(pair));
         std::vector<long double> want(high * wide), size(high * wide);
         for (std::int64_t r = 0; r < rows; ++r) {
           if (keep[static_cast<std::size_t>(p * rows + r)] == 0) continue;
@@ -156,9 +159,10 @@ struct Case {
             const int l = side * pair;
             long double norm = 0.0;
             for (std::int64_t c = 0; c < width[l]; ++c) {
-              const long double y = (static_cast<long double>(widened(x[l][static_cast<std::size_t>(at(l, p, r, c))])) -
-                                     shift[l][static_cast<std::size_t>(p * width[l] + c)]) *
-                                    unit[l];
+              const long double y =
+                  (static_cast<long double>(widened(x[l][static_cast<std::size_t>(at(l, p, r, c))])) -
+                   shift[l][static_cast<std::size_t>(p * width[l] + c)]) *
+                  unit[l];
               z[side].push_back(y);
               norm += y * y;
             }
@@ -171,11 +175,13 @@ struct Case {
             }
         }
         for (std::size_t k = 0; k < want.size(); ++k) {
-          const double got = sums[static_cast<std::size_t>(pair)][static_cast<std::size_t>(p) * want.size() + k];
+          const double got =
+              sums[static_cast<std::size_t>(pair)][static_cast<std::size_t>(p) * want.size() + k];
           const long double start = add != 0 ? 1.0L : 0.0L;
           const auto error = static_cast<double>(std::fabs(got - start - want[k]));
           if (!(error <= 0x1p-50 * static_cast<double>(start)))
-            most = std::fmax(most, std::isnan(error) ? INFINITY : error / static_cast<double>(size[k] + 1e-300L));
+            most = std::fmax(most,
+                             std::isnan(error) ? INFINITY : error / static_cast<double>(size[k] + 1e-300L));
         }
       }
     return most;
@@ -183,7 +189,9 @@ struct Case {
 };
 
 // Rows and sums in fp64: terms of both, and a few roundings of what they are made of.
-double bound(std::int64_t rows, std::int64_t width) { return 0x1p-53 * static_cast<double>(rows + width + 16); }
+double bound(std::int64_t rows, std::int64_t width) {
+  return 0x1p-53 * static_cast<double>(rows + width + 16);
+}
 
 TEST(moments_tiles_of_a_pair_cover_it_once) {
   for (const std::int64_t high : {1, 2, 5})
@@ -214,7 +222,8 @@ TEST(moments_exponents_and_splits) {
   for (int k = 0; k < 1000; ++k) {
     const float y = uniform(generator) * (k % 2 == 0 ? 1.0F : 0x1p-12F);
     const Halves halves = split(y);
-    const double back = static_cast<double>(to_float(halves.high)) + static_cast<double>(to_float(halves.low));
+    const double back =
+        static_cast<double>(to_float(halves.high)) + static_cast<double>(to_float(halves.low));
     CHECK(std::fabs(back - static_cast<double>(y)) <= 0x1p-22 * std::fabs(static_cast<double>(y)) + 0x1p-25);
   }
   float sum = 0.0F, rest = 0.0F;
@@ -278,7 +287,8 @@ TEST(moments_of_any_strides_are_the_same_bits) {
     for (std::int64_t p = 0; p < 2; ++p)
       for (std::int64_t r = 0; r < 37; ++r)
         for (std::int64_t c = 0; c < given.width[l]; ++c)
-          turned.x[l][static_cast<std::size_t>(turned.at(l, p, r, c))] = given.x[l][static_cast<std::size_t>(given.at(l, p, r, c))];
+          turned.x[l][static_cast<std::size_t>(turned.at(l, p, r, c))] =
+              given.x[l][static_cast<std::size_t>(given.at(l, p, r, c))];
   CHECK(given.run() == turned.run());
 }
 
@@ -312,7 +322,8 @@ TEST(moments_bits_depend_on_the_rows_of_a_position_alone) {
     }
     const auto one = alone.run();
     for (std::size_t pair = 0; pair < 2; ++pair)
-      CHECK(std::equal(one[pair].begin(), one[pair].end(), together[pair].begin() + static_cast<std::ptrdiff_t>(one[pair].size())));
+      CHECK(std::equal(one[pair].begin(), one[pair].end(),
+                       together[pair].begin() + static_cast<std::ptrdiff_t>(one[pair].size())));
   }
 }
 
@@ -342,7 +353,8 @@ TEST(moments_of_what_is_not_finite_are_not_finite) {
     given.split = split;
     given.x[0][7] = INFINITY;  // position 0, row 1, column 2
     const auto sums = given.run();
-    CHECK(!std::isfinite(sums[0][2 * 7 + 2]) && !std::isfinite(sums[0][5 * 7 + 6]) && !std::isfinite(sums[1][2 * 5]));
+    CHECK(!std::isfinite(sums[0][2 * 7 + 2]) && !std::isfinite(sums[0][5 * 7 + 6]) &&
+          !std::isfinite(sums[1][2 * 5]));
     for (std::size_t k = 49; k < 98; ++k) CHECK(std::isfinite(sums[0][k]));
   }
 }

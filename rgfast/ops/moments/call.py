@@ -19,6 +19,7 @@ class Products(NamedTuple):
     shifts: Sequence[Tensor]
     keep: Tensor | None
     exponents: Sequence[int]
+    precision: str = "double"
 
     @property
     def device(self) -> torch.device:
@@ -31,7 +32,8 @@ class Products(NamedTuple):
         return float(positions * b * sum(wide[i] * wide[j] for i, j in self.sums))
 
     def shape_class(self) -> Hashable:
-        return self.device.type
+        sizes = tuple((x.dtype, x.shape) for x in self.rows)
+        return self.device.type, sizes, tuple(self.sums), self.precision
 
 
 class Pairs(NamedTuple):

@@ -62,10 +62,12 @@ def _check(given, wide, pairs, impl, tol):
         assert float(((found.moved_left[k, :, : u.shape[2]] - left).abs() / size).max()) < tol
 
 
-@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("impl", ["native", "cuda", "reference"])
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("width", [1, 2, 3, 15, 16, 17, 63, 64, 65, 97])
-def test_any_width(width, own, impl):
+def test_any_width(width, own, impl, request):
+    if impl == "cuda":  # its kernels run on this processor, on the CPU's tensors
+        request.getfixturevalue("emulated_gpu").admit(PAIRS)
     given, wide = _given(3, 37, (width, width, width), own=own)
     pairs = [(0, 1), (1, 2), (0, 2), *([(1, 1)] if own else [])]
     _check(given, wide, pairs, impl, 1e-6 if impl == "native" else 1e-12)
@@ -136,4 +138,4 @@ def test_refusals():
     turned = {**given, "rows": [x.mT.contiguous().mT for x in given["rows"]]}
     with pytest.raises(RuntimeError, match="contiguous features"):
         pair_products(total, **turned, impl="native")
-    assert {*PAIRS.impls} == {"native", "library", "reference"}
+    assert {*PAIRS.impls} == {"native", "cuda", "library", "reference"}

@@ -1,0 +1,300 @@
+"""The products by the package's own kernels on a GPU, csrc/cuda/moments.cu: a launch for all pairs of layers.
+
+Every sum has a fixed order that the rows of its position alone decide, so its bits are the same in any call.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgfast.dispatch import HandOff, Impl
+from rgfast.ops.device import LAUNCH, STREAM
+from rgfast.ops.moments.call import Pairs, PairSums, Products
+from rgfast.runtime import cuda, measured
+from rgfast.runtime.known_answers import KnownAnswer, register, unproven
+from rgfast.runtime.waiting import numbers
+
+__all__ = ["MOMENTS", "PAIRS", "SINGLE_ERROR", "SINGLE_LEAST"]
+
+# With precision="single" an entry errs by up to SINGLE_ERROR of the sum of |z_i||z_j|, and per row by
+# SINGLE_LEAST of the product of the largest numbers that either can have (README, "Split products").
+SINGLE_ERROR, SINGLE_LEAST = 2.0**-16, 2.0**-38
+
+# Of moments.cu, which holds its side of these numbers against its sources.
+_SIDE, _BLOCK_ROWS, _THREADS, _SHARED = 64, 1024, 128, 34_016
+_DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_MOST_BLOCKS, _MOST_SIDE = 2**31 - 1, 65_535  # of a grid
+_SPREAD_BYTES, _CROSS_BYTES = 256 << 20, 512 << 20
+# A multiprocessor's clocks per second, and its clocks for 16 rows of a tile: fp64 products by architecture,
+# split products, and what a block takes that has it alone. Computed, not measured (README, "On a GPU").
+_CLOCK, _SPLIT, _ALONE = 1.755e9, 300.0, 800.0
+_EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
+_H100 = ("sm_90", 132, 2)
+
+
+def _tiles(call: Products | Pairs, i: int, j: int) -> int:
+    """Of a pair of layers, at a position."""
+    high, wide = (-(-(call.rows[k].shape[2] + 2) // _SIDE) for k in (i, j))
+    return high * (high + 1) // 2 if i == j else high * wide
+
+
+def _run(call: Products) -> None:
+    """As `reference.add_products`."""
+    _not_captured(call)
+    units = [math.ldexp(1.0, -exponent) for exponent in call.exponents]
+    pairs = [(i, j, total) for (i, j), total in call.sums.items()]
+    _multiply(call, units, pairs, call.keep, add=True, split=call.precision == "single")
+
+
+def _run_pairs(call: Pairs) -> PairSums:
+    """As `reference.pair_products`, most of which stands in the last columns of extended products."""
+    _not_captured(call)
+    positions, width, device = len(call.rows[0]), call.width, call.device
+    moved = all(move is not None for move in call.moves)
+    shape = (len(call.totals), positions)
+    found = PairSums(
+        *(torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2)),
+        *(torch.zeros(*shape, width, dtype=torch.float64, device=device) for _ in range(4)),
+    )
+    keys = list(call.totals)
+    for part in _parts(call, keys):
+        crosses = [
+            torch.empty(
+                (positions, call.rows[i].shape[2] + 2, call.rows[j].shape[2] + 2),
+                dtype=torch.float64,
+                device=device,
+            )
+            for i, j in part
+        ]
+        pairs = [(i, j, cross) for (i, j), cross in zip(part, crosses, strict=True)]
+        _multiply(call, [1.0] * len(call.rows), pairs, None, add=False, split=False)
+        for (i, j), extended in zip(part, crosses, strict=True):
+            k, d, e = keys.index((i, j)), call.rows[i].shape[2], call.rows[j].shape[2]
+            cross = extended[:, :d, :e]
+            call.totals[i, j].add_(cross.sum(0))
+            found.norm[k] = cross.square().sum((1, 2))
+            found.products[k] = extended[:, d, e]
+            found.right_sums[k, :, :e] = extended[:, d, :e]
+            found.left_sums[k, :, :d] = extended[:, :d, e]
+            left, right = call.moves[i], call.moves[j]
+            if moved and left is not None and right is not None:
+                found.moved_right[k, :, :e] = torch.bmm(left[:, None], cross)[:, 0]
+                found.moved_left[k, :, :d] = torch.bmm(cross, right[..., None])[..., 0]
+    return found
+
+
+def _parts(call: Pairs, keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Pairs whose cross moments are there at the same time."""
+    part: list[tuple[int, int]] = []
+    held = 0
+    for i, j in keys:
+        more = 8 * len(call.rows[0]) * (call.rows[i].shape[2] + 2) * (call.rows[j].shape[2] + 2)
+        if part and held + more > _CROSS_BYTES:
+            yield part
+            part, held = [], 0
+        part.append((i, j))
+        held += more
+    if part:
+        yield part
+
+
+def _not_captured(call: Products | Pairs) -> None:
+    if cuda.capturing(call.device):
+        reason = "a CUDA graph would read the table of pairs where it was on the host, when it is replayed"
+        raise HandOff(reason, lambda run: run(call))
+
+
+def _multiply(
+    call: Products | Pairs,
+    units: Sequence[float],
+    pairs: Sequence[tuple[int, int, Tensor]],
+    keep: Tensor | None,
+    *,
+    add: bool,
+    split: bool,
+) -> None:
+    """Sums of products of layers, each extended by |y|² and 1: added to what is there, or put there."""
+    positions, b = call.rows[0].shape[:2]
+    if not positions or not pairs:
+        return
+    if not b:
+        for _, _, total in pairs:
+            if not add:
+                total.zero_()
+        return
+    for dtype, name in _DTYPES.items():
+        mine = [pair for pair in pairs if call.rows[pair[0]].dtype == dtype]
+        if mine:
+            _launch(call, units, mine, keep, name, add=add, split=split)
+
+
+def _launch(
+    call: Products | Pairs,
+    units: Sequence[float],
+    pairs: Sequence[tuple[int, int, Tensor]],
+    keep: Tensor | None,
+    name: str,
+    *,
+    add: bool,
+    split: bool,
+) -> None:
+    device, (positions, b) = call.device, call.rows[0].shape[:2]
+    layers = sorted({layer for i, j, _ in pairs for layer in (i, j)})
+    new = {layer: k for k, layer in enumerate(layers)}
+    shifts = [call.shifts[layer].contiguous() for layer in layers]
+    norms = torch.empty((len(layers), positions, b), dtype=torch.float64, device=device)
+    tops = torch.empty((len(layers), positions), dtype=torch.float64, device=device)
+    words = []
+    for k, layer in enumerate(layers):
+        x = call.rows[layer]
+        words += [x.data_ptr(), *x.stride(), x.shape[2], shifts[k].data_ptr(), _bits(units[layer])]
+        words += [norms[k].data_ptr(), tops[k].data_ptr()]
+    tiles = [_tiles(call, i, j) for i, j, _ in pairs]
+    entries = [total.numel() for *_, total in pairs]
+    blocks = _spread(positions * sum(tiles), -(-b // _BLOCK_ROWS), sum(entries), device)
+    apart = torch.empty((blocks, sum(entries)) if blocks > 1 else 0, dtype=torch.float64, device=device)
+    for k, (i, j, total) in enumerate(pairs):
+        place = apart[0, sum(entries[:k]) :].data_ptr() if blocks > 1 else 0
+        words += [new[i], new[j], sum(tiles[:k]), total.data_ptr(), place]
+    table = numbers(words, device)
+    masked = (0, 0, 0) if keep is None else (keep, keep.stride(0), keep.stride(1))
+
+    def launch(kernel: str, grid: tuple[int, int], shared: int, *arguments: Tensor | int) -> None:
+        whole = (*grid, 1)
+        cuda.launch(f"rgfast_moments_{kernel}", whole, _THREADS, shared, table, *arguments, device=device)
+
+    rows_at_once = 4 * _THREADS // 32
+    launch(f"norms_{name}", (-(-positions * b // rows_at_once), len(layers)), 0, positions, b, *masked)
+    if split:
+        launch("tops", (positions, len(layers)), 8 * _THREADS, b)
+    launch(
+        f"{'split' if split else 'exact'}_{name}",
+        (positions * sum(tiles), blocks),
+        _SHARED,
+        *(len(layers), len(pairs), sum(tiles), b, *masked, 2, int(add), sum(entries) if blocks > 1 else 0),
+    )
+    if blocks > 1:
+        grid = -(-max(entries) // _THREADS), len(pairs)
+        launch("gather", grid, 0, len(layers), positions, 2, int(add), blocks, sum(entries))
+
+
+def _spread(blocks: int, row_blocks: int, entries: int, device: torch.device) -> int:
+    """Into how many blocks of the grid the rows go, where tiles alone are too few for the multiprocessors."""
+    few = blocks < 2 * _card(device)[1]
+    fits = row_blocks <= _MOST_SIDE and 8 * entries * row_blocks <= _SPREAD_BYTES
+    return row_blocks if few and fits else 1
+
+
+def _bits(x: float) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", x))
+    return int(bits)
+
+
+def _card(device: torch.device) -> tuple[str, int, int]:
+    """Architecture, multiprocessors, and how much faster fp32 is than fp64; an H100's if there is no GPU."""
+    if cuda.device_refusal(device) is not None:
+        return _H100
+    return cuda.architecture(device), cuda.multiprocessors(device), cuda.single_to_double(device)
+
+
+def _refusal(call: Products | Pairs) -> str | None:
+    totals = call.sums if isinstance(call, Products) else call.totals
+    for i, j in totals:
+        if call.rows[i].dtype != call.rows[j].dtype:
+            have = " and ".join(str(call.rows[k].dtype).removeprefix("torch.") for k in (i, j))
+            return f"both layers of a pair must have the same dtype, and those of {(i, j)} have {have}"
+    tiles = sum(_tiles(call, i, j) for i, j in totals)
+    if len(call.rows[0]) * tiles > _MOST_BLOCKS or max(len(call.rows), len(totals)) > _MOST_SIDE:
+        return f"a grid has {_MOST_BLOCKS} blocks at most, and {_MOST_SIDE} of layers or pairs"
+    return cuda.device_refusal(call.device)
+
+
+def _kernels(call: Products | Pairs) -> list[str]:
+    split = isinstance(call, Products) and call.precision == "single"
+    names = sorted({_DTYPES[x.dtype] for x in call.rows})
+    kinds = [f"{kind}_{name}" for name in names for kind in ("norms", "split" if split else "exact")]
+    return [f"rgfast_moments_{kind}" for kind in (*kinds, "gather", "tops")]
+
+
+def _cost(call: Products | Pairs) -> float:
+    """By launches, the pass for norms, and tiles in turns on the multiprocessors."""
+    architecture, count, ratio = _card(call.device)
+    totals = call.sums if isinstance(call, Products) else call.totals
+    positions, b = call.rows[0].shape[:2]
+    each = _SPLIT
+    if not (isinstance(call, Products) and call.precision == "single"):
+        each = _EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
+    steps = -(-b // 16)
+    in_turn = -(-positions * sum(_tiles(call, i, j) for i, j in totals) // count)
+    passes = sum(x.numel() * x.element_size() for x in call.rows) / STREAM
+    launches = 8 + (0 if isinstance(call, Products) else 14 * len(totals))
+    return max(LAUNCH * launches, passes + steps * max(in_turn * each, _ALONE) / _CLOCK)
+
+
+def _impl(run: Callable[[Any], Any]) -> Impl:
+    return Impl(
+        "cuda",
+        run,
+        _refusal,
+        cost=_cost,
+        devices=("cuda",),
+        missing=cuda.missing,
+        by_name_only=lambda call: measured.refusal("moments", "cuda", call.device),
+        unproven=lambda call: unproven(call.device, *_kernels(call)),
+    )
+
+
+MOMENTS = _impl(_run)
+PAIRS = _impl(_run_pairs)
+
+
+def _answer(dtype: torch.dtype, b: int, width: int, precision: str) -> Callable[[torch.device], Tensor]:
+    """Two sums over all entries of a moment of small numbers, of which no digit is rounded.
+
+    Of split products the entry |y|²|y|² is left out, which is.
+    """
+
+    def run(device: torch.device) -> Tensor:
+        rows = torch.arange(b, dtype=torch.float64, device=device)[:, None]
+        columns = torch.arange(width, dtype=torch.float64, device=device)
+        x = ((7 * rows + 3 * columns) % 11 - 5)[None].to(dtype)
+        shift = torch.ones((1, width), dtype=torch.float64, device=device)
+        total = torch.zeros((1, width + 2, width + 2), dtype=torch.float64, device=device)
+        _run(Products({(0, 0): total}, [x], [shift], rows[None, :, 0] % 5 != 0, [1], precision))
+        if precision == "single":
+            total[0, width, width] = 0.0
+        places = torch.arange(total.numel(), dtype=torch.float64, device=device).view_as(total)
+        return torch.stack([total.sum(), (total * (places % 7)).sum()])
+
+    return run
+
+
+for _dtype, _name in _DTYPES.items():
+    register(
+        KnownAnswer(
+            (f"rgfast_moments_exact_{_name}", f"rgfast_moments_norms_{_name}"),
+            _answer(_dtype, 37, 67, "double"),
+            (668571.4375, -954884.875),
+        ),
+        KnownAnswer(
+            (f"rgfast_moments_split_{_name}",), _answer(_dtype, 37, 67, "single"), (-315776.0, -954884.875)
+        ),
+    )
+register(
+    KnownAnswer(
+        ("rgfast_moments_gather", "rgfast_moments_tops"),
+        _answer(torch.float32, 1030, 3, "single"),
+        (-9017.5, -10428.375),
+    )
+)
