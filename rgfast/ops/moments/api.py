@@ -34,7 +34,7 @@ Precision = Literal["double", "single"]
 
 def _reference(call: Products) -> None:
     with one_thread(), no_autocast(call.device.type):
-        reference.add_products(call.sums, call.rows, call.shifts, call.keep, call.exponents)
+        reference.add_products(call.sums, call.rows, call.shifts, call.keep, call.exponents, call.extra)
 
 
 def _reference_cost(impl: Impl) -> Callable[[Any], float]:
@@ -105,6 +105,7 @@ def add_products(
     *,
     keep: Tensor | None = None,
     exponents: Sequence[int] | None = None,
+    extended: bool = True,
     precision: Precision = "double",
     impl: ImplName = "auto",
 ) -> None:
@@ -114,6 +115,7 @@ def add_products(
     strides) with ``shifts[l][P, d_l]``; rows for which ``keep[P, b]`` is False add nothing and may hold
     anything.
     ``sums`` are fp64, contiguous, with i ≤ j; (i, i) stays symmetric. All arithmetic is fp64.
+    ``extended=False`` leaves the last two columns out: ``sums[i, j][P, d_i, d_j] += y_iᵀ y_j``.
     ``precision="single"`` lets kernels on a GPU multiply numbers split into two fp16 numbers each: an entry
     then errs by at most 2^-16 Σ |z_i||z_j|, usually by 1e-7 of that, and per row by 2^-38 of the longest row.
     Squares of rows must be within fp64's range.
@@ -129,7 +131,8 @@ def add_products(
     tensor([10., 28.,  4.], dtype=torch.float64)
     """
     check_choice(precision, "precision", ("double", "single"))
-    OP(impl, _checked(sums, rows, shifts, keep, exponents)._replace(precision=precision))
+    extra = 2 if extended else 0
+    OP(impl, _checked(sums, rows, shifts, keep, exponents, extra)._replace(precision=precision))
 
 
 def pair_products(
@@ -180,6 +183,7 @@ def _checked(
     shifts: Sequence[Tensor],
     keep: Tensor | None,
     exponents: Sequence[int] | None,
+    extra: int,
 ) -> Products:
     if not len(rows) or len(shifts) != len(rows):
         raise ValueError(f"shifts must be one per layer of rows, got {len(shifts)} for {len(rows)} layers")
@@ -194,13 +198,13 @@ def _checked(
     for (i, j), total in sums.items():
         if not 0 <= i <= j < len(rows):
             raise ValueError(f"sums must be of pairs (i, j) with 0 <= i <= j < {len(rows)}, got {(i, j)}")
-        _check(total, f"sums[{i}, {j}]", (lead[0], rows[i].shape[2] + 2, rows[j].shape[2] + 2))
+        _check(total, f"sums[{i}, {j}]", (lead[0], rows[i].shape[2] + extra, rows[j].shape[2] + extra))
         if not total.is_contiguous():
             raise ValueError(f"sums[{i}, {j}] must be contiguous, got strides {total.stride()}")
     units = [0] * len(rows) if exponents is None else list(exponents)
     if len(units) != len(rows):
         raise ValueError(f"exponents must be one per layer of rows, got {len(units)} for {len(rows)} layers")
-    return Products(sums, rows, shifts, keep, units)
+    return Products(sums, rows, shifts, keep, units, extra)
 
 
 def _check(x: Tensor, name: str, shape: tuple[int, ...]) -> None:

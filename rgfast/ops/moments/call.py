@@ -12,13 +12,17 @@ __all__ = ["PairSums", "Pairs", "Positions", "Products"]
 
 
 class Products(NamedTuple):
-    """z_iᵀ z_j of `rows[l][P, b, d_l]` less `shifts`, to be added to `sums[i, j]`; see `add_products`."""
+    """z_iᵀ z_j of `rows[l][P, b, d_l]` less `shifts`, to be added to `sums[i, j]`; see `add_products`.
+
+    `extra` columns of z, two or none, stand behind those of y.
+    """
 
     sums: Mapping[tuple[int, int], Tensor]
     rows: Sequence[Tensor]
     shifts: Sequence[Tensor]
     keep: Tensor | None
     exponents: Sequence[int]
+    extra: int = 2
     precision: str = "double"
 
     @property
@@ -27,13 +31,13 @@ class Products(NamedTuple):
 
     def multiplications(self) -> float:
         """Of all products."""
-        wide = [x.shape[2] + 2 for x in self.rows]
+        wide = [x.shape[2] + self.extra for x in self.rows]
         positions, b = self.rows[0].shape[:2]
         return float(positions * b * sum(wide[i] * wide[j] for i, j in self.sums))
 
     def shape_class(self) -> Hashable:
         sizes = tuple((x.dtype, x.shape) for x in self.rows)
-        return self.device.type, sizes, tuple(self.sums), self.precision
+        return self.device.type, sizes, tuple(self.sums), self.extra, self.precision
 
 
 class Pairs(NamedTuple):

@@ -31,9 +31,11 @@ def shifted(
     return out.mul_(math.ldexp(1.0, -exponent)) if exponent else out
 
 
-def extended(rows: Tensor, shift: Tensor, keep: Tensor | None, exponent: int) -> Tensor:
-    """``[z, |z|², 1]`` with z as :func:`shifted` has it, all three zero for rows that are not kept."""
+def extended(rows: Tensor, shift: Tensor, keep: Tensor | None, exponent: int, extra: int = 2) -> Tensor:
+    """``[z, |z|², 1]`` with z as :func:`shifted` has it, all three zero for rows that are not kept; or z."""
     d = rows.shape[-1]
+    if not extra:
+        return shifted(rows, shift, keep, exponent)
     z = torch.empty(*rows.shape[:2], d + 2, dtype=torch.float64, device=rows.device)
     body = shifted(rows, shift, keep, exponent, out=z[..., :d])
     torch.sum(body.square(), -1, out=z[..., d])
@@ -47,6 +49,7 @@ def add_products(
     shifts: Sequence[Tensor],
     keep: Tensor | None,
     exponents: Sequence[int],
+    extra: int = 2,
 ) -> None:
     """``sums[i, j] += z_iᵀ z_j`` in chunks of positions, so that work space is bounded.
 
@@ -59,7 +62,7 @@ def add_products(
         part = slice(start, min(start + chunk, positions))
         kept = None if keep is None else keep[part]
         z = [
-            extended(x[part], shift[part], kept, exponent)
+            extended(x[part], shift[part], kept, exponent, extra)
             for x, shift, exponent in zip(rows, shifts, exponents, strict=True)
         ]
         for (i, j), total in sums.items():

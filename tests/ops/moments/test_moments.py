@@ -98,6 +98,23 @@ def test_strides(impl):
         assert torch.equal(total, want)
 
 
+def test_sums_without_the_last_columns(impl):
+    x, y = drawn(2, 40, 64).float(), drawn(2, 40, 3, seed=1).float()
+    shifts = [drawn(2, 64, seed=2), drawn(2, 3, seed=3)]
+    sums = {(0, 0): torch.ones(2, 64, 64, dtype=F64), (0, 1): torch.ones(2, 64, 3, dtype=F64)}
+    if impl == "native":
+        with pytest.raises(rgfast.ImplUnavailable, match=r"it computes the columns .* in any case"):
+            add_products(sums, [x, y], shifts, extended=False, impl=impl)
+        return
+    add_products(sums, [x, y], shifts, extended=False, impl=impl)
+    for j, other in ((0, x), (1, y)):
+        want, size = truth(x, shifts[0], other, shifts[j], torch.ones(2, 40, dtype=torch.bool))
+        d = other.shape[2]
+        assert_close(sums[0, j], torch.ones(2, 64, d, dtype=F64), want[:, :64, :d], size[:, :64, :d], 40)
+    with pytest.raises(ValueError, match=r"sums\[0, 0\] must have shape \(2, 66, 66\), got \(2, 64, 64\)"):
+        add_products(sums, [x, y], shifts, impl=impl)
+
+
 def test_nothing_to_add(impl):
     for positions, b in ((0, 3), (2, 0)):
         total = torch.ones(positions, 4, 4, dtype=F64)

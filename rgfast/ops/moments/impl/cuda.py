@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ SINGLE_ERROR, SINGLE_LEAST = 2.0**-16, 2.0**-38
 
 # Of moments.cu, which holds its side of these numbers against its sources.
 _SIDE, _BLOCK_ROWS, _THREADS, _SHARED = 64, 1024, 128, 34_016
+_ROWS = 16  # of a block for norms
 _DTYPES = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -38,15 +40,29 @@ _MOST_BLOCKS, _MOST_SIDE = 2**31 - 1, 65_535  # of a grid
 _SPREAD_BYTES, _CROSS_BYTES = 256 << 20, 512 << 20
 # A multiprocessor's clocks per second, and its clocks for 16 rows of a tile: fp64 products by architecture,
 # split products, and what a block takes that has it alone. Computed, not measured (README, "On a GPU").
-_CLOCK, _SPLIT, _ALONE = 1.755e9, 300.0, 800.0
+_CLOCK, _SPLIT, _ALONE = 1.755e9, 600.0, 800.0
 _EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
+_FAST_RATIO = 2  # of fp32 over fp64, up to which fp64 products are at least as fast as split ones
 _H100 = ("sm_90", 132, 2)
 
 
 def _tiles(call: Products | Pairs, i: int, j: int) -> int:
     """Of a pair of layers, at a position."""
-    high, wide = (-(-(call.rows[k].shape[2] + 2) // _SIDE) for k in (i, j))
+    high, wide = (-(-(call.rows[k].shape[2] + _extra(call)) // _SIDE) for k in (i, j))
     return high * (high + 1) // 2 if i == j else high * wide
+
+
+def _extra(call: Products | Pairs) -> int:
+    """How many columns stand behind the features."""
+    return call.extra if isinstance(call, Products) else 2
+
+
+def _splits(call: Products | Pairs) -> bool:
+    """Whether its products are of split numbers: if that is allowed, and fp64 is slow on its GPU."""
+    if not isinstance(call, Products) or call.precision != "single":
+        return False
+    architecture, _, ratio = _card(call.device)
+    return architecture not in _EXACT and ratio > _FAST_RATIO
 
 
 def _run(call: Products) -> None:
@@ -54,7 +70,7 @@ def _run(call: Products) -> None:
     _not_captured(call)
     units = [math.ldexp(1.0, -exponent) for exponent in call.exponents]
     pairs = [(i, j, total) for (i, j), total in call.sums.items()]
-    _multiply(call, units, pairs, call.keep, add=True, split=call.precision == "single")
+    _multiply(call, units, pairs, call.keep, add=True, split=_splits(call))
 
 
 def _run_pairs(call: Pairs) -> PairSums:
@@ -124,7 +140,7 @@ def _multiply(
     add: bool,
     split: bool,
 ) -> None:
-    """Sums of products of layers, each extended by |y|² and 1: added to what is there, or put there."""
+    """Sums of products of layers, added to what is there or put there."""
     positions, b = call.rows[0].shape[:2]
     if not positions or not pairs:
         return
@@ -160,40 +176,41 @@ def _launch(
         x = call.rows[layer]
         words += [x.data_ptr(), *x.stride(), x.shape[2], shifts[k].data_ptr(), _bits(units[layer])]
         words += [norms[k].data_ptr(), tops[k].data_ptr()]
-    tiles = [_tiles(call, i, j) for i, j, _ in pairs]
-    entries = [total.numel() for *_, total in pairs]
-    blocks = _spread(positions * sum(tiles), -(-b // _BLOCK_ROWS), sum(entries), device)
-    apart = torch.empty((blocks, sum(entries)) if blocks > 1 else 0, dtype=torch.float64, device=device)
-    for k, (i, j, total) in enumerate(pairs):
-        place = apart[0, sum(entries[:k]) :].data_ptr() if blocks > 1 else 0
-        words += [new[i], new[j], sum(tiles[:k]), total.data_ptr(), place]
+    # The first tile and the first entry of every pair, and what they come to.
+    *first_tiles, tiles = accumulate((_tiles(call, i, j) for i, j, _ in pairs), initial=0)
+    *first_entries, entries = accumulate((total.numel() for *_, total in pairs), initial=0)
+    if not tiles:
+        return
+    blocks = _spread(positions * tiles, -(-b // _BLOCK_ROWS), entries, device)
+    apart = torch.empty((blocks, entries) if blocks > 1 else 0, dtype=torch.float64, device=device)
+    for (i, j, total), tile, entry in zip(pairs, first_tiles, first_entries, strict=True):
+        place = apart[0, entry:].data_ptr() if blocks > 1 else 0
+        words += [new[i], new[j], tile, total.data_ptr(), place]
     table = numbers(words, device)
     masked = (0, 0, 0) if keep is None else (keep, keep.stride(0), keep.stride(1))
+    extra, apart_by = _extra(call), entries if blocks > 1 else 0
 
     def launch(kernel: str, grid: tuple[int, int], shared: int, *arguments: Tensor | int) -> None:
         whole = (*grid, 1)
         cuda.launch(f"rgfast_moments_{kernel}", whole, _THREADS, shared, table, *arguments, device=device)
 
-    rows_at_once = 4 * _THREADS // 32
-    launch(f"norms_{name}", (-(-positions * b // rows_at_once), len(layers)), 0, positions, b, *masked)
+    if extra or split:
+        launch(f"norms_{name}", (-(-positions * b // _ROWS), len(layers)), 0, positions, b, *masked)
     if split:
         launch("tops", (positions, len(layers)), 8 * _THREADS, b)
-    launch(
-        f"{'split' if split else 'exact'}_{name}",
-        (positions * sum(tiles), blocks),
-        _SHARED,
-        *(len(layers), len(pairs), sum(tiles), b, *masked, 2, int(add), sum(entries) if blocks > 1 else 0),
-    )
+    kernel, grid = f"{'split' if split else 'exact'}_{name}", (positions * tiles, blocks)
+    counts = len(layers), len(pairs), tiles, b
+    launch(kernel, grid, _SHARED, *counts, *masked, extra, int(add), apart_by)
     if blocks > 1:
-        grid = -(-max(entries) // _THREADS), len(pairs)
-        launch("gather", grid, 0, len(layers), positions, 2, int(add), blocks, sum(entries))
+        grid = -(-max(total.numel() for *_, total in pairs) // _THREADS), len(pairs)
+        launch("gather", grid, 0, len(layers), positions, extra, int(add), blocks, entries)
 
 
 def _spread(blocks: int, row_blocks: int, entries: int, device: torch.device) -> int:
     """Into how many blocks of the grid the rows go, where tiles alone are too few for the multiprocessors."""
-    few = blocks < 2 * _card(device)[1]
-    fits = row_blocks <= _MOST_SIDE and 8 * entries * row_blocks <= _SPREAD_BYTES
-    return row_blocks if few and fits else 1
+    if not 1 < row_blocks <= _MOST_SIDE or 8 * entries * row_blocks > _SPREAD_BYTES:
+        return 1
+    return row_blocks if blocks < 2 * _card(device)[1] else 1
 
 
 def _bits(x: float) -> int:
@@ -221,7 +238,7 @@ def _refusal(call: Products | Pairs) -> str | None:
 
 
 def _kernels(call: Products | Pairs) -> list[str]:
-    split = isinstance(call, Products) and call.precision == "single"
+    split = _splits(call)
     names = sorted({_DTYPES[x.dtype] for x in call.rows})
     kinds = [f"{kind}_{name}" for name in names for kind in ("norms", "split" if split else "exact")]
     return [f"rgfast_moments_{kind}" for kind in (*kinds, "gather", "tops")]
@@ -232,12 +249,10 @@ def _cost(call: Products | Pairs) -> float:
     architecture, count, ratio = _card(call.device)
     totals = call.sums if isinstance(call, Products) else call.totals
     positions, b = call.rows[0].shape[:2]
-    each = _SPLIT
-    if not (isinstance(call, Products) and call.precision == "single"):
-        each = _EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
+    each = _SPLIT if _splits(call) else _EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
     steps = -(-b // 16)
     in_turn = -(-positions * sum(_tiles(call, i, j) for i, j in totals) // count)
-    passes = sum(x.numel() * x.element_size() for x in call.rows) / STREAM
+    passes = sum(x.numel() * x.element_size() for x in call.rows) / STREAM if _extra(call) else 0.0
     launches = 8 + (0 if isinstance(call, Products) else 14 * len(totals))
     return max(LAUNCH * launches, passes + steps * max(in_turn * each, _ALONE) / _CLOCK)
 
@@ -259,7 +274,7 @@ MOMENTS = _impl(_run)
 PAIRS = _impl(_run_pairs)
 
 
-def _answer(dtype: torch.dtype, b: int, width: int, precision: str) -> Callable[[torch.device], Tensor]:
+def _answer(dtype: torch.dtype, b: int, width: int, *, split: bool) -> Callable[[torch.device], Tensor]:
     """Two sums over all entries of a moment of small numbers, of which no digit is rounded.
 
     Of split products the entry |y|²|y|² is left out, which is.
@@ -271,8 +286,11 @@ def _answer(dtype: torch.dtype, b: int, width: int, precision: str) -> Callable[
         x = ((7 * rows + 3 * columns) % 11 - 5)[None].to(dtype)
         shift = torch.ones((1, width), dtype=torch.float64, device=device)
         total = torch.zeros((1, width + 2, width + 2), dtype=torch.float64, device=device)
-        _run(Products({(0, 0): total}, [x], [shift], rows[None, :, 0] % 5 != 0, [1], precision))
-        if precision == "single":
+        pairs, keep = [(0, 0, total)], rows[None, :, 0] % 5 != 0
+        _multiply(
+            Products({(0, 0): total}, [x], [shift], keep, [1]), [0.5], pairs, keep, add=True, split=split
+        )
+        if split:
             total[0, width, width] = 0.0
         places = torch.arange(total.numel(), dtype=torch.float64, device=device).view_as(total)
         return torch.stack([total.sum(), (total * (places % 7)).sum()])
@@ -284,17 +302,17 @@ for _dtype, _name in _DTYPES.items():
     register(
         KnownAnswer(
             (f"rgfast_moments_exact_{_name}", f"rgfast_moments_norms_{_name}"),
-            _answer(_dtype, 37, 67, "double"),
+            _answer(_dtype, 37, 67, split=False),
             (668571.4375, -954884.875),
         ),
         KnownAnswer(
-            (f"rgfast_moments_split_{_name}",), _answer(_dtype, 37, 67, "single"), (-315776.0, -954884.875)
+            (f"rgfast_moments_split_{_name}",), _answer(_dtype, 37, 67, split=True), (-315776.0, -954884.875)
         ),
     )
 register(
     KnownAnswer(
         ("rgfast_moments_gather", "rgfast_moments_tops"),
-        _answer(torch.float32, 1030, 3, "single"),
+        _answer(torch.float32, 1030, 3, split=True),
         (-9017.5, -10428.375),
     )
 )

@@ -40,24 +40,26 @@ def _run(call: Products) -> None:
                 for layer in (i, j):
                     if layer not in wide:
                         wide[layer] = _extended(call, layer, part, dropped, spare)
-                _multiply(call.sums[i, j][part], wide[i], wide[j], same=i == j, here=kind == "cpu")
+                total, here = call.sums[i, j][part], kind == "cpu"
+                _multiply(total, wide[i], wide[j], call.extra, same=i == j, here=here)
                 for layer in {i, j}:
                     if last[layer] == at:
                         spare.append(wide.pop(layer))
 
 
 def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, spare: list[Tensor]) -> Tensor:
-    """``[z, |z|², 1]`` of the rows of a layer, all zero for rows that are not kept.
+    """``[z, |z|², 1]`` of the rows of a layer, or z alone, all zero for rows that are not kept.
 
     It takes the place of a spare one that is as wide.
     """
     x, exponent = call.rows[layer][part], call.exponents[layer]
     d = x.shape[2]
-    shape = (*x.shape[:2], d + 2)
+    shape = (*x.shape[:2], d + call.extra)
     used = next((k for k, each in enumerate(spare) if each.shape == shape), None)
     if used is None:
         z = torch.empty(shape, dtype=torch.float64, device=x.device)
-        z[..., d + 1] = 1.0 if dropped is None else (~dropped[part, :, 0]).to(torch.float64)
+        if call.extra:
+            z[..., d + 1] = 1.0 if dropped is None else (~dropped[part, :, 0]).to(torch.float64)
     else:  # with its ones
         z = spare.pop(used)
     body = z[..., :d]
@@ -66,15 +68,16 @@ def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, s
         body.masked_fill_(dropped[part], 0.0)
     if exponent:
         body.mul_(math.ldexp(1.0, -exponent))
-    norms = z[..., d]
-    torch.linalg.vector_norm(body, dim=-1, out=norms)
-    norms.square_()
+    if call.extra:
+        norms = z[..., d]
+        torch.linalg.vector_norm(body, dim=-1, out=norms)
+        norms.square_()
     return z
 
 
-def _multiply(total: Tensor, left: Tensor, right: Tensor, *, same: bool, here: bool) -> None:
-    d, e = left.shape[2] - 2, right.shape[2] - 2
-    if min(d, e) < _APART:
+def _multiply(total: Tensor, left: Tensor, right: Tensor, extra: int, *, same: bool, here: bool) -> None:
+    d, e = left.shape[2] - extra, right.shape[2] - extra
+    if not extra or min(d, e) < _APART:
         _add(total, left, right, here)
         return
     _add(total[:, :d, :e], left[..., :d], right[..., :e], here)
@@ -96,7 +99,7 @@ def positions_at_once(call: Products) -> int:
     """Positions whose rows are widened together: so few that a GPU's cache holds them, if launches then still
     have enough to do, else as many as work space allows."""
     positions, b = call.rows[0].shape[:2]
-    each = max(1, 8 * b * max(x.shape[2] + 2 for x in call.rows))
+    each = max(1, 8 * b * max(x.shape[2] + call.extra for x in call.rows))
     live = _layers_at_once(call.sums)
     if call.device.type == "cpu":
         return max(1, min(positions, _WORK_BYTES // (live * each)))
@@ -123,9 +126,9 @@ def _cost(call: Products) -> float:
     if call.device.type == "cpu":
         return 2e-4 + call.multiplications() / 20e9
     positions, b = call.rows[0].shape[:2]
-    wide = [x.shape[2] + 2 for x in call.rows]
+    wide = [x.shape[2] + call.extra for x in call.rows]
     chunks = math.ceil(positions / positions_at_once(call)) if positions else 0
-    apart = sum(min(wide[i], wide[j]) - 2 >= _APART for i, j in call.sums)
+    apart = sum(call.extra > 0 and min(wide[i], wide[j]) - 2 >= _APART for i, j in call.sums)
     launches = chunks * (len(wide) * 5 + len(call.sums) + 2 * apart)
     rows = positions * b * sum(wide)
     sums = positions * sum(wide[i] * wide[j] for i, j in call.sums)

@@ -1,0 +1,51 @@
+"""The model of the kernels of moments gives what prototypes of them took, and what it predicts is enough."""
+
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "predict_moments.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = util.spec_from_file_location("predict_moments", SCRIPT)
+    module = sys.modules["predict_moments"] = util.module_from_spec(spec)  # its dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    return module
+
+
+def test_prototypes_are_given_within_a_quarter(script):
+    rows = script.validation()
+    assert len(rows) == 3
+    assert all(0.75 <= model / measured <= 1.25 for _, measured, model in rows)
+
+
+def test_occupancy_is_that_of_the_compiled_kernels(script):
+    assert script.resident("rgfast_moments_exact_float32") == 3
+    assert script.resident("rgfast_moments_exact_float64") == 2
+
+
+def test_counts_are_those_of_the_tiles(script):
+    full, corner = script.exact(64, 64, diagonal=False), script.exact(2, 2, diagonal=True)
+    assert full.products == (8 * 4 * 16 + 2 * 64 * 16 / 64,) * 4
+    assert [p > 16 for p in corner.products] == [True, False, False, False]
+    assert [len(script.tiles(width)) for width in (1, 64, 65, 256, 258)] == [1, 1, 3, 10, 15]
+    assert full.together(3) == pytest.approx(3 * full.together(1), rel=0.5)
+
+
+def test_predictions_are_what_was_wanted(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict_moments.py"])
+    script.main()
+    said = capsys.readouterr().out
+    assert "QUARTER" not in said
+    assert said.count("PREDICTED, not run on a GPU") == 2
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.count("|") == 9 and "[4" in line]
+    assert len(rows) == len(script.SHAPES)
+    assert all(float(row[3]) >= float(row[4]) for row in rows)
