@@ -65,8 +65,8 @@ struct Strip {
   const double* shift;  // of the first column
   const double* norms;
   double unit;
-  double factor,
-      norm_factor;  // that split numbers and |y|^2 are multiplied by: powers of two, the unit among them
+  double factor;           // that split numbers are multiplied by, the unit included: a power of two
+  double norm_factor;      // and |y|^2
   double back, norm_back;  // that take sums back to units
   int body, columns;       // how many from the first on are features, and with |y|^2 and 1: at most 2 kSide
 };

@@ -200,6 +200,9 @@ def test_refusals(gpu, monkeypatch):
         ImplUnavailable, match=r"must have the same dtype, and those of \(0, 1\) have float64 and"
     ):
         sums_of(mixed, shifts, [(0, 1)], impl="cuda")
+    elsewhere = [rows[0], rows[1].to("meta")]
+    with pytest.raises(ImplUnavailable, match="rows, shifts and sums must be on one device"):
+        sums_of(elsewhere, shifts, [(0, 0)], impl="cuda")
     with pytest.raises(ValueError, match="precision must be one of"):
         sums_of(rows, shifts, [(0, 1)], precision="half")
     monkeypatch.setattr(kernels, "_MOST_BLOCKS", 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl
-from rgfast.ops.device import LAUNCH, STREAM
+from rgfast.ops.device import LAUNCH, STREAM, by_itself
 from rgfast.ops.moments.call import Pairs, PairSums, Products
 from rgfast.runtime import cuda, measured
 from rgfast.runtime.known_answers import KnownAnswer, register, unproven
@@ -39,7 +39,8 @@ _DTYPES = {
 _MOST_BLOCKS, _MOST_SIDE = 2**31 - 1, 65_535  # of a grid
 _SPREAD_BYTES, _CROSS_BYTES = 256 << 20, 512 << 20
 # A multiprocessor's clocks per second, and its clocks for 16 rows of a tile: fp64 products by architecture,
-# split products, and what a block takes that has it alone. Computed, not measured (README, "On a GPU").
+# split products, and what a block takes that has it alone. Computed, not measured (README, "Kernels for a
+# GPU").
 _CLOCK, _SPLIT, _ALONE = 1.755e9, 600.0, 800.0
 _EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
 _FAST_RATIO = 2  # of fp32 over fp64, up to which fp64 products are at least as fast as split ones
@@ -83,8 +84,8 @@ def _run_pairs(call: Pairs) -> PairSums:
         *(torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2)),
         *(torch.zeros(*shape, width, dtype=torch.float64, device=device) for _ in range(4)),
     )
-    keys = list(call.totals)
-    for part in _parts(call, keys):
+    places = {key: k for k, key in enumerate(call.totals)}
+    for part in _parts(call):
         crosses = [
             torch.empty(
                 (positions, call.rows[i].shape[2] + 2, call.rows[j].shape[2] + 2),
@@ -94,27 +95,28 @@ def _run_pairs(call: Pairs) -> PairSums:
             for i, j in part
         ]
         pairs = [(i, j, cross) for (i, j), cross in zip(part, crosses, strict=True)]
-        _multiply(call, [1.0] * len(call.rows), pairs, None, add=False, split=False)
-        for (i, j), extended in zip(part, crosses, strict=True):
-            k, d, e = keys.index((i, j)), call.rows[i].shape[2], call.rows[j].shape[2]
-            cross = extended[:, :d, :e]
-            call.totals[i, j].add_(cross.sum(0))
-            found.norm[k] = cross.square().sum((1, 2))
-            found.products[k] = extended[:, d, e]
-            found.right_sums[k, :, :e] = extended[:, d, :e]
-            found.left_sums[k, :, :d] = extended[:, :d, e]
-            left, right = call.moves[i], call.moves[j]
-            if moved and left is not None and right is not None:
-                found.moved_right[k, :, :e] = torch.bmm(left[:, None], cross)[:, 0]
-                found.moved_left[k, :, :d] = torch.bmm(cross, right[..., None])[..., 0]
+        with by_itself(device.type):
+            _multiply(call, [1.0] * len(call.rows), pairs, None, add=False, split=False)
+            for (i, j), extended in zip(part, crosses, strict=True):
+                k, d, e = places[i, j], call.rows[i].shape[2], call.rows[j].shape[2]
+                cross = extended[:, :d, :e]
+                call.totals[i, j].add_(cross.sum(0))
+                found.norm[k] = cross.square().sum((1, 2))
+                found.products[k] = extended[:, d, e]
+                found.right_sums[k, :, :e] = extended[:, d, :e]
+                found.left_sums[k, :, :d] = extended[:, :d, e]
+                left, right = call.moves[i], call.moves[j]
+                if moved and left is not None and right is not None:
+                    found.moved_right[k, :, :e] = torch.bmm(left[:, None], cross)[:, 0]
+                    found.moved_left[k, :, :d] = torch.bmm(cross, right[..., None])[..., 0]
     return found
 
 
-def _parts(call: Pairs, keys: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _parts(call: Pairs) -> Iterator[list[tuple[int, int]]]:
     """Pairs whose cross moments are there at the same time."""
     part: list[tuple[int, int]] = []
     held = 0
-    for i, j in keys:
+    for i, j in call.totals:
         more = 8 * len(call.rows[0]) * (call.rows[i].shape[2] + 2) * (call.rows[j].shape[2] + 2)
         if part and held + more > _CROSS_BYTES:
             yield part
@@ -227,6 +229,8 @@ def _card(device: torch.device) -> tuple[str, int, int]:
 
 def _refusal(call: Products | Pairs) -> str | None:
     totals = call.sums if isinstance(call, Products) else call.totals
+    if any(x.device != call.device for x in (*call.rows, *call.shifts, *totals.values())):
+        return "rows, shifts and sums must be on one device"
     for i, j in totals:
         if call.rows[i].dtype != call.rows[j].dtype:
             have = " and ".join(str(call.rows[k].dtype).removeprefix("torch.") for k in (i, j))
