@@ -10,7 +10,7 @@ from rgfast import ImplUnavailable
 from rgfast.ops.moments import add_products, pair_products
 from rgfast.ops.moments.api import OP, PAIRS
 from rgfast.ops.moments.impl import cuda as kernels
-from rgfast.runtime.known_answers import warmup
+from rgfast.runtime.known_answers import _ANSWERS, unproven
 
 F64 = torch.float64
 
@@ -18,8 +18,6 @@ F64 = torch.float64
 @pytest.fixture
 def gpu(emulated_gpu):
     emulated_gpu.admit(OP, PAIRS)
-    assert not any(warmup(emulated_gpu.device).values())
-    emulated_gpu.reset()
     return emulated_gpu
 
 
@@ -71,8 +69,10 @@ def test_all_pairs_in_one_launch(gpu, dtype, precision):
     keep = torch.rand(2, 35, generator=torch.Generator().manual_seed(5)) < 0.6
     rows = [x.masked_fill(~keep[..., None], math.nan) for x in rows]
     options = {"keep": keep, "exponents": [3, -2, 0]}
-    found = sums_of(rows, shifts, PAIRS_OF_THREE, impl="cuda", precision=precision, **options)
     kernel = f"rgfast_moments_{'split' if precision == 'single' else 'exact'}_{str(dtype)[6:]}"
+    sums_of(rows, shifts, [(0, 0)], impl="cuda", precision=precision, **options)  # with what is known
+    gpu.reset()
+    found = sums_of(rows, shifts, PAIRS_OF_THREE, impl="cuda", precision=precision, **options)
     launched = [call["kernel"] for call in gpu.log("cuLaunchKernelEx")]
     assert launched.count(kernel) == 1
     want = sums_of(rows, shifts, PAIRS_OF_THREE, impl="reference", **options)
@@ -216,6 +216,13 @@ def test_a_graph_does_not_hold_it(gpu, monkeypatch):
     monkeypatch.setattr(kernels.cuda, "capturing", lambda device: True)
     with pytest.raises(ImplUnavailable, match="a CUDA graph would read the table of pairs"):
         sums_of(rows, shifts, [(0, 0)], impl="cuda")
+
+
+def test_every_kernel_has_an_answer(gpu):
+    names = [name for name in gpu.kernels() if name.startswith("rgfast_moments")]
+    assert len(names) == 14
+    assert {*names} <= {*_ANSWERS}
+    assert unproven(gpu.device, *names) is None
 
 
 def test_auto_takes_it_where_a_row_stands(gpu, monkeypatch):
