@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/tests/effort.hpp"
 #include "tests/check.hpp"
 
 #define RGFAST_DECLARE(name)                                                                                 \
@@ -240,7 +241,7 @@ template <class T>
 void check_shapes() {
   for (const std::int64_t d : {1, 2, 15, 16, 17, 63, 64, 65})
     for (const std::int64_t n : {1, 2, 3, 17, 40}) {
-      if (n == 40 && d > 17 && d != 65) continue;
+      if ((n == 40 && d > 17 && d != 65) || (rgfast::test::kFew && n * d % 7 != 0)) continue;
       Case<T> given(2, n, d, d % 3 == 0 ? 7 : 70);
       const auto sums = given.run();
       CHECK(given.worst(sums) <= bound(n, d));
@@ -307,17 +308,18 @@ TEST(moments_read_nothing_of_rows_that_are_not_kept) {
 }
 
 TEST(moments_bits_depend_on_the_rows_of_a_position_alone) {
+  const std::int64_t rows = rgfast::test::kFew ? 1040 : 2100;
   for (const bool split : {false, true}) {
-    Case<float> given(3, 2100, 8, 5);
+    Case<float> given(3, rows, 8, 5);
     given.split = split;
     const auto together = given.run();
     given.spread = true;
     CHECK(given.run(5) == together);  // 1,024 rows a block of the grid, in another order
     given.spread = false;
-    Case<float> alone(1, 2100, 8, 5);
+    Case<float> alone(1, rows, 8, 5);
     alone.split = split;
     for (int l = 0; l < 2; ++l) {
-      std::copy_n(given.x[l].begin() + 2100 * given.width[l], alone.x[l].size(), alone.x[l].begin());
+      std::copy_n(given.x[l].begin() + rows * given.width[l], alone.x[l].size(), alone.x[l].begin());
       std::copy_n(given.shift[l].begin() + given.width[l], alone.shift[l].size(), alone.shift[l].begin());
     }
     const auto one = alone.run();
