@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from ranks_in_forks import SHORT, TIMEOUT, batches, build, forked, furthest, options, values
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import rgfast
@@ -175,6 +177,55 @@ def controls(rank, size):
     }
 
 
+class Rerun(nn.Module):
+    """Blocks that a backward may run again."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, **self.how) if self.how else block(x))
+        return x
+
+
+def steps(rank, how, *, watched):
+    """Weights after steps of training under FSDP2, and what a probe and a monitor saw of them."""
+    torch.manual_seed(4)
+    model = Rerun(how).double()
+    shard(model, model.blocks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(3, 7, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    if not watched:
+        for part in x:
+            model(part.requires_grad_()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model_digest(model)
+    monitor = rgfast.Monitor(model, x[0].clone(), every=1)
+    with rgfast.Probe(model, progress=False, timeout=TIMEOUT) as p:
+        for i, part in enumerate(x):
+            model(part.requires_grad_()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(i)
+    seen = monitor.result().dataset.effective_rank.values.tobytes().hex()
+    return model_digest(model), (int(p.result().dataset.n.max()), values(p.result())[1], seen)
+
+
+def trained(rank, size):
+    """Whether steps whose blocks run again in the backward are counted as often as others, to the same bits,
+    and weights are those without a probe; how many rows were counted."""
+    weights = steps(rank, {}, watched=False)
+    ways = {}, {"use_reentrant": False}, {"use_reentrant": True}
+    with warnings.catch_warnings():  # the monitor's batch needs no gradient
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        found = [steps(rank, how, watched=True) for how in ways]
+    return [len({seen for _, seen in found}), {one for one, _ in found} == {weights}, found[0][1][0]]
+
+
 def planned(rank, size):
     """What planning says, which would run a forward on one rank alone."""
     model = build()
@@ -191,7 +242,7 @@ def several(rank, size):
     model = build()
     out["brief"] = values(brief(rank, size, shard(model, model.stack.blocks)))[1]
     out["replicated"] = values(rgfast.probe(build(), batches(rank, size), **options(rank, size)))[1]
-    for case in (in_step, skipped, half, controls, planned):
+    for case in (in_step, skipped, half, controls, trained, planned):
         out[case.__name__] = case(rank, size)
     return out
 
@@ -209,7 +260,7 @@ def agreement(folder):
             "digests": len({one["masked"][1] for one in found} | {one["replicated"] for one in found}),
             **{
                 case: [one[case] for one in found]
-                for case in ("in_step", "skipped", "half", "controls", "planned")
+                for case in ("in_step", "skipped", "half", "controls", "trained", "planned")
             },
         }
     return out

@@ -52,6 +52,12 @@ def test_controls_and_fingerprints_are_those_of_one_process(found, size):
         assert case == {"same": True, "weights": True, "model": "MaskedTokenModel", "digest": True}
 
 
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_training_steps_that_run_blocks_again_are_counted_once(found, size):
+    rows = int(size) * (3 + 3) * 7 * 4  # of steps, and of the monitor's forwards of the same model
+    assert found["agreement"][size]["trained"] == [[1, True, rows]] * int(size)
+
+
 def test_a_sharded_model_is_not_timed_on_one_rank(found):
     said = "planning times its forward, got one that is sharded over ranks [0, 1]"
     assert all(said in text for text in found["agreement"]["2"]["planned"])
