@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rgfast.files import leftovers, write_stream
 from rgfast.probing.capture.batches import batch_items
+from rgfast.probing.offloaded import brought
 from rgfast.probing.sharding import class_of, whole
 from rgfast.validation import from_array
 
@@ -86,12 +87,15 @@ def runs_of(names: Sequence[str], seen: Any) -> list[str]:
 def model_digest(model: nn.Module) -> str:
     """A digest of the model's class, its parameters and buffers, taken on as many threads as torch has.
 
-    It is the same wherever they are, on several ranks too, which then have to call this together. Those on a
-    device come to the host, where processors have instructions for it, many in one transfer.
+    It is the same wherever they are: on several ranks, which then have to call this together, and offloaded
+    to the host or to disk, from where each is read by itself. Those on a device come to the host, where
+    processors have instructions for it, many in one transfer.
     """
     digest = hashlib.blake2b(class_of(model).__qualname__.encode(), digest_size=16)
     state = model.state_dict()
-    data_of = _data(whole(value) for value in state.values() if isinstance(value, Tensor))
+    data_of = _data(
+        whole(brought(model, name, value)) for name, value in state.items() if isinstance(value, Tensor)
+    )
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         for name, value in state.items():
             digest.update(name.encode())
@@ -112,12 +116,12 @@ def is_model(digest: str, model: nn.Module) -> bool:
     for name, value in model.state_dict().items():
         before.update(name.encode())
         if isinstance(value, Tensor):
-            _update(before, value)
+            _update(before, brought(model, name, value))
     return digest == before.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """:func:`model_digest` for comparing results, None for weights that cannot be read (offloaded ones)."""
+    """:func:`model_digest` for comparing results, None for weights that cannot be read."""
     try:
         return model_digest(model)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError):

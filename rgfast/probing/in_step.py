@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rgfast.probing.capture.recompute import Forwards
+from rgfast.probing.offloaded import runs_on
 from rgfast.probing.ranks import RankError, Ranks
 from rgfast.probing.sharding import sharded_over
 
@@ -192,7 +193,7 @@ def _packed(given: _Arguments) -> bytes:
 
 def _unpacked(data: bytes, model: nn.Module) -> _Arguments:
     """The arguments that another rank packed, on this one's device."""
-    device = next(iter(model.parameters())).device
+    device = runs_on(model)
 
     def placed(storage: Any, location: str) -> Any:
         there = location if location.startswith("cpu") else str(device)

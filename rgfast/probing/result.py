@@ -205,7 +205,7 @@ class ProbeResult(Labelled, Accessor):
         positions, views and pairs in the same number of groups, if their models differ in class, size, dtype
         or weights, if their masks, padding or origin do, or if one of them has neither moments nor rows (it
         was saved without). Weights are compared by a fingerprint in the provenance. Files of rgfast 0.1, and
-        probes of models whose weights cannot be read (offloaded ones), lack it: then only the rest is
+        probes of models whose weights cannot be read, lack it: then only the rest is
         compared, and the result lacks it too.
         """
         result: ProbeResult = lent("merged")(self, other)

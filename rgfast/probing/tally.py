@@ -25,13 +25,14 @@ from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhi
 from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.later import bring
+from rgfast.probing.offloaded import is_offloaded, runs_on
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.sharding import is_sharded
+from rgfast.probing.sharding import class_of, is_sharded
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
 from rgfast.probing.unread import Unread
@@ -81,6 +82,7 @@ class Tally:
         self._provenance: dict[str, Any] = {}
         self._weights: str | None = None
         self._sharded = is_sharded(model)
+        self._read_once = self._sharded or is_offloaded(model)
         # Ranks that run every forward together agree after one of them, all at the same time.
         self._due = self._sharded and ranks is not None
 
@@ -90,6 +92,8 @@ class Tally:
         bring()
         if not self._begun:
             self._weights = checkpoints.fingerprint(self._model)
+            if self._weights is None and self._spec.checkpoint is not None:
+                self._digest()  # which says so
 
     @property
     def plan(self) -> Plan | None:
@@ -440,15 +444,14 @@ class Tally:
         return (None, {}) if found is None else found
 
     def _device(self) -> torch.device:
-        first = next(iter(self._model.parameters()), None)
-        return torch.device("cpu") if first is None else first.device
+        return runs_on(self._model) or torch.device("cpu")
 
     def _agreed(self, first: FirstBatch | None, *, waiting: bool = False) -> FirstBatch | None:
         """The first batch that all ranks start from; this one's if it is by itself. None if no rank has one,
         or one is ``waiting`` for layers to run."""
         own = first
         if self._ranks is not None:
-            asked = {**self._spec.to_json(self._names), "weights": self._digest()}
+            asked = {**self._spec.to_json(self._names), "weights": self._fingerprint()}
             first = agree(self._ranks, asked, first, waiting=waiting)
         self._first_batch = first or own
         found = first.targets if first else ()
@@ -502,10 +505,17 @@ class Tally:
         return Moments(plan, masked=masked, unread=self._unread, uncentred=uncentred)
 
     def _digest(self) -> str:
-        """That of the weights; if they are sharded, as they were at the start, when all ranks read them."""
-        if self._sharded and self._weights is not None:
-            return self._weights
-        return checkpoints.model_digest(self._model)
+        """That of the weights; if they are sharded or offloaded, as they were at the start.
+
+        Raises ValueError if they cannot be read.
+        """
+        found = self._weights if self._read_once else None
+        if (found := found or checkpoints.fingerprint(self._model)) is None:
+            raise ValueError(
+                "checkpoint must be of a model whose weights can be read, to tell it from others, and those "
+                f"of this {class_of(self._model).__name__} cannot (offloaded, and no hook says where to)"
+            )
+        return found
 
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)

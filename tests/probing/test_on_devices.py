@@ -111,6 +111,60 @@ def test_entries_that_are_on_the_device_are_checked_there(name):
     assert_alike(there, probed({"refine": False} | case, ["cpu"] * 3), rtol=1e-8)
 
 
+def deep(depth, dtype=torch.float64, **options):
+    """A probe of layers on two devices in turns."""
+    places = [FIRST, SECOND] * (depth // 2)
+    asked = {"layers": [f"blocks.{k}" for k in range(depth)], "route": "moments", "views": ["position"]}
+    return places, rgfast.Probe(Blocks(places, dtype), progress=False, **asked | options)
+
+
+def test_sums_are_on_their_layers_devices_and_meet_at_the_end():
+    """Only rows of neighbors are sent while batches come; depth adds nothing to what the end waits for."""
+    reads = []
+    for depth in (4, 8):
+        places, probe = deep(depth, groups=2)
+        watch = Waits()
+        with devices():
+            with probe, watch:
+                for k in range(BATCHES):
+                    probe.run(batch_of(k, {}))
+            assert watch.found == []
+            for state in probe._tally._moments._groups:
+                for sums in (accumulator._sums for accumulator in state.values()):
+                    assert_placed(sums, places)
+            with watch:
+                probe.result().dataset.load()
+        reads.append(watch.found)
+    assert reads[0] == reads[1]
+
+
+def assert_placed(sums, places):
+    assert [str(x.device) for x in sums.shift] == places
+    for (i, j), x in sums.moment.items():
+        assert str(x.device) in (places[i], places[j])
+
+
+def test_a_snapshot_of_layers_on_two_devices_goes_on_where_they_are():
+    places, whole = deep(4)
+    _, begun = deep(4)
+    _, ended = deep(4)
+    batches = [batch_of(k, {}) for k in range(BATCHES)]
+    with devices():
+        with whole:
+            for batch in batches:
+                whole.run(batch)
+        with begun:
+            for batch in batches[:2]:
+                begun.run(batch)
+        with ended:
+            ended.restore(*begun.snapshot())
+            for batch in batches[2:]:
+                ended.run(batch)
+        for accumulator in ended._tally._moments._groups[0].values():
+            assert_placed(accumulator._sums, places)
+        assert_alike(ended.result(), whole.result())
+
+
 def test_tensors_of_two_devices_are_not_mixed():
     x, y = (There(torch.ones(2), device) for device in (FIRST, SECOND))
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgfast.probing.capture.batches import as_entry, batch_items, entry_name, is_array, only_numbers
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.padding import Padding, is_padding_name, looks_like_padding
+from rgfast.probing.offloaded import runs_on
 from rgfast.runtime.waiting import sent
 
 __all__ = ["Caller"]
@@ -43,7 +44,7 @@ class Caller:
         self._takes_mapping = len(self._ordered) == 1 and _may_be_mapping(
             self._signature.parameters[self._ordered[0]]
         )
-        self._device = _device_of(model)
+        self._device = runs_on(model)
         self._masks: dict[int, str | None] = {}
         self._sources: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -216,20 +217,3 @@ def _may_be_mapping(parameter: inspect.Parameter) -> bool:
         kind = str(parameter.annotation).lower()
         return any(word in kind for word in ("dict", "mapping", "encoding", "any")) or kind == "batch"
     return parameter.name != "input"
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """Where a model takes its input; None if it does not say.
-
-    Weights that wait on ``meta`` are offloaded: the hook that brings them says where the model runs.
-    """
-    first = next(iter(model.parameters()), None)
-    if first is None:
-        return None
-    if first.device.type != "meta":
-        return first.device
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    return None
