@@ -21,6 +21,7 @@ from rgfast.probing.capture.layers import check_model, resolve
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.placed import Placed
+from rgfast.probing.capture.recompute import in_pipeline
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
@@ -104,6 +105,7 @@ class Probe:
     def _open(self, model: nn.Module, spec: ProbeSpec) -> None:
         check_model(model)
         self._ranks = open_ranks(spec.distributed, spec.timeout)
+        self._every_rank = isinstance(spec.distributed, (str, bool))
         if self._ranks is not None:
             weakref.finalize(self, self._ranks.leave)
         self.model, self.measures = unwrapped(model), tuple(spec.measures)
@@ -301,12 +303,19 @@ class Probe:
 
     # What a Watcher tells its receiver.
 
+    @_telling_ranks
     def began(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """:meta private:"""
         if capturing():
             raise RuntimeError(
                 "a probe cannot measure a forward that goes into a CUDA graph, which runs later and without "
                 "it; capture the model outside the with block, and probe it as it is"
+            )
+        if self._ranks is not None and self._every_rank and in_pipeline():
+            raise ValueError(
+                "distributed must be False for a stage of a pipeline, whose layers other ranks do not have: "
+                "each rank then measures the layers of its own stage (or a process group, of the ranks that "
+                "have the same stage)"
             )
         self._whole = None
         self._entries.begin(args, kwargs)

@@ -16,6 +16,7 @@ from ranks_in_forks import forked, furthest, values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -144,7 +145,7 @@ def said(work, *args, **more):
     try:
         work(*args, **more)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error} {error.__cause__ or ''}"
 
 
 class Odd(Shard):
@@ -194,7 +195,31 @@ def tensor(rank, size):
     out["samples"] = by_samples(mesh)
     out["checkpoint"] = resumed(mesh)
     out["sums"] = brief(summing(mesh), LAST)
+    out["stages"] = staged(
+        rank,
+        size,
+        ["blocks.1:input", "blocks.1", "last"] if rank else ["embed", "blocks.0"],
+        distributed=False,
+    )
     return out
+
+
+def staged(rank, size, layers, **more):
+    """How far the layers of each rank's stage, in training steps of a pipeline, are from those of one
+    process."""
+    model, every = build(), data()
+    for name in ("embed", "blocks.0") if rank else ("blocks.1", "last"):
+        model.set_submodule(name, nn.Identity())  # the others keep their names
+    stage = PipelineStage(model, rank, size, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=lambda y, _: y.square().mean())
+    asked = BRIEF | {"layers": layers} | more
+    with rgfast.Probe(model, **asked) as found:
+        # The first step runs every stage on empty tensors before.
+        for half in zip(
+            *(every[name].split(TOTAL // 2) for name in ("tokens", "attention_mask")), strict=True
+        ):
+            schedule.step(*half[: 1 - rank], attention_mask=half[1], target=half[0])
+    return furthest(values(found.result())[0], briefly(*layers))
 
 
 def by_samples(mesh):
@@ -245,6 +270,9 @@ def refused(rank, size):
     if rank == 0:
         out["left out"] = said(brief, model, LAST, distributed=first, **short)
     out["plain"] = said(brief, build(), LAST, placements=Shard(1), **short)
+    model = over(mesh, "whole")
+    out["compared"] = said(rgfast.compare, build(), model, batches(ALL))
+    out["stage"] = said(staged, rank, size, ["blocks.1"] if rank else ["blocks.0"], **short)
     return out
 
 

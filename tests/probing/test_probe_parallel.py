@@ -83,6 +83,19 @@ def test_ranks_that_only_share_parameters_have_batches_of_their_own(found):
 
 
 @needs_gloo
+def test_a_pipeline_is_measured_stage_by_stage(found):
+    """Every microbatch once, and nothing of the run on empty tensors that tells the stages their shapes."""
+    assert max(value["stages"] for value in found["tensor/2"]) <= 1e-12
+
+
+@needs_gloo
+def test_a_stage_has_layers_that_other_ranks_do_not_have(found):
+    first, then = found["refused/2"]
+    assert "distributed must be False for a stage of a pipeline, whose layers" in first["stage"]
+    assert then["stage"] is not None  # which waits for the first one's activations until that one leaves
+
+
+@needs_gloo
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -90,6 +103,10 @@ def test_ranks_that_only_share_parameters_have_batches_of_their_own(found):
         ("unsaid", "placements={'blocks.*': Shard(1)} for some of the positions"),
         ("odd", "layer 'last' is placed as Shard(dim=1) (Odd), and only Shard(dim), Replicate() or"),
         ("other", "placements says Shard(dim=2) of layer 'blocks.0', which is a DTensor placed as Shard"),
+        (
+            "compared",
+            "b must be a model that a single process runs, got one that is sharded over ranks [0, 1]",
+        ),
         ("plain", "placements must be of a model with parameters that are DTensors"),
         ("poisoned", "ValueError: activations must be finite, got 4 NaN or infinite values in layer 0"),
         ("poisoned", "(last, sequences 12 to 22)"),  # those of the second rank

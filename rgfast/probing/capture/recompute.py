@@ -1,21 +1,25 @@
-"""Forwards that a backward runs again (activation checkpointing), and work that it does not see."""
+"""Runs of a model that are no forwards: what a backward runs again (activation checkpointing) or a pipeline
+tries on empty tensors; and work that checkpointing does not see."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-__all__ = ["Forwards"]
+__all__ = ["Forwards", "in_pipeline"]
 
 
 class Forwards:
-    """Tells forwards from what a backward runs again to have its activations.
+    """Tells forwards from what a backward runs again to have its activations, and from what a pipeline of
+    ``torch.distributed.pipelining`` runs on empty tensors to know shapes.
 
     A backward that is running already when this is made does not count: what an optimizer measures as soon as
     a gradient is there are forwards.
@@ -29,7 +33,7 @@ class Forwards:
 
         @functools.wraps(hook)
         def called(*args: Any) -> None:
-            if not self.run_again():
+            if not self.run_again() and not _for_shapes():
                 with torch.no_grad(), _unseen():
                     hook(*args)
 
@@ -41,6 +45,26 @@ class Forwards:
 
 
 _NONE = -1
+_STAGE = "torch.distributed.pipelining.stage"
+
+
+def in_pipeline() -> bool:
+    """Whether a stage of a pipeline is what runs."""
+    return any(True for _ in _of_stage())
+
+
+def _for_shapes() -> bool:
+    # Memory that nothing was written to: what it holds may pass for activations.
+    return any("inference" in name for name in _of_stage())
+
+
+def _of_stage() -> Iterator[str]:
+    """The functions of a pipeline's stage that are running, by name."""
+    frame: FrameType | None = sys._getframe(1) if _STAGE in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _STAGE:
+            yield frame.f_code.co_name
+        frame = frame.f_back
 
 
 def _backward() -> int:
