@@ -147,9 +147,10 @@ class ResidualStack(nn.Module):
         """A handle whose ``remove()`` ends it: until then every forward hands its stream to ``consumer``.
 
         ``consumer(first, states)`` is called for every tile of ``tile`` samples in order (by default as many
-        as take about 4 MiB, at least 128 rows): ``states`` is ``[depth + 1, r, ..., D]``, the input and the
-        output of every block for the samples ``first`` to ``first + r - 1``, without gradients. It is
-        overwritten by the next tile, so that no layer's output is ever stored for more samples than these.
+        as take about 4 MiB, on a GPU 128 MiB, at least 128 rows): ``states`` is ``[depth + 1, r, ..., D]``,
+        the input and the output of every block for the samples ``first`` to ``first + r - 1``, without
+        gradients. It is overwritten by the next tile, so that no layer's output is ever stored for more
+        samples than these.
 
         Raises RuntimeError where a consumer is there already, ValueError for a ``tile`` below 1.
 

@@ -53,3 +53,27 @@ def test_a_large_block_by_name(d, dtype):
     for found, same, wanted in zip(got, again, want, strict=True):
         assert torch.equal(found, same)
         assert float((found.double() - wanted).norm() / wanted.norm()) < allowed
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_stack_is_captured_in_a_graph(d):
+    generator = torch.Generator().manual_seed(d)
+    shapes = ((9_000, d), (3, 4 * d, d), (3, d, 4 * d))
+    x, w1, w2 = (torch.randn(*s, generator=generator).to("cuda") for s in shapes)
+    w1, w2 = w1 / d**0.5, w2 / d**0.5
+
+    def run(x):
+        return rgfast.residual_stack(x, w1, None, w2, None, impl="triton")
+
+    rgfast.warmup()
+    want, other = run(x.neg()), run(x)
+    truth = rgfast.residual_stack(x.neg().double(), w1.double(), None, w2.double(), None, impl="reference")
+    assert float((want.double() - truth).norm() / truth.norm()) < 1e-6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(x)
+    graph.replay()
+    assert torch.equal(y, other)
+    x.neg_()
+    graph.replay()
+    assert torch.equal(y, want)

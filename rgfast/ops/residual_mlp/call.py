@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import is_plain
+from rgfast.runtime.tracing import constant_when_traced
 
-__all__ = ["LEAST_WIDTH", "SECONDS_PER_CALL", "TENSORS", "Call", "Consumer", "StackCall"]
+__all__ = ["LEAST_WIDTH", "SECONDS_PER_CALL", "TENSORS", "Call", "Consumer", "Products", "StackCall"]
 
 Consumer = Callable[[int, Tensor], object]
+# The type that products on a GPU have the accuracy of.
+Products = Literal["bf16", "fp16", "tf32", "fp32"]
 
 TENSORS = 7
 # Below this many outputs a product is a handful of dot products: the kernels' vectors stay nearly empty, and
@@ -20,6 +23,15 @@ TENSORS = 7
 LEAST_WIDTH = 8
 # What a block costs that has next to nothing to compute, whichever compiled implementation does it.
 SECONDS_PER_CALL = 1.5e-5
+_HALVES: dict[torch.dtype, Products] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@constant_when_traced
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 this is what older switches set, too; reading those may then be an error.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 class Call(NamedTuple):
@@ -71,6 +83,19 @@ class Call(NamedTuple):
             return f"D={width}, H={hidden} is too narrow for its vectors"
         return None
 
+    def products(self) -> Products:
+        """The products on a GPU: autocast's, those of its own half type, or TF32 or fp32 as torch is set.
+
+        Where types are mixed outside autocast, they are widened to fp32.
+        """
+        kind = self.x.device.type
+        if torch.is_autocast_enabled(kind):
+            return _HALVES[torch.get_autocast_dtype(kind)]
+        dtype = self.x.dtype
+        if dtype in _HALVES and self.w1.dtype == dtype and self.w2.dtype == dtype:
+            return _HALVES[dtype]
+        return "tf32" if _tf32_allowed() else "fp32"
+
     def to(self, dtype: torch.dtype) -> Call:
         """The same with every tensor in ``dtype``."""
         # A slice of fields of several types is of their union.
@@ -80,7 +105,8 @@ class Call(NamedTuple):
         x, w1 = self.x, self.w1
         if not is_plain(x):
             return None
-        return x.device, x.dtype, x.numel(), w1.shape, self.across, self.recorded()
+        products = None if x.device.type == "cpu" else self.products()
+        return x.device, x.dtype, x.numel(), w1.shape, self.across, self.recorded(), products
 
 
 class StackCall(NamedTuple):
@@ -97,9 +123,15 @@ class StackCall(NamedTuple):
     def recorded(self) -> bool:
         return torch.is_grad_enabled() and any(layer.recorded() for layer in self.layers)
 
+    def products(self) -> Products | None:
+        """The products on a GPU, None if those of the layers differ."""
+        found = {layer.products() for layer in self.layers}
+        return found.pop() if len(found) == 1 else None
+
     def shape_class(self) -> Hashable | None:
         x = self.layers[0].x
         if not is_plain(x):
             return None
         hidden = tuple(layer.w1.shape[0] for layer in self.layers)
-        return x.device, x.dtype, x.numel(), x.shape[-1], hidden, self.recorded()
+        products = None if x.device.type == "cpu" else self.products()
+        return x.device, x.dtype, x.numel(), x.shape[-1], hidden, self.recorded(), products

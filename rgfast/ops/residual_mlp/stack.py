@@ -13,7 +13,7 @@ from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.residual_mlp.api import OP as BLOCK
 from rgfast.ops.residual_mlp.api import Activation, Norm, validated
 from rgfast.ops.residual_mlp.call import Call, Consumer, StackCall
-from rgfast.ops.residual_mlp.impl import native
+from rgfast.ops.residual_mlp.impl import native, triton
 from rgfast.validation import check_positive_int
 
 __all__ = ["OP", "Consumer", "PerLayer", "default_tile", "residual_stack"]
@@ -21,8 +21,9 @@ __all__ = ["OP", "Consumer", "PerLayer", "default_tile", "residual_stack"]
 Array = Tensor | np.ndarray[Any, Any]
 PerLayer = Array | Sequence[Array | None]
 
-# What the stream of one tile may take unless told otherwise: a consumer finds it in cache.
-_TILE_BYTES = 4 << 20
+# What the stream of one tile may take unless told otherwise: a consumer finds it in cache. A GPU needs more
+# rows at once to be busy.
+_TILE_BYTES, _TILE_BYTES_ON_A_GPU = 4 << 20, 128 << 20
 _TILE_ROWS = 128
 
 
@@ -59,8 +60,8 @@ def residual_stack(
             ``[L + 1, r, ..., D]``, the input and the output of every layer for the entries ``first`` to
             ``first + r - 1`` of ``x``, without gradients. Its memory is used again for the next tile: copy
             what is to be kept. What it raises is passed on.
-        tile: entries of ``x`` (along n) that a consumer sees at once; by default about 4 MiB of them and at
-            least 128 rows.
+        tile: entries of ``x`` (along n) that a consumer sees at once; by default about 4 MiB of them (on a
+            GPU 128 MiB) and at least 128 rows.
         impl: which implementation runs; a named one never falls back. ``"reference"`` takes the blocks one by
             one; with ``"auto"`` it is taken where a graph is traced or a gradient wanted, and each block is
             then routed by itself.
@@ -108,7 +109,8 @@ def default_tile(x: Tensor, depth: int) -> int:
     """How many entries of ``x`` a consumer sees at once unless told otherwise."""
     rows = max(1, x[:1].numel() // x.size(-1))
     entry = (depth + 1) * max(1, x[:1].numel()) * x.element_size()
-    return max(1, -(-_TILE_ROWS // rows), _TILE_BYTES // entry)
+    most = _TILE_BYTES if x.device.type == "cpu" else _TILE_BYTES_ON_A_GPU
+    return max(1, -(-_TILE_ROWS // rows), most // entry)
 
 
 def _layers(x: Any, given: dict[str, Any], options: tuple[Any, ...]) -> tuple[Call, ...]:
@@ -171,6 +173,7 @@ OP = Op(
     "residual_stack",
     [
         native.STACK,
+        triton.STACK,
         Impl(
             "blocks",
             lambda call: _one_by_one(call, "auto"),

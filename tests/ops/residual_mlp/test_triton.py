@@ -1,4 +1,4 @@
-"""The Triton block: its kernels under the interpreter, a few of them compiled, and when it is refused."""
+"""The Triton block: its kernels under the interpreter, and when it is refused; the gate compiles them."""
 
 import json
 import os
@@ -12,9 +12,14 @@ import torch
 from guards import fake_gpu
 
 import rgfast
-from rgfast.ops.residual_mlp.call import Call
-from rgfast.ops.residual_mlp.gpu import needs, table
+from rgfast.ops.residual_mlp import call as call_module
+from rgfast.ops.residual_mlp.call import Call, StackCall
+from rgfast.ops.residual_mlp.gpu import answers, needs, table
 from rgfast.ops.residual_mlp.impl import triton
+from rgfast.ops.residual_mlp.reference import residual_mlp_reference
+from rgfast.ops.residual_mlp.stack import OP as STACK
+from rgfast.ops.residual_mlp.stack import default_tile
+from rgfast.runtime import known_answers, measured
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -53,19 +58,6 @@ def test_there_is_something_to_interpret():
     assert len(CHECKS) > 10
 
 
-@needs_triton
-@pytest.mark.parametrize(("arch", "name"), [(90, "forward split 64"), (80, "backward plain 64")])
-def test_a_few_kernels_compile_and_fit(arch, name):
-    """All of them: ``make gate``."""
-    done = subprocess.run(
-        [sys.executable, HERE / "triton_gate.py", "--arch", str(arch), "--only", name, "--limits"],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert name in done.stdout
-
-
 def gpu_call(*shape, dtype=torch.float32, h=64, across="features"):
     x = torch.empty(shape, dtype=dtype, device="cuda")
     width = shape[-2] if across == "positions" else shape[-1]
@@ -77,8 +69,10 @@ def gpu_call(*shape, dtype=torch.float32, h=64, across="features"):
 def h100(monkeypatch):
     """Calls on a GPU that is not there, an H100."""
     monkeypatch.setattr(needs, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton.needs, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton, "_MISSING", None)
+    monkeypatch.setattr(measured, "architecture", lambda device: "sm_90")
+    for module in (triton, call_module):
+        monkeypatch.setattr(module, "is_plain", lambda x: True)
     with fake_gpu():
         yield monkeypatch
 
@@ -89,8 +83,13 @@ def refused(call):
 
 def test_it_runs_by_name_and_waits_for_a_measured_row(h100):
     able = gpu_call(4, 64)
-    assert refused(able) == (None, "no measured row stands for this architecture")
-    h100.setattr(triton, "MEASURED", frozenset({(9, 0)}))
+    runs, left_alone = refused(able)
+    assert runs is None
+    assert left_alone.startswith("it was not measured on sm_90")
+    row = measured.Measured(
+        "residual_mlp", "triton", "sm_90", "a GPU", "a case", "reference", 2.0, 1.9, 2.1, 1.0, 2.0, "0", "0"
+    )
+    h100.setattr(measured, "_standing", lambda: {("residual_mlp", "triton", "sm_90"): [row]})
     assert refused(able) == (None, None)
     assert refused(gpu_call(4, 5)) == (None, "D=5, H=64 is too narrow for its vectors")
     assert triton.BLOCK.cost(able) < rgfast.ops.residual_mlp.api.OP.impls["reference"].cost(able)
@@ -120,6 +119,151 @@ def test_on_the_cpu_it_is_refused():
     x, w = torch.zeros(4, 16), torch.zeros(16, 16)
     with pytest.raises(rgfast.ImplUnavailable, match="it runs on the cuda, not on cpu"):
         rgfast.residual_mlp(x, w, None, w, None, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "names"),
+    [
+        ((4, 64), {}, ["split_64"]),
+        ((4, 24), {"dtype": torch.bfloat16}, ["plain_64"]),
+        ((4, 65), {"dtype": torch.float16, "grad": True}, ["plain_128", "plain_128_gradient"]),
+        ((4, 256), {"grad": True}, ["split_256", "split_256_gradient"]),
+        ((4, 257), {}, ["wide"]),
+        ((4, 257), {"grad": True}, []),
+    ],
+)
+def test_every_kernel_of_a_call_is_tried_before(h100, shape, kind, names):
+    asked = []
+    h100.setattr(known_answers, "unproven", lambda device, *kernels: asked.extend(kernels))
+    grad = kind.pop("grad", False)
+    call = gpu_call(*shape, **kind)
+    assert triton.BLOCK.unproven(call._replace(x=call.x.requires_grad_(grad))) is None
+    assert asked == [f"residual_mlp_{name}" for name in names]
+
+
+def test_every_tile_has_a_known_answer():
+    registered = {kernel for answer in answers.ANSWERS for kernel in answer.kernels}
+    assert registered <= known_answers._ANSWERS.keys()
+    tiles = {f"residual_mlp_{form}_{width}" for _, form in table.FORWARD for width in (64, 128, 256)}
+    stacks = {f"residual_stack_{form}_{width}" for _, form in table.STACK for width in (64, 128)}
+    assert registered == tiles | {f"{name}_gradient" for name in tiles} | stacks | {"residual_mlp_wide"}
+
+
+def gpu_stack(*shapes, grad=False, **kind):
+    calls = [gpu_call(*shape, h=h, **kind) for *shape, h in shapes]
+    return StackCall(tuple(call._replace(x=calls[0].x.requires_grad_(grad)) for call in calls))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "names"),
+    [
+        ([(4, 64, 256)] * 3, {}, ["residual_stack_split_64"]),
+        ([(4, 128, 8)] * 2, {"dtype": torch.bfloat16}, ["residual_stack_plain_128"]),
+        ([(4, 100, 8)], {}, ["residual_mlp_split_128"]),
+    ],
+)
+def test_a_stack_of_equal_layers_goes_in_one_call(h100, shapes, kind, names):
+    asked = []
+    h100.setattr(known_answers, "unproven", lambda device, *kernels: asked.extend(kernels))
+    call = gpu_stack(*shapes, **kind)
+    assert triton.STACK.refusal(call) is None
+    assert triton.STACK.by_name_only(call).startswith("it was not measured on sm_90")
+    assert triton.STACK.unproven(call) is None
+    assert asked == names
+    row = measured.Measured(
+        "residual_stack", "triton", "sm_90", "a GPU", "a case", "blocks", 2.0, 1.9, 2.1, 1.0, 2.0, "0", "0"
+    )
+    h100.setattr(measured, "_standing", lambda: {("residual_stack", "triton", "sm_90"): [row]})
+    assert STACK.select("auto", call).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "words"),
+    [
+        (
+            [(4, 129, 8)] * 2,
+            {},
+            "rows of D=129 do not stay on a multiprocessor from layer to layer, up to 128 do",
+        ),
+        ([(4, 64, 8), (4, 64, 9)], {}, "its layers have different numbers of hidden units"),
+        ([(4, 64, 8)] * 2, {"grad": True}, "with gradients blocks run one by one"),
+        (
+            [(4, 64, 8)] * 2,
+            {"dtype": torch.float64},
+            "it computes in fp32 and narrower types, and x is float64",
+        ),
+    ],
+)
+def test_what_goes_block_by_block(h100, shapes, kind, words):
+    assert triton.STACK.refusal(gpu_stack(*shapes, **kind)) == words
+
+
+def test_a_stack_of_weights_of_two_types_goes_block_by_block(h100):
+    narrow, wide = (gpu_call(4, 64, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    call = StackCall((narrow, narrow._replace(w1=wide.w1)))
+    assert triton.STACK.refusal(call) == "the weights of its layers have different types"
+
+
+def test_a_choice_is_kept_for_the_same_products_only(h100):
+    block, stack = gpu_call(4, 64), gpu_stack((4, 64, 8))
+    before = block.shape_class(), stack.shape_class()
+    h100.setattr(call_module, "_tf32_allowed", lambda: True)
+    assert block.products() == "tf32"
+    assert before[0] != block.shape_class()
+    assert before[1] != stack.shape_class()
+
+
+def test_a_consumer_sees_larger_tiles_on_a_gpu(h100):
+    x = gpu_call(10_000, 16, 64).x
+    assert default_tile(x, 11) == (128 << 20) // (12 * 16 * 64 * 4)
+    assert default_tile(torch.empty(x.shape, device="cpu"), 11) == (4 << 20) // (12 * 16 * 64 * 4)
+
+
+def computed(mistake):
+    """In place of the kernels the reference, of which one number is ``mistake`` off."""
+
+    def forward(calls, products):
+        y = residual_mlp_reference(*calls[0])
+        y[17, 5] += mistake
+        return y
+
+    def backward(dy, call, products, wanted):
+        call = call.to(torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [t.clone().requires_grad_() for t in call.tensors]
+            found = torch.autograd.grad(residual_mlp_reference(*leaves, *call[7:]), leaves, dy.float())
+        found[3][2, 1] += mistake
+        return found
+
+    return forward, backward
+
+
+@pytest.mark.parametrize("name", ["residual_mlp_split_64", "residual_mlp_split_64_gradient"])
+@pytest.mark.parametrize("mistake", [0.0, 1e-3, float("nan")])
+def test_a_planted_mistake_is_caught(monkeypatch, name, mistake):
+    monkeypatch.setattr(known_answers, "_TRIED", {})
+    for which, function in zip(("forward", "backward"), computed(mistake), strict=True):
+        monkeypatch.setattr(answers, which, function)
+    with torch.inference_mode():
+        reason = known_answers.unproven(torch.device("cpu"), name)
+    assert (reason is None) == (mistake == 0)
+    if reason is not None:
+        assert "gave a wrong answer to a known problem on cpu: " in reason
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "there", "words"),
+    [
+        ("cpu", None, True, "it runs on the cuda, not on cpu"),
+        ("cuda:0", "Triton is not importable", True, "Triton is not importable"),
+        ("cuda:0", None, False, "torch finds no GPU"),
+        ("cuda:0", None, True, None),
+    ],
+)
+def test_where_kernels_are_not_tried(h100, device, missing, there, words):
+    h100.setattr(needs, "missing", lambda: missing)
+    h100.setattr(torch.cuda, "is_available", lambda: there)
+    assert {answer.cannot_run(torch.device(device)) for answer in answers.ANSWERS} == {words}
 
 
 @pytest.fixture
@@ -174,20 +318,20 @@ def test_products_follow_the_types(x, w, products):
         *(torch.zeros(8, 8).to(w) if k in (0, 2) else None for k in range(6)),
         *("layer", "gelu", 1.0, 1e-5, "features"),
     )
-    assert needs.products_of(call) == products
+    assert call.products() == products
     with torch.autocast("cpu", dtype=torch.float16):
-        assert needs.products_of(call) == "fp16"
+        assert call.products() == "fp16"
         with torch.autocast("cpu", enabled=False):
-            assert needs.products_of(call) == products
+            assert call.products() == products
 
 
 CODE = """
 import torch
-from rgfast.ops.residual_mlp.call import Call
-from rgfast.ops.residual_mlp.gpu.needs import products_of
+from rgfast.ops.residual_mlp import call as call_module
+from rgfast.ops.residual_mlp.call import Call, StackCall
 {setting}
 z = torch.zeros(8, 8)
-print(products_of(Call(z, z, None, z, None, None, None, "layer", "gelu", 1.0, 1e-5, "features")))
+print(Call(z, z, None, z, None, None, None, "layer", "gelu", 1.0, 1e-5, "features").products())
 """
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from rgfast.ops.residual_mlp.call import Call
-from rgfast.ops.residual_mlp.gpu import contract, needs, wide
-from rgfast.ops.residual_mlp.gpu.launch import forward, packed
+from rgfast.ops.residual_mlp.call import Call, StackCall
+from rgfast.ops.residual_mlp.gpu import answers, contract, wide
+from rgfast.ops.residual_mlp.gpu.launch import forward, packed, ready, through
+from rgfast.ops.residual_mlp.impl import triton
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS, residual_mlp_reference
 
 UNIT = 2.0**-24
@@ -192,6 +193,82 @@ def check_tf32_gradients() -> dict[str, float]:
     }
 
 
+def layers_of(depth: int, rows: int, d: int, h: int, options: Any = OPTIONS, **kind: Any) -> list[Call]:
+    """Blocks of a stack, every other one without biases."""
+    tensors = [drawn(rows, d, h, norm=options[0], seed=seed, **kind) for seed in range(depth)]
+    for each in tensors[1::2]:
+        each[2] = each[4] = each[5] = each[6] = None
+    return [Call(tensors[0][0], *each[1:], *options) for each in tensors]  # type: ignore[arg-type]  # never None
+
+
+def stream(layers: list[Call], dtype: torch.dtype) -> list[Tensor]:
+    """The output of every block by the reference in ``dtype``."""
+    found = [layers[0].x.to(dtype)]
+    for call in layers:
+        found.append(residual_mlp_reference(*call.to(dtype)._replace(x=found[-1])))
+    return found[1:]
+
+
+def check_stacks_keep_their_budget() -> dict[str, float]:
+    found = {}
+    for depth, rows, d, h, norm, kind in (
+        (3, 33, 17, 40, "layer", "gelu"), (2, 130, 64, 65, "rms", "silu"), (3, 7, 128, 100, None, "tanh"),
+        (2, 129, 100, 33, "layer", "gelu_tanh"), (5, 1, 8, 8, "layer", "relu"),
+    ):  # fmt: skip
+        layers = layers_of(depth, rows, d, h, (norm, kind, 0.7, 1e-5, "features"))
+        states = torch.full((depth, rows, d), torch.nan, device=DEVICE)
+        through(ready(layers, "fp32"), layers[0].x, states, every_layer=True)
+        truth, single = stream(layers, torch.float64), stream(layers, torch.float32)
+        for at, (got, want, own) in enumerate(zip(states, truth, single, strict=True)):
+            allowed = 2 * (own.double() - want).norm() + 4 * UNIT * want.norm()
+            found[f"{(depth, rows, d, h)} {at}"] = float((got.double() - want).norm() / allowed)
+    return found
+
+
+def check_stacks_in_fp16_and_tf32() -> dict[str, float]:
+    found = {}
+    for products, dtype, least in (
+        ("fp16", torch.float16, 2**-9), ("tf32", torch.float32, 2**-10), ("fp16", torch.float32, 2**-10),
+    ):  # fmt: skip
+        layers = [call.to(dtype) for call in layers_of(3, 50, 72, 90)]
+        got, want = forward(layers, products), stream(layers, torch.float64)[-1]
+        assert got.dtype == dtype
+        found[f"{products} {dtype}"] = float((got.double() - want).norm() / want.norm() / least)
+    return found
+
+
+def check_stacks_are_the_same_in_any_tile() -> dict[str, bool]:
+    found = {}
+    layers = [
+        call._replace(x=layers_of(1, 66, 24, 40)[0].x.view(11, 6, 24)) for call in layers_of(3, 66, 24, 40)
+    ]
+    views = {"dense": layers[0].x, "transposed": layers[0].x.transpose(0, 1), "none": layers[0].x[:0]}
+    for name, x in views.items():
+        here = tuple(call._replace(x=x) for call in layers)
+        want = triton.STACK.run(StackCall(here))
+        for tile in (1, 4, len(x) or 1, 100):
+            seen = torch.full((4, *x.shape), torch.nan, device=DEVICE)
+
+            def put(first: int, states: Tensor, seen: Tensor = seen) -> None:
+                seen[:, first : first + states.size(1)] = states
+
+            got = triton.STACK.run(StackCall(here, put, tile))
+            found[f"{name} {tile}"] = torch.equal(got, want)
+            found[f"{name} {tile}, layers"] = torch.equal(seen[0], x) and torch.equal(seen[-1], want)
+    return found
+
+
+def check_known_answers() -> dict[str, float]:
+    found = {"wide": float(answers.try_wide(torch.device(DEVICE))) / answers.PRECISIONS["split"].allowed}
+    for form, how in answers.PRECISIONS.items():
+        if form == "plain":  # the interpreter does not multiply in bf16
+            how = how._replace(products="fp16", dtype=torch.float16)
+        for run in (answers.try_forward, answers.try_gradient, answers.try_stack):
+            worst = float(run(64, how, torch.device(DEVICE)).max())
+            found[f"{form} {run.__name__}"] = worst / how.allowed
+    return found
+
+
 def check_wide_blocks() -> dict[str, float]:
     found = over_fp32(drawn(9, 300, 70), run=wide.run)
     for norm, kind, biases in (("layer", "gelu", True), ("rms", "silu", True), (None, "tanh", False)):
@@ -305,7 +382,7 @@ def check_the_same_in_one_graph() -> dict[str, bool]:
 
         def traced(*given: Any) -> Tensor:
             call = Call(*given, *OPTIONS)
-            return contract.run(call, needs.products_of(call))
+            return contract.run(call, call.products())
 
         graph = torch.compile(traced, fullgraph=True, backend=backend)
         found |= same(*(evaluated(each, tensors, torch.float32) for each in (graph, traced)))
@@ -338,7 +415,7 @@ def check_in_the_rest_of_torch() -> dict[str, bool]:
             f"autocast {k}": v
             for k, v in same(plain, evaluated(ours("fp32"), tensors, torch.float32)).items()
         }
-        found["autocast is followed"] = needs.products_of(Call(*tensors, *OPTIONS)) == "bf16"  # type: ignore[arg-type]
+        found["autocast is followed"] = Call(*tensors, *OPTIONS).products() == "bf16"  # type: ignore[arg-type]
 
     def penalised(block: Callable[..., Tensor]) -> Tensor:
         x = tensors[0].clone().requires_grad_()  # type: ignore[union-attr]  # never None

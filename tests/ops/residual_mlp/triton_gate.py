@@ -1,22 +1,11 @@
-"""Compiles the Triton block's kernels for architectures that are not here, and reads what they would take.
+"""What the gate compiles of the Triton block, for architectures that need not be here.
 
-    python tests/ops/residual_mlp/triton_gate.py [--arch 80 90 100] [--only WORDS] [--limits]
-
-One line per kernel, tile and architecture: registers, stack, shared memory, and the spills within the inner
-loop, from the binary's code by the tools that Triton's wheel brings. With ``--limits`` the exit code is 1 if
-one does not compile, does not fit, or spills more in its inner loop than ``SPILLS`` allows.
+Every kernel with every tile of the table at H = 4 D, and every kind of block with the narrowest tile.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -24,24 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rgfast.ops.residual_mlp.gpu import backward, forward, passes
-from rgfast.ops.residual_mlp.gpu.launch import OPTIONS
-from rgfast.ops.residual_mlp.gpu.table import BACKWARD, FORWARD, Tile
+from rgfast.ops.residual_mlp.gpu.table import BACKWARD, FORWARD, OPTIONS, STACK, Tile, group_of
 
-GROUP_OF = {80: "a100", 86: "other", 90: "h100", 100: "b200"}
-# Shared memory that a block may have, KiB.
-SHARED = {80: 163, 86: 99, 90: 227, 100: 227}
-# Loads and stores of spilled registers in the inner loop that are known of; none elsewhere. Of some thousand
-# instructions there; tiles without them are half as large, and were slower as prototypes.
-SPILLS = {
-    "forward plain 256 sm_90": 30,
-    "forward single 128 sm_90": 2,
-    "forward split 128 sm_90": 12,
-    "forward split 256 sm_90": 120,
-    "backward split 256 sm_90": 120,
-}
 # What is not compiled for every tile: the other norms and activations, at sizes that are not whole tiles.
 KINDS = (("rms", "relu"), ("none", "silu"), ("layer", "tanh"), ("rms", "gelu_tanh"))
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Entry(NamedTuple):
@@ -53,19 +28,6 @@ class Entry(NamedTuple):
     constants: dict[str, Any]
     warps: int
     arch: int
-
-
-class Taken(NamedTuple):
-    """What the code takes; ``spilled`` loads and stores of local memory are in the inner loop.
-
-    ``tensor`` are columns of tensor memory, of which Blackwell has 512: with more there is no code.
-    """
-
-    registers: int
-    stack: int
-    shared: int
-    spilled: int
-    tensor: int
 
 
 def _block(
@@ -92,19 +54,23 @@ def _block(
 
 def entries(arch: int) -> Iterator[Entry]:
     """Every kernel with every tile of the table for an architecture, and every kind of block with one."""
-    group = GROUP_OF[arch]
-    for way, kernel, table in (
-        ("forward", forward.block, FORWARD),
-        ("backward", backward.gradient, BACKWARD),
+    group = group_of(divmod(arch, 10))
+    several = {"LAYERS": 12, "EVERY_LAYER": True, "W2_BY_UNIT": True}
+    for way, kernel, table, more in (
+        ("forward", forward.block, FORWARD, {}),
+        ("backward", backward.gradient, BACKWARD, {}),
+        ("stack", forward.block, STACK, several),
     ):
         for (of, form), tiles in table.items():
             for width, tile in tiles.items() if of == group else ():
-                made = _block(kernel, form, width, tile)
+                made = _block(kernel, form, width, tile, **more)
                 yield Entry(f"{way} {form} {width}", kernel, *made, tile.warps, arch)
         for norm, activation in KINDS:
             tile = table[group, "split"][64]
             absent = dict.fromkeys(("b1", "b2", "norm_weight", "norm_bias") if norm == "none" else ())
-            made = _block(kernel, "split", 64, tile, D=50, H=200, NORM=norm, ACTIVATION=activation, **absent)
+            made = _block(
+                kernel, "split", 64, tile, D=50, H=200, NORM=norm, ACTIVATION=activation, **absent, **more
+            )
             yield Entry(f"{way} {norm} {activation} 50", kernel, *made, tile.warps, arch)
     yield from _small(arch)
 
@@ -134,73 +100,3 @@ def compiled(entry: Entry) -> Any:
     source = ASTSource(entry.kernel, signature, entry.constants, even)
     options = {"num_warps": entry.warps, **OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", entry.arch, 32), options=options)
-
-
-def taken(kernel: Any) -> Taken:
-    """What a compiled kernel takes, by the tools of Triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return Taken(
-        int(found[1]),
-        int(found[2]),
-        kernel.metadata.shared,
-        spilled_in_loop(code),
-        getattr(kernel.metadata, "tmem_size", 0) or 0,
-    )
-
-
-def spilled_in_loop(code: str) -> int:
-    """Loads and stores of local memory in the shortest loop that multiplies on the tensor cores."""
-    lines = code.splitlines()
-    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
-    loops = []
-    for at, line in enumerate(lines):
-        found = re.search(r"BRA\S*\s.*`\((\.L_x_\d+)\)", line)
-        if found and labels.get(found[1], at) < at:
-            body = "\n".join(lines[labels[found[1]] : at])
-            if re.search(r"\b(HGMMA|HMMA|UTCHMMA)\b", body):
-                loops.append(body)
-    return len(re.findall(r"\b(?:LDL|STL)\b", min(loops, key=len))) if loops else 0
-
-
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(GROUP_OF))
-    parser.add_argument("--only", default="")
-    parser.add_argument("--limits", action="store_true")
-    chosen, failed = parser.parse_args(), 0
-    for arch in chosen.arch:
-        for entry in entries(arch):
-            if chosen.only not in entry.name:
-                continue
-            began, problem = time.time(), ""
-            try:
-                found = taken(compiled(entry))
-                allowed = SPILLS.get(f"{entry.name} sm_{arch}", 0)
-                if found.shared > SHARED[arch] * 1024:
-                    problem = f"more than {SHARED[arch]} KiB"
-                elif found.tensor > 512:
-                    problem = f"{found.tensor} columns of tensor memory"
-                elif found.spilled > allowed:
-                    problem = f"more than {allowed} spills"
-                line = f"{found.registers} registers, {found.stack} B stack, {found.shared} B shared, "
-                line += f"{found.spilled} spills in the loop"
-            except Exception as error:  # any failure of the compiler is a result here
-                line, problem = " ".join(str(error).split())[-200:], "does not compile"
-            failed += bool(problem)
-            print(f"sm_{arch} {entry.name:20} {line} ({time.time() - began:.1f} s) {problem}", flush=True)
-    return int(chosen.limits and failed > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,13 +12,33 @@ from torch import Tensor
 from rgfast.ops.residual_mlp.call import Call
 from rgfast.ops.residual_mlp.compiled import as_rows, readable
 from rgfast.ops.residual_mlp.gpu.needs import capability, dtype_of
-from rgfast.ops.residual_mlp.gpu.table import BACKWARD, FORWARD, WIDEST, Tile, form_of, group_of, padded
+from rgfast.ops.residual_mlp.gpu.table import (
+    BACKWARD,
+    FORWARD,
+    OPTIONS,
+    STACK,
+    WIDEST,
+    WIDEST_STACK,
+    Tile,
+    form_of,
+    group_of,
+    padded,
+    tile_width,
+)
 from rgfast.runtime.threads import no_autocast
 
-__all__ = ["OPTIONS", "Weights", "backward", "forward", "group_at", "on", "packed", "tile_for"]
-
-# Without it a product and a sum are rounded apart, and the default changes with Triton's version.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+__all__ = [
+    "Ready",
+    "Weights",
+    "backward",
+    "forward",
+    "group_at",
+    "on",
+    "packed",
+    "ready",
+    "through",
+    "tile_for",
+]
 
 
 class Weights(NamedTuple):
@@ -40,8 +60,7 @@ def group_at(device: torch.device) -> str:
 
 
 def tile_for(table: dict[Any, dict[int, Tile]], call: Call, products: str) -> Tile:
-    tiles = table[group_at(call.x.device), form_of(products)]
-    return tiles[max(padded(call.w1.size(1)), min(tiles))]
+    return table[group_at(call.x.device), form_of(products)][tile_width(call.w1.size(1))]
 
 
 @contextlib.contextmanager
@@ -110,36 +129,61 @@ def _vectors(layers: Sequence[Call], name: str) -> Tensor | None:
     return _stacked([neutral if t is None else t for t in given]).contiguous()
 
 
-def forward(layers: Sequence[Call], products: str, *, every_layer: bool = False) -> Tensor:
-    """The output of blocks of one shape on top of each other, ``[layers, *x.shape]`` if ``every_layer``."""
+class Ready(NamedTuple):
+    """Some layers of one shape as the forward kernel takes their parameters, and what it is compiled for."""
+
+    first: Call
+    depth: int
+    products: str
+    tile: Tile
+    weights: Weights
+    b1: Tensor | None
+    b2: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+
+def ready(layers: Sequence[Call], products: str) -> Ready:
+    """Blocks of one shape on top of each other, made ready for any rows."""
+    first, depth = layers[0], len(layers)
+    most = WIDEST if depth == 1 else WIDEST_STACK
+    if first.w1.size(1) > most:
+        kernel = "the fused kernel" if depth == 1 else "several layers in one kernel"
+        raise ValueError(f"x must have at most {most} features for {kernel}, got {first.w1.size(1)}")
+    tile = tile_for(FORWARD if depth == 1 else STACK, first, products)
+    with on(first.x.device):
+        weights = packed(layers, products, tile.units)
+        vectors = (_vectors(layers, name) for name in ("b1", "b2", "norm_weight", "norm_bias"))
+        return Ready(first, depth, products, tile, weights, *vectors)
+
+
+def forward(layers: Sequence[Call], products: str) -> Tensor:
+    """The output of blocks of one shape on top of each other."""
+    x = layers[0].x
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        through(ready(layers, products), x, y, every_layer=False)
+    return y
+
+
+def through(given: Ready, x: Tensor, y: Tensor, *, every_layer: bool) -> None:
+    """Takes rows through blocks into ``y``, contiguous: like ``x``, or of all layers if ``every_layer``."""
     from rgfast.ops.residual_mlp.gpu import forward as kernels
 
-    first = layers[0]
-    x, (hidden, features) = first.x, first.w1.shape
-    if features > WIDEST:
-        raise ValueError(f"x must have at most {WIDEST} features for the fused kernel, got {features}")
-    shape = (len(layers), *x.shape) if every_layer else tuple(x.shape)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
-    rows = x.numel() // features
-    if rows == 0:
-        return y
-    tile, width = tile_for(FORWARD, first, products), padded(features)
+    first, depth, products, tile, weights, b1, b2, norm_weight, norm_bias = given
+    hidden, features = first.w1.shape
+    rows, width = x.numel() // features, padded(features)
     with on(x.device):
-        weights = packed(layers, products, tile.units)
         source, stride = as_rows(x)
-        b1, b2, norm_weight, norm_bias = (
-            _vectors(layers, name) for name in ("b1", "b2", "norm_weight", "norm_bias")
-        )
         kernels.block[(-(-rows // tile.rows),)](
             source, stride, y, weights.up, weights.up_low, weights.unit1, b1,
             weights.down, weights.down_low, weights.unit2, b2, norm_weight, norm_bias,
             rows, first.eps, first.residual_scale,
             D=features, H=hidden, HALF=width // tile.halves, HALVES=tile.halves, H_PADDED=weights.hidden,
-            LAYERS=len(layers), EVERY_LAYER=every_layer, W2_BY_UNIT=weights.by_unit,
+            LAYERS=depth, EVERY_LAYER=every_layer, W2_BY_UNIT=weights.by_unit,
             NORM=first.norm or "none", ACTIVATION=first.activation, PRODUCTS=form_of(products),
             BM=tile.rows, BH=tile.units, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
-    return y
 
 
 def backward(dy: Tensor, call: Call, products: str, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:

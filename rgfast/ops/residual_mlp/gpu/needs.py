@@ -1,4 +1,4 @@
-"""What the Triton block needs of a machine and of a call, and which products a call gets."""
+"""What the Triton block needs of a machine."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ import os
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
 import torch
 
-from rgfast.ops.residual_mlp.call import Call
 from rgfast.runtime.tracing import constant_when_traced
 
-__all__ = ["LEAST_TRITON", "Products", "capability", "dtype_of", "missing", "products_of", "too_old"]
-
-# The type that products have the accuracy of. "fp32" and "tf32" are made of fp16 ones.
-Products = Literal["bf16", "fp16", "tf32", "fp32"]
+__all__ = ["LEAST_TRITON", "capability", "dtype_of", "missing", "too_old"]
 
 # The oldest that compiles every kernel here, and what torch 2.8 brings.
 LEAST_TRITON = (3, 4)
 _LEAST_CAPABILITY = (8, 0)
-_HALVES: dict[torch.dtype, Products] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def dtype_of(products: str) -> torch.dtype:
@@ -64,25 +58,3 @@ def too_old(device: torch.device) -> str | None:
     if (major, minor) < _LEAST_CAPABILITY:
         return f"it is for compute capability 8.0 and later, and this GPU has {major}.{minor}"
     return None
-
-
-@constant_when_traced
-def _tf32_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 this is what older switches set, too; reading those may then be an error.
-    precision = getattr(matmul, "fp32_precision", None)
-    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
-
-
-def products_of(call: Call) -> Products:
-    """The products that a call gets: autocast's, those of its own half type, or TF32 or fp32 as torch is set.
-
-    Where types are mixed outside autocast, they are widened to fp32.
-    """
-    kind = call.x.device.type
-    if torch.is_autocast_enabled(kind):
-        return _HALVES[torch.get_autocast_dtype(kind)]
-    dtype = call.x.dtype
-    if dtype in _HALVES and call.w1.dtype == dtype and call.w2.dtype == dtype:
-        return _HALVES[dtype]
-    return "tf32" if _tf32_allowed() else "fp32"

@@ -6,14 +6,33 @@ into shared memory without spills in the inner loop: nothing was run on these ca
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["BACKWARD", "FORWARD", "GROUPS", "WIDEST", "Form", "Tile", "form_of", "group_of", "padded"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "GROUPS",
+    "OPTIONS",
+    "STACK",
+    "WIDEST",
+    "WIDEST_STACK",
+    "Form",
+    "Tile",
+    "form_of",
+    "group_of",
+    "padded",
+    "tile_width",
+]
 
 Form = Literal["plain", "single", "split"]
 
+# Without it a product and a sum are rounded apart, and the default changes with Triton's version.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
 # The widest block that is fused: a wider one does not fit on a multiprocessor.
 WIDEST = 256
+# The widest of which several are: their rows stay in registers beside all else.
+WIDEST_STACK = 128
 
 
 class Tile(NamedTuple):
@@ -59,6 +78,22 @@ BACKWARD: dict[tuple[str, Form], dict[int, Tile]] = {
     ("other", "single"): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 8, 1, 2)},
     ("other", "split"): {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 1, 2)},
 }
+# Several blocks in one kernel. Every program reads all weights of all layers, so that tiles have many rows.
+_WIDE, _NARROW = Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)
+STACK: dict[tuple[str, Form], dict[int, Tile]] = {
+    ("h100", "plain"): {64: _WIDE, 128: _WIDE},
+    ("h100", "single"): {64: _WIDE, 128: _NARROW},
+    ("h100", "split"): {64: _WIDE, 128: _NARROW},
+    ("b200", "plain"): {64: _WIDE, 128: _WIDE},
+    ("b200", "single"): {64: _WIDE, 128: _NARROW},
+    ("b200", "split"): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2)},
+    ("a100", "plain"): {64: _WIDE, 128: _NARROW},
+    ("a100", "single"): {64: _NARROW, 128: Tile(64, 32, 8, 2)},
+    ("a100", "split"): {64: _NARROW, 128: Tile(64, 32, 8, 1)},
+    ("other", "plain"): {64: _WIDE, 128: _NARROW},
+    ("other", "single"): {64: _NARROW, 128: Tile(64, 32, 8, 1)},
+    ("other", "split"): {64: _NARROW, 128: Tile(64, 32, 8, 1)},
+}
 
 
 def group_of(capability: tuple[int, int]) -> str:
@@ -76,3 +111,8 @@ def form_of(products: str) -> Form:
 def padded(width: int) -> int:
     """The columns of a tile: a power of two, and at least what the tensor cores take."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def tile_width(width: int) -> int:
+    """The width whose tile a block has: 64 at least."""
+    return max(64, padded(width))

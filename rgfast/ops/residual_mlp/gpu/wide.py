@@ -14,9 +14,9 @@ from torch import Tensor
 from rgfast.dispatch import is_plain
 from rgfast.ops.residual_mlp.call import Call
 from rgfast.ops.residual_mlp.compiled import as_rows
-from rgfast.ops.residual_mlp.gpu.launch import OPTIONS, on
+from rgfast.ops.residual_mlp.gpu.launch import on
 from rgfast.ops.residual_mlp.gpu.needs import dtype_of
-from rgfast.ops.residual_mlp.gpu.table import padded
+from rgfast.ops.residual_mlp.gpu.table import OPTIONS, padded
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS
 from rgfast.runtime.threads import no_autocast
 
