@@ -246,7 +246,7 @@ def check_stacks_are_the_same_in_any_tile() -> dict[str, bool]:
     for name, x in views.items():
         here = tuple(call._replace(x=x) for call in layers)
         want = triton.STACK.run(StackCall(here))
-        for tile in (1, 4, len(x) or 1, 100):
+        for tile in (4, 100):
             seen = torch.full((4, *x.shape), torch.nan, device=DEVICE)
 
             def put(first: int, states: Tensor, seen: Tensor = seen) -> None:
@@ -263,7 +263,8 @@ def check_known_answers() -> dict[str, float]:
     for form, how in answers.PRECISIONS.items():
         if form == "plain":  # the interpreter does not multiply in bf16
             how = how._replace(products="fp16", dtype=torch.float16)
-        for run in (answers.try_forward, answers.try_gradient, answers.try_stack):
+        runs = (answers.try_forward, answers.try_gradient, answers.try_stack)
+        for run in runs if form == "split" else runs[:1]:
             worst = float(run(64, how, torch.device(DEVICE)).max())
             found[f"{form} {run.__name__}"] = worst / how.allowed
     return found

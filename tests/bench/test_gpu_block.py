@@ -1,0 +1,83 @@
+"""The model of the Triton block's time gives what prototypes took on an H100, and counts what kernels do."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import gpu_block
+import pytest
+from gpu_block import Kernel, forward, ours, together
+from gpu_clock import Cost
+
+from rgfast.ops.residual_mlp.gpu.table import Tile
+
+
+def test_what_was_measured_is_given_within_a_quarter():
+    rows = gpu_block.validation()
+    assert len(rows) == 35
+    assert [f"{row.name}: {row.measured}, not {row.predicted}" for row in rows if not row.close] == []
+
+
+TILE = Tile(64, 64, 4, 2)
+PLAIN = Kernel("plain", 64, TILE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 2 * gpu_block.ROWS}, {"layers": 2}, {"activation": "erf"}, {"form": "single"},
+        {"spilled": 20}, {"backward": True}, {"layers": 2, "every_layer": True},
+        {"backward": True, "factors": True},
+    ],
+)  # fmt: skip
+def test_what_does_more_takes_longer(change):
+    less = {k: v for k, v in change.items() if len(change) > 1 and v is not True}
+    less |= {"backward": True} if "factors" in change else {}
+    assert dataclasses.replace(PLAIN, **change).seconds > 1.05 * dataclasses.replace(PLAIN, **less).seconds
+
+
+def test_few_rows_take_as_long_as_rows_for_every_multiprocessor():
+    few, enough = (dataclasses.replace(PLAIN, rows=rows).seconds for rows in (64, 64 * 2 * 132))
+    assert few == pytest.approx(enough, rel=1e-6)
+    assert dataclasses.replace(PLAIN, rows=64 * 4 * 132).seconds > 1.5 * enough
+
+
+def test_how_many_thread_blocks_share_a_multiprocessor():
+    assert together(TILE, 64 << 10) == 2
+    assert together(TILE, 128 << 10) == 1
+    assert together(Tile(128, 64, 8, 2), 64 << 10) == 1
+
+
+def test_wide_blocks_are_the_librarys_products_between_two_passes():
+    rows, d = gpu_block.ROWS, 512
+    moved = rows * d * 2 * 3 + rows * 4 * d * 2 * 2
+    assert forward("plain", d) == pytest.approx(434.2e-6 + moved / 2.5e12)
+
+
+def test_the_table_has_every_form_and_width():
+    lines = gpu_block.table()
+    assert [line.split("|")[1].strip() for line in lines[::5]] == ["bf16", "TF32", "fp32"]
+    assert [line.split("|")[2].strip() for line in lines] == ["64", "128", "256", "512", "1024"] * 3
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    over_eager = [float(line.split("|")[4]) for line in lines]
+    assert all(1.5 < each < 8 for k, each in enumerate(over_eager) if k % 5 < 3)
+
+
+def test_a_probe_has_the_forward_of_these_blocks(monkeypatch, capsys):
+    import predict_gpu
+
+    parts = {"forwards": Cost(0.0, 0.007), "reading": Cost(0.0, 0.001), "spectra": 0.01, "digest": 0.0}
+    made = SimpleNamespace(bare=0.005, share=3.6, **parts)
+    monkeypatch.setattr(predict_gpu, "predict", lambda *shape: made)
+    monkeypatch.setattr("sys.argv", ["gpu_block.py", "--probe"])
+    gpu_block.main()
+    said = capsys.readouterr().out
+    assert "OFF BY MORE" not in said
+    assert "PREDICTED, not run on a GPU" in said
+    lines = [line.split("|") for line in said.splitlines() if line.startswith("| (")][1:]
+    assert len(lines) == 5
+    ours_ms, whole, by_kernels = (float(lines[0][k]) for k in (3, 5, 6))
+    assert ours_ms == pytest.approx(
+        4e3 * ours("stack", "split", 64, 256 * 64, layers=6, every_layer=True).seconds, rel=0.2
+    )
+    assert whole == pytest.approx((ours_ms + 2 + 1 + 10) / 5, abs=0.01)
+    assert by_kernels == pytest.approx((ours_ms + 2 + 1) / 5 + 0.1, abs=0.01)
