@@ -7,7 +7,7 @@ from tiny import REPRODUCED
 import rgfast
 
 # These import Triton, in processes of their own.
-collect_ignore_glob = ["gate/*triton*.py", "ops/*/triton_gate.py"]
+collect_ignore_glob = ["gate/*triton*.py", "ops/*/triton_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class Call(NamedTuple):
         x, w1 = self.x, self.w1
         if not is_plain(x):
             return None
-        products = None if x.device.type == "cpu" else self.products()
+        products = self.products() if x.device.type == "cuda" else None
         return x.device, x.dtype, x.numel(), w1.shape, self.across, self.recorded(), products
 
 
@@ -133,5 +133,5 @@ class StackCall(NamedTuple):
         if not is_plain(x):
             return None
         hidden = tuple(layer.w1.shape[0] for layer in self.layers)
-        products = None if x.device.type == "cpu" else self.products()
+        products = self.products() if x.device.type == "cuda" else None
         return x.device, x.dtype, x.numel(), x.shape[-1], hidden, self.recorded(), products

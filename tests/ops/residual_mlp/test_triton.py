@@ -254,7 +254,7 @@ def test_a_planted_mistake_is_caught(monkeypatch, name, mistake):
 @pytest.mark.parametrize(
     ("device", "missing", "there", "words"),
     [
-        ("cpu", None, True, "it runs on the cuda, not on cpu"),
+        ("cpu", None, True, "it is for NVIDIA GPUs, and this is cpu"),
         ("cuda:0", "Triton is not importable", True, "Triton is not importable"),
         ("cuda:0", None, False, "torch finds no GPU"),
         ("cuda:0", None, True, None),

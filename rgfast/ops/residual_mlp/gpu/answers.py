@@ -136,11 +136,9 @@ def try_wide(device: torch.device) -> Tensor:
 
 
 def _refusal(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it runs on the cuda, not on {device.type}"
-    return needs.missing() or (
-        "torch finds no GPU" if not torch.cuda.is_available() else needs.too_old(device)
-    )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return needs.missing() or "torch finds no GPU"
+    return needs.missing() or needs.too_old(device)
 
 
 def _answer(name: str, run: Callable[[torch.device], Tensor], count: int, allowed: float) -> KnownAnswer:

@@ -53,7 +53,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def too_old(device: torch.device) -> str | None:
-    """Why a GPU's tensor cores do not have these products, or None."""
+    """Why a device has no tensor cores for these products, or None."""
+    if device.type != "cuda":
+        return f"it is for NVIDIA GPUs, and this is {device.type}"
     major, minor = capability(device)
     if (major, minor) < _LEAST_CAPABILITY:
         return f"it is for compute capability 8.0 and later, and this GPU has {major}.{minor}"
