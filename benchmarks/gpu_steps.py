@@ -43,9 +43,12 @@ def environment(out: Path) -> dict[str, str]:
 
 def nvcc() -> str:
     """The version of the CUDA compiler, or that there is none."""
-    if shutil.which("nvcc") is None:
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]  # as CMake looks
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{place}/bin" for place in places if place)])
+    program = shutil.which("nvcc", path=path)
+    if program is None:
         return "absent"
-    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     return next(
         (line.rpartition("release ")[2] for line in told.splitlines() if "release" in line), "unknown"
     )
@@ -201,8 +204,9 @@ def sanitize(limit: float, out: Path, tool: str) -> dict[str, Any]:
         return {"errors": None, "told": "compute-sanitizer is not installed"}
     knows = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout
     words = [program, "--tool", tool]
-    # Of torch's own kernels there are many more.
-    words += ["--kernel-regex", "kns=rgfast"] if "--kernel-regex" in knows else []
+    # Of torch's own kernels there are many more. The option's name changed, and neither is in every version.
+    option = next((name for name in ("--kernel-name", "--kernel-regex") if name in knows), None)
+    words += [option, "kns=rgfast"] if option else []
     words += ["--report-api-errors", "no"] if tool == "memcheck" and "--report-api-errors" in knows else []
     # From torch's cache tensors would lie side by side, and what is written behind one would be in another.
     env = {**environment(out), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

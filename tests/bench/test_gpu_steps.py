@@ -131,7 +131,7 @@ def test_without_kernels_the_module_is_built_and_the_reason_is_kept(building, wh
 
 
 COMPUTE_SANITIZER = """#!/bin/sh
-if [ "$1" = --help ]; then echo "  --kernel-regex arg  --report-api-errors arg"; exit 0; fi
+if [ "$1" = --help ]; then echo "  {option} arg  --report-api-errors arg"; exit 0; fi
 echo "$@" > {asked}
 {rest}
 """
@@ -141,10 +141,10 @@ echo "$@" > {asked}
 def sanitizer(tmp_path, monkeypatch):
     """Puts a script in the place of `compute-sanitizer`, and says what it was asked for."""
 
-    def make(rest):
+    def make(rest, option="--kernel-name"):
         path = tmp_path / "bin" / "compute-sanitizer"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(COMPUTE_SANITIZER.format(asked=tmp_path / "asked", rest=rest))
+        path.write_text(COMPUTE_SANITIZER.format(asked=tmp_path / "asked", rest=rest, option=option))
         path.chmod(0o755)
         monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
         return lambda: (tmp_path / "asked").read_text()
@@ -171,8 +171,27 @@ NO_DEVICE = "========= Error: Device not supported"
 def test_what_a_sanitizer_sees_is_counted(sanitizer, tmp_path, says, errors, told):
     asked = sanitizer("\n".join(f'echo "{line}"' for line in says))
     assert steps.sanitize(60, tmp_path, "memcheck") == {"errors": errors, "told": told}
-    assert asked().startswith("--tool memcheck --kernel-regex kns=rgfast --report-api-errors no ")
+    assert asked().startswith("--tool memcheck --kernel-name kns=rgfast --report-api-errors no ")
     assert (tmp_path / "memcheck.log").read_text().splitlines() == says
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("--kernel-regex", "--kernel-regex kns=rgfast "), ("--other", "")]
+)
+def test_an_older_sanitizer_gets_the_option_that_it_has(sanitizer, tmp_path, option, words):
+    asked = sanitizer(f'echo "every kernel ANSWERED"\necho "{CLEAN}"', option)
+    assert steps.sanitize(60, tmp_path, "memcheck")["errors"] == 0
+    assert asked().startswith(f"--tool memcheck {words}--report-api-errors no ")
+
+
+def test_nvcc_is_looked_for_where_cmake_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.61'\n")
+    nvcc.chmod(0o755)
+    assert steps.nvcc() == "12.8, V12.8.61"
 
 
 def test_a_sanitizer_that_takes_too_long_is_stopped_with_what_it_started(sanitizer, tmp_path):
