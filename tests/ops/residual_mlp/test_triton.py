@@ -12,6 +12,7 @@ import torch
 from guards import fake_gpu
 
 import rgfast
+from rgfast import FallbackWarning, dispatch
 from rgfast.ops.residual_mlp import call as call_module
 from rgfast.ops.residual_mlp.call import Call, StackCall
 from rgfast.ops.residual_mlp.gpu import answers, needs, table
@@ -107,6 +108,19 @@ def test_it_runs_by_name_and_waits_for_a_measured_row(h100):
 )
 def test_what_it_cannot_do(h100, call, words):
     assert refused(call())[0] == words
+
+
+def test_a_fake_tensor_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(triton, "_MISSING", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_WARNED", set())
+    with fake_gpu():
+        call = gpu_call(4, 64)
+        assert triton.BLOCK.refusal(call) == "torch finds no GPU"
+        with pytest.warns(FallbackWarning) as seen:
+            y = rgfast.residual_mlp(call.x, call.w1, None, call.w2, None)
+    assert y.device.type == "cuda"
+    assert any("triton cannot run (torch finds no GPU)" in str(each.message) for each in seen)
 
 
 def test_an_architecture_without_these_tensor_cores(h100):

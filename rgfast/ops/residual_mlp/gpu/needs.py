@@ -48,8 +48,8 @@ def missing() -> str | None:
 
 @constant_when_traced
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)
+    """The compute capability of a GPU, (0, 0) if torch finds none: a fake tensor may be on one."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def too_old(device: torch.device) -> str | None:
@@ -57,6 +57,8 @@ def too_old(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it is for NVIDIA GPUs, and this is {device.type}"
     major, minor = capability(device)
+    if major == 0:
+        return "torch finds no GPU"
     if (major, minor) < _LEAST_CAPABILITY:
         return f"it is for compute capability 8.0 and later, and this GPU has {major}.{minor}"
     return None
