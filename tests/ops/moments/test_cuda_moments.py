@@ -7,6 +7,7 @@ import torch
 
 import rgfast
 from rgfast import ImplUnavailable
+from rgfast.dispatch import HandOff
 from rgfast.ops.moments import add_products, pair_products
 from rgfast.ops.moments.api import OP, PAIRS
 from rgfast.ops.moments.impl import cuda as kernels
@@ -216,6 +217,9 @@ def test_a_graph_does_not_hold_it(gpu, monkeypatch):
     monkeypatch.setattr(kernels.cuda, "capturing", lambda device: True)
     with pytest.raises(ImplUnavailable, match="a CUDA graph would read the table of pairs"):
         sums_of(rows, shifts, [(0, 0)], impl="cuda")
+    for answer in {each for name, each in _ANSWERS.items() if name.startswith("rgfast_moments")}:
+        with pytest.raises(HandOff, match="a CUDA graph would read the table of pairs"):
+            answer.run(gpu.device)
 
 
 def test_every_kernel_has_an_answer(gpu):

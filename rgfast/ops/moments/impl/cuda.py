@@ -68,7 +68,6 @@ def _splits(call: Products | Pairs) -> bool:
 
 def _run(call: Products) -> None:
     """As `reference.add_products`."""
-    _not_captured(call)
     units = [math.ldexp(1.0, -exponent) for exponent in call.exponents]
     pairs = [(i, j, total) for (i, j), total in call.sums.items()]
     _multiply(call, units, pairs, call.keep, add=True, split=_splits(call))
@@ -76,7 +75,6 @@ def _run(call: Products) -> None:
 
 def _run_pairs(call: Pairs) -> PairSums:
     """As `reference.pair_products`, most of which stands in the last columns of extended products."""
-    _not_captured(call)
     positions, width, device = len(call.rows[0]), call.width, call.device
     moved = all(move is not None for move in call.moves)
     shape = (len(call.totals), positions)
@@ -143,6 +141,7 @@ def _multiply(
     split: bool,
 ) -> None:
     """Sums of products of layers, added to what is there or put there."""
+    _not_captured(call)
     positions, b = call.rows[0].shape[:2]
     if not positions or not pairs:
         return
