@@ -53,6 +53,8 @@ def check_fp32_keeps_its_budget() -> dict[str, float]:
         (9, 48, 77),
     ]  # fmt: skip
     found = {}
+    if DEVICE == "cuda":  # where each takes seconds to compile
+        shapes = shapes[::4]
     for at, shape in enumerate(shapes):
         norm, kind = norms[at % 3], kinds[at % 5]
         tensors = drawn(*shape, norm=norm, biases=at % 4 != 3, seed=at)
