@@ -59,11 +59,12 @@ def test_a_large_block_by_name(d, dtype):
         return [y.detach(), *torch.autograd.grad(y, leaves, y.detach())]
 
     want = run(*(t.double() for t in (x, w1, w2)), impl="reference")
-    got, again = run(x, w1, w2), run(x, w1, w2)
-    allowed = 1e-6 if dtype == torch.float32 else 1e-2
-    for found, same, wanted in zip(got, again, want, strict=True):
+    eager, got, again = run(x, w1, w2, impl="reference"), run(x, w1, w2), run(x, w1, w2)
+    for found, same, own, wanted in zip(got, again, eager, want, strict=True):
         assert torch.equal(found, same)
-        assert float((found.double() - wanted).norm() / wanted.norm()) < allowed
+        error, of_eager = ((each.double() - wanted).norm() / wanted.norm() for each in (found, own))
+        # The library sums gradients of weights over all rows, in an order of its own.
+        assert float(error) <= (2 * float(of_eager) + 2**-22 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("d", [64, 128])
