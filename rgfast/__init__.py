@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from rgfast.experiments.sweep import Sweep, sweep
     from rgfast.monitor import Monitor, MonitorResult
     from rgfast.probing import Forecast, Probe, ProbeResult, probe
+    from rgfast.probing.cluster import ClusterPlan, plan_cluster
     from rgfast.probing.forecast import plan
     from rgfast.probing.sources.activations import Activations
 
@@ -69,6 +70,7 @@ __all__ = [
     "CKAAccumulator",
     "CKAResult",
     "Calibrated",
+    "ClusterPlan",
     "Comparison",
     "DimensionInfo",
     "FallbackWarning",
@@ -114,6 +116,7 @@ __all__ = [
     "observe",
     "participation_ratio",
     "plan",
+    "plan_cluster",
     "probe",
     "procrustes",
     "rank_measures",
@@ -135,6 +138,7 @@ __all__ = [
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
     "Activations": "rgfast.probing.sources.activations",
+    "ClusterPlan": "rgfast.probing.cluster",
     "Comparison": "rgfast.comparing",
     "Forecast": "rgfast.probing",
     "Monitor": "rgfast.monitor",
@@ -148,6 +152,7 @@ _LAZY = {
     "multiverse": "rgfast.experiments.multiverse",
     "observe": "rgfast.experiments.observer",
     "plan": "rgfast.probing.forecast",
+    "plan_cluster": "rgfast.probing.cluster",
     "probe": "rgfast.probing",
     "reproduce": "rgfast.experiments.reproduce",
     "setups": "rgfast.experiments.setups",

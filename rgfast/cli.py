@@ -24,6 +24,7 @@ def build_parser() -> Parser:
     from rgfast.commands.completion import add_completion
     from rgfast.commands.info import add_info
     from rgfast.commands.monitor import add_monitor
+    from rgfast.commands.plan import add_plan
     from rgfast.commands.probe import add_probe
     from rgfast.commands.report import add_report
     from rgfast.commands.reproduce import add_reproduce
@@ -40,6 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     add_probe(commands)
+    add_plan(commands)
     add_compare(commands)
     add_reproduce(commands)
     add_studies(commands)

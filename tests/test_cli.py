@@ -168,7 +168,7 @@ def test_the_help_of_a_command_explains_it(name, capsys):
     instead = {action for group in command._mutually_exclusive_groups for action in group._group_actions}
     for action in command.options():
         assert action.help
-        if action.nargs != 0 and action.option_strings and action not in instead:
+        if action.nargs != 0 and action.option_strings and not action.required and action not in instead:
             assert "(default" in action.help, action.dest
     examples = re.findall(
         r"^  (?:[A-Z_]+=\w+ |torchrun .* -m )?(rgfast .*?)(?: +[>(].*)?$", command.epilog, re.M

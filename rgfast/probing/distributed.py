@@ -210,7 +210,7 @@ def all_reduce(
     seen = [int(one[1]) for one in found]
     starts = _starts([(one[3], tuple(one[4])) for one in found])
     total = Moments(state.plan, masked=state.masked, uncentred=state.uncentred)
-    total.load(state.state(), device)
+    total.load_parts(state.sequences, state.parts(), device)
     total.adopt(_joint([Plan.from_json(one[0])[0] for one in found]))
     ranks.connect()
     me = ranks.rank

@@ -50,9 +50,21 @@ class Held:
 
     def bytes(self, pending: int) -> int:
         """Moments, and at most ``pending`` bytes (but for very wide rows) of rows not yet summed, in fp64."""
-        rows = self._block(pending) * self.positions
-        held = rows * (8 * sum(self.widths) + 1)  # and which of them count
-        return state_bytes(self.widths, self.positions, self.pairs, self.factors) + held
+        return self.moment_bytes + self._row_bytes * self._block(pending)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Moments alone."""
+        return state_bytes(self.widths, self.positions, self.pairs, self.factors)
+
+    def open_bytes(self, rows: int, pending: int) -> int:
+        """Rows that are not yet summed after ``rows`` per position."""
+        return self._row_bytes * (rows % self._block(pending))
+
+    @property
+    def _row_bytes(self) -> int:
+        """A row at every position, in fp64, and whether it counts."""
+        return self.positions * (8 * sum(self.widths) + 1)
 
     def flops_per_row(self, pending: int) -> float:
         """For one row at one position; at most, since factors are dropped where they are not needed."""
@@ -201,13 +213,15 @@ class Plan:
     @property
     def flops_per_sequence(self) -> float:
         """What measuring adds to the model's forward, for one sequence."""
-        followed = 0 if self.from_end else len(self.positions)
-        rows = {"rest": self.length - followed, "mean_pooled": 1, "flattened": 1}
-        rows |= {f"{CHOSEN}{number}": self.length for number in self.chosen}  # at most
         return sum(
-            h.flops_per_row(self.pending_bytes) * rows.get(h.kind, len(self.positions))
-            for h in self.accumulators
+            h.flops_per_row(self.pending_bytes) * self.rows_of(h) * h.positions for h in self.accumulators
         )
+
+    def rows_of(self, held: Held) -> int:
+        """Rows that a sequence adds to an accumulator, at each of its positions; at most."""
+        if held.kind == "rest":
+            return self.length - (0 if self.from_end else len(self.positions))
+        return self.length if held.kind.startswith(CHOSEN) else 1
 
     @property
     def longer(self) -> str:

@@ -45,6 +45,7 @@ class Ranks:
         self.dead = False  # whether a rank has gone without a word
         self._end = threading.Event()
         self._lines: Any = None
+        self.sent = self.received = 0  # bytes of arrays
         self._rounds = 0
         self._thread = threading.Thread(target=self._watch, name="rgfast-ranks", daemon=True)
         self._thread.start()
@@ -108,6 +109,7 @@ class Ranks:
             for value in arrays.values():
                 for piece in _pieces(np.ascontiguousarray(value)):
                     self._line().send([piece], to, 0).wait()
+                self.sent += value.nbytes
 
     def receive(self, name: str, source: int) -> dict[str, np.ndarray[Any, Any]]:
         """What another rank hands to this one under ``name``."""
@@ -120,6 +122,7 @@ class Ranks:
                 out[key] = np.empty(shape, dtype=np.dtype(kind))
                 for piece in _pieces(out[key]):
                     self._line().recv([piece], source, 0).wait()
+                self.received += out[key].nbytes
         return out
 
     def connect(self) -> None:

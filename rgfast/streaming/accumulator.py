@@ -325,7 +325,8 @@ class MomentAccumulator:
         def tensor(name: str) -> Tensor:
             return torch.from_numpy(np.array(arrays[name])).to(device)
 
-        self._begin(lead, widths, [torch.device(device)] * len(widths))
+        at = [torch.device(device)] * len(widths)
+        self._made(lead, Sums.empty(widths, [], math.prod(lead), at, self._factored))
         self._sums.load_state_dict(arrays)
         size, filled = (int(v) for v in arrays["block"])
         self._block = OpenBlock(widths, self._sums.positions, size, self._sums.begun.device)

@@ -366,7 +366,8 @@ class Sums:
         self.begun, self.summed = tensor("begun"), bool(arrays["begun"].any())
         self.exponents = [None if e == NONE else int(e) for e in arrays["exponent"]]
         self.shift = [tensor(f"shift.{layer}") for layer in range(len(self.widths))]
-        self.moment = {(i, j): tensor(f"moment.{i}.{j}") for i, j in self.moment}
+        pairs = [(int(i), int(j)) for i, j in arrays["pairs"]]
+        self.moment = {(i, j): tensor(f"moment.{i}.{j}") for i, j in pairs}
         if self.factors is not None:
             self.factors.load_state_dict(arrays)
 

@@ -315,9 +315,10 @@ class Moments:
         self._changes()
         for group in range(self.plan.groups):
             mine = self._groups[(group + shift) % self.plan.groups]
-            for name, other in _accumulators(self.plan).items():
+            for held in self.plan.accumulators:
+                other = _accumulator(held, self.plan.pending_bytes)
                 other.load_state_dict(next(parts), device)
-                mine[name].merge(other)
+                mine[held.name].merge(other)
         self.sequences += sequences
 
     def load_parts(
