@@ -49,6 +49,7 @@ def add_plan(commands: Any) -> None:
         help="of the model, of 2 bytes each (default: 12 blocks width²)",
     )
     add("--batch", type=int, default=16384, metavar="N", help="tokens of a forward (default: 16384)")
+    add("--activation-bytes", type=int, default=2, metavar="N", help="of a number of it (default: 2)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="what ranks compute on (default: cuda)")
     add("--sharded", action="store_true", help="weights lie on all ranks in parts (FSDP2)")
     add(
@@ -79,6 +80,7 @@ def _plan(args: argparse.Namespace) -> None:
         parameters=args.parameters,
         batch=args.batch,
         sharded=args.sharded,
+        activation_bytes=args.activation_bytes,
         device=args.device,
         rates=dict(_rate(word) for word in args.rate),
     )

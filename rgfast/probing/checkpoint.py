@@ -30,6 +30,7 @@ __all__ = [
     "clear_stale",
     "fingerprint",
     "is_model",
+    "known_fingerprint",
     "model_digest",
     "read",
     "runs_of",
@@ -126,6 +127,16 @@ def fingerprint(model: nn.Module) -> str | None:
         return model_digest(model)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError):
         return None
+
+
+def known_fingerprint(model: nn.Module) -> str:
+    """:func:`fingerprint`. Raises ValueError if weights cannot be read."""
+    if (found := fingerprint(model)) is None:
+        raise ValueError(
+            "checkpoint must be of a model whose weights can be read, to tell it from others, and those "
+            f"of this {class_of(model).__name__} cannot (offloaded, and no hook says where to)"
+        )
+    return found
 
 
 def batch_digest(batch: Any) -> str:

@@ -10,13 +10,17 @@ from typing import Any
 
 from rgfast.probing.options import check_views, checked_positions, human_bytes, parse_memory
 from rgfast.probing.plan import Plan, make_plan
+from rgfast.probing.sharing import buffer_bytes, held_layers
 from rgfast.streaming import Pairs, as_pairs
+from rgfast.streaming.sizes import at_once
 from rgfast.validation import check_choice, check_number, check_positive_int
 
 __all__ = ["ClusterPlan", "Option", "Rates", "plan_cluster"]
 
 # Rows that are summed at once on a device: every such block reads and writes all moments.
 _BLOCK = 1024
+# Matrices of a layer that exist at once while its spectra are solved, as measured on the CPU.
+_SOLVING = 14
 _SIDE = 1024  # of the matrices whose eigenvalues were timed
 
 
@@ -49,11 +53,12 @@ class Option:
 
     ``call`` is what :func:`rgfast.probe` is given, ``runs`` how often, ``kept`` what it measures, in words.
     ``state_bytes`` is what moments and rows not yet summed take, and ``fits`` says that ``memory`` allows it.
-    ``peak_bytes`` is what they take while ranks are summed, on the device and in the host's memory together:
-    twice the state, and twice its largest part on its way. ``network_bytes`` go between all ranks together,
-    ``through_bytes`` through the connection of the busiest one, in and out. ``seconds`` are by kind:
-    ``forward``, ``weights`` (gathered, if sharded), ``moments``, ``spectra``, ``network``. ``loss`` orders
-    options by how much they leave out.
+    ``peak_bytes`` is the most it ever takes, on the device and in the host's memory together: to sum ranks
+    (twice the state, and twice its largest part on its way), to solve spectra, or, if layers are shared out,
+    to take the rows of a batch.
+    ``network_bytes`` go between all ranks together, ``through_bytes`` through the connection of the busiest
+    one, in and out. ``seconds`` are by kind: ``forward``, ``weights`` (gathered, if sharded), ``moments``,
+    ``spectra``, ``network``. ``loss`` orders options by how much they leave out.
     """
 
     call: str
@@ -155,6 +160,7 @@ def plan_cluster(
     parameters: float | None = None,
     batch: int = 16384,
     sharded: bool = False,
+    activation_bytes: int = 2,
     device: str = "cuda",
     refine: bool | None = None,
     rates: Mapping[str, float] | None = None,
@@ -164,27 +170,28 @@ def plan_cluster(
     Nothing runs, and no model is needed: memory per rank, bytes over the network and operations are counted
     by the formulas of the probe itself, and seconds follow by ``rates`` (names of :class:`Rates` and their
     values). Bytes agree with those that CPU ranks were measured to take within 25%; times are predictions.
-    The options compared: the views and positions as asked, only the pooled view, that in several runs over
-    some layers each (a layer on each border in two runs), and only the pooled view without drift or CKA.
+    The options compared: the views and positions as asked, only the pooled view, both with layers shared out
+    among the ranks, the pooled view in several runs over some layers each (a layer on each border in two
+    runs), and without drift or CKA.
 
     ``tokens`` are all tokens, in sequences of ``length``, shared evenly by the ranks. ``views``,
     ``positions``, ``pairs``, ``groups``, ``memory`` (of one rank, for the state) and ``refine`` are those of
     :func:`rgfast.probe`, ``device`` says what the ranks compute on (``"cuda"`` holds more rows back and
     refines only if asked to, ``"cpu"``). ``parameters`` of the model are 12·(layers − 1)·width² by default,
     with 2 bytes each: whole on every rank, or ``sharded`` over them (then every forward, of ``batch`` tokens,
-    gathers the parts that others have).
+    gathers the parts that others have). A number of the model's activations takes ``activation_bytes``.
 
     Raises TypeError or ValueError for options out of range.
 
-    >>> found = plan_cluster(layers=81, width=8192, tokens=1e6, ranks=8, memory="96GiB")
+    >>> found = plan_cluster(layers=81, width=8192, tokens=1e6, ranks=8, memory="16GiB")
     >>> found.best.call
-    "views=['pooled']"
+    "views=['pooled'], owner='layers'"
     >>> round(found.best.state_bytes / 1e9)
-    87
+    13
     """
     for name, value in {"layers": layers, "width": width, "ranks": ranks, "length": length}.items():
         check_positive_int(value, name)
-    for name, value in {"groups": groups, "batch": batch}.items():
+    for name, value in {"groups": groups, "batch": batch, "activation_bytes": activation_bytes}.items():
         check_positive_int(value, name)
     check_choice(device, "device", ("cuda", "cpu"))
     tokens = _whole(tokens, "tokens")
@@ -200,7 +207,7 @@ def plan_cluster(
         layers, width, length, views, checked_positions(positions), as_pairs(pairs), groups, refine,
         device == "cuda", parse_memory(memory),
     )  # fmt: skip
-    work = _Work(ranks, tokens, parameters, batch, sharded, _rates(rates))
+    work = _Work(ranks, tokens, parameters, batch, sharded, activation_bytes, _rates(rates))
     return ClusterPlan(
         layers=layers,
         width=width,
@@ -267,6 +274,7 @@ class _Work:
     parameters: int
     batch: int
     sharded: bool
+    activation_bytes: int
     rates: Rates
 
     @property
@@ -292,6 +300,11 @@ def _options(asked: _Asked, work: _Work) -> list[Option]:
         found.append(_option(asked, work, _said(asked), loss=0))
     whole = _option(pooled, work, "views=['pooled']", loss=1)
     found.append(whole)
+    if work.ranks > 1 and asked.pairs in ("adjacent", ()) and asked.groups == 1:
+        found += [
+            _shared(one, work, f"{option.call}, owner='layers'", loss=option.loss)
+            for one, option in zip([asked, pooled][-len(found) :], list(found), strict=True)
+        ]
     if not whole.fits and asked.pairs == "adjacent" and (runs := _runs(pooled)) is not None:
         some = replace(pooled, layers=_with_border(asked.layers, runs))
         call = f"views=['pooled'], layers= {some.layers} at a time"
@@ -327,6 +340,7 @@ def _option(asked: _Asked, work: _Work, call: str, *, loss: int, runs: int = 1) 
     hops = 2 * (ranks - 1).bit_length()
     state = plan.state_bytes
     largest = max(held.bytes(plan.pending_bytes) for held in plan.accumulators)
+    solving = _solving_bytes(plan)
     sequences = work.own_tokens / asked.length
     # Every second rank hands over rows that it has not summed, too; whoever merges them sums them.
     pending = _open_bytes(plan, round(sequences))
@@ -341,7 +355,7 @@ def _option(asked: _Asked, work: _Work, call: str, *, loss: int, runs: int = 1) 
         kept=_kept(plan),
         runs=runs,
         state_bytes=state,
-        peak_bytes=2 * (state + largest) if ranks > 1 else state,
+        peak_bytes=max(2 * (state + largest), 2 * state + solving) if ranks > 1 else state + solving,
         network_bytes=runs * (2 * (ranks - 1) * moments + ranks // 2 * pending),
         through_bytes=through,
         operations={
@@ -368,12 +382,61 @@ def _kept(plan: Plan) -> str:
     return f"{', '.join(plan.views)}{where}"
 
 
+def _shared(asked: _Asked, work: _Work, call: str, *, loss: int) -> Option:
+    """Ranks that share out the layers: rows travel, moments stay."""
+    ranks, rates, width = work.ranks, work.rates, asked.width
+    held = held_layers([width] * asked.layers, ranks, neighbors=asked.pairs == "adjacent")
+    most, copies = max(map(len, held)), sum(map(len, held))
+    buffer = buffer_bytes(asked.memory)
+    plan, fits = replace(asked, layers=most, memory=asked.memory - 2 * buffer).fitting()
+    rows = work.own_tokens * width * work.activation_bytes
+    spectra = 8 * _clouds(plan) * asked.layers * width
+    # Rows held back, and those that come from another rank, which are of one batch at least.
+    state = plan.state_bytes + 2 * buffer
+    batch = min(work.batch, work.own_tokens) * most * width * work.activation_bytes
+    through = rows * (copies - most + (ranks - 1) * most) + (ranks - 1 + len(held)) * spectra // len(held)
+    products = plan.flops_per_sequence * work.tokens / asked.length
+    forward = 2.0 * work.parameters * work.own_tokens
+    problems = 2 * most * _clouds(plan)
+    traffic = 2.0 * sum(h.moment_bytes for h in plan.accumulators) * -(-work.tokens // _BLOCK)
+    return Option(
+        call=call,
+        kept=_kept(plan),
+        runs=1,
+        state_bytes=state,
+        peak_bytes=max(state, state - buffer + batch, plan.state_bytes + _solving_bytes(plan)),
+        network_bytes=(ranks - 1) * (rows * copies + spectra),
+        through_bytes=through,
+        operations={
+            "forward": forward,
+            "moments": products,
+            "spectra": problems * 4 / 3 * float(width) ** 3,
+        },
+        seconds={
+            "forward": forward / rates.forward,
+            "weights": work.gathered_bytes / rates.weights,
+            "moments": max(products / rates.products, traffic / rates.copies),
+            "spectra": problems * rates.solving(width),
+            "network": through / rates.network,
+        },
+        fits=fits,
+        loss=loss,
+    )
+
+
 def _open_bytes(plan: Plan, sequences: int) -> int:
     """Rows that one rank has not summed when its sequences end."""
     rows = sequences // plan.groups
     return plan.groups * sum(
         held.open_bytes(rows * plan.rows_of(held), plan.pending_bytes) for held in plan.accumulators
     )
+
+
+def _solving_bytes(plan: Plan) -> int:
+    """What spectra take while they are solved: a layer at a time, or several where sums are launches."""
+    width, positions = plan.widths[0], max(1, len(plan.positions))
+    layers = min(len(plan.widths), at_once(width, width, positions)) if plan.launched else 1
+    return _SOLVING * 8 * layers * positions * (width + 2) ** 2
 
 
 def _clouds(plan: Plan) -> int:
@@ -405,8 +468,8 @@ def _costs(option: Option) -> list[str]:
     """The lines of one option."""
     memory = f"{human_bytes(option.state_bytes)} of state, which {'fits' if option.fits else 'does not fit'}"
     network = "none"
+    memory += f"; {human_bytes(option.peak_bytes)} at the most"
     if option.network_bytes:
-        memory += f"; {human_bytes(option.peak_bytes)} while ranks are summed"
         network = (
             f"{human_bytes(option.network_bytes)} between all ranks, {human_bytes(option.through_bytes)} "
             "through the busiest"

@@ -143,6 +143,12 @@ def probe(
             ``result.flow(control=twin)`` reads both together; ``result.dataset.attrs["control"]`` names it.
         control_seed: of the weights or the permutations.
         timeout: seconds without a sign of life after which another rank counts as dead.
+        owner: who sums up, of several ranks. ``"ranks"``: each its own sequences, all layers; the sums are
+            added at the end. ``"layers"``: each some layers of all sequences, so that state, spectra and time
+            to solve them are shared out; rows go to their owners while batches run, and ranks wait for one
+            another there. It needs ``pairs`` adjacent (or no measure that compares layers), no ``groups``,
+            ``targets`` or ``checkpoint``, and layers that run in every forward; its result cannot be merged.
+            ``"auto"``: ``"layers"`` if moments of all layers do not fit ``memory``. See docs/distributed.md.
         keep: a new or empty folder to write activations of the probed layers to, as they were computed:
             a sample of the sequences that ``keep_bytes`` hold, which :class:`rgfast.Activations` reads (its
             ``ids`` number the sequences from 0, in the order in which batches bring them). The folder is

@@ -36,10 +36,12 @@ from rgfast.validation import check_choice, check_integer, check_positive_int
 if TYPE_CHECKING:
     from rgfast.probing.distributed import Distributed
 
-__all__ = ["MeasureOptions", "ProbeOptions", "ProbeSpec", "Route", "WatchOptions", "shows_options"]
+__all__ = ["MeasureOptions", "Owner", "ProbeOptions", "ProbeSpec", "Route", "WatchOptions", "shows_options"]
 
 Route = Literal["auto", "moments", "samples"]
 ROUTES = ("auto", "moments", "samples")
+Owner = Literal["auto", "ranks", "layers"]
+OWNERS = ("auto", "ranks", "layers")
 
 # With targets and a single group, R² is taken over as many folds.
 _FOLDS = 5
@@ -75,6 +77,7 @@ class WatchOptions(MeasureOptions, total=False):
     progress: bool | None
     distributed: Distributed
     timeout: float
+    owner: Owner
 
 
 class ProbeOptions(WatchOptions, total=False):
@@ -127,6 +130,7 @@ class ProbeSpec:
     placements: PlacementsSpec = None
     distributed: Distributed = "auto"
     timeout: float = 60.0
+    owner: Owner = "auto"
     control: Control = None
     control_seed: int = 0
     keep: str | Path | None = None
@@ -137,6 +141,7 @@ class ProbeSpec:
         for name in ("batch_size", "checkpoint_every", "groups"):
             check_positive_int(getattr(self, name), name)
         check_choice(self.route, "route", ROUTES)
+        check_choice(self.owner, "owner", OWNERS)
         if self.control is not None:
             check_choice(self.control, "control", CONTROLS)
         for name in ("control_seed", "keep_seed"):
@@ -172,6 +177,20 @@ class ProbeSpec:
             self._set("keep", checked_folder(self.keep))
             if self.checkpoint is not None:
                 raise ValueError("keep: a run that goes on from a checkpoint has not all sequences to keep")
+
+        if self.owner == "layers" and (why := self.why_not_shared):
+            raise ValueError(f"owner: 'layers' cannot be had, since {why}")
+
+    @property
+    def why_not_shared(self) -> str:
+        """Why ranks cannot share out the layers, in words; nothing if they can."""
+        if self.groups > 1:
+            return "groups= (or targets=) number the sequences of all ranks, which are known at the end"
+        if self.checkpoint is not None:
+            return "a checkpoint= holds what one rank has seen, and owners have seen rows of all"
+        if not isinstance(self.compared, str) and self.compared:
+            return f"pairs= must be 'adjacent', got {self.compared!r}"
+        return "pairs= must be 'adjacent', got 'all'" if self.compared == "all" else ""
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,32 +10,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from rgfast.ops.fast import factors_pay, takes_rows
+from rgfast.ops.fast import takes_rows
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
-from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import agree, all_reduce
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
-from rgfast.probing.estimators.samples import LIMIT, enough, tile_rows, worthwhile
-from rgfast.probing.estimators.tiles import LaterRows, gather, independent_stack, measured_by_tiles
-from rgfast.probing.first import FirstBatch
+from rgfast.probing.estimators.samples import enough, worthwhile
+from rgfast.probing.first import FirstBatch, first_of
+from rgfast.probing.foreseeing import rows_or_moments
 from rgfast.probing.later import bring
 from rgfast.probing.offloaded import is_offloaded, runs_on
+from rgfast.probing.owners import Gathered, Owners, plan_or_shares
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.sharding import class_of, is_sharded
+from rgfast.probing.sharding import is_sharded
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
+from rgfast.probing.tiling import BY_SAMPLES, by_tiles, foreseen_tiles
 from rgfast.probing.unread import Unread
-from rgfast.runtime.memory import free_bytes
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import pair_keys
 
@@ -44,8 +43,8 @@ __all__ = ["Tally"]
 
 # Forwards to wait for a layer that does not run in every one.
 _PATIENCE = 16
-
-_BY_SAMPLES = "by samples: CKA and drift to 1e-6"
+# Options that say how batches and layers were read.
+_READ = ("mask", "rows", "padding", "origin", "axes", "output", "placements")
 
 
 class Tally:
@@ -72,13 +71,13 @@ class Tally:
         self._no_samples = why_no_samples(spec, ranks is not None, self._device())
         if spec.route == "samples" and self._no_samples:
             raise ValueError(f"route: 'samples' cannot be taken, since {self._no_samples}")
-        self._moments: Moments | None = None
+        self._moments: Moments | Owners | None = None
         self._why_moments = ""
         self._too_big: ValueError | None = None
         self._early: list[RowBatch] = []
         self._rows: HoldsRows | None = None
         self._first_batch: FirstBatch | None = None
-        self._summed: tuple[Moments | None, dict[str, Any]] | None = None
+        self._summed: tuple[Moments | Gathered | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}
         self._weights: str | None = None
         self._sharded = is_sharded(model)
@@ -133,76 +132,31 @@ class Tally:
         self, batches: Iterator[Any], advance: Callable[[int], object]
     ) -> tuple[ProbeResult | None, list[Any]]:
         """What :meth:`rgfast.Probe.by_samples` says."""
-        spec, stack = self._spec, independent_stack(self._model, self._taps)
-        if stack is None or not self._may_tile:
+        if self._no_samples:
             return None, []
-        x, taken = gather(stack, batches)
-        plan = None if x is None else self._tile_plan(stack.width, x.shape[1], len(x))
-        if x is None or plan is None:
-            return None, taken
-        self._announce(plan, f"{plan.what}, {plan.notes[-1]}", weights=checkpoints.fingerprint(self._model))
-        with torch.no_grad():
-            found = measured_by_tiles(
-                stack, x, plan, uncentred=spec.uncentred, memory=spec.memory_bytes, advance=advance
-            )
-        given = {batch_items(batch)[0].untyped_storage().data_ptr() for batch in taken}
-        own = x.untyped_storage().data_ptr() not in given
-        dataset = assemble(found, spec.measures, self._provenance)
-        return ProbeResult(dataset, LaterRows(stack, x, own=own)), taken
+        return by_tiles(self._model, self._spec, self._taps, batches, self._announce_last_note, advance)
 
-    def _tile_plan(self, width: int, length: int, sequences: int) -> Plan | None:
-        """What a stack without mixing measures of all samples at once, if so many are enough and worth it."""
-        if not enough(sequences, self._spec.groups):
-            return None
-        layers = len(self._taps)
-        first = FirstBatch((width,) * layers, length, True, (0,) * layers, False, False, ())
-        plan = unbounded_plan(first, self._spec, self._names)
-        few = self._spec.route == "auto" and not worthwhile(plan, sequences)
-        return None if few or "flattened" in plan.views else plan.noted([_BY_SAMPLES])
-
-    @property
-    def _may_tile(self) -> bool:
-        spec = self._spec
-        of_entries = spec.mask is not None or bool(spec.targets) or spec.rows is not None
-        all_rows = spec.checkpoint is not None or spec.keep is not None
-        return not (self._no_samples or spec.reads_layers or of_entries or all_rows)
+    def _announce_last_note(self, plan: Plan) -> dict[str, Any]:
+        """Say what is measured, and the last note; the provenance."""
+        self._announce(plan, f"{plan.what}, {plan.notes[-1]}", weights=self._fingerprint())
+        return self._provenance
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
         """What ``sequences`` like those added so far, which were those of ``batch``, lead to."""
-        stack = independent_stack(self._model, self._taps)
-        if stack is not None and self._may_tile:
-            x, _ = gather(stack, iter([batch]))
-            if x is not None and sequences <= LIMIT:
-                plan = self._tile_plan(stack.width, x.shape[1], sequences)
-                if plan is not None:
-                    rows = min(tile_rows(plan, self._spec.memory_bytes), sequences * plan.length)
-                    why = (
-                        "the rows of a few positions go through all layers of a stack without mixing at once"
-                    )
-                    return Foreseen("tiles", why, plan, 4 * rows * sum(plan.widths), self._deficient())
-        held, moments = self._rows, self._moments
-        plan = held.plan if held is not None else moments.plan if moments is not None else None
-        assert plan is not None
-        targets = sum(width for _, width in plan.targets)
-        rows_bytes = sequences * plan.length * (4 * sum(plan.widths) + 8 * targets)
-        reasons = {
-            self._no_samples or self._why_moments: held is None,
-            f"there are more than {LIMIT} sequences": sequences > LIMIT,
-            "the rows of all layers do not fit memory=": rows_bytes > self._spec.memory_bytes,
-            "there are too few sequences for every measure": not enough(sequences, self._spec.groups),
-            "they take a moment either way": self._spec.route == "auto" and not worthwhile(plan, sequences),
-        }
-        why = next((reason for reason, holds in reasons.items() if reason and holds), "")
-        if not why:
-            why = f"the rows of at most {LIMIT} sequences fit memory="
-            return Foreseen("rows", why, plan, rows_bytes, self._deficient())
-        if moments is None:
-            raise ValueError(f"{self._too_big} (rows cannot be held, since {why})")
-        return Foreseen("moments", why, moments.plan, moments.plan.state_bytes, self._deficient())
-
-    def _deficient(self) -> tuple[int, ...]:
-        """What :class:`Foreseen` says."""
-        return self._rows.deficient() if isinstance(self._rows, Rows) else ()
+        deficient = self._rows.deficient() if isinstance(self._rows, Rows) else ()
+        if not self._no_samples:
+            tiles = foreseen_tiles(self._model, self._spec, self._taps, batch, sequences, deficient)
+            if tiles is not None:
+                return tiles
+        return rows_or_moments(
+            self._spec,
+            None if self._rows is None else self._rows.plan,
+            None if self._moments is None else self._moments.plan,
+            sequences,
+            why_moments=self._no_samples or self._why_moments,
+            too_big=self._too_big,
+            deficient=deficient,
+        )
 
     def name_layers(self, names: Sequence[str]) -> None:
         """Name the layers of the batches to come: a module that runs several times is as many layers.
@@ -249,6 +203,11 @@ class Tally:
         elif self._moments is None:
             self._moments = self._empty(first)
 
+    def hand_rows(self) -> None:
+        """Have rows go to the owners of their layers, after a forward of all ranks together."""
+        if isinstance(self._moments, Owners):
+            self._moments.passed()
+
     def _unseen(self) -> list[int]:
         """The layers that have not run yet."""
         layers = range(len(self._early[-1].layers))
@@ -281,7 +240,7 @@ class Tally:
         """What holds rows back, if these views can be had from rows."""
         if not first.aligned or any(first.places):
             return None
-        plan = unbounded_plan(first, self._spec, self._names).noted([_BY_SAMPLES])
+        plan = unbounded_plan(first, self._spec, self._names).noted([BY_SAMPLES])
         if plan.from_end:
             return None
         return Rows(plan, room(first, self._spec), uncentred=self._spec.uncentred)
@@ -327,9 +286,8 @@ class Tally:
         if self._early:
             raise ValueError(self._never_ran(self._unseen()))
         self._hand_over("there are too few sequences for every measure")
-        moments, provenance = self._moments, self._provenance
-        if self._ranks is not None:
-            moments, provenance = self._of_all_ranks(self._ranks, last)
+        found: Any = (self._moments, self._provenance)
+        moments, provenance = found if self._ranks is None else self._of_all_ranks(self._ranks, last)
         seen = 0 if moments is None else moments.sequences
         if moments is None or seen < 2:
             raise ValueError(f"batches must hold at least 2 sequences in all, got n = {seen}")
@@ -368,6 +326,8 @@ class Tally:
         self._hand_over("a snapshot is of moments")
         moments = self._moments
         assert moments is not None
+        if isinstance(moments, Owners):
+            raise ValueError("owner: ranks that share out the layers have no snapshot; take owner='ranks'")
         return {**header, "plan": moments.plan.to_json(), "masked": moments.masked}, moments.state()
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -400,8 +360,9 @@ class Tally:
                 "anew"
             )
         else:
-            self._moments = self._summing(plan, masked=header["masked"])
-            self._moments.load(arrays, self._device())
+            summing = self._summing(plan, masked=header["masked"])
+            summing.load(arrays, self._device())
+            self._moments = summing
         self._provenance = {**header["provenance"], "weights": self._digest()}
 
     def _restore_rows(
@@ -425,8 +386,8 @@ class Tally:
         ranks = None if self._ranks is None else [self._ranks.rank, self._ranks.size]
         return {**self._spec.to_json(self._names), "ranks": ranks}
 
-    def _of_all_ranks(self, ranks: Ranks, last: bool) -> tuple[Moments | None, dict[str, Any]]:
-        """The moments and provenance of all ranks."""
+    def _of_all_ranks(self, ranks: Ranks, last: bool) -> tuple[Moments | Gathered | None, dict[str, Any]]:
+        """The moments or measures, and the provenance, of all ranks."""
         if self._summed is not None:
             return self._summed
         try:
@@ -434,7 +395,11 @@ class Tally:
                 self.passed()
             elif self._moments is None and (first := self._agreed(None)) is not None:
                 self._moments = self._empty(first)
-            found = all_reduce(ranks, self._moments, self._provenance, self._device())
+            found: Any = self._moments
+            if isinstance(found, Owners):
+                found = found.of_all_ranks(self._provenance)
+            else:
+                found = all_reduce(ranks, found, self._provenance, self._device())
             if last:
                 self._summed = (None, {}) if found is None else found
                 ranks.close()
@@ -451,7 +416,8 @@ class Tally:
         or one is ``waiting`` for layers to run."""
         own = first
         if self._ranks is not None:
-            asked = {**self._spec.to_json(self._names), "weights": self._fingerprint()}
+            asked = {**self._spec.to_json(self._names), "owner": self._spec.owner}
+            asked["weights"] = self._fingerprint()
             first = agree(self._ranks, asked, first, waiting=waiting)
         self._first_batch = first or own
         found = first.targets if first else ()
@@ -478,31 +444,29 @@ class Tally:
         rows = [
             next(x for b in self._early if (x := b.layers[k]) is not None) for k in range(len(self._names))
         ]
-        return FirstBatch(
-            widths=tuple(x.shape[2] for x in rows),
-            length=rows[0].shape[1],
-            aligned=len({x.shape[1] for x in batch.present}) == 1,
-            padded=batch.padded,
-            places=tuple(batch.places),
-            masked=batch.masked is not None,
-            targets=tuple(
-                (t.name, x.shape[2], t.classes is not None)
-                for t, x in zip(self._targets, batch.targets, strict=True)
-            ),
-            free=free_bytes(rows[0].device),
-            factors=factors_pay(rows[0]),
-            launched=waits_for(rows[0].device),
-        )
+        labelled = [target.classes is not None for target in self._targets]
+        return first_of(batch, rows, [target.name for target in self._targets], labelled)
 
-    def _empty(self, first: FirstBatch) -> Moments:
-        plan = plan_of(first, self._spec, self._names)
-        self._announce(plan, str(plan), weights=self._fingerprint())
-        return self._summing(plan, masked=first.masked)
+    def _empty(self, first: FirstBatch) -> Moments | Owners:
+        """What sums up."""
+        ranks = self._ranks
+        found = plan_or_shares(first, self._spec, self._names, 1 if ranks is None else ranks.size)
+        if isinstance(found, Plan):
+            self._announce(found, str(found), weights=self._fingerprint())
+            return self._summing(found, masked=first.masked)
+        assert ranks is not None
+        self._announce_last_note(found.plan)
+        unread, masked = self._unread, first.masked
+        own = found.moments(ranks.rank, masked=masked, unread=unread, uncentred=self._uncentred)
+        return Owners(found, own, ranks, self._device(), unread, masked=masked, in_step=self._sharded)
 
     def _summing(self, plan: Plan, *, masked: bool) -> Moments:
+        return Moments(plan, masked=masked, unread=self._unread, uncentred=self._uncentred)
+
+    @property
+    def _uncentred(self) -> bool:
         # On the CPU results have the bound of uncentred ranks whether these are asked for or not, as ever.
-        uncentred = self._spec.uncentred or not waits_for(self._device())
-        return Moments(plan, masked=masked, unread=self._unread, uncentred=uncentred)
+        return self._spec.uncentred or not waits_for(self._device())
 
     def _digest(self) -> str:
         """That of the weights; if they are sharded or offloaded, as they were at the start.
@@ -510,31 +474,21 @@ class Tally:
         Raises ValueError if they cannot be read.
         """
         found = self._weights if self._read_once else None
-        if (found := found or checkpoints.fingerprint(self._model)) is None:
-            raise ValueError(
-                "checkpoint must be of a model whose weights can be read, to tell it from others, and those "
-                f"of this {class_of(self._model).__name__} cannot (offloaded, and no hook says where to)"
-            )
-        return found
+        return found or checkpoints.known_fingerprint(self._model)
 
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)
 
     def _announce(self, plan: Plan, text: str, **found: Any) -> None:
         if self._say:
-            print(f"probe: {text}")
-            sys.stdout.flush()
+            print(f"probe: {text}", flush=True)
         ranks = {} if self._ranks is None else {"ranks": self._ranks.size}
         asked = self._spec.to_json(self._names)
         self._provenance = provenance(
             self._model,
             layers=list(plan.names),
             measures=list(self._spec.measures),
-            **{
-                name: asked[name]
-                for name in ("mask", "rows", "padding", "origin", "axes", "output", "placements")
-                if name in asked
-            },
+            **{name: asked[name] for name in _READ if name in asked},
             **ranks,
             **found,
         )

@@ -229,6 +229,7 @@ class Probe:
         if self._tally.due:
             with self._placed.together():
                 self._tally.passed()
+        self._tally.hand_rows()
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:

@@ -88,6 +88,15 @@ class RowBatch:
             chosen=[x if isinstance(x, str) else x[part] for x in self.chosen],
         )
 
+    def of_layers(self, layers: Sequence[int]) -> RowBatch:
+        """Some of the layers, numbered in the order given."""
+        return replace(
+            self,
+            layers=[self.layers[layer] for layer in layers],
+            keeps=[self.keeps[layer] for layer in layers],
+            places=[self.places[layer] for layer in layers] if self.places else (),
+        )
+
     def chosen_of(self, number: int, layer: int) -> Tensor:
         """Which rows of a layer count in a view of ``rows=`` ``[B, T_l]``, bool."""
         chosen, keep = self.chosen[number], self.keeps[layer]
