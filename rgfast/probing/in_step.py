@@ -49,8 +49,13 @@ class InStep:
         self._among = self._dummy = False
         self._handles: list[Any] = []
 
-    def open(self) -> None:
-        """Announce the forwards of the model from now on. Waits until all ranks are here."""
+    def open(self, meet: Callable[[str | None], None]) -> None:
+        """Announce the forwards of the model from now on. Waits until all ranks are here.
+
+        ``meet`` is called before each: with None for a batch, else with what this rank failed of, "" if it
+        has only run out of batches.
+        """
+        self._meet = meet
         self._ranks.gather(f"open/{self._ranks.round()}", None)
         # Before anything that FSDP2 does in a forward, and after all of it.
         once, model = Forwards().hook, self._model
@@ -107,6 +112,7 @@ class InStep:
             self._number += 1
             self._ranks.post(f"forward/{self._number}")
         self._among = True
+        self._meet(self._ranks.said if self._dummy else None)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._among = False
@@ -123,7 +129,7 @@ class InStep:
             )
         if self._given is None:
             self._given = _unpacked(self._ranks.posted("given"), self._model)
-        args, kwargs = self._given
+        args, kwargs = _copied(self._given)  # models write to caches
         self._number += 1
         self._dummy = True
         try:

@@ -43,6 +43,7 @@ class Ranks:
         self._interval = min(1.0, timeout / 10)
         self._trouble: str | None = None
         self.dead = False  # whether a rank has gone without a word
+        self.said = ""  # what this rank told the others that it failed of
         self._end = threading.Event()
         self._lines: Any = None
         self.sent = self.received = 0  # bytes of arrays
@@ -143,6 +144,7 @@ class Ranks:
             return
         said = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
         text = said if isinstance(error, RankError) else f"rank {self.rank} of {self.size} failed: {said}"
+        self.said = text
         self._say(_FAILED, text)
         if self.rank == 0:
             time.sleep(3 * self._interval)  # time to read it: with this process the store may go

@@ -176,7 +176,7 @@ class Probe:
         state = itertools.chain(self.model.parameters(), self.model.buffers())
         known_answers.prepare({x.device for x in state}, _ROOMS)
         if self._in_step is not None:
-            self._in_step.open()
+            self._in_step.open(self._placed.meet)
         self._tally.open()
         self._watcher.__enter__()
         self._axes.open()

@@ -271,6 +271,7 @@ def refused(rank, size):
         out["left out"] = said(brief, model, LAST, distributed=first, **short)
     out["plain"] = said(brief, build(), LAST, placements=Shard(1), **short)
     model = over(mesh, "whole")
+    out["fewer"] = said(rgfast.probe, model, batches(ALL[: 5 - rank]), layers=LAST, progress=False, **short)
     out["compared"] = said(rgfast.compare, build(), model, batches(ALL))
     out["stage"] = said(staged, rank, size, ["blocks.1"] if rank else ["blocks.0"], **short)
     return out

@@ -109,6 +109,7 @@ def test_a_stage_has_layers_that_other_ranks_do_not_have(found):
         ),
         ("plain", "placements must be of a model with parameters that are DTensors"),
         ("poisoned", "ValueError: activations must be finite, got 4 NaN or infinite values in layer 0"),
+        ("fewer", "batches must be the same on ranks [0, 1], which run the model together, and those of [1]"),
         ("poisoned", "(last, sequences 12 to 22)"),  # those of the second rank
     ],
 )

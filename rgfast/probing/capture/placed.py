@@ -83,6 +83,25 @@ class Placed:
             values = {key: None if x is None else whole(x) for key, x in values.items()}
         return [replace(layer, value=values[id(layer)]) for layer in seen]
 
+    def meet(self, absent: str | None) -> None:
+        """Begin a forward with the other ranks of the group: either all have a batch (``absent`` is None) or
+        none has.
+
+        Raises on all of them ValueError if some have run out of batches (""), and RankError if one failed.
+        """
+        if self._mesh is None:
+            return
+        found = _gathered(absent, self._mesh)
+        if len({one is None for one in found}) == 1:
+            return
+        if said := next((one for one in found if one), ""):
+            raise RankError(said)
+        without = [rank for rank, one in zip(self._members, found, strict=True) if one is not None]
+        raise ValueError(
+            f"batches must be the same on ranks {self._members}, which run the model together, and those of "
+            f"{without} ended before the others"
+        )
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What one rank of the group raises inside, all of them raise, so that none waits for it in the next
