@@ -19,7 +19,7 @@ from rgfast.probing.capture.entries import MaskSpec
 from rgfast.probing.capture.layers import check_model
 from rgfast.probing.capture.padding import PaddingSpec, as_keep, is_padding_name, looks_like_padding
 from rgfast.probing.distributed import unwrapped
-from rgfast.probing.sharding import gathered, is_sharded, local, reshard, whole
+from rgfast.probing.sharding import block_of, gathered, is_sharded, local, reshard, whole
 from rgfast.probing.unread import Unread
 from rgfast.validation import as_tensor
 
@@ -36,7 +36,8 @@ def random_weights(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     the model itself, whose weights are back when the context is left.
 
     Every rank draws the weights of one module at a time, those of one process, and keeps its part: a module
-    with a ``reset_parameters`` of its own is whole on every rank meanwhile. All ranks call this together.
+    with a ``reset_parameters`` of its own, or a block of a Hugging Face model, is whole on every rank
+    meanwhile. All ranks call this together.
     Raises what :func:`random_twin` does.
     """
     check_model(model)
@@ -94,10 +95,11 @@ def _draw(model: nn.Module, seed: int) -> None:
             parameter.fill_(math.nan)
         for module in reversed(list(model.modules())):
             if (reset := _reset_of(module)) is not None:
-                with gathered(module, recurse=True):
+                with gathered(module.modules()):
                     reset()
         for owner, module in _configured(model):
-            with gathered(module, recurse=False):
+            # Some models draw the weights of a module's parts, too, as GPT-2 does those of its projections.
+            with gathered(block_of(module)):
                 owner._init_weights(module)
         for name, buffer in model.named_buffers():
             buffer.copy_(kept[name])

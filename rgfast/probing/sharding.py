@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "block_of",
     "class_of",
     "copied",
     "gathered",
@@ -129,11 +130,23 @@ def _own(unit: nn.Module, fsdp: Any) -> list[nn.Parameter]:
     return found
 
 
+def block_of(module: nn.Module) -> list[nn.Module]:
+    """The module and the parts inside it, but for those in lists of modules and those that ``fully_shard``
+    gathers by themselves: what a rank has room for at once, as a forward does."""
+    fsdp = _class("torch.distributed.fsdp", "FSDPModule")
+    found, parts = [module], [*module.children()]
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, nn.ModuleList) and (fsdp is None or not isinstance(part, fsdp)):
+            found.append(part)
+            parts += part.children()
+    return found
+
+
 @contextmanager
-def gathered(module: nn.Module, *, recurse: bool) -> Iterator[None]:
-    """Inside, the sharded parameters of a module (``recurse``: of its parts too) are whole and plain; of what
-    they hold in the end every rank keeps its own part. All ranks go through it together."""
-    modules = list(module.modules()) if recurse else [module]
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the sharded parameters of these modules are whole and plain; of what they hold in the end every
+    rank keeps its own part. All ranks go through it together."""
     places = [(m, name, p) for m in modules for name, p in m._parameters.items() if is_dtensor(p)]
     if not places:
         yield

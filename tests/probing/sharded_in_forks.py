@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import rgfast
 from rgfast.probing.checkpoint import model_digest
-from rgfast.probing.controls import random_twin
+from rgfast.probing.controls import random_twin, random_weights
 
 
 def shard(model, blocks, **asked):
@@ -226,6 +226,51 @@ def trained(rank, size):
     return [len({seen for _, seen in found}), {one for one, _ in found} == {weights}, found[0][1][0]]
 
 
+class Parent(nn.Module):
+    """Draws a part's weights in its own turn, as GPT-2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.inside = {}, nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    def _init_weights(self, module):
+        if module is self:
+            self.inside[0].weight.normal_()
+
+    def forward(self, x):
+        return x + self.inside(x)
+
+
+def parent(rank, size):
+    """Whether random weights of a model that draws those of its parts are one process's."""
+    model = nn.Sequential(Parent(), Parent())
+    wanted = model_digest(random_twin(model, 3))
+    with random_weights(shard(model, model), 3) as drawn:
+        return model_digest(drawn) == wanted
+
+
+class Adds(nn.Module):
+    """Writes to an argument, as models do to a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.lengths = nn.Linear(6, 6), []
+
+    def forward(self, x, cache):
+        self.lengths.append(len(cache))
+        cache.append(0)
+        return self.a(x)
+
+
+def cached(rank, size):
+    """How long the cache was that each forward began with; rank 0 alone has batches."""
+    model = fully_shard(Adds())
+    with rgfast.Probe(model, layers=["a"], progress=False, timeout=TIMEOUT):
+        for _ in range(3 if rank == 0 else 0):
+            model(torch.ones(4, 6), [])
+    return model.lengths
+
+
 def planned(rank, size):
     """What planning says, which would run a forward on one rank alone."""
     model = build()
@@ -242,7 +287,7 @@ def several(rank, size):
     model = build()
     out["brief"] = values(brief(rank, size, shard(model, model.stack.blocks)))[1]
     out["replicated"] = values(rgfast.probe(build(), batches(rank, size), **options(rank, size)))[1]
-    for case in (in_step, skipped, half, controls, trained, planned):
+    for case in (in_step, skipped, half, controls, parent, cached, trained, planned):
         out[case.__name__] = case(rank, size)
     return out
 
@@ -260,7 +305,16 @@ def agreement(folder):
             "digests": len({one["masked"][1] for one in found} | {one["replicated"] for one in found}),
             **{
                 case: [one[case] for one in found]
-                for case in ("in_step", "skipped", "half", "controls", "trained", "planned")
+                for case in (
+                    "in_step",
+                    "skipped",
+                    "half",
+                    "controls",
+                    "parent",
+                    "cached",
+                    "trained",
+                    "planned",
+                )
             },
         }
     return out

@@ -58,6 +58,16 @@ def test_training_steps_that_run_blocks_again_are_counted_once(found, size):
     assert found["agreement"][size]["trained"] == [[1, True, rows]] * int(size)
 
 
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_a_model_that_draws_the_weights_of_its_parts(found, size):
+    assert found["agreement"][size]["parent"] == [True] * int(size)
+
+
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_dummies_begin_with_the_arguments_of_the_first_forward(found, size):
+    assert found["agreement"][size]["cached"] == [[0, 0, 0]] * int(size)
+
+
 def test_a_sharded_model_is_not_timed_on_one_rank(found):
     said = "planning times its forward, got one that is sharded over ranks [0, 1]"
     assert all(said in text for text in found["agreement"]["2"]["planned"])
@@ -123,5 +133,5 @@ def test_a_model_of_one_process_is_not_sharded():
     assert sharded_over(model) == set()
     assert whole(model.weight) is model.weight
     before = model.weight
-    with gathered(model, recurse=True):
+    with gathered([model]):
         assert model.weight is before
