@@ -17,6 +17,8 @@ __all__ = ["MOMENTS"]
 
 
 def _can_run(call: Products) -> str | None:
+    if not call.extra:
+        return "it adds |y|^2 and 1 to every row"
     widths = {x.shape[2] for x in call.rows}
     return None if len(widths) == 1 else f"layers must be equally wide, got widths {sorted(widths)}"
 

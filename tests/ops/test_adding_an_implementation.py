@@ -1,5 +1,4 @@
-"""The worked example of CONTRIBUTING, "Adding an implementation": a file, its line in the room's `Op`,
-and what a choice of this room now depends on, in `shape_class`.
+"""The worked example of CONTRIBUTING, "Adding an implementation": a file and its line in the room's `Op`.
 
 The file is `added_mkl.py` beside this one. It is added in this process and, as a contributor would do it,
 in a copy of the package.
@@ -24,17 +23,11 @@ from rgfast.ops.moments.call import Products
 ROOT = Path(__file__).resolve().parents[2]
 F64 = torch.float64
 
-# What a contributor edits: the room's list, and what a choice depends on now.
+# What a contributor edits: the room's list. What a choice depends on is in `shape_class` already.
 EDITS = {
     "rgfast/ops/moments/api.py": {
-        "moments.impl import library, native\n": "moments.impl import library, mkl, native\n",
+        "moments.impl import cuda, library, native\n": "moments.impl import cuda, library, mkl, native\n",
         "        native.MOMENTS,\n": "        native.MOMENTS,\n        mkl.MOMENTS,\n",
-    },
-    "rgfast/ops/moments/call.py": {
-        "        return self.device.type\n": (
-            "        widths = tuple(x.shape[2] for x in self.rows)\n"
-            "        return self.device.type, widths, self.multiplications()\n"
-        )
     },
 }
 IN_THE_COPY = """
@@ -160,7 +153,7 @@ def test_a_probe_takes_it_too(added):
         )
 
 
-def test_a_contributor_touches_three_files(tmp_path):
+def test_a_contributor_touches_two_files(tmp_path):
     shutil.copytree(ROOT / "rgfast", tmp_path / "rgfast", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(added_mkl.__file__, tmp_path / "rgfast/ops/moments/impl/mkl.py")
     for name, edits in EDITS.items():
