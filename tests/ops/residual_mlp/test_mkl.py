@@ -388,7 +388,7 @@ def test_routes_and_refusals():
         call(block((20, 16, 16)), "library")  # its name in 0.1
     assert [r.impl for r in log] == ["mkl", "native", "mkl", "mkl"]
     told = rgfast.explain("residual_mlp", *(leaves[k] for k in NAMES[:5]))
-    assert [name for name, _ in told.candidates] == ["native", "mkl", "fp64", "reference"]
+    assert [name for name, _ in told.candidates] == ["native", "mkl", "triton", "fp64", "reference"]
     assert told.chosen == "mkl"
     with pytest.raises(rgfast.ImplUnavailable, match="x is float64"):
         call(block((4, 16, 16), dtype=torch.float64), "mkl")
