@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rgfast
-from rgfast.probing import tally
+from rgfast.probing import first
 from rgfast.probing.estimators.moments import Moments
 from rgfast.runtime import memory, streams, waiting
 from rgfast.runtime.streams import Home
@@ -187,22 +187,22 @@ def test_a_probe_takes_no_more_than_the_card_has(monkeypatch):
     whole = planned(**options)
     assert len(whole.plan.positions) == 40
     free = whole.plan.state_bytes // 4
-    monkeypatch.setattr(tally, "free_bytes", lambda device: free)
+    monkeypatch.setattr(first, "free_bytes", lambda device: free)
     some = planned(**options)
     assert some.plan.state_bytes <= free
     assert 0 < len(some.plan.positions) < 40
     assert any("free, less than memory= allows" in note for note in some.plan.notes)
-    monkeypatch.setattr(tally, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(first, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="memory: 1 position of 2 layers need"):
         planned(**options)
-    monkeypatch.setattr(tally, "free_bytes", lambda device: 64 * GIB)
+    monkeypatch.setattr(first, "free_bytes", lambda device: 64 * GIB)
     assert planned(**options).plan == whole.plan
 
 
 def test_rows_are_held_as_long_as_the_card_has_room(monkeypatch):
     held = planned(route="samples")
     assert held._tally._rows is not None
-    monkeypatch.setattr(tally, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(first, "free_bytes", lambda device: 1000)
     with pytest.raises(
         ValueError, match="'samples' cannot be taken, since the rows of all layers do not fit"
     ):
