@@ -22,7 +22,7 @@ from typing import Any
 import gpu_clock
 import torch
 import torch.nn.functional as F
-from gpu_clock import HALF, LEAST_KERNEL, PASS, Clock
+from gpu_clock import HALF, LEAST_KERNEL, PASS, Clock, Row
 from torch import Tensor
 
 from rgfast.ops.residual_mlp.gpu.table import BACKWARD, FORWARD, STACK, WIDEST, Form, Tile
@@ -204,24 +204,6 @@ def modeled_backward(d: int, dtype: torch.dtype) -> float:
     with Clock() as clock:
         torch.autograd.grad(y, [x, up, down, norm, bias, high], torch.empty_like(y))
     return clock.cost.seconds
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure that was measured, and the model's, in microseconds."""
-
-    name: str
-    measured: float
-    predicted: float
-
-    @property
-    def ratio(self) -> float:
-        return self.predicted / self.measured
-
-    @property
-    def close(self) -> bool:
-        """Within a quarter."""
-        return 0.75 <= self.ratio <= 1.25
 
 
 def validation() -> list[Row]:

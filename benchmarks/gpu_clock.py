@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rgfast.ops.device import LAUNCH, STREAM, TRANSFER, WAIT
 
-__all__ = ["STAND_IN", "Clock", "Cost", "timed"]
+__all__ = ["STAND_IN", "Clock", "Cost", "Row", "timed"]
 
 STAND_IN = 37
 # Measured on an H100: fp32 products (SIMT) and half-precision ones, fp64 ones by the width of a tile, passes
@@ -67,6 +67,24 @@ UNKNOWN = {
     "ormqr",
     "linalg_householder_product",
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure that was measured, and the model's."""
+
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+    @property
+    def close(self) -> bool:
+        """Within a quarter."""
+        return 0.75 <= self.ratio <= 1.25
 
 
 @dataclass

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from predict_gpu import Row
+from gpu_clock import Row
 
 from rgfast.ops.device import LAUNCH
 from rgfast.ops.spectrum.impl.cuda import kernel_for

@@ -34,7 +34,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from gpu_clock import STAND_IN, Clock, Cost, timed
+from gpu_clock import STAND_IN, Clock, Cost, Row, timed
 from torch import Tensor
 
 import rgfast
@@ -56,24 +56,6 @@ from rgfast.streaming import MomentAccumulator, Together, sizes
 
 MEASURED = Path(__file__).with_name("h100_measured.json")
 GPU = torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure that was measured, and the model's."""
-
-    name: str
-    measured: float
-    predicted: float
-
-    @property
-    def ratio(self) -> float:
-        return self.predicted / self.measured
-
-    @property
-    def close(self) -> bool:
-        """Within a quarter."""
-        return 0.75 <= self.ratio <= 1.25
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
