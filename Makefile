@@ -28,7 +28,7 @@ native-test: $(VENV)/.dev
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DRGFAST_SANITIZE=ON \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --parallel 2 --output-on-failure
 
 # The Python module under the sanitizers, which are GCC's; docs/reliability.md has the run at full size.
 fuzz: native-test
