@@ -300,10 +300,11 @@ def _options(asked: _Asked, work: _Work) -> list[Option]:
         found.append(_option(asked, work, _said(asked), loss=0))
     whole = _option(pooled, work, "views=['pooled']", loss=1)
     found.append(whole)
-    if work.ranks > 1 and asked.pairs in ("adjacent", ()) and asked.groups == 1:
+    if work.ranks > 1 and (not asked.pairs or asked.pairs == "adjacent") and asked.groups == 1:
+        asked_of = [asked, pooled] if len(found) > 1 else [pooled]
         found += [
             _shared(one, work, f"{option.call}, owner='layers'", loss=option.loss)
-            for one, option in zip([asked, pooled][-len(found) :], list(found), strict=True)
+            for one, option in zip(asked_of, found, strict=True)
         ]
     if not whole.fits and asked.pairs == "adjacent" and (runs := _runs(pooled)) is not None:
         some = replace(pooled, layers=_with_border(asked.layers, runs))

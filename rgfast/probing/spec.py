@@ -188,9 +188,9 @@ class ProbeSpec:
             return "groups= (or targets=) number the sequences of all ranks, which are known at the end"
         if self.checkpoint is not None:
             return "a checkpoint= holds what one rank has seen, and owners have seen rows of all"
-        if not isinstance(self.compared, str) and self.compared:
+        if self.compared and self.compared != "adjacent":
             return f"pairs= must be 'adjacent', got {self.compared!r}"
-        return "pairs= must be 'adjacent', got 'all'" if self.compared == "all" else ""
+        return ""
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

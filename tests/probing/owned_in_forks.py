@@ -22,7 +22,7 @@ TOKENS = {
     "mask": "mask", "rows": {"label 1": ("label", 1), "last": "last"}, "positions": [0, 3],
     "progress": False, "timeout": TIMEOUT,
 }  # fmt: skip
-# With 3% of this for rows on their way, every few batches are handed over.
+# With a sixteenth of this for rows held back, every few batches are handed over.
 SHARED = {"owner": "layers", "memory": "400KiB"}
 
 
@@ -143,13 +143,30 @@ def wide(rank, size):
 
 
 def uneven(rank, size):
-    """A layer that does not run in some forwards, and one that is not finite on one rank."""
+    """A layer that is not finite on one rank."""
     model = Blocks()
     asked = {**WIDTHS, "owner": "layers", "timeout": TIMEOUT}
     if rank == 1:
         model.layers[3].register_forward_hook(lambda *args: args[2] * float("nan"))
     part = rows()[:20] if rank < 2 else rows()[:0]
     return refused(lambda: rgfast.probe(model, part, batch_size=4, **asked))
+
+
+class Leaves(Blocks):
+    """Leaves out a layer of a batch of one sequence."""
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            if number != 3 or len(x) > 1:
+                x = layer(x)
+        return x
+
+
+def left_out(rank, size):
+    """A layer that does not run in one rank's last forward."""
+    asked = {**WIDTHS, "owner": "layers", "timeout": TIMEOUT}
+    part = rows()[:9] if rank == 1 else rows()[:8]
+    return refused(lambda: rgfast.probe(Leaves(), part, batch_size=4, **asked))
 
 
 def work(rank, size):
@@ -170,6 +187,7 @@ def work(rank, size):
         "wide": wide(rank, size),
         "snapshot": refused(lambda: snapshot(part)),
         "not finite": uneven(rank, size),
+        "left out": left_out(rank, size),
     }
 
 
@@ -221,7 +239,10 @@ def main():
                 "refused": [one["wide"][:3] for one in got],
                 "held": [one["wide"][3] for one in got],
                 "handed": sum(one["wide"][4] for one in got),
-                **{name: [one[name] for one in got] for name in ("kept", "snapshot", "not finite")},
+                **{
+                    name: [one[name] for one in got]
+                    for name in ("kept", "snapshot", "not finite", "left out")
+                },
             }
             print(size, "ranks", round(time.monotonic() - start, 2), "s", file=sys.stderr)
     shared = next(option for option in plan.options if "owner='layers'" in option.call)

@@ -131,6 +131,11 @@ def test_all_that_was_asked_is_taken_where_it_fits():
     assert some.kept == "position, pooled, 2 of 128 positions"
 
 
+def test_layers_are_shared_out_without_pairs_too():
+    calls = [option.call for option in rgfast.plan_cluster(**LARGE, ranks=8, pairs=[]).options]
+    assert calls[2:] == ["default views, owner='layers'", "views=['pooled'], owner='layers'"]
+
+
 def test_nothing_fits():
     found = rgfast.plan_cluster(**LARGE, ranks=8, memory="1MiB")
     assert found.best is None

@@ -74,6 +74,10 @@ def test_what_a_result_says_and_what_is_refused(found, size):
         which = "" if rank == 1 else "RankError: rank 1 of "
         assert error.startswith(which)
         assert "activations must be finite" in error
+    for rank, error in enumerate(found[size]["left out"]):
+        which = "" if rank == 1 else f"RankError: rank 1 of {size} failed: "
+        said = "ValueError: layers: with owner='layers' all must run in every forward, and layers.3 did not"
+        assert error.startswith(f"{which}{said}")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,16 @@
 """Tensor-parallel models: every sequence counts once, whatever its outputs' placements."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from test_probe_distributed import HERE, SINGLE, needs_gloo
 
 import rgfast
 from rgfast.probing.capture.placed import _digest, _positive, _whole_shape
 from rgfast.probing.distributed import _starts
-
-HERE = Path(__file__).parent
-SINGLE = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")),
-    reason="no gloo, or no fork",
-)
 
 
 @pytest.fixture(scope="module")

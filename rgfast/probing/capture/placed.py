@@ -34,11 +34,11 @@ _WAYS = "Shard(dim), Replicate() or Partial() of torch.distributed.tensor"
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a rank says of a plain output."""
+class _Plain:
+    """What a rank says of a plain output; no ``digest`` of one that ``placements=`` names."""
 
     shape: tuple[int, ...]
-    digest: tuple[Any, ...]
+    digest: tuple[Any, ...] | None
 
 
 class Placed:
@@ -74,7 +74,7 @@ class Placed:
         if self._mesh is None:
             return list(seen)
         plain = [x for x in seen if x.value is not None and not is_dtensor(x.value)]
-        told = [_Told(tuple(x.value.shape), _digest(x.value)) for x in plain if x.value is not None]
+        told = [self._said(layer) for layer in plain]
         by_rank = _gathered(told, self._mesh) if plain else []
         values = {id(x): x.value for x in seen}
         for k, layer in enumerate(plain):
@@ -154,12 +154,16 @@ class Placed:
                 f"{list(self._ranks.members)} without {sorted(left_out)}"
             )
 
-    def _placed(self, layer: Seen, told: Sequence[_Told]) -> Tensor:
+    def _said(self, layer: Seen) -> _Plain:
+        x = layer.value
+        assert x is not None
+        return _Plain(tuple(x.shape), _digest(x) if self._asked[layer.tap] is None else None)
+
+    def _placed(self, layer: Seen, told: Sequence[_Plain]) -> Tensor:
         """A plain output as a DTensor, of which every rank of the group has ``told``."""
         x, asked = layer.value, self._asked[layer.tap]
         assert x is not None
-        same = all(one == told[0] for one in told)
-        if asked is None and not same:
+        if asked is None and any(one != told[0] for one in told):
             pattern, shapes = beside(layer.name), sorted({one.shape for one in told})
             raise ValueError(
                 f"placements: layer {layer.name!r} is a plain tensor {' or '.join(map(str, shapes))} that "

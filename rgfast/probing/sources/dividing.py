@@ -34,18 +34,14 @@ def divided(acts: Activations, ranks: Ranks) -> Share:
     Raises ValueError, the same on every rank, if two ranks read the same shard or sequence, and TypeError if
     some ids are numbers and others text.
     """
-    given = {
-        "store": _digest(acts.whole),
-        "shards": acts.numbers,
-        "ids": None if acts.ids is None else list(acts.ids),
-    }
+    given = {"store": _digest(acts.whole), "shards": acts.numbers}
     found = ranks.gather(f"store/{ranks.round()}", given)
     size, rank, n = ranks.size, ranks.rank, len(acts)
     every = [*range(len(acts.whole.shards))]
     if all(one["store"] == given["store"] and one["shards"] == every for one in found):
         return Share(n * rank // size, n * (rank + 1) // size, acts.ids)
     _check_once(found)
-    parts = [one["ids"] for one in found]
+    parts = ranks.gather(f"ids/{ranks.round()}", None if acts.ids is None else list(acts.ids))
     if None in parts:
         return Share(0, n, None)
     _check_ids(parts)
