@@ -49,3 +49,19 @@ def test_predictions_are_what_was_wanted(script, monkeypatch, capsys):
     rows = [line.split("|")[1:-1] for line in said.splitlines() if line.count("|") == 9 and "[4" in line]
     assert len(rows) == len(script.SHAPES)
     assert all(float(row[3]) >= float(row[4]) for row in rows)
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_auto_leaves_to_the_library_what_it_is_faster_at(script, extended):
+    """By more than the 6% that the model is off where it was measured."""
+    taken, slower = [], []
+    for shape in (*script.SHAPES, *script.OTHERS, (4, 512, 512), (16, 1024, 128), (400, 512, 16)):
+        call = script.products(*shape, extended=extended)
+        if script.kernels.MOMENTS.cost(call) < script.library.MOMENTS.cost(call):
+            taken.append(shape)
+            ratio = script.by_the_library(*shape, extended=extended) / script.second_moments(
+                *shape, extended=extended
+            )
+            slower += [(shape, ratio)] * (ratio < 1 / 1.06)
+    assert slower == []
+    assert {*script.SHAPES} <= {*taken}
