@@ -2,6 +2,7 @@
 // and how a number is brought into units and split into halves.
 #pragma once
 
+#include "cuda/common/exponents.cuh"
 #include "cuda/common/half.cuh"
 
 namespace rgfast::cuda::moments {
@@ -27,21 +28,11 @@ __host__ __device__ inline Tile tile_at(std::int64_t index, std::int64_t columns
   return {index - column * (column + 1) / 2, column};
 }
 
-// 2^exponent, of normal numbers: -1022 to 1023.
-__host__ __device__ inline double power_of_two(int exponent) {
-  const std::uint64_t bits = static_cast<std::uint64_t>(1023 + exponent) << 52;
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // The exponent above finite x >= 0: x < 2^exponent. Zero and subnormal numbers have that of the least normal
 // one.
 __host__ __device__ inline int exponent_above(double x) {
-  std::uint64_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const int biased = static_cast<int>(bits >> 52 & 2047);
-  return (biased == 0 ? 1 : biased) - 1022;
+  const int exponent = exponent_of(x);
+  return (exponent < -1022 ? -1022 : exponent) + 1;
 }
 
 // Exponent e such that numbers whose squares are at most `square` are below 2^kTop times 2^e.

@@ -88,10 +88,10 @@ __device__ Strip strip_at(const Layer& layer, std::int64_t position, std::int64_
           layer.shift + position * layer.width + first,
           layer.norms + position * rows,
           layer.unit,
-          power_of_two(exponent),
-          power_of_two(norm_exponent),
-          power_of_two(within(unit - exponent, 1000)),
-          power_of_two(-norm_exponent),
+          power_of_two<double>(exponent),
+          power_of_two<double>(norm_exponent),
+          power_of_two<double>(within(unit - exponent, 1000)),
+          power_of_two<double>(-norm_exponent),
           body,
           body + static_cast<int>(extras)};
 }

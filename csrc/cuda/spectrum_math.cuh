@@ -1,35 +1,31 @@
-// Scalars of the eigenvalue kernels: powers of two, inverses, reflectors. The host compiles them too.
+// Scalars of the eigenvalue kernels: scales, inverses, reflectors. The host compiles them too.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/exponents.cuh"
 
 namespace rgfast::cuda::spectrum {
 
 template <class T>
 struct Limits;
 template <>
-struct Limits<double> {
-  using Bits = std::uint64_t;
+struct Limits<double> : Format<double> {
   static constexpr double unit = 0x1p-53;
   static constexpr double largest = 0x1.fffffffffffffp+1023;
   static constexpr double infinity = __builtin_huge_val();
   static constexpr double nothing = __builtin_nan("");
   static constexpr double negligible = 1e-280;  // square of a column beside entries near 1
-  static constexpr int mantissa = 52, bias = 1023, scale = 1000;
+  static constexpr int scale = 1000;
 };
 template <>
-struct Limits<float> {
-  using Bits = std::uint32_t;
+struct Limits<float> : Format<float> {
   static constexpr float unit = 0x1p-24F;
   static constexpr float largest = 0x1.fffffep+127F;
   static constexpr float infinity = __builtin_huge_valf();
   static constexpr float nothing = __builtin_nanf("");
   static constexpr float negligible = 1e-30F;
-  static constexpr int mantissa = 23, bias = 127, scale = 120;
+  static constexpr int scale = 120;
 };
 
 __host__ __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
@@ -45,35 +41,10 @@ __host__ __device__ __forceinline__ T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-template <class T>
-__host__ __device__ __forceinline__ typename Limits<T>::Bits bits_of(T a) {
-  typename Limits<T>::Bits bits;
-  memcpy(&bits, &a, sizeof bits);
-  return bits;
-}
-
 // 1 where the signs differ. A zero has one, too.
 template <class T>
 __host__ __device__ __forceinline__ int signs_differ(T a, T b) {
   return static_cast<int>((bits_of(a) ^ bits_of(b)) >> (8 * sizeof(T) - 1));
-}
-
-// The e of |a| = 2^e m with 1 <= m < 2; -bias for zero and what is below the normal numbers.
-template <class T>
-__host__ __device__ __forceinline__ int exponent_of(T a) {
-  constexpr int kMask = 2 * Limits<T>::bias + 1;
-  return (static_cast<int>(bits_of(a) >> Limits<T>::mantissa) & kMask) - Limits<T>::bias;
-}
-
-// 2^e, the nearest that is a normal number.
-template <class T>
-__host__ __device__ __forceinline__ T power_of_two(int e) {
-  constexpr int kBias = Limits<T>::bias;
-  e = e < 1 - kBias ? 1 - kBias : e > kBias ? kBias : e;
-  const auto bits = static_cast<typename Limits<T>::Bits>(e + kBias) << Limits<T>::mantissa;
-  T power;
-  memcpy(&power, &bits, sizeof power);
-  return power;
 }
 
 // The exponent that a matrix is scaled by whose largest magnitude this is: its entries then are less than 4,

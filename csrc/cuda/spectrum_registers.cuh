@@ -49,15 +49,7 @@ __device__ __forceinline__ void solve_in_registers(const Task<T>& task) {
       }
   }
   const auto scale = MatrixScale<T>::of(team.largest(largest));
-  if (task.means != nullptr) {
-    T square = T(0), mean = T(0);
-    if (team.rank < n) mean = loaded_mean(task.means + index * n + n - 1 - team.rank, task.samples, square);
-    __syncthreads();
-    const auto mean_scale = MeanScale<T>::of(team.largest(square));
-    if (team.rank < n) space.column[1][team.rank] = mean * mean_scale.down();
-    if (threadIdx.x == 0) space.mean = mean_scale;
-  }
-  if (threadIdx.x == 0) space.scale = scale;
+  keep_scales(team, task, index, scale, space);
 #pragma unroll
   for (int q = 0; q < kGroups; ++q)
 #pragma unroll

@@ -71,15 +71,7 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
       store_row(packed + group_offset(n, g), r, n - 4 * g, entry);
     }
   const auto scale = MatrixScale<T>::of(team.largest(largest));
-  if (task.means != nullptr) {
-    T square = T(0), mean = T(0);
-    if (team.rank < n) mean = loaded_mean(task.means + index * n + n - 1 - team.rank, task.samples, square);
-    __syncthreads();
-    const auto mean_scale = MeanScale<T>::of(team.largest(square));
-    if (team.rank < n) space.column[1][team.rank] = mean * mean_scale.down();
-    if (threadIdx.x == 0) space.mean = mean_scale;
-  }
-  if (threadIdx.x == 0) space.scale = scale;
+  keep_scales(team, task, index, scale, space);
   for (int g = warp; g < groups; g += Warps)
     for (int r = lane; r < n - 4 * g; r += 32) {
       T entry[4];

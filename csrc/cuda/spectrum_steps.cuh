@@ -97,6 +97,22 @@ struct Steps {
   }
 };
 
+// Leaves the scales in shared memory and, if there are means, the scaled one as column -1.
+template <class T, int Warps, class Space>
+__device__ __forceinline__ void keep_scales(const BlockTeam<T, Warps>& team, const Task<T>& task,
+                                            std::int64_t index, const MatrixScale<T>& scale, Space& space) {
+  const int n = task.n;
+  if (task.means != nullptr) {
+    T square = T(0), mean = T(0);
+    if (team.rank < n) mean = loaded_mean(task.means + index * n + n - 1 - team.rank, task.samples, square);
+    __syncthreads();
+    const auto mean_scale = MeanScale<T>::of(team.largest(square));
+    if (team.rank < n) space.column[1][team.rank] = mean * mean_scale.down();
+    if (threadIdx.x == 0) space.mean = mean_scale;
+  }
+  if (threadIdx.x == 0) space.scale = scale;
+}
+
 // Sums four values over a warp: lanes 0, 8, 16 and 24 get one each, that of `column_of_sum`.
 template <class T>
 __device__ __forceinline__ T scattered_sum(const T (&value)[4], int lane) {
@@ -113,7 +129,7 @@ __device__ __forceinline__ T scattered_sum(const T (&value)[4], int lane) {
 }
 __device__ __forceinline__ int column_of_sum(int lane) { return lane / 8; }
 
-// The same of what a block has left in shared memory.
+// `write_eigenvalues` (spectrum_team.cuh) of what a block has left in shared memory.
 template <class T, int Warps, class Space>
 __device__ __forceinline__ void write_eigenvalues(const BlockTeam<T, Warps>& team, const Task<T>& task,
                                                   std::int64_t index, Space& space) {

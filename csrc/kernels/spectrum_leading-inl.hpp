@@ -176,7 +176,8 @@ inline bool doubtful(const double* x, long long n, long long most, double allowe
   return expected > allowed;
 }
 
-// Whether of eigenvalues x[i L], ascending, between one and `few` lie far below all others.
+// Whether of eigenvalues x[i L], ascending, between one and `few` lie far below all others: few_small of
+// rgfast/ops/spectrum/trailing.py, with the same numbers.
 inline bool few_small(const double* x, long long n, long long few) {
   constexpr int L = Simd<double>::lanes;
   constexpr double gap = 1e3;

@@ -217,7 +217,7 @@ TEST(moments_exponents_and_splits) {
     CHECK(std::sqrt(x) * std::ldexp(1.0, -e) < std::ldexp(1.0, kTop));
     CHECK(std::sqrt(x) * std::ldexp(1.0, -e) >= std::ldexp(1.0, kTop - 2));
   }
-  CHECK(split_exponent(0.0) == 0 && power_of_two(-1022) == std::numeric_limits<double>::min());
+  CHECK(split_exponent(0.0) == 0 && power_of_two<double>(-1022) == std::numeric_limits<double>::min());
   std::mt19937 generator(3);
   std::uniform_real_distribution<float> uniform(-16384.0F, 16384.0F);
   for (int k = 0; k < 1000; ++k) {

@@ -16,6 +16,8 @@
 
 namespace {
 
+using rgfast::cuda::exponent_of;
+using rgfast::cuda::power_of_two;
 using namespace rgfast::cuda::spectrum;
 using rgfast::test::by_bisection;
 using rgfast::test::largest_row;

@@ -11,7 +11,7 @@ from torch import Tensor
 from rgfast.ops.device import by_itself, cache_bytes, seconds
 from rgfast.ops.spectrum.call import Rows
 
-__all__ = ["cost", "gram", "refusal"]
+__all__ = ["cost", "gram", "moments", "refusal"]
 
 # Rows per partial sum of a moment, as the error bound counts them.
 _TILE = 256
@@ -48,6 +48,24 @@ def gram(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 total.baddbmm_(tall[:, row : row + _TILE].mT, tall[:, row : row + _TILE])
             matrix[part] = total
     return matrix, accumulated, exponent, limit
+
+
+def moments(call: Rows) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """What `gram` returns, and after the matrix the means, None unless `call.raw` needs them.
+
+    Both are zero where they are not finite; `call.matrix` gets the moments as they are.
+    """
+    b, _, d = call.x.shape
+    means = call.means
+    if call.raw is not None and means is None:
+        means = torch.empty((b, d), dtype=torch.float64, device=call.device)
+    matrix, accumulated, exponent, limit = gram(call._replace(means=means))
+    if call.matrix is not None:
+        call.matrix.copy_(matrix)
+    matrix.masked_fill_(~torch.isfinite(accumulated)[:, None, None], 0.0)
+    if call.raw is None or means is None:
+        return matrix, None, accumulated, exponent, limit
+    return matrix, torch.where(torch.isfinite(means), means, 0.0), accumulated, exponent, limit
 
 
 def _shifted(call: Rows, part: slice, exponent: Tensor) -> tuple[Tensor, Tensor]:

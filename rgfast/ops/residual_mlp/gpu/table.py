@@ -1,7 +1,8 @@
-"""How each kernel is cut into tiles, by architecture and width: measured on an H100, chosen for others.
+"""How each kernel is cut into tiles, by architecture and width.
 
-The rows for "h100" are the fastest of those tried there. Those of the other groups are the nearest that fit
-into shared memory without spills in the inner loop: nothing was run on these cards.
+The rows for "h100" are the fastest of those that prototypes tried there, or the nearest to them. Those of the
+other groups are the nearest that fit into shared memory without spills in the inner loop. These kernels
+themselves have not run on a GPU.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from rgfast.ops.spectrum import products
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.runtime import cuda, known_answers, measured
 from rgfast.runtime.known_answers import KnownAnswer
-from rgfast.runtime.threads import no_autocast
 
 __all__ = ["EIGVALSH", "KERNELS", "SPECTRUM", "Kernel", "kernel_for"]
 
@@ -149,21 +148,10 @@ def _spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `reference.gram_spectrum` returns: moments by torch's products, both spectra by one launch."""
     kernel = kernel_for(call.side, torch.float64)
     assert kernel is not None
-    b, n, d = call.x.shape
-    means = call.means
-    if call.raw is not None and means is None:
-        means = torch.empty((b, d), dtype=torch.float64, device=call.device)
-    matrix, accumulated, exponent, limit = products.gram(call._replace(means=means))
-    if call.matrix is not None:
-        call.matrix.copy_(matrix)
-    with no_autocast(call.device.type):
-        bad = ~torch.isfinite(accumulated)
-        matrix.masked_fill_(bad[:, None, None], 0.0)
-        if call.raw is None or means is None:
-            values, _ = kernel.launch(matrix)
-        else:
-            values, raw = kernel.launch(matrix, means.masked_fill(bad[:, None], 0.0), n)
-            call.raw.copy_(raw)
+    matrix, means, accumulated, exponent, limit = products.moments(call)
+    values, raw = kernel.launch(matrix, means, call.x.shape[1])
+    if call.raw is not None:
+        call.raw.copy_(raw)
     return values, accumulated, exponent, limit
 
 

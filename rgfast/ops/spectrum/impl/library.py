@@ -145,17 +145,9 @@ EIGVALSH = Impl("library", _eigvalsh, cost=_cost)
 
 def spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `reference.gram_spectrum` returns."""
-    b, _, d = call.x.shape
-    means = call.means
-    if call.raw is not None and means is None:
-        means = torch.empty((b, d), dtype=torch.float64, device=call.device)
-    matrix, accumulated, exponent, limit = products.gram(call._replace(means=means))
-    if call.matrix is not None:
-        call.matrix.copy_(matrix)
-    matrix = torch.where(torch.isfinite(accumulated)[:, None, None], matrix, 0.0)
+    matrix, means, accumulated, exponent, limit = products.moments(call)
     values = eigenvalues(matrix)
     if call.raw is not None and means is not None:
-        means = torch.where(torch.isfinite(means), means, 0.0)
         with by_itself(call.device.type):
             lifted = matrix.baddbmm_(means[:, :, None], means[:, None, :], alpha=call.x.shape[1])
         call.raw.copy_(eigenvalues(lifted))
