@@ -1,5 +1,6 @@
 """Compiled models and modules are probed eagerly, with the numbers and the layer names of the plain model."""
 
+import gc
 import warnings
 
 import pytest
@@ -7,12 +8,6 @@ import torch
 from torch import nn
 
 import rgfast
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    """Other tests count towards torch's limit of compilations, beyond which a function runs eagerly."""
-    torch.compiler.reset()
 
 
 class Block(nn.Module):
@@ -78,6 +73,7 @@ WAYS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
+    """Other tests count towards torch's limit of compilations, beyond which a function runs eagerly."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -105,18 +101,49 @@ def test_compiled_models(way, has_run):
         handle.remove()
 
 
-def test_nothing_is_compiled_for_a_probe():
-    compiled = []
+@pytest.fixture
+def compiled():
+    """The graphs that are compiled from now on, and a model that is compiled when it runs."""
+    graphs = []
 
     def backend(graph, inputs):
-        compiled.append(graph)
+        graphs.append(graph)
         return graph.forward
 
-    model, x = torch.compile(net(), backend=backend), torch.randn(60, 4, 8)
+    return graphs, torch.compile(net(), backend=backend)
+
+
+def test_nothing_is_compiled_for_a_probe(compiled):
+    graphs, model = compiled
+    x = torch.randn(60, 4, 8)
     rgfast.probe(model, x, progress=False)
-    assert not compiled
+    assert not graphs
     model(x)
-    assert compiled
+    assert graphs
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_probes_that_overlap_let_compiled_models_be(compiled, first_to_end):
+    graphs, model = compiled
+    x, probes = torch.randn(60, 4, 8), [rgfast.Probe(net(), progress=False) for _ in range(2)]
+    for probe in probes:
+        probe.__enter__()
+    probes.pop(first_to_end).__exit__(None, None, None)
+    model(x)
+    assert not graphs  # the other one still watches
+    probes.pop().__exit__(None, None, None)
+    model(x)
+    assert graphs
+
+
+def test_a_probe_that_is_forgotten_lets_compiled_models_be(compiled):
+    graphs, model = compiled
+    forgotten = rgfast.Probe(net(), progress=False)
+    forgotten.__enter__()
+    del forgotten
+    gc.collect()
+    model(torch.randn(60, 4, 8))
+    assert graphs
 
 
 def test_a_loop_of_ones_own_calls_the_compiled_model():

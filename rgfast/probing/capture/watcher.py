@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import find_tensor, unnested
+from rgfast.probing.capture.eager import eager_while
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.outputs import Outputs
 from rgfast.probing.capture.recompute import Forwards
@@ -108,7 +107,7 @@ class Watcher:
         # Whether the first forward wrote to a layer's output without a trace, on the way from its device.
         self._differ: dict[int, list[Later]] = {}
         self._tiles_began = False
-        self._eager: Any = None
+        self._eager: Callable[[], Any] | None = None
         self._paused = False
 
     @contextmanager
@@ -131,8 +130,7 @@ class Watcher:
         modules = dict(self._model.named_modules(remove_duplicate=False))
         streamer = tile_streamer(modules, self._taps) if self._tiles else None
         try:
-            if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
-                self._eager = torch.compiler.set_stance("force_eager")
+            self._eager = eager_while(self)
             once = Forwards().hook
             self._handles.append(self._model.register_forward_pre_hook(once(self._begin), with_kwargs=True))
             if streamer is None:
@@ -161,7 +159,7 @@ class Watcher:
         self._held.clear()
         self._tiles_began = False
         if self._eager is not None:
-            self._eager.__exit__(None, None, None)
+            self._eager()
             self._eager = None
 
     def _hook(
