@@ -267,7 +267,7 @@ def test_mask_that_selects_nothing():
 
 
 def test_memory_is_what_was_stated_whatever_the_sample_number():
-    layers = make_layers(n=256)
+    layers = make_layers(n=2048)  # no row is left in an open block
     acc = MomentAccumulator(pairs="all").update(layers)
     stated = state_bytes((5, 7, 4), 3, "all")
     assert acc.nbytes == stated
@@ -310,8 +310,8 @@ def test_bad_input_is_refused(call, message):
 
 def test_accumulated_is_the_trace_about_the_shift_and_never_less_than_the_variance():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 300, 5, generator=generator, dtype=torch.float64)
-    x[:, 150:] += 100.0  # the mean drifts away from the first rows, and with it from the shift
+    x = torch.randn(3, 3000, 5, generator=generator, dtype=torch.float64)
+    x[:, 1500:] += 100.0  # the mean drifts away from the first rows, and with it from the shift
     moments = MomentAccumulator().update([x])
     trace = (x - x.mean(1, keepdim=True)).square().sum((1, 2))
     summed = moments.accumulated(0)

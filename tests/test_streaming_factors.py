@@ -147,7 +147,7 @@ def test_layers_are_picked_with_their_factors():
 
 
 def test_memory_is_what_was_stated():
-    x = deficient(1e-9, n=512)
+    x = deficient(1e-9, n=2048)
     acc = MomentAccumulator(factors=[0]).update([x])
     assert acc.nbytes <= state_bytes((9,), 2, factors=[0]) + 16
     held = acc.nbytes

@@ -93,12 +93,20 @@ def test_which_fit(monkeypatch):
 
 
 def test_blocks_are_larger_where_a_sum_is_a_launch(monkeypatch):
-    rows = drawn(0, (2,))
+    rows = drawn(0, (96,))
     assert MomentAccumulator().update(rows).rows_at_once == 128
     monkeypatch.setattr(waiting, "_EVERYWHERE", True)
     assert MomentAccumulator().update(rows).rows_at_once == 1024
-    assert MomentAccumulator(pending_bytes=8 * 2 * 24 * 256).update(rows).rows_at_once == 256
+    assert MomentAccumulator(pending_bytes=8 * 96 * 24 * 256).update(rows).rows_at_once == 256
     assert MomentAccumulator(factors=(0,)).update(rows).rows_at_once == 128
+
+
+@pytest.mark.parametrize(
+    ("positions", "width", "rows"), [(1, 4, 1024), (1, 96, 512), (1, 768, 128), (8, 64, 128), (4, 64, 256)]
+)
+def test_blocks_are_larger_where_a_sum_is_soon_over(positions, width, rows):
+    x = torch.randn(positions, 3, width)
+    assert MomentAccumulator().update([x]).rows_at_once == rows
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-60, 1e60])

@@ -74,7 +74,7 @@ class Held:
         return 2.0 * state_bytes(self.widths, 1, self.pairs) / 8 + factors
 
     def _block(self, pending: int) -> int:
-        most = first_block(self.widths, self.factors, launched=self.launched)
+        most = first_block(self.positions, self.widths, self.factors, launched=self.launched)
         return block_rows(self.positions, self.widths, pending, most)
 
 

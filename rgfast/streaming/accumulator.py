@@ -33,9 +33,9 @@ class MomentAccumulator:
 
     ``pairs`` names the cross moments to keep: ``"adjacent"``, ``"all"``, or (i, j) index pairs. The widths,
     the leading shape and the number of layers are fixed by the first :meth:`update`. ``pending_bytes`` bounds
-    the rows held back until a block of (at most 128, on a device 1,024) rows per
-    position is full. ``factors`` names layers of
-    which triangular factors are kept as well, where their rows are ill conditioned (see :mod:`.factors`).
+    the rows held back until a block is full, of 128 to 1,024 rows per position by their number and width.
+    ``factors`` names layers of which triangular factors are kept as well, where their rows are ill
+    conditioned (see :mod:`.factors`).
 
     >>> import torch
     >>> x = torch.arange(12.0, dtype=torch.float64).reshape(2, 6, 1)[..., [0, 0]]
@@ -350,7 +350,8 @@ class MomentAccumulator:
     def _made(self, lead: tuple[int, ...] | None, sums: Sums) -> MomentAccumulator:
         """Itself, empty until now, of these sums."""
         self._lead, self._sums, self._few = lead, sums, None
-        most = first_block(self.widths, self._factored, launched=waits_for(sums.begun.device))
+        launched = waits_for(sums.begun.device)
+        most = first_block(sums.positions, self.widths, self._factored, launched=launched)
         size = block_rows(sums.positions, self.widths, self._pending_bytes, most)
         self._block = OpenBlock(self.widths, sums.positions, size, sums.begun.device)
         return self

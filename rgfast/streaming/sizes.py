@@ -21,6 +21,8 @@ Pairs = Literal["adjacent", "all"] | Sequence[tuple[int, int]]
 
 BLOCK_ROWS = 128
 _MOST_ROWS = 1024
+# Entries of a layer after which the call of a sum is short beside the sum.
+_ENOUGH = 1 << 16
 # Bytes of sums that are joined at once where launches are what takes time.
 _AT_ONCE = 512 << 20
 
@@ -70,14 +72,19 @@ def block_rows(positions: int, widths: Sequence[int], budget: int, most: int = B
     return rows
 
 
-def first_block(widths: Sequence[int], factors: Sequence[int], *, launched: bool = False) -> int:
-    """Rows to sum at once where memory allows: twice the width or more for layers with a factor, whose
-    update costs as much for few rows as for that many, and the most there may be where every sum is a launch
-    and a pass over the moments."""
+def first_block(
+    positions: int, widths: Sequence[int], factors: Sequence[int], *, launched: bool = False
+) -> int:
+    """Rows per position to sum at once where memory allows: so many that a sum takes longer than its call,
+    twice the width or more for layers with a factor, whose update costs as much for few rows as for that
+    many, and the most there may be where every sum is a launch and a pass over the moments."""
     if launched and not factors:
         return _MOST_ROWS
+    rows = BLOCK_ROWS
+    while rows < _MOST_ROWS and 2 * rows * positions * max(widths, default=0) <= _ENOUGH:
+        rows *= 2
     widest = max((widths[layer] for layer in factors), default=0)
-    return min(_MOST_ROWS, max(BLOCK_ROWS, 1 << (2 * widest - 1).bit_length())) if widest else BLOCK_ROWS
+    return min(_MOST_ROWS, max(rows, 1 << (2 * widest - 1).bit_length())) if widest else rows
 
 
 def at_once(d: int, e: int, positions: int) -> int:
