@@ -227,13 +227,17 @@ class Correspondence:
     """
 
     def __init__(self, a: Read, b: Read, pair: Pair, spec: CompareSpec) -> None:
-        self._asked = [view for view in spec.views or () if view in ROW_WISE]
+        self._asked = [("views", view) for view in spec.views or () if view in ROW_WISE]
+        self._asked += [("rows", chosen.name) for chosen in spec.selections]
         self._from_first_token = spec.origin == "token"
         self.why = self._why_not(a, b, pair)
         self.aligned = not self.why
         if self.why and self._asked:
-            raise ValueError(f"views: {self._asked[0]!r} compares row by row, and {self.why}; take "
-                             "views=['mean_pooled']")  # fmt: skip
+            option, view = self._asked[0]
+            without = "" if not spec.selections else " without rows="
+            raise ValueError(
+                f"{option}: {view!r} compares row by row, and {self.why}; take views=['mean_pooled']{without}"
+            )
 
     def check(self, a: Read, b: Read, pair: Pair) -> None:
         """Raise ValueError if the rows of this batch do not correspond, and those of the first one did."""

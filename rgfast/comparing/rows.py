@@ -77,6 +77,8 @@ def rows_of(view: str, batch: RowBatch, plan: Plan, seen: int) -> Rows:
         return found if some is None else found.at(some.cpu().nonzero()[:, 0])
     if view in POSITIONAL:
         return _at_positions(view, batch, plan, sequence)
+    if view in plan.rows:
+        keep = batch.chosen_of(plan.rows.index(view), 0)
     if view == "flattened":
         found = Rows([x.flatten(1).clone() for x in layers], sequence)
         return found if keep is None else found.at(keep.all(1).cpu().nonzero()[:, 0])

@@ -28,8 +28,9 @@ from rgfast.comparing.spec import (
     OutputOption,
     PaddingOption,
     Route,
+    RowsSpec,
 )
-from rgfast.probing.capture.batches import batch_rows
+from rgfast.probing.capture.batches import batch_rows, check_order
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.options import VIEWS
 from rgfast.probing.plan import Plan, make_plan
@@ -55,6 +56,7 @@ def compare(
     positions: str | Sequence[int | str] = "auto",
     origin: Origin = "column",
     mask: MaskSpec = None,
+    rows: RowsSpec = None,
     padding: PaddingOption = "auto",
     axes: AxesOption = None,
     output: OutputOption = None,
@@ -104,6 +106,8 @@ def compare(
         positions: those followed one by one in views by position, as in :func:`rgfast.probe`.
         origin: as in :func:`rgfast.probe`.
         mask: as in :func:`rgfast.probe`, of the batches of ``a``.
+        rows: as in :func:`rgfast.probe`, of the batches of ``a``: views of some rows only, each by its name,
+            which compare row by row like ``pooled``.
         padding: as in :func:`rgfast.probe`; a pair is one for each model, else it is for both. Rows that are
             padding for either are not counted. In the view ``mean_pooled`` of other inputs each model's means
             are over its own tokens.
@@ -142,6 +146,7 @@ def compare(
         positions=positions,
         origin=origin,
         mask=mask,
+        rows=rows,
         padding=padding,
         axes=axes,
         output=output,
@@ -159,6 +164,7 @@ def compare(
     if isinstance(a, Activations) or isinstance(b, Activations):
         a, b, spec, pairs, notes = as_saved(a, b, batches, batches_b, spec)
     else:
+        check_order([(one.said, "it") for one in spec.selections if one.in_order], batches)
         pairs = pairs_of(batches, batches_b, spec.ids, spec.batch_size)
     unread = Unread()
     first = Side(a, "a", spec, unread)
@@ -262,6 +268,7 @@ class _Run:
                 masked=batch.masked is not None,
                 aligned=matched.aligned,
                 padded=batch.padded,
+                rows=[chosen.name for chosen in spec.selections],
                 refine=False,
                 notes=notes,
             )
@@ -281,14 +288,16 @@ class _Run:
 
     def _views(self, batch: RowBatch, aligned: bool) -> tuple[str, ...]:
         """The views asked for, or those that can be compared."""
+        named = tuple(chosen.name for chosen in self._spec.selections)
         if self._spec.views is not None:
-            return tuple(view for view in VIEWS if view in self._spec.views)
+            return tuple(view for view in (*VIEWS, *named) if view in self._spec.views)
         if not aligned:
             return ("mean_pooled",)
         found = ["visible", "masked"] if batch.masked is not None else []
         found += ["position"] if found or self._spec.follows_positions else []
         single = batch.first.shape[1] == 1 and not found
-        return (*found, "pooled") if single else (*found, "pooled", "mean_pooled")
+        found += ["pooled"] if single else ["pooled", "mean_pooled"]
+        return (*found, *named)
 
     def result(self) -> Comparison:
         """What was found of all batches."""

@@ -71,12 +71,14 @@ class Side:
             padding=spec.padding[at],
             origin=spec.origin,
             targets=(),
+            selections=spec.selections if side == "a" else (),
             notes=self._notes,
             unread=unread,
         )
         outputs = Outputs(spec.output[at], self.taps, unread)
         self._watcher = Watcher(self.model, self.taps, self, outputs, tiles=False)
         self._read: Read | None = None
+        self._seen = 0
         self._names: tuple[str, ...] = ()
 
     def read(self, batch: Any) -> Read | None:
@@ -131,9 +133,10 @@ class Side:
         assert seen is not None
         with torch.inference_mode(False), torch.no_grad():
             rows = self._axes.rows(seen, self._entries.now)
-            batch = self._entries.batch(rows, [x.tap for x in seen], 0)
+            batch = self._entries.batch(rows, [x.tap for x in seen], self._seen)
         came = tuple((x.value, x.stream) for x in seen if x.value is not None)
         self._read = Read(tuple(x.name for x in seen), batch, came)
+        self._seen += batch.sequences
         self._entries.end()
 
 

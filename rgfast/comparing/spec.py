@@ -13,6 +13,7 @@ from rgfast.probing.capture.layers import LayerSpec
 from rgfast.probing.capture.outputs import OutputSpec
 from rgfast.probing.capture.padding import PaddingSpec
 from rgfast.probing.capture.positions import Origin
+from rgfast.probing.capture.selections import RowsSpec, Selection, make_selections
 from rgfast.probing.options import parse_memory
 from rgfast.probing.spec import ProbeSpec
 from rgfast.validation import check_choice, check_integer, check_positive_int
@@ -27,6 +28,7 @@ __all__ = [
     "OutputOption",
     "PaddingOption",
     "Route",
+    "RowsSpec",
 ]
 
 Layers = str | LayerSpec | Sequence[LayerSpec]
@@ -57,6 +59,7 @@ class CompareSpec:
     positions: str | Sequence[int | str] = "auto"
     origin: Origin = "column"
     mask: MaskSpec = None
+    rows: RowsSpec = None
     padding: Any = "auto"
     axes: Any = None
     output: Any = None
@@ -85,6 +88,7 @@ class CompareSpec:
                 positions=self.positions,
                 origin=self.origin,
                 mask=self.mask,
+                rows=self.rows,
                 padding=padding,
                 axes=axes,
                 output=output,
@@ -116,6 +120,11 @@ class CompareSpec:
     def measures_of_sample(self) -> tuple[str, ...]:
         """The measures that are of a sample: all of them with a null."""
         return tuple(name for name in self.measures if self.null or name not in CKA_MEASURES)
+
+    @property
+    def selections(self) -> list[Selection]:
+        """What ``rows`` asks for, new objects every time."""
+        return make_selections(self.rows)
 
     @property
     def memory_bytes(self) -> int:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rgfast.files import write_folder_atomically
 from rgfast.probing import checkpoint as checkpoints
-from rgfast.probing.capture.batches import batch_rows, iterate, shuffles
+from rgfast.probing.capture.batches import batch_rows, check_order, iterate
 from rgfast.probing.controls import random_weights, shuffled
 from rgfast.probing.distributed import rank_path
 from rgfast.probing.options import parse_memory
@@ -211,7 +211,9 @@ def _run_keeping(
 
 def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None = None) -> ProbeResult:
     path = None if spec.checkpoint is None else Path(spec.checkpoint)
-    _check_order(spec, batches)
+    ordered = [(f"targets[{one.name!r}]", "the target") for one in spec.new_targets() if one.in_order]
+    ordered += [(one.said, "it") for one in spec.new_selections() if one.in_order]
+    check_order(ordered, batches)
     watched = opened(model, spec, keeper)
     rank, ranks = (0, 1) if watched.ranks is None else (watched.ranks.rank, watched.ranks.size)
     if keeper is not None and ranks > 1:
@@ -260,18 +262,6 @@ def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: in
         padding=spec.padding,
         reserved=frozenset(name for name in named if isinstance(name, str)),
     )
-
-
-def _check_order(spec: ProbeSpec, batches: Any) -> None:
-    """Raise ValueError if sequences come in another order than the targets or the rows that are selected."""
-    ordered = [(f"targets[{one.name!r}]", "the target") for one in spec.new_targets() if one.in_order]
-    ordered += [(one.said, "it") for one in spec.new_selections() if one.in_order]
-    if ordered and (sampler := shuffles(batches)):
-        said, what = ordered[0]
-        raise ValueError(
-            f"{said} must be in the order of the sequences, and the loader shuffles them "
-            f"({sampler}); let the batches hold {what} and give its entry's name, or take shuffle=False"
-        )
 
 
 def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]], *, say: bool) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from rgfast.comparing.result import LABELS, Comparison, Match
-from rgfast.report.palette import VIEW_COLOURS, VIEW_MARKERS
+from rgfast.report.palette import view_styles
 from rgfast.report.parts import plain, rows_text
 from rgfast.report.spec import Array, Axis, Chart, Panel, Series, heat_panel
 
@@ -84,18 +84,19 @@ def _matrix_panel(
 
 def best_chart(result: Comparison, measure: str, views: Sequence[str]) -> Chart:
     """The measure of each layer of a with its best match in b, a line per view, and the chance level."""
-    series = []
+    series, styles = [], view_styles(views)
     for view in views:
+        color, marker = styles[view]
         best = result.matches(measure, view)
         x, y, half = (np.array([getattr(one, name) for one in best], float) for name in _FIELDS)
         line = Series(
             plain(view),
             x,
             y,
-            VIEW_COLOURS[view],
+            color,
             note=f"n = {rows_text(result.rows(view, measure))}",
             texts=tuple(_with(one) for one in best),
-            marker=VIEW_MARKERS[view],
+            marker=marker,
             width=1.6,
         )
         if np.isfinite(half).any():
@@ -108,7 +109,7 @@ def best_chart(result: Comparison, measure: str, views: Sequence[str]) -> Chart:
                     f"chance, {plain(view)}",
                     x,
                     chance,
-                    VIEW_COLOURS[view],
+                    color,
                     dash=":",
                     width=1.2,
                     size=1.5,

@@ -21,6 +21,7 @@ __all__ = [
     "as_entry",
     "batch_items",
     "batch_rows",
+    "check_order",
     "entry_name",
     "is_array",
     "iterate",
@@ -126,3 +127,15 @@ def shuffles(batches: Any) -> str:
         ):
             return type(sampler).__name__
     return ""
+
+
+def check_order(ordered: Iterable[tuple[str, str]], batches: Any) -> None:
+    """Raise ValueError if ``batches`` come in another order than arrays over all sequences, each of which is
+    what messages call it and what a batch would hold instead."""
+    for said, what in ordered:
+        if not (sampler := shuffles(batches)):
+            return
+        raise ValueError(
+            f"{said} must be in the order of the sequences, and the loader shuffles them "
+            f"({sampler}); let the batches hold {what} and give its entry's name, or take shuffle=False"
+        )
