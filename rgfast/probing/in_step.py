@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from rgfast.probing.capture.recompute import Forwards
 from rgfast.probing.offloaded import runs_on
 from rgfast.probing.ranks import RankError, Ranks
-from rgfast.probing.sharding import sharded_over
+from rgfast.probing.sharding import is_dtensor, sharded_over
 
 __all__ = ["InStep"]
 
@@ -26,13 +26,20 @@ _BY_VALUE = 1 << 20
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+_MIXES = (
+    "batches must be as many on every rank if the model has SyncBatchNorm in training mode, which would mix "
+    "what ranks without a batch run on into the others' activations"
+)
+
 
 class InStep:
     """Has every rank run as many forwards as the one with the most batches.
 
     A rank announces each of its forwards before it starts. One that has no batch left waits in :meth:`join`
     and takes part in what others announce, on arguments like those of its own first forward, or of another
-    rank's if it had none. Buffers and random numbers are afterwards as they were.
+    rank's if it had none. Buffers and random numbers are afterwards as they were. A forward that no rank can
+    take part in without a batch of its own begins once all ranks have one, and is a ValueError on all of them
+    if one has none.
 
     Raises ValueError if ranks that hold a part of the model are not among ``ranks``.
     """
@@ -76,7 +83,7 @@ class InStep:
         ``unseen()`` is entered around each of them, and ``passed()`` called after it.
         """
         self._joins += 1
-        here = f"here/{self._joins}"
+        here = self._here()
         self._ranks.count(here, 1)
         with _as_before(self._model):
             while self._is_next(lambda: self._ranks.count(here) == self._ranks.size):
@@ -105,14 +112,34 @@ class InStep:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._dummy:
             self._ranks.check()
-            if self._given is None:
-                self._given = _copied((args, kwargs))
-                if self._ranks.count("giver", 1) == 1:
-                    self._ranks.post("given", _packed(self._given))
+            self._announce(self._number + 1, (args, kwargs))
             self._number += 1
-            self._ranks.post(f"forward/{self._number}")
         self._among = True
         self._meet(self._ranks.said if self._dummy else None)
+
+    def _announce(self, number: int, given: _Arguments) -> None:
+        """Have the other ranks take part in a forward, or wait until all begin it if they cannot."""
+        why = _MIXES if _mixes(self._model) else ""
+        if self._given is None:
+            self._given = _copied(given)
+            if self._ranks.count("giver", 1) == 1:
+                data, unsent = _packed(self._given)
+                self._ranks.post("given", data)
+                self._ranks.post("unsent", unsent.encode())
+            if number == 1:  # later on, every rank has arguments of its own or another's
+                why = why or self._ranks.posted("unsent").decode()
+        if why:
+            self._ranks.post(f"all/{number}", why.encode())
+        begun = self._ranks.count(f"forward/{number}", 1)
+        if why:
+            if begun == self._ranks.size:
+                self._ranks.post(f"begun/{number}")
+            if not self._ranks.until(f"begun/{number}", lambda: self._ranks.count(self._here(1)) > 0):
+                raise ValueError(why)
+
+    def _here(self, later: int = 0) -> str:
+        """Where ranks that wait in :meth:`join` are counted: all call it equally often."""
+        return f"here/{self._joins + later}"
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._among = False
@@ -122,11 +149,9 @@ class InStep:
         return self._ranks.until(f"forward/{self._number + 1}", over)
 
     def _take_part(self, unseen: Callable[[], AbstractContextManager[Any]]) -> None:
-        if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self._model.modules()):
-            raise ValueError(
-                "batches must be as many on every rank if the model has SyncBatchNorm in training mode, "
-                "which would mix what ranks without a batch run on into the others' activations"
-            )
+        alone = f"all/{self._number + 1}"
+        if self._ranks.until(alone, lambda: True):
+            raise ValueError(self._ranks.posted(alone).decode())
         if self._given is None:
             self._given = _unpacked(self._ranks.posted("given"), self._model)
         args, kwargs = _copied(self._given)  # models write to caches
@@ -178,10 +203,12 @@ class _Zeros:
     placed: bool
 
 
-def _packed(given: _Arguments) -> bytes:
-    """Arguments as bytes, or in words why they cannot be."""
+def _packed(given: _Arguments) -> tuple[bytes, str]:
+    """Arguments as bytes, and a sentence that says why they cannot be sent, empty if they can."""
 
     def light(value: Any) -> Any:
+        if is_dtensor(value):
+            raise TypeError("a DTensor is of its own ranks")
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_nested:
             return value
         if value.nbytes <= _BY_VALUE:
@@ -191,34 +218,41 @@ def _packed(given: _Arguments) -> bytes:
     file = io.BytesIO()
     try:
         torch.save(tree_map(light, given), file)
+        _loaded(file.getvalue(), None)  # some of what can be written cannot be read
     except Exception as error:
-        file = io.BytesIO()
-        torch.save(f"{type(error).__name__}: {error}", file)
-    return file.getvalue()
+        return b"", (
+            "batches must hold at least one sequence on every rank, since what the others have cannot be "
+            f"sent to a rank without any ({type(error).__name__}: {error})"
+        )
+    return file.getvalue(), ""
 
 
 def _unpacked(data: bytes, model: nn.Module) -> _Arguments:
     """The arguments that another rank packed, on this one's device."""
     device = runs_on(model)
-
-    def placed(storage: Any, location: str) -> Any:
-        there = location if location.startswith("cpu") else str(device)
-        restore: Any = torch.serialization.default_restore_location
-        return restore(storage, there)
-
-    # Between the ranks of one program, as torch's own broadcast of objects.
-    found = torch.load(io.BytesIO(data), map_location=placed, weights_only=False)
-    if isinstance(found, str):
-        raise ValueError(
-            "batches must hold at least one sequence on every rank, since what the others have cannot be "
-            f"sent to a rank without any ({found})"
-        )
     whole: _Arguments = tree_map(
         lambda x: (
             torch.zeros(x.shape, dtype=x.dtype, device=device if x.placed else "cpu")
             if isinstance(x, _Zeros)
             else x
         ),
-        found,
+        _loaded(data, device),
     )
     return whole
+
+
+def _loaded(data: bytes, device: torch.device | None) -> Any:
+    """What was packed; what was not on the CPU on ``device``, if there is one."""
+
+    def placed(storage: Any, location: str) -> Any:
+        there = location if device is None or location.startswith("cpu") else str(device)
+        restore: Any = torch.serialization.default_restore_location
+        return restore(storage, there)
+
+    # Between the ranks of one program, as torch's own broadcast of objects.
+    return torch.load(io.BytesIO(data), map_location=placed, weights_only=False)
+
+
+def _mixes(model: nn.Module) -> bool:
+    """Whether a forward on arguments that do not count would change what other ranks compute."""
+    return any(isinstance(m, nn.SyncBatchNorm) and m.training for m in model.modules())
