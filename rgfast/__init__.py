@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from rgfast.experiments.sweep import Sweep, sweep
     from rgfast.monitor import Monitor, MonitorResult
     from rgfast.probing import Forecast, Probe, ProbeResult, probe
-    from rgfast.probing.cluster import ClusterPlan, plan_cluster
+    from rgfast.probing.cluster import plan_cluster
+    from rgfast.probing.cluster_plan import ClusterOption, ClusterPlan, ClusterRates
     from rgfast.probing.forecast import plan
     from rgfast.probing.sources.activations import Activations
 
@@ -70,7 +71,9 @@ __all__ = [
     "CKAAccumulator",
     "CKAResult",
     "Calibrated",
+    "ClusterOption",
     "ClusterPlan",
+    "ClusterRates",
     "Comparison",
     "DimensionInfo",
     "FallbackWarning",
@@ -138,7 +141,9 @@ __all__ = [
 # Imported at first use: the ops need neither pandas nor xarray nor joblib, and load faster without.
 _LAZY = {
     "Activations": "rgfast.probing.sources.activations",
-    "ClusterPlan": "rgfast.probing.cluster",
+    "ClusterOption": "rgfast.probing.cluster_plan",
+    "ClusterPlan": "rgfast.probing.cluster_plan",
+    "ClusterRates": "rgfast.probing.cluster_plan",
     "Comparison": "rgfast.comparing",
     "Forecast": "rgfast.probing",
     "Monitor": "rgfast.monitor",

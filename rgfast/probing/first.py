@@ -22,6 +22,7 @@ class FirstBatch:
 
     ``free`` are the bytes that the device has, None where nobody counts them, ``factors`` says whether it
     computes triangular factors at a fair price, and ``launched`` whether every sum is a launch there.
+    A number of the layers' rows has ``itemsize`` bytes.
     """
 
     widths: tuple[int, ...]
@@ -34,6 +35,7 @@ class FirstBatch:
     free: int | None = None
     factors: bool = True
     launched: bool = False
+    itemsize: int = 4
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FirstBatch:
@@ -63,4 +65,5 @@ def first_of(
         free=free_bytes(device),
         factors=factors_pay(rows[0]),
         launched=waits_for(device),
+        itemsize=max(x.element_size() for x in rows),
     )

@@ -26,6 +26,7 @@ from rgfast.probing.options import human_bytes
 from rgfast.probing.packing import Arrays, packed, packed_measures, unpacked, unpacked_measures
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room
+from rgfast.probing.rank_costs import handed_bytes, handing_note, summing_note
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.sharing import buffer_bytes, held_layers
 from rgfast.probing.spec import ProbeSpec
@@ -83,6 +84,8 @@ def shares_of(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: i
         f"{state} of state and up to {human_bytes(2 * buffer)} of rows on their way per rank (of "
         "one batch, if it has more)"
     )
+    row = handed_bytes(first.widths, held, first.itemsize)
+    note += f", {handing_note(whole, alike, row, ranks, 2 * buffer)}"
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     return Shares(replace(whole, notes=(*notes, note)), tuple(alike), held, buffer)
 
@@ -118,7 +121,8 @@ def plan_or_shares(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ran
     by itself owns all. Raises ValueError, naming the change to make, if nothing fits."""
     if ranks == 1 or spec.owner != "layers":
         try:
-            return plan_of(first, spec, names)
+            plan = plan_of(first, spec, names)
+            return plan if ranks == 1 else plan.noted([summing_note(plan, ranks)])
         except ValueError as error:
             if ranks == 1 or spec.owner == "ranks":
                 raise

@@ -1,5 +1,5 @@
 """Run by test_cluster: probes by forked ranks whose memory and traffic are measured; prints them, and what
-the plan says of the same numbers, as JSON."""
+the plan and the run's own note say of the same numbers, as JSON."""
 
 import json
 import os
@@ -9,11 +9,13 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from ranks_in_forks import TIMEOUT, forked
 from torch import nn
 from tqdm import tqdm
 
 import rgfast
+from rgfast.probing.options import parse_memory
 
 CASES = {
     "pooled": (2, 300, {"layers": 7, "width": 416, "length": 4}, {"views": ["pooled"], "refine": False}),
@@ -52,6 +54,47 @@ def resident(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
+class Counted(dist.ProcessGroupGloo):
+    """Counts the bytes that move, by whatever way there is."""
+
+    sent = received = 0
+
+    def send(self, tensors, *args):
+        Counted.sent += sum(x.nbytes for x in tensors)
+        return super().send(tensors, *args)
+
+    def recv(self, tensors, *args):
+        Counted.received += sum(x.nbytes for x in tensors)
+        return super().recv(tensors, *args)
+
+    def alltoall_base(self, into, out, coming, going, *args):
+        Counted.sent += out.nbytes - going[self.rank()] * out.element_size()
+        Counted.received += into.nbytes - coming[self.rank()] * into.element_size()
+        return super().alltoall_base(into, out, coming, going, *args)
+
+    def _uncounted(self, *args, **more):
+        raise AssertionError("count this way of moving bytes, too")
+
+    allgather = allreduce = alltoall = broadcast = gather = reduce = reduce_scatter = scatter = _uncounted
+
+
+def stated(notes, size, sequences):
+    """The peak, the bytes between all ranks and those through the busiest, that a run's notes state."""
+    amount = r"([\d.]+ \w*B)"
+    for note in notes:
+        if found := re.search(
+            rf"takes at most {amount} on each and moves about {amount} between all of them, {amount} through",
+            note,
+        ):
+            return [parse_memory(text) for text in found.groups()]
+        if found := re.search(
+            rf"at most {amount} with what solves spectra; about {amount} per sequence .* and {amount} in the",
+            note,
+        ):
+            peak, each, end = (parse_memory(text) for text in found.groups())
+            return [peak, each * sequences + end, None]
+
+
 def measured(number, shape, asked):
     layers, width, length = shape["layers"], shape["width"], shape["length"]
     layer = ["blocks.0:input", *(f"blocks.{k}" for k in range(layers - 1))]
@@ -72,6 +115,7 @@ def measured(number, shape, asked):
         )
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins here
         before = resident("VmRSS")
+        dist.distributed_c10d.ProcessGroupGloo = Counted
         with (
             rgfast.Probe(model, layers=layer, progress=False, timeout=TIMEOUT, **asked) as p,
             torch.no_grad(),
@@ -80,8 +124,9 @@ def measured(number, shape, asked):
                 model(part)
         # Rows on their way are no part of what the probe says that it holds.
         state = resident("VmHWM") - before if asked.get("owner") else p.nbytes
-        p.result()
-        return state, resident("VmHWM") - before, p.ranks.sent, p.ranks.received
+        found, peak = p.result(), resident("VmHWM") - before
+        assert (p.ranks.sent, p.ranks.received) == (Counted.sent, Counted.received)
+        return state, peak, Counted.sent, Counted.received, stated(found.notes, size, size * number)
 
     return work
 
@@ -105,14 +150,16 @@ def main():
             )
             ranks = forked(size, measured(number, shape, asked), folder)
             assert all(error is None for _, error, _, _ in ranks), ranks
-            states, peaks, sent, received = zip(*(value for value, _, _, _ in ranks), strict=True)
+            states, peaks, sent, received, notes = zip(*(value for value, _, _, _ in ranks), strict=True)
             options = [one for one in plan.options if ("owner='layers'" in one.call) == (owner == "layers")]
-            first = options[0]
+            first, (peak, network, through) = options[0], notes[0]
+            assert notes == (notes[0],) * size
+            busiest = max(a + b for a, b in zip(sent, received, strict=True))
             out[name] = {
                 "state": [max(states), first.state_bytes],
-                "peak": [max(peaks), first.peak_bytes],
-                "network": [sum(sent), first.network_bytes],
-                "through": [max(a + b for a, b in zip(sent, received, strict=True)), first.through_bytes],
+                "peak": [max(peaks), first.peak_bytes, peak],
+                "network": [sum(sent), first.network_bytes, network],
+                "through": [busiest, first.through_bytes, *([] if through is None else [through])],
             }
     print(json.dumps(out))
 
