@@ -166,6 +166,7 @@ _LAZY = {
 
 # What a result can do with the help of packages above its own.
 wiring.lend("rgfast.probing.merge", "merged")
+wiring.lend("rgfast.probing.stages", "joined_stages")
 wiring.lend("rgfast.flow.probed", "flow_of")
 wiring.lend("rgfast.report.write", "write_report")
 wiring.lend("rgfast.report.notebook", "as_html")

@@ -211,6 +211,34 @@ class ProbeResult(Labelled, Accessor):
         result: ProbeResult = lent("merged")(self, other)
         return result
 
+    def join(self, *others: ProbeResult, names: Sequence[str] | None = None) -> ProbeResult:
+        """The result of all stages of a pipeline, layers in order: this one's, then those of ``others``.
+
+        Every stage was probed by itself, on the same sequences. If the first layer of a stage is the input of
+        its first block, it is what the stage before puts out: there the two are one layer, and drift and CKA
+        across the border are those of the later stage. Without it they are NaN, as CKA of other layers of two
+        stages is. Values are those of the stages, bit for bit. Stages that number their blocks from 0 need
+        ``names``, those of all layers of the joint result. It has no moments: merge stages before joining
+        them.
+
+        Raises TypeError for anything but results, ValueError if a layer is in two stages, an input is not
+        what the stage before puts out (one is missing, or out of order), or stages differ in sequences,
+        views, positions, measures, groups or control.
+
+        >>> import torch, rgfast
+        >>> whole = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        >>> first, then, x = whole[:2], torch.nn.Sequential(*whole[2:]), torch.randn(64, 4)
+        >>> options = {"layers": ["0", "1"], "progress": False}
+        >>> stages = [
+        ...     rgfast.probe(first, x, **options),
+        ...     rgfast.probe(then, first(x).detach(), **options | {"layers": ["0:input", "0", "1"]}),
+        ... ]
+        >>> stages[0].join(stages[1], names=["0", "1", "2", "3"]).dataset.sizes["transition"]
+        3
+        """
+        result: ProbeResult = lent("joined_stages")([self, *others], names)
+        return result
+
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write everything to ``path`` (NetCDF 4), atomically. Without ``moments`` (or the rows in their
         place) the file is small and its result cannot be merged. If several ranks probed together, rank 0

@@ -12,7 +12,7 @@ import time
 import torch
 import torch._dynamo  # which DTensors import: once, before forking
 import torch.distributed as dist
-from ranks_in_forks import forked, furthest, values
+from ranks_in_forks import forked, furthest, measures_of, values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -158,9 +158,10 @@ def placed_as(mesh, *placements):
 
 
 INSIDE = ["embed", "blocks.0.norm", "blocks.0.up", "blocks.1.down", "blocks.1", "last"]
+PARTS = ["embed", "blocks.0", "blocks.1", "last"]
 UP, BLOCKS, LAST = ["blocks.0.up"], ["blocks.0", "blocks.1"], ["last"]
 BRIEF = {
-    "measures": ["effective_rank", "cka"],
+    "measures": ["effective_rank", "kernel_drift", "cka"],
     "views": ["position", "pooled"],
     "route": "moments",
     "progress": False,
@@ -195,31 +196,34 @@ def tensor(rank, size):
     out["samples"] = by_samples(mesh)
     out["checkpoint"] = resumed(mesh)
     out["sums"] = brief(summing(mesh), LAST)
-    out["stages"] = staged(
-        rank,
-        size,
-        ["blocks.1:input", "blocks.1", "last"] if rank else ["embed", "blocks.0"],
-        distributed=False,
-    )
+    out["stages"] = staged(rank, size, distributed=False)
     return out
 
 
-def staged(rank, size, layers, **more):
+def staged(rank, size, layers=None, **more):
     """How far the layers of each rank's stage, in training steps of a pipeline, are from those of one
-    process."""
+    process, and those of all stages joined."""
     model, every = build(), data()
-    for name in ("embed", "blocks.0") if rank else ("blocks.1", "last"):
+    own = PARTS[rank * len(PARTS) // size : (rank + 1) * len(PARTS) // size]
+    for name in {*PARTS} - {*own}:
         model.set_submodule(name, nn.Identity())  # the others keep their names
     stage = PipelineStage(model, rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=lambda y, _: y.square().mean())
+    layers = layers or [*([f"{own[0]}:input"] if rank else []), *own]
     asked = BRIEF | {"layers": layers} | more
     with rgfast.Probe(model, **asked) as found:
         # The first step runs every stage on empty tensors before.
         for half in zip(
             *(every[name].split(TOTAL // 2) for name in ("tokens", "attention_mask")), strict=True
         ):
-            schedule.step(*half[: 1 - rank], attention_mask=half[1], target=half[0])
-    return furthest(values(found.result())[0], briefly(*layers))
+            schedule.step(*half[: rank == 0], attention_mask=half[1], target=half[0])
+    result, results = found.result(), [None] * size
+    dist.all_gather_object(results, result)
+    joint = results[0].join(*results[1:])
+    assert list(joint.layers) == PARTS
+    missing = said(results[0].join, *results[2:])
+    alone = furthest(values(result)[0], briefly(*layers))
+    return alone, furthest(measures_of(joint), briefly(*PARTS)), missing
 
 
 def by_samples(mesh):
@@ -288,6 +292,7 @@ def lines(rank, size):
     out["across"] = probed(over(across["tensor"], "whole"), LINES[rank % 2], order)
     every = init_device_mesh("cpu", (size,))
     out["four"] = brief(over(every, "positions"), BLOCKS, placements=Shard(1))
+    out["stages"] = staged(rank, size, distributed=False)
     out["data alone"] = tensor_mesh(fully_shard(build(), mesh=mesh)) is None
     return out
 
@@ -297,7 +302,7 @@ def main():
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
     alone(*ALL), alone(*LINES[0], *LINES[1])  # before forking: every rank has them
-    for layers in (INSIDE, UP, BLOCKS, LAST):
+    for layers in (INSIDE, UP, BLOCKS, LAST, PARTS):
         briefly(*layers)
     out = {}
     for size, case in ((2, tensor), (2, refused), (4, lines)):

@@ -77,9 +77,14 @@ def options(rank, size):
     }
 
 
+def measures_of(result):
+    """All arrays of a result."""
+    return {name: result.dataset[name].values.astype(float) for name in sorted(result.dataset.data_vars)}
+
+
 def values(result):
     """All arrays of a result, and a digest of them and of its moments."""
-    found = {name: result.dataset[name].values.astype(float) for name in sorted(result.dataset.data_vars)}
+    found = measures_of(result)
     total = hashlib.sha256()
     for name, array in [*found.items(), *sorted(result.moments.items())]:
         total.update(name.encode() + np.ascontiguousarray(array).tobytes())
