@@ -269,7 +269,11 @@ def refused(rank, size):
         lambda module, args, x: x.index_fill(0, torch.tensor(len(x) - 1), torch.nan)
     )
     out["poisoned"] = said(brief, model, LAST, **short)
-    out["uneven"] = said(brief, over(mesh, "whole"), LAST, placements={"last": Shard(0)}, **short)
+    for way in (Shard(1), Shard(-1), Shard(0), Partial()):
+        out[f"whole, {way}"] = said(brief, over(mesh, "whole"), BLOCKS, placements=way, **short)
+    model = over(mesh, "positions")
+    model.blocks[0].register_forward_hook(lambda module, args, x: torch.zeros_like(x))
+    out["zero"] = said(rgfast.probe, model, batches(ALL), placements=Shard(1), layers=BLOCKS, **BRIEF)
     model, first = over(mesh, "whole"), dist.new_group([0])
     if rank == 0:
         out["left out"] = said(brief, model, LAST, distributed=first, **short)

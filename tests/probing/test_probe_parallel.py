@@ -104,6 +104,19 @@ def test_a_stage_has_layers_that_other_ranks_do_not_have(found):
             "compared",
             "b must be a model that a single process runs, got one that is sharded over ranks [0, 1]",
         ),
+        *(
+            (
+                f"whole, {way}",
+                f"placements says {shown} of layer 'blocks.0', which is the same tensor (23, 4, 6)",
+            )
+            for way, shown in (
+                ("S(1)", "Shard(dim=1)"),
+                ("S(-1)", "Shard(dim=2)"),
+                ("S(0)", "Shard(dim=0)"),
+                ("P(sum)", "Partial(sum)"),
+            )
+        ),
+        ("whole, S(1)", "on all ranks [0, 1], so whole on each of them; leave it out of placements="),
         ("plain", "placements must be of a model with parameters that are DTensors"),
         ("poisoned", "ValueError: activations must be finite, got 4 NaN or infinite values in layer 0"),
         ("fewer", "batches must be the same on ranks [0, 1], which run the model together, and those of [1]"),
@@ -113,6 +126,11 @@ def test_a_stage_has_layers_that_other_ranks_do_not_have(found):
 def test_every_rank_says_what_is_wrong(found, case, message):
     for value in found["refused/2"]:
         assert message in value[case]
+
+
+@needs_gloo
+def test_parts_that_are_zero_are_parts(found):
+    assert [value["zero"] for value in found["refused/2"]] == [None, None]
 
 
 @needs_gloo

@@ -35,7 +35,7 @@ _WAYS = "Shard(dim), Replicate() or Partial() of torch.distributed.tensor"
 
 @dataclass(frozen=True)
 class _Plain:
-    """What a rank says of a plain output; no ``digest`` of one that ``placements=`` names."""
+    """What a rank says of a plain output; no ``digest`` of one that is known to be what ``placements=`` says."""
 
     shape: tuple[int, ...]
     digest: tuple[Any, ...] | None
@@ -61,12 +61,15 @@ class Placed:
                 f"a {type(model).__name__} without"
             )
         self._members: list[int] = [] if self._mesh is None else _members(self._mesh)
+        # Layers that placements= names, until they are seen to be no whole ones.
+        self._doubtful = {tap for tap, x in enumerate(self._asked) if x is not None and not _is_whole(x)}
 
     def seen(self, seen: Sequence[Seen]) -> list[Seen]:
         """The layers of a forward with the values of all ranks that ran it together.
 
-        Raises ValueError for placements that are unknown or contradict each other, and for a plain tensor
-        that differs between the ranks if it was not said what it is a part of.
+        Raises ValueError for placements that are unknown or contradict each other, for a plain tensor that
+        differs between the ranks if it was not said what it is a part of, and for one that is the same on all
+        of them if it was said to be a part.
         """
         for layer in seen:
             if is_dtensor(layer.value):
@@ -157,7 +160,8 @@ class Placed:
     def _said(self, layer: Seen) -> _Plain:
         x = layer.value
         assert x is not None
-        return _Plain(tuple(x.shape), _digest(x) if self._asked[layer.tap] is None else None)
+        looked_at = self._asked[layer.tap] is None or layer.tap in self._doubtful
+        return _Plain(tuple(x.shape), _digest(x) if looked_at else None)
 
     def _placed(self, layer: Seen, told: Sequence[_Plain]) -> Tensor:
         """A plain output as a DTensor, of which every rank of the group has ``told``."""
@@ -181,6 +185,16 @@ class Placed:
                 f"placements of layer {layer.name!r} must be one for each of the mesh's {dims} dimensions, "
                 f"got {_shown(placements)}"
             )
+        if layer.tap in self._doubtful:
+            same = all(one == told[0] for one in told)
+            if same and _shows_place(local(x), placements):
+                raise ValueError(
+                    f"placements says {_shown(placements)} of layer {layer.name!r}, which is the same tensor "
+                    f"{told[0].shape} on all ranks {self._members}, so whole on each of them; leave it out "
+                    "of placements="
+                )
+            if not same:
+                self._doubtful.discard(layer.tap)
         shape = _whole_shape(layer.name, placements, [one.shape for one in told])
         found: Tensor = DTensor.from_local(
             local(x), self._mesh, placements, run_check=False, shape=torch.Size(shape), stride=_strides(shape)
@@ -242,6 +256,19 @@ def _listed(value: Any) -> list[Any]:
 def _is_known(one: Any) -> bool:
     """Whether it is one of the three placements: those of other classes mean something more."""
     return type(one).__name__ in _KINDS and type(one).__module__.startswith("torch.distributed.tensor")
+
+
+def _is_whole(placements: Sequence[Any]) -> bool:
+    return all(type(one).__name__ == "Replicate" for one in placements)
+
+
+def _shows_place(x: Tensor, placements: Sequence[Any]) -> bool:
+    """Whether a part as it was said to be would differ from the others: not if it is zero, or constant along
+    the axis that is cut."""
+    if not x.numel() or not x.isfinite().all():
+        return False
+    cut = next((one.dim for one in placements if hasattr(one, "dim")), None)
+    return bool((x if cut is None else x != x.narrow(cut, 0, 1)).any())
 
 
 def _positive(placements: Sequence[Any], dims: int) -> list[Any]:
