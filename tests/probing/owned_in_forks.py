@@ -6,15 +6,14 @@ import hashlib
 import json
 import sys
 import tempfile
-import threading
 import time
 
 import numpy as np
 import torch
+from launch import make_forkable
 from ranks_in_forks import TIMEOUT, batches, build, forked, furthest
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from tqdm import tqdm
 
 import rgfast
 
@@ -213,9 +212,7 @@ def alone():
 
 
 def main():
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
+    make_forkable()
     want, out = alone(), {}
     plan = rgfast.plan_cluster(
         layers=12, width=48, tokens=512, length=2, ranks=4, views=["pooled"], refine=False, device="cpu",

@@ -6,12 +6,12 @@ import functools
 import json
 import sys
 import tempfile
-import threading
 import time
 
 import torch
 import torch._dynamo  # which DTensors import: once, before forking
 import torch.distributed as dist
+from launch import SHORT, TIMEOUT, make_forkable
 from ranks_in_forks import forked, furthest, measures_of, values
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,13 +24,11 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from tqdm import tqdm
 
 import rgfast
 from rgfast.probing.checkpoint import model_digest
 from rgfast.probing.sharding import tensor_mesh
 
-TIMEOUT, SHORT = 60.0, 3.0
 LENGTH, WIDTH, STATES = 4, 6, 60
 SIZES = [23, 9, 17, 1, 14]  # of the batches
 TOTAL = sum(SIZES)
@@ -302,9 +300,7 @@ def lines(rank, size):
 
 
 def main():
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
+    make_forkable()
     alone(*ALL), alone(*LINES[0], *LINES[1])  # before forking: every rank has them
     for layers in (INSIDE, UP, BLOCKS, LAST, PARTS):
         briefly(*layers)

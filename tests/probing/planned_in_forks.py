@@ -5,14 +5,13 @@ import json
 import os
 import re
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launch import make_forkable
 from ranks_in_forks import TIMEOUT, forked
 from torch import nn
-from tqdm import tqdm
 
 import rgfast
 from rgfast.probing.options import parse_memory
@@ -132,9 +131,7 @@ def measured(number, shape, asked):
 
 
 def main():
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
+    make_forkable()
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (size, number, shape, asked) in CASES.items():

@@ -4,12 +4,9 @@ torch is imported once; the environment gives every library one thread, so that 
 """
 
 import hashlib
-import json
 import os
 import signal
-import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,16 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from launch import SHORT, TIMEOUT, make_forkable, print_cases
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import rgfast
 
 SIZES = {1: [200], 2: [77, 123], 4: [70, 0, 101, 29]}
 BATCH = 17
-TIMEOUT = 60.0
-SHORT = 3.0  # where a rank is to be missed
 
 
 def build():
@@ -317,19 +312,8 @@ def lengths(folder):
 
 
 def main():
-    torch.set_num_threads(1)
-    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
-    out = {}
-    for case in (agreement, wrapped, widths, own_loop, death, telling, lengths):
-        if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:
-            continue
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            out[case.__name__] = case(folder)
-        print(case.__name__, round(time.monotonic() - start, 2), "s", file=sys.stderr)
-    print(json.dumps(out, default=str))
+    make_forkable()
+    print_cases(agreement, wrapped, widths, own_loop, death, telling, lengths)
 
 
 if __name__ == "__main__":

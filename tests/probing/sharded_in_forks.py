@@ -2,23 +2,19 @@
 as JSON. Several cases share one start of the ranks, which is what takes time."""
 
 import datetime
-import json
 import os
 import signal
-import sys
-import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launch import make_forkable, print_cases
 from ranks_in_forks import SHORT, TIMEOUT, batches, build, forked, furthest, options, values
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import rgfast
 from rgfast.probing.checkpoint import model_digest
@@ -454,19 +450,8 @@ def refused(rank, size):
 
 
 def main():
-    torch.set_num_threads(1)
-    # tqdm's own lock is shared with forked processes, and one that is killed while it has it keeps it.
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0  # a thread, and forking is safe with one only
-    out = {}
-    for case in (agreement, killed, telling):
-        if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:
-            continue
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            out[case.__name__] = case(folder)
-        print(case.__name__, round(time.monotonic() - start, 2), "s", file=sys.stderr)
-    print(json.dumps(out, default=str))
+    make_forkable()
+    print_cases(agreement, killed, telling)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
 """Run by test_sources_by_rank: probes of saved activations by several forked ranks; prints JSON."""
 
-import json
-import sys
-import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import torch
+from launch import TIMEOUT, make_forkable, print_cases
 from ranks_in_forks import forked, furthest, values
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import rgfast
 from rgfast.probing.sources import shards as shards_of
@@ -19,7 +15,6 @@ LENGTHS = [6, 6, 4, 5, 6]  # of the files
 SIZES = [13, 9, 1, 30, 7]
 TOTAL = sum(SIZES)
 ASSIGNED = {1: [[3, 0, 4, 1, 2]], 2: [[3, 0], [4, 1, 2]], 4: [[2, 1], [], [4, 0], [3]]}
-TIMEOUT = 60.0
 
 
 def write(folder, *, ids=0):
@@ -167,16 +162,8 @@ def telling(folder):
 
 
 def main():
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
-    out = {}
-    for case in (divided, assigned, telling):
-        if len(sys.argv) > 1 and case.__name__ not in sys.argv[1:]:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            out[case.__name__] = case(folder)
-    print(json.dumps(out))
+    make_forkable()
+    print_cases(divided, assigned, telling)
 
 
 if __name__ == "__main__":

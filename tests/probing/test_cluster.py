@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
-from test_probe_distributed import HERE, SINGLE, needs_gloo
+from launch import HERE, needs_gloo, printed_by
 
 import rgfast
 from rgfast.cli import main
@@ -17,13 +16,8 @@ LARGE = {"layers": 81, "width": 8192, "tokens": 1e6}
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "planned_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**SINGLE, "MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    # What is freed is given back.
+    return printed_by("planned_in_forks.py", MALLOC_MMAP_THRESHOLD_="65536")
 
 
 @needs_gloo

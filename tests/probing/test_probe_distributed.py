@@ -1,40 +1,23 @@
 """Several ranks: the same numbers as one process, and no endless waiting for one that died."""
 
 import importlib.util
-import json
 import math
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from launch import HERE, SHORT, SINGLE, needs_gloo, printed_by
 
 import rgfast
 from rgfast.probing.distributed import rank_path
 
-HERE = Path(__file__).parent
-TIMEOUT = 3.0  # that of ranks_in_forks
-SINGLE = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available() and hasattr(os, "fork")),
-    reason="no gloo, or no fork",
-)
-
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "ranks_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("ranks_in_forks.py")
 
 
 @needs_gloo
@@ -74,7 +57,7 @@ def test_a_dead_rank_is_noticed_and_the_checkpoint_is_good(found):
     value, error, seconds, status = alive
     assert (value, status) == (None, 0)
     assert error.startswith("RankError: rank 1 of 2 has given no sign of life for timeout=3 s")
-    assert seconds < 40 * TIMEOUT
+    assert seconds < 40 * SHORT
     assert len({digest for ranks in digests for digest in ranks}) == 1
     assert found["death"]["files"] == ["run.checkpoint.rank0of2", "run.checkpoint.rank1of2"]
     assert "must be of a probe by one process" in found["death"]["other"]
@@ -105,7 +88,7 @@ def test_every_rank_says_what_is_wrong(found, case, messages):
     for (value, error, seconds, status), message in zip(found["telling"][case], messages, strict=True):
         assert (value, status) == (None, 0)
         assert error is None if message is None else message in error
-        assert seconds < 40 * TIMEOUT
+        assert seconds < 40 * SHORT
 
 
 @needs_gloo

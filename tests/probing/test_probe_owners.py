@@ -1,12 +1,8 @@
 """Ranks that share out the layers: the numbers of one process, of a state that does not fit one of them."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from test_probe_distributed import HERE, SINGLE, needs_gloo
+from launch import needs_gloo, printed_by
 
 import rgfast
 from rgfast.probing.first import FirstBatch
@@ -19,12 +15,7 @@ SIZES = ["2", "4"]
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "owned_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("owned_in_forks.py")
 
 
 @needs_gloo

@@ -1,12 +1,8 @@
 """Tensor-parallel models: every sequence counts once, whatever its outputs' placements."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from test_probe_distributed import HERE, SINGLE, needs_gloo
+from launch import needs_gloo, printed_by
 
 import rgfast
 from rgfast.probing.capture.placed import _digest, _positive, _whole_shape
@@ -15,12 +11,7 @@ from rgfast.probing.distributed import _starts
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "parallel_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = json.loads(done.stdout.splitlines()[-1])
+    ranks = printed_by("parallel_in_forks.py")
     for name, of_ranks in ranks.items():
         assert [(error, status) for _, error, _, status in of_ranks] == [(None, 0)] * len(of_ranks), name
     return {name: [value for value, *_ in of_ranks] for name, of_ranks in ranks.items()}

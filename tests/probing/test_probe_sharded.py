@@ -1,12 +1,8 @@
 """Models under FSDP2: the numbers of one process, and all ranks in every forward until the last is done."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from test_probe_distributed import HERE, SINGLE, TIMEOUT, needs_gloo
+from launch import SHORT, needs_gloo, printed_by
 from torch import nn
 
 from rgfast.probing import in_step
@@ -17,12 +13,7 @@ pytestmark = needs_gloo
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "sharded_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("sharded_in_forks.py")
 
 
 @pytest.mark.parametrize("size", ["2", "4"])
@@ -79,7 +70,7 @@ def test_a_dead_rank_is_noticed_and_the_checkpoint_is_good(found):
     for value, error, seconds, status in (*alive, last):
         assert (value, status) == (None, 0)
         assert error.startswith("RankError: rank 2 of 4 has given no sign of life for timeout=3 s")
-        assert seconds < 40 * TIMEOUT
+        assert seconds < 40 * SHORT
     assert found["killed"]["files"] == [f"run.checkpoint.rank{rank}of4" for rank in (0, 2, 3)]
     digests = {tuple(one) for one in found["killed"]["again"]}
     assert digests == {(found["agreement"]["4"]["brief"], None)}
@@ -90,7 +81,7 @@ def test_every_rank_says_what_is_wrong_and_none_is_left_in_a_forward(found):
     assert raised[1] == "KeyError: 'no such shard'"
     assert {one[1] for one in others} == {"RankError: rank 0 of 4 failed: KeyError: 'no such shard'"}
     for _, _, seconds, _ in (raised, *others):
-        assert seconds < 40 * TIMEOUT
+        assert seconds < 40 * SHORT
 
 
 def test_a_group_without_ranks_that_hold_a_part_is_refused(found):

@@ -1,14 +1,9 @@
 """Saved activations on several ranks: each reads its own sequences, and the result is one process's."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from test_probe_distributed import SINGLE, needs_gloo
+from launch import needs_gloo, printed_by
 
 import rgfast
 
@@ -17,12 +12,7 @@ SIZES = [13, 9, 1, 30, 7]  # of the files of stores_in_forks
 
 @pytest.fixture(scope="module")
 def found():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).parent / "stores_in_forks.py")],
-        capture_output=True, text=True, timeout=300, check=False, env=SINGLE,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by("stores_in_forks.py")
 
 
 @needs_gloo

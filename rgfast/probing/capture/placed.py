@@ -35,7 +35,7 @@ _WAYS = "Shard(dim), Replicate() or Partial() of torch.distributed.tensor"
 
 @dataclass(frozen=True)
 class _Plain:
-    """What a rank says of a plain output; no ``digest`` of one that is known to be what ``placements=`` says."""
+    """What a rank says of a plain output; no ``digest`` once ``placements=`` is known to be right of it."""
 
     shape: tuple[int, ...]
     digest: tuple[Any, ...] | None
