@@ -30,7 +30,7 @@ def printed_by(script, **environment):
     errors."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(HERE / script)],
-        capture_output=True, text=True, timeout=300, check=False, env={**SINGLE, **environment},
+        capture_output=True, text=True, timeout=600, check=False, env={**SINGLE, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

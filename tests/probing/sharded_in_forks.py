@@ -39,6 +39,27 @@ def brief(rank, size, model, given=None, **more):
     return rgfast.probe(model, given or batches(rank, size, 30), **asked | more)
 
 
+def merging(rank, size):
+    """Options under which results can be merged: labels are counted over all ranks' first batches."""
+    asked = options(rank, size)
+    vectors = {"vectors": asked["targets"]["vectors"]}
+    return asked | {"targets": vectors, "rows": {"last": "last"}, "route": "moments"}
+
+
+def merged(size):
+    """The digest of one process that probes the shards one after the other and merges them in pairs, pairs of
+    pairs and so on."""
+    parts = []
+    for rank in range(size):
+        given = list(batches(rank, size))
+        asked = merging(rank, size)
+        parts.append(rgfast.probe(build(), given, distributed=False, **asked) if given else None)
+    while len(parts) > 1:
+        pairs = [[one for one in parts[k : k + 2] if one is not None] for k in range(0, len(parts), 2)]
+        parts = [pair[0].merge(*pair[1:]) if len(pair) > 1 else pair[0] for pair in pairs]
+    return values(parts[0])[1]
+
+
 class Experts(nn.Module):
     """A block that sends each row to one of its experts, of which a batch may leave some without any."""
 
@@ -283,6 +304,9 @@ def several(rank, size):
     out["masked"] = values(masked(rank, size))
     model = build()
     out["brief"] = values(brief(rank, size, shard(model, model.stack.blocks)))[1]
+    model = build()
+    asked = merging(rank, size)
+    out["merging"] = values(rgfast.probe(shard(model, model.stack.blocks), batches(rank, size), **asked))[1]
     out["replicated"] = values(rgfast.probe(build(), batches(rank, size), **options(rank, size)))[1]
     for case in (in_step, skipped, half, controls, parent, cached, trained, planned):
         out[case.__name__] = case(rank, size)
@@ -299,6 +323,7 @@ def agreement(folder):
         out[size] = {
             "furthest": furthest(found[-1]["masked"][0], alone),
             "brief": found[0]["brief"],
+            "merged": {one["merging"] for one in found} == {merged(size)},
             "digests": len({one["masked"][1] for one in found} | {one["replicated"] for one in found}),
             **{
                 case: [one[case] for one in found]
