@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgfast.probing.options import human_bytes
-from rgfast.probing.plan import Plan
+from rgfast.probing.plan import Held, Plan
 from rgfast.streaming.sizes import at_once
 
 __all__ = [
@@ -37,10 +37,10 @@ class Sums:
 
 def sums_of(plan: Plan, ranks: int, waiting: int) -> Sums:
     """What adding up takes if every rank has ``waiting`` bytes of rows that it has not summed yet."""
-    state, solving, moments = plan.state_bytes, solving_bytes(plan), moment_bytes(plan)
+    solving, moments = solving_bytes(plan), moment_bytes(plan)
     if ranks == 1:
-        return Sums(state + solving, 0, 0)
-    largest = max(held.bytes(plan.pending_bytes) for held in plan.accumulators)
+        return Sums(plan.state_bytes + solving, 0, 0)
+    state, largest = _used_bytes(plan), max(held.bytes(plan.pending_bytes) for held in _used(plan))
     hops = 2 * (ranks - 1).bit_length()
     # Every second rank hands over rows that it has not summed, too; whoever merges them sums them.
     return Sums(
@@ -53,7 +53,7 @@ def sums_of(plan: Plan, ranks: int, waiting: int) -> Sums:
 def summing_note(plan: Plan, ranks: int) -> str:
     """What is said before a run of ranks that each hold all moments."""
     # How many rows wait in the end depends on how many come: half of what there is room for, on average.
-    found = sums_of(plan, ranks, (plan.state_bytes - moment_bytes(plan)) // 2)
+    found = sums_of(plan, ranks, (_used_bytes(plan) - moment_bytes(plan)) // 2)
     return (
         f"each of {ranks} ranks sums up all layers of its own sequences; adding up the ranks takes at most "
         f"{human_bytes(found.peak)} on each and moves about {human_bytes(found.between)} between all of "
@@ -78,8 +78,19 @@ def handing_note(plan: Plan, parts: Sequence[Plan], row: int, ranks: int, on_way
 
 
 def moment_bytes(plan: Plan) -> int:
-    """Moments, without rows that are not summed yet."""
-    return plan.groups * sum(held.moment_bytes for held in plan.accumulators)
+    """Moments of sequences as long as the first ones, without rows that are not summed yet."""
+    return plan.groups * sum(held.moment_bytes for held in _used(plan))
+
+
+def _used_bytes(plan: Plan) -> int:
+    """Moments of sequences as long as the first ones, and at most as many rows as may wait."""
+    return plan.groups * sum(held.bytes(plan.pending_bytes) for held in _used(plan))
+
+
+def _used(plan: Plan) -> list[Held]:
+    """What rows come to, if no sequence is longer than the first ones: the rest has none if all positions are
+    followed."""
+    return [held for held in plan.accumulators if plan.rows_of(held)]
 
 
 def spectra_bytes(plan: Plan, widths: Sequence[int]) -> int:
