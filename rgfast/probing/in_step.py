@@ -111,7 +111,6 @@ class InStep:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._dummy:
-            self._ranks.check()
             self._announce(self._number + 1, (args, kwargs))
             self._number += 1
         self._among = True
@@ -120,6 +119,8 @@ class InStep:
     def _announce(self, number: int, given: _Arguments) -> None:
         """Have the other ranks take part in a forward, or wait until all begin it if they cannot."""
         why = _MIXES if _mixes(self._model) else ""
+        if not why:  # else the others may have failed of it already, and this rank finds it, too
+            self._ranks.check()
         if self._given is None:
             self._given = _copied(given)
             if self._ranks.count("giver", 1) == 1:

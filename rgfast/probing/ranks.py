@@ -85,14 +85,15 @@ class Ranks:
         """True once a rank has put up something under ``name``, False once it is ``over`` without."""
         pause = 0.001
         while True:
-            ended = over()  # asked first: what was put up before is seen
+            # Read first, then asked: what was put up before a rank failed, or it was over, is seen.
+            trouble, ended = self._trouble, over()
             with self._talking():
                 if self._store.check([name]):
                     return True
             if ended:
                 return False
-            if not self._end.is_set():
-                self.check()
+            if trouble is not None and not self._end.is_set():
+                raise RankError(trouble)
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
 
