@@ -142,8 +142,8 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
           }
         }
       }
-      const T sum = scattered_sum(by_column, lane);
-      if (lane % 8 == 0) space.by_column[4 * g + column_of_sum(lane)] = sum;
+      const T sum = shared_out<4, 32>(by_column, lane);
+      if (lane % 8 == 0) space.by_column[4 * g + lane / 8] = sum;
     }
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {

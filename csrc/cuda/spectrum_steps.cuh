@@ -113,22 +113,6 @@ __device__ __forceinline__ void keep_scales(const BlockTeam<T, Warps>& team, con
   if (threadIdx.x == 0) space.scale = scale;
 }
 
-// Sums four values over a warp: lanes 0, 8, 16 and 24 get one each, that of `column_of_sum`.
-template <class T>
-__device__ __forceinline__ T scattered_sum(const T (&value)[4], int lane) {
-  const bool upper = (lane & 16) != 0, odd = (lane & 8) != 0;
-  T keep[2] = {upper ? value[2] : value[0], upper ? value[3] : value[1]};
-  const T give[2] = {upper ? value[0] : value[2], upper ? value[1] : value[3]};
-  keep[0] += __shfl_xor_sync(kFullWarp, give[0], 16);
-  keep[1] += __shfl_xor_sync(kFullWarp, give[1], 16);
-  T sum = odd ? keep[1] : keep[0];
-  sum += __shfl_xor_sync(kFullWarp, odd ? keep[0] : keep[1], 8);
-#pragma unroll
-  for (int apart = 4; apart > 0; apart /= 2) sum += __shfl_xor_sync(kFullWarp, sum, apart);
-  return sum;
-}
-__device__ __forceinline__ int column_of_sum(int lane) { return lane / 8; }
-
 // `write_eigenvalues` (spectrum_team.cuh) of what a block has left in shared memory.
 template <class T, int Warps, class Space>
 __device__ __forceinline__ void write_eigenvalues(const BlockTeam<T, Warps>& team, const Task<T>& task,

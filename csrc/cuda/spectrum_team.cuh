@@ -11,6 +11,25 @@ __device__ __forceinline__ T sum_of_lanes(T value) {
   for (int apart = Lanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kFullWarp, value, apart);
   return value;
 }
+// Sums Count values over Width lanes: a lane gets the sum of that which its upper bits name.
+template <int Count, int Width, class T>
+__device__ __forceinline__ T shared_out(const T (&value)[Count], int lane) {
+  static_assert(Count < Width, "more lanes than sums");
+  constexpr int kHalf = Count / 2;
+  if constexpr (Count == 1) {
+    return sum_of_lanes<Width>(value[0]);
+  } else {
+    const bool upper = (lane & (Width / 2)) != 0;
+    T keep[kHalf];
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      const T give = upper ? value[j] : value[j + kHalf];
+      keep[j] = (upper ? value[j + kHalf] : value[j]) + __shfl_xor_sync(kFullWarp, give, Width / 2);
+    }
+    return shared_out<kHalf, Width / 2>(keep, lane);
+  }
+}
+
 template <int Lanes, class T>
 __device__ __forceinline__ T largest_of_lanes(T value) {
 #pragma unroll
