@@ -27,7 +27,7 @@ import torch
 from gpu_clock import Row
 
 from rgfast.ops.device import LAUNCH
-from rgfast.ops.spectrum.impl.cuda import kernel_for
+from rgfast.ops.spectrum.impl.cuda import Kernel, kernel_for
 
 MEASURED = Path(__file__).with_name("h100_eigenvalues.json")
 COMPILED = Path(__file__).resolve().parents[1] / "tests" / "gate" / "tables" / "spectrum.txt"
@@ -197,8 +197,8 @@ def kernel(n: int, size: int) -> Shape:
     """The package's, for matrices of n rows."""
     dtype = torch.float64 if size == 8 else torch.float32
     chosen = kernel_for(n, dtype)
-    if chosen is None:
-        raise ValueError(f"the package has no kernel for {n} rows of {dtype}")
+    if not isinstance(chosen, Kernel):
+        raise ValueError(f"no model of time has been made of what solves {n} rows of {dtype}")
     where = next(each for each in ("lanes", "registers", "shared") if f"_{each}" in chosen.name)
     return Shape(
         where,

@@ -2,3 +2,4 @@
 #include "fill.cu"
 #include "moments.cu"
 #include "spectrum.cu"
+#include "spectrum_stages.cu"

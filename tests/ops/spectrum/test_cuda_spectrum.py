@@ -1,6 +1,6 @@
 """Eigenvalues by the kernels of spectrum.cu, which run on this processor: see tests/cuda/emulated.py.
 
-csrc/cuda/tests/spectrum.cpp has every size and every kind of matrix; here is the way to them.
+csrc/cuda/tests/spectrum*.cpp have every size and every kind of matrix; here is the way to them.
 """
 
 import re
@@ -12,10 +12,12 @@ from torch.linalg import LinAlgError
 
 import rgfast
 from rgfast import ImplUnavailable
+from rgfast.ops.spectrum import stages
 from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.ops.spectrum.impl import cuda as room
 from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.selection import EIGVALSH, SPECTRUM
+from rgfast.ops.spectrum.stages import STAGES
 from rgfast.runtime import known_answers, measured
 
 F64, F32 = torch.float64, torch.float32
@@ -70,7 +72,8 @@ def test_a_kernel_is_tried_by_launches_of_the_table(gpu, kernel, dtype):
 
 def test_the_sources_have_the_kernels_of_the_table(gpu):
     found = {name for name in gpu.kernels() if name.startswith("rgfast_spectrum_")}
-    assert found == {kernel.name for kernel, _ in KERNELS}
+    stages = {name for far in (False, True) for name, _, _ in STAGES.launches(40, F64, far)}
+    assert found == {kernel.name for kernel, _ in KERNELS} | stages
 
 
 @pytest.mark.parametrize("dtype", [F64, F32])
@@ -173,16 +176,15 @@ def test_data_that_are_not_finite_are_named(gpu):
         rgfast.effective_rank(x, impl="cuda")
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(F64, 192), (F32, 256)])
-def test_larger_matrices_are_refused(gpu, dtype, most):
-    a = torch.zeros(1, dtype=dtype).expand(2, most + 1, most + 1)
-    kind = str(dtype).removeprefix("torch.")
-    sentence = f"its kernels take {kind} matrices of up to {most} rows, not of {most + 1}"
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_larger_matrices_are_refused(gpu, dtype):
+    a = torch.zeros(1, dtype=dtype).expand(2, 1025, 1025)
+    sentence = "its kernels take matrices of up to 1024 rows, not of 1025"
     with pytest.raises(ImplUnavailable, match=re.escape(sentence)):
         rgfast.eigvalsh(a, impl="cuda")
     assert dict(rgfast.explain(rgfast.eigvalsh, a).candidates)["cuda"] == sentence
     if dtype == F64:
-        x = torch.zeros(1).expand(2, 300, most + 1)
+        x = torch.zeros(1).expand(2, 1100, 1025)
         assert dict(rgfast.explain(rgfast.effective_rank, x).candidates)["cuda"] == sentence
 
 
@@ -234,9 +236,68 @@ def test_auto_takes_it_where_it_was_measured(gpu, tmp_path, monkeypatch):
     measured._standing.cache_clear()
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_stages_take_batches_in_parts(gpu, far, monkeypatch):
+    a = symmetric(3, 19)
+    means = drawn(3, 19)
+    values, raw = STAGES.launch(a, means, 3.0, far=far)
+    assert error(values, a) <= 1
+    assert error(raw, a + 3.0 * means[:, :, None] * means[:, None]) <= 1
+    monkeypatch.setattr(stages, "_WORK", 8 * 2 * stages.workspace_doubles(19) + 7)
+    gpu.log()
+    again = STAGES.launch(a, means, 3.0, far=far)
+    assert torch.equal(again[0], values)
+    assert torch.equal(again[1], raw)
+    chase = "chase_far" if far else "chase"
+    launched = [(each["kernel"], each["grid"][0]) for each in gpu.log("cuLaunchKernelEx")]
+    parts = [2, 1]
+    assert launched == [
+        (f"rgfast_spectrum_{name}_f64", b) for b in parts for name in ("band", chase, "count")
+    ]
+    monkeypatch.setattr(stages, "_WORK", 1)  # one at a time, whatever it takes
+    assert torch.equal(STAGES.launch(a, means, 3.0, far=far)[0], values)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_stages_solve_larger_matrices(gpu, dtype):
+    d = 193 if dtype == F64 else 257
+    a = symmetric(2, d, dtype=dtype) if dtype == F64 else symmetric(1, d, dtype=dtype)
+    if dtype == F64:
+        a[1, 7, 3] = torch.nan
+    values = EIGVALSH("cuda", Symmetric(a))
+    assert values.dtype == dtype
+    assert error(values[:1], a[:1]) <= 1
+    assert values.isnan().all(1).tolist() == [False, True][: len(a)]
+    assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == "rgfast_spectrum_count_f64"
+
+
+@pytest.mark.parametrize(
+    ("d", "chase"), [(193, "chase"), (512, "chase"), (513, "chase_far"), (1024, "chase_far")]
+)
+def test_stages_depend_on_rows(gpu, d, chase):
+    assert room.kernel_for(d, F64) is STAGES
+    names = [name for name, _, _ in STAGES.launches(d, F64)]
+    assert names == [f"rgfast_spectrum_{name}_f64" for name in ("band", chase, "count")]
+    gpu.set(shared=101_376)  # of smaller cards; an A100's 166,912 are enough for all
+    assert all(shared <= 166_912 for _, _, shared in STAGES.launches(d, F64))
+    refusal = EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F64).expand(d, d)))
+    assert (refusal is None) == (d in (193, 513))
+
+
+def test_a_workspace_has_the_size_that_kernels_expect():
+    assert stages.workspace_doubles(193) == 66980  # as spectrum_workspace.cuh asserts
+    assert [stages.workspace_doubles(d) for d in (1, 16, 17)] == [2084, 2084, 4676]
+
+
+def test_stages_are_tried_first(gpu):
+    names = {name for far in (False, True) for name, _, _ in STAGES.launches(40, F64, far)}
+    assert all(known_answers.unproven(gpu.device, name) is None for name in names)
+    assert {each["kernel"] for each in gpu.log("cuLaunchKernelEx")} == names
+
+
 def test_its_time_grows_with_rows_and_matrices():
     def cost(d, count):
         return room.EIGVALSH.cost(Symmetric(torch.zeros(1, dtype=F64, device="cpu").expand(count, d, d)))
 
-    assert cost(16, 400) < cost(32, 400) < cost(64, 400) < cost(128, 400) < cost(192, 400)
+    assert cost(16, 400) < cost(32, 400) < cost(64, 400) < cost(128, 400) < cost(192, 400) < cost(1000, 400)
     assert cost(64, 1) < cost(64, 400) < cost(64, 4000)

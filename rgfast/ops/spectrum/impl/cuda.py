@@ -1,12 +1,15 @@
 """Eigenvalues by the package's own kernels on a GPU, csrc/cuda/spectrum.cu: one launch for a whole batch.
 
-The kernel that a matrix gets depends on its rows and dtype alone, so that it has the same values in any
-batch. Nothing is read on the device: a matrix with an entry that is not finite has NaN for eigenvalues.
+Larger matrices take three launches, in fp64 (`stages.py`). The kernels that a matrix gets depend on its rows
+and dtype alone, so that it has the same values in any batch. Nothing is read on the device: a matrix with an
+entry that is not finite has NaN for eigenvalues.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,10 +19,13 @@ from rgfast.dispatch import Impl, Unproven
 from rgfast.ops.device import LAUNCH, between
 from rgfast.ops.spectrum import products
 from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.spectrum.stages import STAGES, Stages
 from rgfast.runtime import cuda, known_answers, measured
 from rgfast.runtime.known_answers import KnownAnswer
 
 __all__ = ["EIGVALSH", "KERNELS", "SPECTRUM", "Kernel", "kernel_for"]
+
+Launch = Callable[[Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
 class Kernel(NamedTuple):
@@ -38,6 +44,10 @@ class Kernel(NamedTuple):
         groups = -(-d // 4)
         entries = 4 * (d * groups - 2 * groups * (groups - 1)) if self.packed else 0
         return self.shared + entries * dtype.itemsize
+
+    def launches(self, d: int, dtype: torch.dtype) -> list[tuple[str, int, int]]:
+        """Names, threads and bytes of shared memory."""
+        return [(self.name, self.block, self.shared_bytes(d, dtype))]
 
     def launch(self, a: Tensor, means: Tensor | None = None, samples: float = 0.0) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[b, d]`, ascending, of `a[b, d, d]` and, if given means, of a + samples mean mean'."""
@@ -89,7 +99,8 @@ KERNELS: dict[torch.dtype, tuple[Kernel, ...]] = {
     ),
 }
 # Microseconds that an H100 takes for one batch, however small, and for each matrix, by rows: of prototypes
-# that made the reduction and the counts in two launches, less these. Not measured of these kernels.
+# that made the reduction and the counts in two launches, less these, and above 192 rows (fp32: 256) of one in
+# stages, which four streams shared. Not measured of these kernels.
 _TIMES: dict[torch.dtype, dict[int, tuple[float, ...]]] = {
     torch.float64: {
         8: (8.0, 0.004),
@@ -99,6 +110,10 @@ _TIMES: dict[torch.dtype, dict[int, tuple[float, ...]]] = {
         100: (270.0, 0.72),
         128: (320.0, 1.2),
         192: (650.0, 5.4),
+        256: (1100.0, 7.5),
+        384: (1900.0, 20.0),
+        512: (2800.0, 39.0),
+        1024: (9000.0, 330.0),
     },
     torch.float32: {
         8: (8.0, 0.003),
@@ -109,26 +124,35 @@ _TIMES: dict[torch.dtype, dict[int, tuple[float, ...]]] = {
         128: (220.0, 0.61),
         200: (430.0, 3.0),
         256: (600.0, 4.7),
+        384: (1900.0, 20.0),
+        512: (2800.0, 39.0),
+        1024: (9000.0, 330.0),
     },
 }
 
 
-def kernel_for(d: int, dtype: torch.dtype) -> Kernel | None:
-    """The kernel for matrices of d rows, None if they are too large."""
-    return next((each for each in KERNELS[dtype] if each.rows >= d), None)
+def kernel_for(d: int, dtype: torch.dtype) -> Kernel | Stages | None:
+    """What solves matrices of d rows, None if they are too large."""
+    kernels: list[Kernel | Stages] = [*KERNELS[dtype], STAGES]
+    return next((each for each in kernels if each.rows >= d), None)
 
 
 def _refusal(d: int, dtype: torch.dtype, device: torch.device) -> str | None:
     kernel = kernel_for(d, dtype)
     if kernel is None:
-        most, kind = KERNELS[dtype][-1].rows, str(dtype).removeprefix("torch.")
-        return f"its kernels take {kind} matrices of up to {most} rows, not of {d}"
-    return cuda.refusal(kernel.name, device, block=kernel.block, shared=kernel.shared_bytes(d, dtype))
+        return f"its kernels take matrices of up to {STAGES.rows} rows, not of {d}"
+    return _cannot_run(kernel.launches(d, dtype), device)
+
+
+def _cannot_run(launches: list[tuple[str, int, int]], device: torch.device) -> str | None:
+    reasons = (cuda.refusal(name, device, block=block, shared=shared) for name, block, shared in launches)
+    return next(filter(None, reasons), None)
 
 
 def _unproven(d: int, dtype: torch.dtype, device: torch.device) -> Unproven | None:
     kernel = kernel_for(d, dtype)
-    return None if kernel is None else known_answers.unproven(device, kernel.name)
+    names = [] if kernel is None else [name for name, _, _ in kernel.launches(d, dtype)]
+    return None if kernel is None else known_answers.unproven(device, *names)
 
 
 def _solving(count: int, d: int, dtype: torch.dtype) -> float:
@@ -177,7 +201,9 @@ SPECTRUM = Impl(
 )
 
 
-def _answer(kernel: Kernel, dtype: torch.dtype) -> KnownAnswer:
+def _answer(
+    kernel: Kernel | Stages, dtype: torch.dtype, launches: list[tuple[str, int, int]], launch: Launch
+) -> KnownAnswer:
     """Of min(i, j), the inverse of a second difference, and of its negative, whose values have a formula.
 
     Once more of both, less something that the means give back, and of more of the first than a block takes,
@@ -194,8 +220,8 @@ def _answer(kernel: Kernel, dtype: torch.dtype) -> KnownAnswer:
         a = a.tril() + torch.full_like(plain, torch.nan).triu(1)
         means = torch.zeros((len(a), d), dtype=dtype, device=device)
         means[2:4] = mean
-        values, raw = kernel.launch(a, means, 4.0)
-        alone, _ = kernel.launch(a)
+        values, raw = launch(a, means, 4.0)
+        alone, _ = launch(a, None, 0.0)
         same = torch.stack([values[4:] == values[0], raw[4:] == values[0], alone[4:] == alone[0]]).all()
         return torch.cat([values[0], values[1], raw[2], raw[3], alone[0], same[None]])
 
@@ -203,7 +229,17 @@ def _answer(kernel: Kernel, dtype: torch.dtype) -> KnownAnswer:
     negative = [-value for value in reversed(values)]
     allowed = max(50, d / 2) * torch.finfo(dtype).eps / 2 * values[-1]
     expected = (*values, *negative, *values, *negative, *values, 1.0)
-    return KnownAnswer((kernel.name,), run, expected, allowed, lambda device: _refusal(d, dtype, device))
+    names = tuple(name for name, _, _ in launches)
+    return KnownAnswer(names, run, expected, allowed, lambda device: _cannot_run(launches, device))
 
 
-known_answers.register(*(_answer(kernel, dtype) for dtype, kernels in KERNELS.items() for kernel in kernels))
+def _answers() -> Iterator[KnownAnswer]:
+    for dtype, kernels in KERNELS.items():
+        for kernel in kernels:
+            yield _answer(kernel, dtype, kernel.launches(kernel.tried, dtype), kernel.launch)
+    near, far = (STAGES.launches(STAGES.tried, torch.float64, far) for far in (False, True))
+    yield _answer(STAGES, torch.float64, near, partial(STAGES.launch, far=False))
+    yield _answer(STAGES, torch.float64, [far[1]], partial(STAGES.launch, far=True))
+
+
+known_answers.register(*_answers())

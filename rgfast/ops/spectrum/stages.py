@@ -1,0 +1,80 @@
+"""Eigenvalues of larger fp64 matrices on a GPU, csrc/cuda/spectrum_stages.cu: three launches for a batch.
+
+A dense matrix is brought to half-width 16, then to tridiagonal form, whose eigenvalues are counted. What the
+launches leave each other is in a workspace, of which a batch gets no more than 1 GB at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgfast.runtime import cuda
+
+__all__ = ["STAGES", "Stages", "workspace_doubles"]
+
+_HALF_WIDTH, _ROWS_IN_SHARED_MEMORY = 16, 512
+_WORK = 1 << 30
+
+
+def _whole_panels(d: int) -> int:
+    return -(-d // _HALF_WIDTH) * _HALF_WIDTH
+
+
+def workspace_doubles(d: int) -> int:
+    """Of a matrix of d rows; spectrum_workspace.cuh has the same."""
+    rows = _whole_panels(d)
+    return rows * (rows + 7 * _HALF_WIDTH + 2) + 4
+
+
+class Stages(NamedTuple):
+    """The kernels of spectrum_stages.cu, which take fp64 matrices of up to `rows` rows."""
+
+    rows: int
+    tried: int  # rows of the problem with a known answer
+    per_block: int = 1
+
+    def launches(self, d: int, dtype: torch.dtype, far: bool | None = None) -> list[tuple[str, int, int]]:
+        """Names, threads and bytes of shared memory; with `far` the band is in the device's memory."""
+        rows = _whole_panels(d)
+        far = d > _ROWS_IN_SHARED_MEMORY if far is None else far
+        chase = ("chase_far", 384, 4 * d) if far else ("chase", 384, 16 * _HALF_WIDTH * rows + 4 * d)
+        stages = [("band", 256, 13824 + 8 * _HALF_WIDTH * rows), chase, ("count", 512, 24848)]
+        return [(f"rgfast_spectrum_{name}_f64", block, shared) for name, block, shared in stages]
+
+    def launch(
+        self, a: Tensor, means: Tensor | None = None, samples: float = 0.0, far: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Eigenvalues `[b, d]`, ascending, of `a[b, d, d]` and, if given means, of a + samples mean mean'."""
+        (b, d), dtype = a.shape[:2], a.dtype
+        size = workspace_doubles(d)
+        at_once = max(1, min(b, _WORK // (8 * size)))
+        values = torch.empty((b, d), dtype=torch.float64, device=a.device)
+        raw = values if means is None else torch.empty_like(values)
+        workspace = torch.empty(at_once * size, dtype=torch.float64, device=a.device)
+        for begin in range(0, b, at_once):
+            part = slice(begin, min(begin + at_once, b))
+            count = part.stop - begin
+            matrices = a[part].double().contiguous()
+            for name, block, shared in self.launches(d, dtype, far):
+                cuda.launch(
+                    name,
+                    (count, 1, 1),
+                    block,
+                    shared,
+                    matrices,
+                    0 if means is None else means[part].contiguous(),
+                    d,
+                    count,
+                    float(samples),
+                    values[part],
+                    raw[part],
+                    workspace,
+                    device=a.device,
+                )
+        return values.to(dtype), raw.to(dtype)
+
+
+STAGES = Stages(1024, 37)
