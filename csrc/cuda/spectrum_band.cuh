@@ -13,7 +13,11 @@ namespace rgfast::cuda::spectrum {
 
 constexpr int kBandWarps = 8;
 
-// Before the columns of the panel in shared memory, [kHalfWidth][workspace rows].
+// Of a column of the panel in shared memory, beyond the workspace's rows: 8 columns at 16 bytes are in banks
+// of their own.
+constexpr int kPanelPadding = 8;
+
+// Before the panel.
 struct BandSpace {
   static constexpr int kParts = kHalfWidth * kHalfWidth;
   double parts[2][kBandWarps][kHalfWidth], pivots[2][kHalfWidth], sums[kBandWarps][kHalfWidth];
@@ -31,7 +35,9 @@ struct Band {
 
   static constexpr int kThreads = 32 * kBandWarps;
 
-  __device__ __forceinline__ double& column(int c, int i) const { return panel[c * work.rows + i]; }
+  __device__ __forceinline__ double& column(int c, int i) const {
+    return panel[c * (work.rows + kPanelPadding) + i];
+  }
 
   // The scaled matrix, whole, with rows of zeros at the end. False if it was not finite.
   __device__ __forceinline__ void load(const Task<double>& task, std::int64_t index) const {
@@ -114,19 +120,25 @@ struct Band {
   __device__ __forceinline__ void load_panel(int first, const double* last) const {
     if (last != nullptr)
       for (int e = thread; e < kHalfWidth * kStride; e += kThreads)
-        space.top[e / kStride][e % kStride] = last[e];
+        space.top[e / kStride][e % kStride] = last[tiled(e / kStride, e % kStride, kStride)];
     __syncthreads();
     for (int i = thread; i < work.rows - first; i += kThreads) {
       double x[kHalfWidth];
 #pragma unroll
-      for (int c = 0; c < kHalfWidth; ++c) x[c] = work.at(first + i, first + c);
+      for (int c = 0; c < kHalfWidth; c += 2) {
+        const Pair entries = pair_at(&work.at(first + i, first + c));
+        x[c] = entries.even;
+        x[c + 1] = entries.odd;
+      }
       if (last != nullptr) {
 #pragma unroll 1
-        for (int k = 0; k < kHalfWidth; ++k) {
-          const double v = last[i * kStride + k], w = last[i * kStride + kHalfWidth + k];
+        for (int k = 0; k < kStride; k += 2) {
+          const Pair entries = pair_at(last + tiled(i, k, kStride));
+          const int other = (k + kHalfWidth) % kStride;  // V and W', W and V'
 #pragma unroll
           for (int c = 0; c < kHalfWidth; ++c)
-            x[c] = fused(-w, space.top[c][k], fused(-v, space.top[c][kHalfWidth + k], x[c]));
+            x[c] =
+                fused(-entries.odd, space.top[c][other + 1], fused(-entries.even, space.top[c][other], x[c]));
         }
       }
 #pragma unroll
@@ -196,55 +208,62 @@ struct Band {
   }
 
   // A -= V W' + W V' of the last panel, if there is one, in the rows and columns from `first` on, and U = A V
-  // of the next. A warp has 16 rows at a time. C of a product is A of the next with its columns in another
-  // order, in which the rows of V are taken, too.
-  __device__ __forceinline__ void update_and_multiply(int first, int m, const double* last,
-                                                      const double* next) const {
-    const int g = lane / 4, t = lane % 4;
+  // of the next, which is in the panel. A warp has 16 rows at a time. C of a product is A of the next with
+  // its columns in another order, in which the rows of V are taken, too; so are the columns of V and W.
+  __device__ __forceinline__ void update_and_multiply(int first, int m, const double* last) const {
+    const int g = lane / 4, t = lane % 4, below = 8 * work.rows;
     for (int row = 16 * warp; row < m; row += 16 * kBandWarps) {
       double x[2][8], u[2][4] = {};
       if (last != nullptr) {
 #pragma unroll
-        for (int part = 0; part < 2; ++part)
-#pragma unroll
-          for (int e = 0; e < 8; ++e)
-            x[part][e] = -last[(row + g + 8 * (e % 2)) * kStride + kHalfWidth * part + t + 4 * (e / 2)];
+        for (int e = 0; e < 8; ++e) {
+          const int part = e / 4, half = e / 2 % 2, lower = e % 2;
+          const Pair entries = pair_at(last + tiled(row + 8 * lower, 8 * (e / 2), kStride) + 2 * lane);
+          x[part][4 * half + lower] = -entries.even;
+          x[part][4 * half + 2 + lower] = -entries.odd;
+        }
       }
-      double* at = &work.at(first + row + g, first + 2 * t);
-      const double* other_row = last == nullptr ? nullptr : last + g * kStride + t;
-      const double* v = next + 2 * t * kStride + g;
-      const int below = 8 * work.rows;
+      double* at = &work.at(first + row, first) + 2 * lane;
+      const double* others = last == nullptr ? nullptr : last + 2 * lane;
+      Pair next[2] = {pair_at(at), pair_at(at + below)};  // a tile ahead
 #pragma unroll 1
       for (int to = 0; to < m; to += 8) {
-        double c[4] = {at[0], at[1], at[below], at[below + 1]};
+        double c[4] = {next[0].even, next[0].odd, next[1].even, next[1].odd};
+        if (to + 8 < m) {
+          next[0] = pair_at(at + kTile);
+          next[1] = pair_at(at + kTile + below);
+        }
         if (last != nullptr) {
 #pragma unroll
           for (int part = 0; part < 2; ++part) {
             double other[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) other[e] = other_row[kHalfWidth * (1 - part) + 4 * e];
+            for (int half = 0; half < 2; ++half) {
+              const Pair entries = pair_at(others + (2 * (1 - part) + half) * kTile);
+              other[2 * half] = entries.even;
+              other[2 * half + 1] = entries.odd;
+            }
             mma_m16n8k16(c, x[part], other);
           }
-          at[0] = c[0];
-          at[1] = c[1];
-          at[below] = c[2];
-          at[below + 1] = c[3];
-          other_row += 8 * kStride;
+          pair_at(at) = {c[0], c[1]};
+          pair_at(at + below) = {c[2], c[3]};
+          others += 8 * kStride;
         }
         const double a[4] = {c[0], c[2], c[1], c[3]};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const double b[2] = {v[8 * half], v[8 * half + kStride]};
+          const Pair v = pair_at(&column(8 * half + g, to + 2 * t));
+          const double b[2] = {v.even, v.odd};
           mma_m16n8k8(u[half], a, b);
         }
-        at += 8;
-        v += 8 * kStride;
+        at += kTile;
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          work.product[(row + g + 8 * (e / 2)) * kHalfWidth + 8 * half + 2 * t + e % 2] = u[half][e];
+      for (int e = 0; e < 4; ++e) {
+        const int half = e / 2, lower = e % 2;
+        pair_at(work.product + tiled(row + 8 * lower, 8 * half, kHalfWidth) + 2 * lane) = {
+            u[half][2 * lower], u[half][2 * lower + 1]};
+      }
     }
   }
 
@@ -255,7 +274,7 @@ struct Band {
     for (int i = 0; i < m; i += 4)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        sums[e] = fused(column(r, i + e), work.product[(i + e) * kHalfWidth + c], sums[e]);
+        sums[e] = fused(column(r, i + e), work.product[tiled(i + e, c, kHalfWidth)], sums[e]);
     space.gram[thread] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     __syncthreads();
     double sum = 0;
@@ -272,13 +291,14 @@ struct Band {
       double w[kHalfWidth] = {};
 #pragma unroll 1
       for (int j = 0; j < kHalfWidth; ++j) {
-        const double u = work.product[i * kHalfWidth + j], v = column(j, i);
+        const double u = work.product[tiled(i, j, kHalfWidth)], v = column(j, i);
 #pragma unroll
         for (int e = 0; e < kHalfWidth; ++e)  // T is zero below its diagonal
           w[e] = fused(-v, space.gram[j * kHalfWidth + e], fused(u, space.factor[j * kHalfWidth + e], w[e]));
       }
 #pragma unroll
-      for (int e = 0; e < kHalfWidth; ++e) next[i * kStride + kHalfWidth + e] = w[e];
+      for (int e = 0; e < kHalfWidth; e += 2)
+        pair_at(next + tiled(i, kHalfWidth + e, kStride)) = {w[e], w[e + 1]};
     }
   }
 };
@@ -303,10 +323,10 @@ __device__ __forceinline__ void reduce_to_band(const Task<double>& task, double*
     __syncthreads();
     band.factor_panel(first, m);
     for (int i = thread; i < m; i += Band::kThreads)
-      for (int c = 0; c < kHalfWidth; ++c) next[i * kStride + c] = band.column(c, i);
+      for (int c = 0; c < kHalfWidth; c += 2)
+        pair_at(next + tiled(i, c, kStride)) = {band.column(c, i), band.column(c + 1, i)};
     __syncthreads();
-    band.update_and_multiply(first + kHalfWidth, m, last == nullptr ? nullptr : last + kHalfWidth * kStride,
-                             next);
+    band.update_and_multiply(first + kHalfWidth, m, last == nullptr ? nullptr : last + kHalfWidth * kStride);
     __syncthreads();
     band.finish(m, next);
     __syncthreads();

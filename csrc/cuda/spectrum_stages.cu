@@ -16,7 +16,7 @@
     __VA_ARGS__({matrices, means, static_cast<int>(n), batch, samples, values, raw}, workspace);       \
   }
 
-// And 16 rows of the workspace.
+// And 16 times the workspace's rows and 8 more.
 static_assert(sizeof(rgfast::cuda::spectrum::BandSpace) == 13824);
 RGFAST_STAGE(band, 256, 2, rgfast::cuda::spectrum::reduce_to_band)
 // The band's 32 rows of the workspace, and 4 bytes a row.

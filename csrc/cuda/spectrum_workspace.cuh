@@ -10,6 +10,22 @@ constexpr int kHalfWidth = 16;
 // while. Also what a row of V and W has.
 constexpr int kStride = 2 * kHalfWidth;
 
+// Matrices lie in tiles of 8 x 8, one after another along a row of tiles, so that a warp moves a tile by 16
+// bytes a lane, which are neighbors: entries 2t and 2t + 1 of row g = lane / 4, t = lane % 4, as `mma` has
+// them.
+constexpr int kTile = 64;
+struct alignas(16) Pair {
+  double even, odd;
+};
+__device__ __forceinline__ const Pair& pair_at(const double* at) {
+  return *reinterpret_cast<const Pair*>(at);
+}
+__device__ __forceinline__ Pair& pair_at(double* at) { return *reinterpret_cast<Pair*>(at); }
+
+__host__ __device__ __forceinline__ int tiled(int i, int j, int columns) {
+  return (i >> 3) * 8 * columns + (j >> 3) * kTile + (i & 7) * 8 + (j & 7);
+}
+
 // How a matrix was scaled, and the norm of its scaled mean.
 struct State {
   MatrixScale<double> scale;
@@ -31,9 +47,9 @@ static_assert(workspace_doubles(193) == 66980);
 
 struct Workspace {
   int rows;
-  double* matrix;               // [rows, rows]
-  double* vectors;              // [2][rows, kStride], V and W
-  double* product;              // [rows, kHalfWidth], A V
+  double* matrix;               // [rows, rows], in tiles
+  double* vectors;              // [2][rows, kStride], V and W, in tiles
+  double* product;              // [rows, kHalfWidth], A V, in tiles
   double* band;                 // [rows, kStride], by columns
   double *diagonal, *coupling;  // [rows] each, coupling[i] between rows i - 1 and i
   State* state;
@@ -47,9 +63,7 @@ struct Workspace {
     coupling = diagonal + rows;
     state = reinterpret_cast<State*>(coupling + rows);
   }
-  __device__ __forceinline__ double& at(int i, int j) const {
-    return matrix[static_cast<std::int64_t>(i) * rows + j];
-  }
+  __device__ __forceinline__ double& at(int i, int j) const { return matrix[tiled(i, j, rows)]; }
   __device__ __forceinline__ double& band_at(int i, int j) const { return band[j * (kStride - 1) + i]; }
 };
 

@@ -52,7 +52,7 @@ Solved solve(const Each<double>& matrices, const Each<double>& means, int n, std
                          std::int64_t{n}, static_cast<std::int64_t>(matrices.size()), kSamples, values.data(),
                          means.empty() ? nullptr : raw.data(), workspace.data());
   };
-  run(rgfast_spectrum_band_f64, 256, 13824 + 128 * rows);
+  run(rgfast_spectrum_band_f64, 256, 13824 + 128 * (rows + 8));
   if (far || n > 512)
     run(rgfast_spectrum_chase_far_f64, 384, flags);
   else

@@ -41,7 +41,7 @@ class Stages(NamedTuple):
         rows = _whole_panels(d)
         far = d > _ROWS_IN_SHARED_MEMORY if far is None else far
         chase = ("chase_far", 384, 4 * d) if far else ("chase", 384, 16 * _HALF_WIDTH * rows + 4 * d)
-        stages = [("band", 256, 13824 + 8 * _HALF_WIDTH * rows), chase, ("count", 512, 24848)]
+        stages = [("band", 256, 13824 + 8 * _HALF_WIDTH * (rows + 8)), chase, ("count", 512, 24848)]
         return [(f"rgfast_spectrum_{name}_f64", block, shared) for name, block, shared in stages]
 
     def launch(
