@@ -9,7 +9,7 @@
 
 namespace rgfast::cuda::spectrum {
 
-constexpr int kChaseWarps = 12, kDone = 1 << 28;
+constexpr int kDone = 1 << 28;
 
 // A block of the band by a warp: row lane % 16, and 8 columns on either half of the lanes.
 struct Sweep {
@@ -80,24 +80,24 @@ struct Sweep {
   }
 };
 
-// With the band in shared memory if there is room.
+// With the band in shared memory if there is room. By any number of warps.
 template <bool Shared>
 __device__ __forceinline__ void chase(const Task<double>& task, double* workspace) {
   const int n = task.n;
   const Workspace work(workspace, blockIdx.x, n);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  constexpr int kThreads = 32 * kChaseWarps;
+  const int threads = static_cast<int>(blockDim.x), warps = threads / 32;
   double* band = work.band;
   int* progress = shared_memory<int>();  // steps that a sweep has made
   if constexpr (Shared) {
     band = shared_memory<double>();
     progress = reinterpret_cast<int*>(band + work.rows * kStride);
-    for (int i = thread; i < work.rows * kStride; i += kThreads) band[i] = work.band[i];
+    for (int i = thread; i < work.rows * kStride; i += threads) band[i] = work.band[i];
   }
-  for (int i = thread; i < n; i += kThreads) progress[i] = 0;
+  for (int i = thread; i < n; i += threads) progress[i] = 0;
   __syncthreads();
 #pragma unroll 1
-  for (int s = warp; s < n - 2; s += kChaseWarps) {
+  for (int s = warp; s < n - 2; s += warps) {
     Sweep sweep{band, n, lane % kHalfWidth, lane / kHalfWidth * Sweep::kMine, {}, 0.0};
     int made = 0;
 #pragma unroll 1
@@ -112,7 +112,7 @@ __device__ __forceinline__ void chase(const Task<double>& task, double* workspac
     if (lane == 0) publish(progress + s, kDone);
   }
   __syncthreads();
-  for (int i = thread; i < n; i += kThreads) {
+  for (int i = thread; i < n; i += threads) {
     work.diagonal[i] = band[i * kStride];
     work.coupling[i] = i > 0 ? band[(i - 1) * kStride + 1] : 0.0;
   }

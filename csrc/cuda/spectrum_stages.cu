@@ -2,7 +2,7 @@
 // `batch workspace_doubles(n)`: `band`, then `chase` (`chase_far`, where a band has no room in shared
 // memory), then `count`. Arguments, order of the values and NaN are those of spectrum.cu.
 //
-// Grid: a block per matrix. Threads and bytes of shared memory are listed beside each;
+// Grid: a block per matrix. Threads (of `chase`: at most) and bytes of shared memory are listed beside each;
 // rgfast/ops/spectrum/stages.py has the same.
 #include "cuda/common/device.cuh"
 #include "cuda/spectrum_band.cuh"

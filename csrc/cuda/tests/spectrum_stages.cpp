@@ -53,10 +53,11 @@ Solved solve(const Each<double>& matrices, const Each<double>& means, int n, std
                          means.empty() ? nullptr : raw.data(), workspace.data());
   };
   run(rgfast_spectrum_band_f64, 256, 13824 + 128 * (rows + 8));
+  const auto chasing = 32 * static_cast<unsigned>(std::clamp(n / 48, 4, 12));
   if (far || n > 512)
-    run(rgfast_spectrum_chase_far_f64, 384, flags);
+    run(rgfast_spectrum_chase_far_f64, chasing, flags);
   else
-    run(rgfast_spectrum_chase_f64, 384, 256 * rows + flags);
+    run(rgfast_spectrum_chase_f64, chasing, 256 * rows + flags);
   run(rgfast_spectrum_count_f64, 512, 24848);
   Solved solved;
   for (std::size_t i = 0; i < matrices.size(); ++i) {

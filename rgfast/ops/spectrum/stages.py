@@ -40,7 +40,9 @@ class Stages(NamedTuple):
         """Names, threads and bytes of shared memory; with `far` the band is in the device's memory."""
         rows = _whole_panels(d)
         far = d > _ROWS_IN_SHARED_MEMORY if far is None else far
-        chase = ("chase_far", 384, 4 * d) if far else ("chase", 384, 16 * _HALF_WIDTH * rows + 4 * d)
+        # d / 32 sweeps could go on at a time. Fewer warps take less time per step, and more blocks fit.
+        threads = 32 * max(4, min(12, d // 48))
+        chase = ("chase_far", threads, 4 * d) if far else ("chase", threads, 16 * _HALF_WIDTH * rows + 4 * d)
         stages = [("band", 256, 13824 + 8 * _HALF_WIDTH * (rows + 8)), chase, ("count", 512, 24848)]
         return [(f"rgfast_spectrum_{name}_f64", block, shared) for name, block, shared in stages]
 

@@ -272,12 +272,16 @@ def test_stages_solve_larger_matrices(gpu, dtype):
 
 
 @pytest.mark.parametrize(
-    ("d", "chase"), [(193, "chase"), (512, "chase"), (513, "chase_far"), (1024, "chase_far")]
+    ("d", "chase", "warps"),
+    [(193, "chase", 4), (512, "chase", 10), (513, "chase_far", 10), (1024, "chase_far", 12)],
 )
-def test_stages_depend_on_rows(gpu, d, chase):
+def test_stages_depend_on_rows(gpu, d, chase, warps):
     assert room.kernel_for(d, F64) is STAGES
-    names = [name for name, _, _ in STAGES.launches(d, F64)]
-    assert names == [f"rgfast_spectrum_{name}_f64" for name in ("band", chase, "count")]
+    launches = STAGES.launches(d, F64)
+    assert [name for name, _, _ in launches] == [
+        f"rgfast_spectrum_{name}_f64" for name in ("band", chase, "count")
+    ]
+    assert [block for _, block, _ in launches] == [256, 32 * warps, 512]
     gpu.set(shared=101_376)  # of smaller cards; an A100's 166,912 are enough for all
     assert all(shared <= 166_912 for _, _, shared in STAGES.launches(d, F64))
     refusal = EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F64).expand(d, d)))
