@@ -30,7 +30,7 @@ from rgfast.ops.device import LAUNCH
 from rgfast.ops.spectrum.impl.cuda import Kernel, kernel_for
 
 MEASURED = Path(__file__).with_name("h100_eigenvalues.json")
-COMPILED = Path(__file__).resolve().parents[1] / "tests" / "gate" / "tables" / "spectrum.txt"
+COMPILED = Path(__file__).resolve().parents[1] / "tests" / "gate" / "tables"
 
 CLOCK = 1.92e9  # at which 132 multiprocessors make 65 TF/s of fp64 mma
 PROCESSORS, SHARED, REGISTERS = 132, 233472, 65536
@@ -185,12 +185,13 @@ def prototype(name: str, n: int) -> Shape:
 
 
 @functools.cache
-def registers(name: str) -> int:
+def registers(name: str, source: str = "spectrum") -> int:
     """Of a kernel of the package, as compiled for sm_90."""
-    for line in COMPILED.read_text(encoding="utf-8").splitlines():
+    table = COMPILED / f"{source}.txt"
+    for line in table.read_text(encoding="utf-8").splitlines():
         if line.split()[0] == "90" and line.split()[-1] == name:
             return int(line.split()[2])
-    raise ValueError(f"{COMPILED} has no {name} for sm_90")
+    raise ValueError(f"{table} has no {name} for sm_90")
 
 
 def kernel(n: int, size: int) -> Shape:
@@ -198,7 +199,7 @@ def kernel(n: int, size: int) -> Shape:
     dtype = torch.float64 if size == 8 else torch.float32
     chosen = kernel_for(n, dtype)
     if not isinstance(chosen, Kernel):
-        raise ValueError(f"no model of time has been made of what solves {n} rows of {dtype}")
+        raise ValueError(f"{n} rows of {dtype} are solved in stages: see gpu_spectrum_stages.py")
     where = next(each for each in ("lanes", "registers", "shared") if f"_{each}" in chosen.name)
     return Shape(
         where,

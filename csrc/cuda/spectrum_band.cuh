@@ -34,6 +34,7 @@ struct Band {
   int thread, lane, warp;
 
   static constexpr int kThreads = 32 * kBandWarps;
+  static constexpr int kAhead = 4;  // loads before the first store
 
   __device__ __forceinline__ double& column(int c, int i) const {
     return panel[c * (work.rows + kPanelPadding) + i];
@@ -49,12 +50,20 @@ struct Band {
       for (int j = lane; j <= i; j += 32) loaded(matrix + static_cast<std::int64_t>(i) * n + j, largest);
     const auto scale = MatrixScale<double>::of(team.largest(largest));
     for (int i = warp; i < rows; i += kBandWarps)
-      for (int j = lane; j <= i; j += 32) {
-        double unused = 0;
-        const double entry =
-            i < n ? scale.down * loaded(matrix + static_cast<std::int64_t>(i) * n + j, unused) : 0;
-        work.at(i, j) = entry;
-        if (i != j) work.at(j, i) = entry;
+      for (int from = lane; from <= i; from += 32 * kAhead) {
+        double entry[kAhead], unused = 0;
+#pragma unroll
+        for (int t = 0; t < kAhead; ++t) {
+          const int j = from + 32 * t;
+          entry[t] = i < n && j <= i
+                         ? scale.down * loaded(matrix + static_cast<std::int64_t>(i) * n + j, unused)
+                         : 0.0;
+        }
+#pragma unroll
+        for (int t = 0; t < kAhead; ++t) {
+          const int j = from + 32 * t;
+          if (j <= i) work.at(i, j) = work.at(j, i) = entry[t];
+        }
       }
     for (int i = thread; i < rows * kStride; i += kThreads) work.band[i] = 0;
     if (thread == 0) work.state->scale = scale;

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgfast.runtime import cuda
 
-__all__ = ["STAGES", "Stages", "workspace_doubles"]
+__all__ = ["STAGES", "Stages", "at_once", "workspace_doubles"]
 
 _HALF_WIDTH, _ROWS_IN_SHARED_MEMORY = 16, 512
 _WORK = 1 << 30
@@ -27,6 +27,11 @@ def workspace_doubles(d: int) -> int:
     """Of a matrix of d rows; spectrum_workspace.cuh has the same."""
     rows = _whole_panels(d)
     return rows * (rows + 7 * _HALF_WIDTH + 2) + 4
+
+
+def at_once(d: int) -> int:
+    """Matrices of d rows that share a workspace."""
+    return max(1, _WORK // (8 * workspace_doubles(d)))
 
 
 class Stages(NamedTuple):
@@ -51,13 +56,12 @@ class Stages(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Eigenvalues `[b, d]`, ascending, of `a[b, d, d]` and, if given means, of a + samples mean mean'."""
         (b, d), dtype = a.shape[:2], a.dtype
-        size = workspace_doubles(d)
-        at_once = max(1, min(b, _WORK // (8 * size)))
+        most = min(b, at_once(d))
         values = torch.empty((b, d), dtype=torch.float64, device=a.device)
         raw = values if means is None else torch.empty_like(values)
-        workspace = torch.empty(at_once * size, dtype=torch.float64, device=a.device)
-        for begin in range(0, b, at_once):
-            part = slice(begin, min(begin + at_once, b))
+        workspace = torch.empty(most * workspace_doubles(d), dtype=torch.float64, device=a.device)
+        for begin in range(0, b, max(1, most)):
+            part = slice(begin, min(begin + most, b))
             count = part.stop - begin
             matrices = a[part].double().contiguous()
             for name, block, shared in self.launches(d, dtype, far):

@@ -1,0 +1,271 @@
+"""What eigenvalues in stages are predicted to take on an H100, over cuSOLVER's measured times.
+
+    python benchmarks/gpu_spectrum_stages.py
+
+As `gpu_spectrum.py` does for smaller matrices, whose clocks and two fitted factors these are: nothing was
+fitted again. No GPU is needed and none is used: every figure of the package's kernels is PREDICTED. First the
+same counts, of the loops that prototypes had, are held against what those took on an H100. Rows that are off
+by more than a quarter are marked.
+
+A part of a kernel has clocks of the chain of operations that wait for each other, clocks that keep a
+multiprocessor busy, and bytes of the device's memory. What is busy is mostly the way to memory, for a clock
+per line of 128 bytes that a warp touches. A panel is read by rows: prototypes, whose rows were far apart,
+touched 32 lines for 16 bytes of each lane. In tiles these are 16, and 4 where a warp takes a whole tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from gpu_clock import Row
+from gpu_spectrum import (
+    AROUND_COUNT,
+    CLOCK,
+    COUNTS,
+    EXCHANGED,
+    FITTED_BUSY,
+    FITTED_CHAIN,
+    FUSED,
+    GRAPHED,
+    LOAD,
+    LOADED,
+    PROCESSORS,
+    REFLECTOR,
+    REGISTERS,
+    ROW_BUSY,
+    ROW_WAIT,
+    SHARED,
+    SHUFFLED,
+    measured,
+    registers,
+)
+
+from rgfast.ops.device import LAUNCH
+from rgfast.ops.spectrum.stages import STAGES, at_once
+
+BATCHES = (64, 400, 2048)
+WIDTH = 16  # of a panel
+# Clocks until a value comes from the device's memory, and from the second-level cache; until the result of an
+# fp64 mma m16n8k16 and m16n8k8, and between two of the former (65 TF/s). Assumed but the last.
+FAR, CACHED, MMA, SMALLER_MMA, MMA_BUSY = 700, 270, 35, 20, 16
+# A chase's step: clocks of its chain, and shuffles and words of shared memory of its warp. Of the prototypes'
+# (which passed vectors through shared memory) and of ours, as compiled.
+STEP = {"prototype": (906, 143), "package": (921, 152)}
+REFLECTING = 5 * SHUFFLED[8] + 2 * EXCHANGED + 2 * LOAD + 2 * SHUFFLED[8] + REFLECTOR[8] + 5 * FUSED[8]
+# T of a panel's reflectors, by one warp.
+FACTOR = 120 * (LOAD + FUSED[8]) + 16 * EXCHANGED
+
+
+class Part(NamedTuple):
+    """Of a panel with m rows below it, for one matrix: clocks of the chain, busy clocks, bytes."""
+
+    chain: float
+    busy: float
+    bytes: float
+
+    def seconds(self, together: float, batch: int) -> float:
+        """With so many matrices to a multiprocessor, of a batch that shares the memory."""
+        clocks = FITTED_CHAIN * self.chain + together * FITTED_BUSY * self.busy
+        return clocks / CLOCK + batch * self.bytes / LOADED
+
+
+def padded(n: int) -> int:
+    return -(-n // WIDTH) * WIDTH
+
+
+def below(n: int) -> list[int]:
+    """The rows below each panel but the last."""
+    return list(range(padded(n) - WIDTH, 0, -WIDTH))
+
+
+def panel(m: int, most: int, tiles: bool, alone: bool = False) -> Part:
+    """Reflectors of 16 columns by `most` threads, or a kernel `alone` has fewer for few rows."""
+    if tiles:  # columns in shared memory, read twice and written once
+        warps, rows = 8, -(-m // 256)
+        shared = (2 * 17 + 2 + 8 + 4 * 8) * m / 32 + 30 * warps
+        arithmetic = (24 * m / 32 + 30 * warps) * 2 / 4
+        lines = (4 + 8 + 4 + 16 + 3) * m
+    else:  # a row or two of each thread in registers
+        rows = 2 if m > most else 1
+        warps = most // 32 if not alone else max(2, -(-m // (32 * rows)))
+        shared = 23 * warps
+        arithmetic = (16 * rows + 8 * (3 + rows) + 26) * warps * 2 / 4
+        lines = (8 + 16 + 8 + 8) * m
+    column = max(shared, arithmetic, 2 * 20 * warps) + 10 * warps
+    chain = WIDTH * (REFLECTING + warps / 2 * FUSED[8]) + FACTOR + 2 * FAR + WIDTH * 60 * rows
+    return Part(chain, WIDTH * column + lines, (WIDTH + 64) * 8 * m)
+
+
+def triangle(m: int, warps: int) -> Part:
+    """The prototypes' products: tiles of 16 x 32 of the lower triangle, each used for both of its places."""
+    blocks = [max(0, m // 16 - 2 * j) for j in range(-(-m // 32))]
+    tile = FAR + 4 * MMA + 8 * SMALLER_MMA + EXCHANGED + 2 * LOAD
+    chain = sum(-(-count // warps) for count in blocks) * tile + len(blocks) * (FAR / 2 + 3 * EXCHANGED)
+    lines = 64 + 128 + 64 + 64 + 32 + 32 + 32 + 32 + 32
+    return Part(chain, sum(blocks) * max(lines, 16 * MMA_BUSY), m * m * 8.0)
+
+
+def whole(m: int) -> Part:
+    """The package's: tiles of 16 x 8 of all of the matrix, the next one loaded ahead."""
+    rounds = -(-m // (16 * 8)) * m / 8
+    tile = CACHED / 2 + 2 * MMA + SMALLER_MMA + LOAD
+    lines = 2 * 4 + 2 * 4 + 8 * 4 / 2 + 2 * 4
+    return Part(rounds * tile, m * m / 128 * max(lines, 3 * MMA_BUSY), m * m * 16.0)
+
+
+def finish(m: int, tiles: bool) -> Part:
+    """W of U, V and T."""
+    small = 3 * EXCHANGED + WIDTH * (2 * LOAD + FUSED[8])
+    if tiles:
+        chain = m / 4 * (LOAD + FUSED[8]) + small + WIDTH * (LOAD + 2 * FUSED[8]) * m / 256 + 2 * FAR
+        return Part(chain, (24 + 8 + 9 + 4) * m, 3 * WIDTH * 8 * m)
+    return Part(
+        m / 4 * FUSED[8] + small + EXCHANGED + 2 * FAR, (8 + 8 + 16 + 4 + 8 + 3) * m, 6 * WIDTH * 8 * m
+    )
+
+
+def begin(n: int) -> Part:
+    """Reads the package's matrix twice, scales it, and writes both of its triangles by tiles."""
+    rows = padded(n)
+    chain = 2 * (rows / 8) * max(1.0, rows / 256) * FAR
+    return Part(chain, rows * rows * (0.5 + 8 / 32 + 2 * 2 / 32), 8.0 * n * n + 8.0 * rows * rows)
+
+
+def waves(batch: int, blocks: int) -> Iterator[int]:
+    """How many blocks run at once, one lot after another, if so many fit a multiprocessor."""
+    while batch > 0:
+        yield min(batch, blocks * PROCESSORS)
+        batch -= blocks * PROCESSORS
+
+
+def prototype_band(n: int, batch: int, most: int, warps: int, split: int, streams: int) -> float:
+    """Seconds. Kernels of several streams hide behind each other; products of a matrix may be split."""
+    seconds = 0.0
+    for m in below(n):
+        for part, over in (
+            (panel(m, most, False, alone=streams > 0), 1),
+            (triangle(m, warps * split), split),
+            (finish(m, False), 1),
+        ):
+            together = max(1.0, batch * over / PROCESSORS) / over
+            seconds += part.seconds(together, batch) + (GRAPHED if streams else 0.0)
+    return seconds
+
+
+def band(n: int, batch: int) -> float:
+    """Seconds of the package's kernel: a block per matrix, two to a multiprocessor by their registers."""
+    _, threads, shared = STAGES.launches(n, torch.float64)[0]
+    blocks = fitting("rgfast_spectrum_band_f64", threads, shared)
+    parts = [begin(n), *(each for m in below(n) for each in (panel(m, 256, True), whole(m), finish(m, True)))]
+    return sum(
+        part.seconds(math.ceil(now / PROCESSORS), now) for now in waves(batch, blocks) for part in parts
+    )
+
+
+def fitting(name: str, threads: int, shared: int) -> int:
+    """Blocks of a kernel that fit a multiprocessor."""
+    per_thread = -(-registers(name, "spectrum_stages") // 8) * 8
+    return min(REGISTERS // (per_thread * threads), SHARED // (shared + 1024))
+
+
+def chasing(n: int, batch: int, warps: int, blocks: int, near: bool, whose: str) -> float:
+    """Seconds. A sweep starts two steps after the one before, or when a warp is through with another."""
+    steps = sum(max(2.0, (n - s) / (16 * warps)) for s in range(n - 2)) + n / 16
+    chain, busy = STEP[whose]
+    chain += 0 if near else CACHED - LOAD
+    clocks = 0.0
+    for now in waves(batch, blocks):
+        # Other warps hide what a warp waits for.
+        clocks += steps * math.hypot(FITTED_CHAIN * chain, math.ceil(now / PROCESSORS) * warps * busy)
+    return clocks / CLOCK
+
+
+def prototype_chase(n: int, batch: int, warps: int, near: bool) -> float:
+    shared = 512 * warps + 4 * n + (256 * padded(n) if near else 0)
+    blocks = min(64 // warps, SHARED // (shared + 1024))
+    return 10e-6 + chasing(n, batch, warps, blocks, near, "prototype")
+
+
+def chase(n: int, batch: int) -> float:
+    """Seconds of the package's kernel."""
+    name, threads, shared = STAGES.launches(n, torch.float64)[1]
+    blocks = fitting(name, threads, shared)
+    return chasing(n, batch, threads // 32, blocks, not name.endswith("far_f64"), "package")
+
+
+def counts(n: int, batch: int) -> float:
+    """Seconds of the package's kernel: a count of each of 512 threads for the table, the others by rows."""
+    name, threads, shared = STAGES.launches(n, torch.float64)[2]
+    seconds = 0.0
+    for now in waves(batch, fitting(name, threads, shared)):
+        together = math.ceil(now / PROCESSORS)
+
+        def count(working: int, together: int = together) -> float:
+            busy = together * math.ceil(working / 32) / 4 * ROW_BUSY[8]
+            return padded(n) * max(ROW_WAIT[8], busy) + AROUND_COUNT
+
+        rounds = -(-n // threads)
+        seconds += (count(threads) + (COUNTS[8] - 1) * rounds * count(-(-n // rounds))) / CLOCK
+    return seconds
+
+
+def predicted(n: int, batch: int, size: int) -> float:
+    """Seconds that a batch takes by the package's kernels, one spectrum."""
+    seconds = LAUNCH
+    most = at_once(n)
+    while batch > 0:
+        now = min(batch, most)
+        seconds += band(n, now) + chase(n, now) + counts(n, now) + 2 * GRAPHED
+        if size == 4:
+            seconds += GRAPHED + 12.0 * n * n * now / LOADED
+        batch -= now
+    return seconds
+
+
+def validation() -> list[Row]:
+    """The prototypes' stages, in microseconds per matrix."""
+    table, rows = measured(), []
+    for n, batch, *how, each in table["bands"]:
+        seconds = prototype_band(n, batch, *how)
+        rows.append(Row(f"dense to band, {batch} of n={n}", each, 1e6 * seconds / batch))
+    for n, batch, warps, near, each in table["chases"]:
+        seconds = prototype_chase(n, batch, warps, near)
+        rows.append(Row(f"band to tridiagonal, {batch} of n={n}", each, 1e6 * seconds / batch))
+    return rows
+
+
+def table() -> str:
+    """Microseconds per matrix, predicted, and how many times faster than cuSOLVER, as measured."""
+    cells: dict[tuple[int, int], dict[int, str]] = {}
+    for size, n, batch, library, wanted in measured()["cusolver_staged"]:
+        each = 1e6 * predicted(n, batch, size) / batch
+        aim = f" ({wanted:.3g})" if wanted else ""
+        cells.setdefault((size, n), {})[batch] = f"{each:.3g}, {library / each:.1f}{aim}"
+    lines = ["| rows | batch 64 | batch 400 | batch 2,048 |", "|---|---|---|---|"]
+    for (size, n), row in cells.items():
+        lines.append(f"| {n}, fp{8 * size} | {' | '.join(row.get(batch, '-') for batch in BATCHES)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print("| measured on an H100, us per matrix | measured | model | model / measured | |")
+    print("|---|---|---|---|---|")
+    for row in validation():
+        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
+        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
+    print(
+        "\nPREDICTED, not run on a GPU: microseconds per matrix in stages by the package's kernels, how many"
+    )
+    print("times faster that is than cuSOLVER, measured on an H100, and in brackets what was wanted\n")
+    print(table())
+    print("\n| PREDICTED | dense to band | band to tridiagonal | eigenvalues |\n|---|---|---|---|")
+    for n, batch in ((200, 400), (256, 64), (256, 400), (384, 400), (512, 64), (512, 400), (1024, 64)):
+        parts = (1e6 * each(n, batch) / batch for each in (band, chase, counts))
+        print(f"| {batch} of n={n} | {' | '.join(f'{part:.3g}' for part in parts)} |")
+
+
+if __name__ == "__main__":
+    main()
