@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.spectrum.call import Again, Measure, Rows
-from rgfast.ops.spectrum.lanczos import effective_rank_estimate
+from rgfast.ops.spectrum.lanczos import effective_rank_estimates
 from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
 from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
@@ -72,7 +72,7 @@ def estimated(call: Measure) -> tuple[Tensor, SpectrumInfo]:
         raise ValueError("method='lanczos' estimates effective ranks, not single values: take 'auto'")
     x, matrix = second_moments(call)
     spectrum = "variance" if call.measure == "effective_rank_variance" else "singular"
-    found = [effective_rank_estimate(a, spectrum=spectrum) for a in matrix]
+    found = effective_rank_estimates(matrix, spectrum)
     lead, m = tuple(x.shape[:-2]), min(x.shape[-2:])
     rank = torch.tensor([e.value for e in found], dtype=torch.float64, device=x.device).reshape(lead)
     bound = torch.tensor(

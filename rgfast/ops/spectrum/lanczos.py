@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,9 +77,25 @@ def effective_rank_estimate(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     apply, size, device = _operator(moment, dim)
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
     with one_thread():
-        return _estimate(apply, size, device, spectrum, probes, steps, deflate, seed, workers)
+        queued = _quadrature(apply, _drawn(size, probes, seed, device), steps, deflate)
+        (found,) = _estimates([queued], size, spectrum)
+    if found is None:
+        _refuse_nonfinite(moment)
+    return found
+
+
+def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimate]:
+    """`effective_rank_estimate` of each of fp64 `moments[b, d, d]`. A device is read once, at the end."""
+    with one_thread():
+        size = moments.shape[-1]
+        drawn = _drawn(size, 24, 0, moments.device)
+        queued = [_quadrature(_product(aligned(a)), drawn, 64, 48) for a in moments]
+        found = _estimates(queued, size, spectrum)
+    for a, each in zip(moments, found, strict=True):
+        if each is None:
+            _refuse_nonfinite(a)
+    return [each for each in found if each is not None]
 
 
 def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean") -> Operator:
@@ -138,17 +154,25 @@ def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device
         raise TypeError(f"moment must be float64, got {str(a.dtype).removeprefix('torch.')}")
     if a.dim() != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0 or dim not in (None, a.shape[0]):
         raise ValueError(f"moment must be one square matrix, got shape {tuple(a.shape)} and dim {dim!r}")
-    low, high = torch.aminmax(a)  # one pass, and NaN comes through
-    if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
-        bad = int((~torch.isfinite(a)).sum())
-        raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
+    if a.device.type == "cpu":  # elsewhere that would be a wait: the estimate comes out as not finite
+        low, high = torch.aminmax(a)  # one pass, and NaN comes through
+        if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
+            _refuse_nonfinite(a)
     return _product(aligned(a)), a.shape[0], a.device
 
 
+def _refuse_nonfinite(moment: Any) -> NoReturn:
+    bad = int((~torch.isfinite(moment)).sum()) if isinstance(moment, Tensor) else 0
+    if bad:
+        raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
+    raise ValueError("moment must be finite, got NaN or infinite values from it")
+
+
 def _product(a: Tensor) -> Operator:
-    """V -> a V by tiles of rows, whose bits are the same whichever thread computes them."""
-    tiles = torch.split(a, _TILE)
-    workers = torch.get_num_threads() if a.device.type == "cpu" else 1
+    """V -> a V; on the CPU by tiles of rows, whose bits are the same whichever thread computes them."""
+    if a.device.type != "cpu":
+        return lambda v: a @ v
+    tiles, workers = torch.split(a, _TILE), torch.get_num_threads()
     return lambda v: torch.cat(_spread(lambda rows: rows @ v, tiles, workers))
 
 
@@ -160,46 +184,61 @@ def _spread(function: Callable[[Any], Tensor], parts: Sequence[Any], workers: in
         return list(pool.map(function, parts))
 
 
-def _estimate(
-    apply: Operator,
-    size: int,
-    device: torch.device,
-    spectrum: str,
-    probes: int,
-    steps: int,
-    deflate: int,
-    seed: int,
-    workers: int,
-) -> RankEstimate:
+class _Queued(NamedTuple):
+    """What is known of a moment in units of its largest eigenvalue. Nothing was read on its device."""
+
+    known: Tensor  # [deflate], eigenvalues taken out, 0 for others
+    small: Tensor  # [probes, steps, steps], tridiagonal matrices of the rest
+    top: Tensor
+    finite: Tensor
+
+
+def _drawn(size: int, probes: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first block of the Krylov space, and the probes, `[size, *]`."""
     draw = torch.Generator().manual_seed(seed)
-    value, vector, residual = _leading(apply, size, device, deflate, draw)
-    top = float(value[0]) if len(value) else 0.0
-    if not math.isfinite(top):
-        raise ValueError("moment must be finite, got NaN or infinite values from it")
-    if top <= 0:
-        return RankEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    value, vector = value[:deflate], vector[:, :deflate]
-    good = _converged(value, residual[:deflate], top)
-    value, vector = value[:good] / top, vector[:, :good]
-    rest = size - good
-    start = torch.randn((size, probes), generator=draw, dtype=torch.float64, device="cpu").to(device)
+    block, start = (
+        torch.randn((size, width), generator=draw, dtype=torch.float64, device="cpu").to(device)
+        for width in (min(_BLOCK, size), probes)
+    )
+    return block, start
+
+
+def _quadrature(apply: Operator, drawn: tuple[Tensor, Tensor], steps: int, deflate: int) -> _Queued:
+    block, start = drawn
+    value, vector, residual, finite = _leading(apply, block, deflate)
+    top = value[0]
+    value, vector, residual = value[:deflate], vector[:, :deflate], residual[:deflate]
+    # Up to the first pair whose residual is not small.
+    good = ((residual <= _CONVERGED * value) & (value > 1e-12 * top)).long().cumprod(0) > 0
+    unit = torch.where(top > 0, top, 1.0)
+    known, vector = torch.where(good, value / unit, 0.0), torch.where(good, vector, 0.0)
+    known = torch.nn.functional.pad(known, (0, deflate - len(known)))
     start = _off(start, vector)
     start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
-    small = _lanczos(lambda v: _off(apply(v), vector) / top, start, min(steps, max(rest, 1)), workers)
+    small = _lanczos(lambda v: _off(apply(v), vector) / unit, start, min(steps, start.shape[1]))
+    return _Queued(known, small, top, finite)
 
+
+def _estimates(queued: Sequence[_Queued], size: int, spectrum: str) -> list[RankEstimate | None]:
+    """The estimates of moments of one size, None for one that was not finite. Reads the device once."""
+    if not queued:
+        return []
+    known, small, top, finite = (torch.stack(each) for each in zip(*queued, strict=True))
     floor = 16 * size**0.5 * _U  # eigenvalues under it are the moment's rounding error
     power = 0.5 if spectrum == "singular" else 1.0
+    probes, steps = small.shape[1:3]
+    taken = known > 0
+    good = taken.sum(-1)
+    known = torch.where(taken, known, 1.0) ** power
+    base_s, base_t = ((taken * each).sum(-1, keepdim=True) for each in (known, known * known.log()))
 
     def sums(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         theta, s = torch.linalg.eigh(t)
-        weight = s[:, 0].square() * rest
+        weight = s[..., 0, :].square() * (size - good)[:, None, None]
         seen = theta > floor
         p = torch.where(seen, theta, 1.0) ** power
         mass = (weight * seen * p).sum(-1)
         return mass, (weight * seen * p * p.log()).sum(-1), (weight * ~seen).sum(-1)
-
-    known = value**power
-    base_s, base_t = float(known.sum()), float((known * known.log()).sum())
 
     def entropy(s: Tensor, t: Tensor) -> Tensor:
         s, t = base_s + s, base_t + t
@@ -215,56 +254,68 @@ def _estimate(
         return (high + low) / 2, (high - low).abs() / 2
 
     *each, hidden = both(small)
-    half = max(small.shape[-1] // 2, 1)
-    *each_half, _ = both(small[:, :half, :half])
-    centre, bracket = middle(*(v.mean() for v in each))
-    centre_half, _ = middle(*(v.mean() for v in each_half))
-    left_out, _ = middle(*((v.sum() - v) / (probes - 1) for v in each))
-    h = float(centre)
-    probe = float(((probes - 1) / probes * (left_out - left_out.mean()).square().sum()).sqrt())
-    depth = max(abs(h - float(centre_half)), float(bracket))
-    share = min(0.5, float(hidden.mean()) * floor**power / (base_s + float(each[0].mean())))
+    half = max(steps // 2, 1)
+    *each_half, _ = both(small[..., :half, :half])
+    centre, bracket = middle(*(v.mean(-1, keepdim=True) for v in each))
+    centre_half, _ = middle(*(v.mean(-1, keepdim=True) for v in each_half))
+    left_out, _ = middle(*((v.sum(-1, keepdim=True) - v) / (probes - 1) for v in each))
+    spread = (left_out - left_out.mean(-1, keepdim=True)).square().sum(-1)
+    probe = ((probes - 1) / probes * spread).sqrt()
+    depth = torch.maximum((centre - centre_half).abs(), bracket)
+    share = hidden.mean(-1) * floor**power / (base_s[:, 0] + each[0].mean(-1))
+    columns = (centre[:, 0], probe, depth[:, 0], share, good.double(), top, finite.double())
+    return [_estimate(size, probes, *row) for row in torch.stack(columns, -1).tolist()]
+
+
+def _estimate(
+    size: int,
+    probes: int,
+    entropy: float,
+    probe: float,
+    depth: float,
+    share: float,
+    deflated: float,
+    top: float,
+    finite: float,
+) -> RankEstimate | None:
+    if not (finite and math.isfinite(top)):
+        return None
+    if top <= 0:
+        return RankEstimate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    share = min(0.5, share)
     hide = share * math.log(size) + _binary_entropy(share) if share > 0 else 0.0
     from scipy.special import stdtrit  # here, since few need it; scipy.stats would take 40 MB more
 
     width = float(stdtrit(probes - 1, 0.975)) * probe + depth + hide + 1e-10
-    rank = math.exp(h)
-    return RankEstimate(rank, math.exp(h - width), math.exp(h + width), probe, depth, hide, good)
+    low, high = math.exp(entropy - width), math.exp(entropy + width)
+    return RankEstimate(math.exp(entropy), low, high, probe, depth, hide, int(deflated))
 
 
-def _leading(
-    apply: Operator, size: int, device: torch.device, count: int, draw: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values, descending, vectors and residuals of a block Krylov space of at most `_DEPTH` blocks."""
-    width = min(_BLOCK, size)
-    block = torch.randn((size, width), generator=draw, dtype=torch.float64, device="cpu").to(device)
-    basis = torch.zeros((size, 0), dtype=torch.float64, device=device)
-    image = torch.zeros((size, 0), dtype=torch.float64, device=device)
+def _leading(apply: Operator, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ritz values, descending, vectors and residuals of a block Krylov space, and whether all was finite.
+
+    It has at most `_DEPTH` blocks. Columns without a direction of their own are zero.
+    """
+    basis = image = block[:, :0]
+    finite = torch.ones((), dtype=torch.bool, device=block.device)
     for _ in range(_DEPTH if count else 1):
         for _ in range(3):
             # What is left of a column inside the space already there is rounding error without a direction.
             scale = block.norm(dim=0).sum()
             q, r = torch.linalg.qr(block - basis @ (basis.mT @ block))
-            block = q[:, r.diagonal().abs() > 1e-10 * scale]
-        if block.shape[1] == 0:
+            block = torch.where(r.diagonal().abs() > 1e-10 * scale, q, 0.0)
+        if block.device.type == "cpu" and not bool(block.any()):  # elsewhere that would be a wait
             break
         basis, block = torch.cat([basis, block], 1), apply(block)
-        if not bool(torch.isfinite(block).all()):
-            nan = torch.full((1,), math.nan, dtype=torch.float64, device=device)
-            return nan, basis, nan
+        finite &= torch.isfinite(block).all()
+        block = torch.where(torch.isfinite(block), block, 0.0)
         image = torch.cat([image, block], 1)
     small = basis.mT @ image
     value, s = torch.linalg.eigh((small + small.mT) / 2)
     kept = max(count, 1)
     value, s = value.flip(0)[:kept], s.flip(1)[:, :kept]
     vector = basis @ s
-    return value, vector, (image @ s - vector * value).norm(dim=0)
-
-
-def _converged(value: Tensor, residual: Tensor, top: float) -> int:
-    """How many of the leading pairs may be taken out: up to the first whose residual is not small."""
-    bad = (residual > _CONVERGED * value) | (value <= 1e-12 * top)
-    return int(bad.nonzero()[0]) if bool(bad.any()) else len(value)
+    return value, vector, (image @ s - vector * value).norm(dim=0), finite
 
 
 def _off(v: Tensor, vector: Tensor) -> Tensor:
@@ -274,10 +325,11 @@ def _off(v: Tensor, vector: Tensor) -> Tensor:
     return v
 
 
-def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor:
+def _lanczos(apply: Operator, start: Tensor, steps: int) -> Tensor:
     """Tridiagonal matrices `[q, steps, steps]` of Lanczos from each of `start[q, d]`, kept orthogonal."""
     q, d = start.shape
-    parts = [slice(i, i + 4) for i in range(0, q, 4)]
+    together, workers = (4, torch.get_num_threads()) if start.device.type == "cpu" else (q, 1)
+    parts = [slice(i, i + together) for i in range(0, q, together)]
     basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
     small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)
     v, beta = start, torch.zeros(q, dtype=torch.float64, device=start.device)
@@ -304,7 +356,7 @@ def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor
 
 
 def _with_node_at_zero(t: Tensor) -> Tensor:
-    """The Gauss-Radau matrices: the last diagonal entries of `t[q, k, k]` changed so that 0 is an eigenvalue.
+    """The Gauss-Radau matrices: last diagonal entries of `t[..., k, k]` changed so that 0 is an eigenvalue.
 
     The even derivatives of the functions summed here are negative and the odd ones positive, so that the
     Gauss rule of `t` overestimates and this one underestimates.
@@ -313,13 +365,15 @@ def _with_node_at_zero(t: Tensor) -> Tensor:
     k = t.shape[-1]
     if k == 1:
         return t
-    pivot = t[:, 0, 0].clone()
+    pivot = t[..., 0, 0].clone()
     for j in range(1, k - 1):
-        pivot = t[:, j, j] - t[:, j, j - 1].square() / torch.where(pivot > 0, pivot, torch.inf)
-    last = t[:, k - 1, k - 2]
+        pivot = t[..., j, j] - t[..., j, j - 1].square() / torch.where(pivot > 0, pivot, torch.inf)
+    last = t[..., k - 1, k - 2]
     usable = (last > 0) & (pivot > 0)
     moved = last.square() / torch.where(usable, pivot, 1.0)
-    t[:, k - 1, k - 1] = torch.where(usable, torch.minimum(moved, t[:, k - 1, k - 1]), t[:, k - 1, k - 1])
+    t[..., k - 1, k - 1] = torch.where(
+        usable, torch.minimum(moved, t[..., k - 1, k - 1]), t[..., k - 1, k - 1]
+    )
     return t
 
 

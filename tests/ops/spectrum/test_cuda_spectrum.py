@@ -271,6 +271,15 @@ def test_stages_solve_larger_matrices(gpu, dtype):
     assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == "rgfast_spectrum_count_f64"
 
 
+def test_ranks_of_wider_data_are_solved_in_stages(gpu):
+    x = drawn(1, 220, 194)
+    found = rgfast.rank_measures(x, impl="cuda")
+    assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == "rgfast_spectrum_count_f64"
+    want = rgfast.rank_measures(x, impl="reference")
+    torch.testing.assert_close(found.effective_rank, want.effective_rank, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.stable_rank, want.stable_rank, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("d", "chase", "warps"),
     [(193, "chase", 4), (512, "chase", 10), (513, "chase_far", 10), (1024, "chase_far", 12)],

@@ -2,9 +2,11 @@
 
 import math
 
+import guards
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import rgfast
 from rgfast.ops.spectrum import lanczos
@@ -45,6 +47,31 @@ def test_interval_holds_the_truth():
                 held += e.low <= truth(sigma, power) <= e.high
                 trials += 1
     assert held >= 0.9 * trials
+
+
+@pytest.mark.parametrize("spectrum", ["singular", "variance"])
+def test_a_batch_has_the_estimates_of_each(spectrum):
+    moments = torch.stack([dense(SPECTRA["1/i"]), torch.zeros(D, D).double(), dense(SPECTRA["isotropic"])])
+    each = [rgfast.effective_rank_estimate(a, spectrum=spectrum) for a in moments]
+    assert lanczos.effective_rank_estimates(moments, spectrum) == each
+    assert lanczos.effective_rank_estimates(moments[:0], spectrum) == []
+    moments[2, 3, 4] = moments[2, 4, 3] = math.nan
+    with pytest.raises(ValueError, match="moment must be finite, got 2 NaN or infinite values"):
+        lanczos.effective_rank_estimates(moments, spectrum)
+
+
+def test_a_product_that_overflows_is_refused():
+    moment = torch.full((40, 40), 1e308, dtype=torch.float64)
+    with pytest.raises(ValueError, match="moment must be finite, got NaN or infinite values from it"):
+        rgfast.effective_rank_estimate(moment)
+
+
+def test_a_gpu_is_read_once_for_a_batch():
+    with guards.fake_gpu(), guards.Waits() as watch, pytest.raises(DataDependentOutputException):
+        lanczos.effective_rank_estimates(
+            torch.empty(2, 24, 24, dtype=torch.float64, device="cuda"), "singular"
+        )
+    assert watch.found == ["_to_copy between devices"] * 2 + ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("name", SPECTRA)
