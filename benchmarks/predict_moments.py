@@ -168,7 +168,7 @@ def resident(kernel: str, architecture: int = 90) -> int:
     (row,) = [row for row in rows if row[0] == str(architecture) and row[-1] == kernel]
     threads, registers = int(row[1]), int(row[2])
     warps = threads // 32 * 32 * (-(-registers // 8) * 8)
-    return min(REGISTERS // warps, SHARED // (kernels._SHARED + 1024))
+    return min(REGISTERS // warps, SHARED // (kernels.SHARED + 1024))
 
 
 def second_moments(batch: int, n: int, width: int, name: str = "exact", *, extended: bool) -> float:

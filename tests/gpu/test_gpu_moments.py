@@ -25,7 +25,7 @@ def gpu(request):
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_a_layer_and_of_two(gpu, dtype, split, monkeypatch):
     if split:  # as on a GPU whose fp64 is slow
-        monkeypatch.setattr(kernels, "_card", lambda device: ("sm_89", 128, 64))
+        monkeypatch.setattr(kernels, "card", lambda device: ("sm_89", 128, 64))
     (device, (positions, b)), made = gpu, torch.Generator().manual_seed(0)
     rows, shifts, sums = [], [], {}
     for d in (64, 130):

@@ -8,6 +8,7 @@ import rgfast
 from rgfast import ImplUnavailable
 from rgfast.ops.cka.api import OP, alignment
 from rgfast.ops.cka.impl import library
+from rgfast.ops.cka.sums import Wanted
 
 F64 = torch.float64
 
@@ -143,7 +144,7 @@ def test_by_features_beyond_the_limit_and_by_samples_give_the_same(monkeypatch):
     [(7, 1024, 64, False, 0), (25, 1024, 256, False, 1), (49, 1024, 256, True, 0), (24, 256, 512, False, 1)],
 )
 def test_the_cheaper_route_is_the_one_that_was_measured_so(layers, n, width, near, cheaper):
-    times = library._seconds(16, n, width, library._Wanted(layers, layers, near))
+    times = library._seconds(16, n, width, Wanted(layers, layers, near))
     assert times.index(min(times)) == cheaper
 
 

@@ -25,7 +25,7 @@ def gpu(emulated_gpu):
 @pytest.fixture(params=["double", "single"])
 def precision(request, monkeypatch):
     """On a GPU whose fp64 is slow, without which there are no split products."""
-    monkeypatch.setattr(kernels, "_card", lambda device: ("sm_89", 128, 64))
+    monkeypatch.setattr(kernels, "card", lambda device: ("sm_89", 128, 64))
     return request.param
 
 
@@ -136,7 +136,7 @@ def test_products_are_split_only_where_that_is_allowed_and_faster(gpu, monkeypat
         (("sm_89", 128, 64), "single", "split"),
         (("sm_89", 128, 64), "double", "exact"),
     ):
-        monkeypatch.setattr(kernels, "_card", lambda device, card=card: card)
+        monkeypatch.setattr(kernels, "card", lambda device, card=card: card)
         OP._chosen.clear()
         sums_of(rows, shifts, [(0, 0)], impl="cuda", precision=precision)
         assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == f"rgfast_moments_{kind}_float64"
@@ -206,7 +206,7 @@ def test_refusals(gpu, monkeypatch):
         sums_of(elsewhere, shifts, [(0, 0)], impl="cuda")
     with pytest.raises(ValueError, match="precision must be one of"):
         sums_of(rows, shifts, [(0, 1)], precision="half")
-    monkeypatch.setattr(kernels, "_MOST_BLOCKS", 1)
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", 1)
     with pytest.raises(ImplUnavailable, match="a grid has 1 blocks at most"):
         sums_of(rows, shifts, [(0, 1)], impl="cuda")
 

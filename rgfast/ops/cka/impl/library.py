@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,49 +16,15 @@ from torch import Tensor
 from rgfast.dispatch import Impl
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import check_call
+from rgfast.ops.cka.sums import TASKS, Sums, Wanted, mirrored, wanted_by
 from rgfast.ops.device import by_itself, by_name_on_cpu, memory_bytes, seconds
 
 __all__ = ["CKA", "run"]
 
-_TASKS = ("cka", "matrix", "drift", "alignment")
-# HSIC(K, K) below this fraction of (tr K)²/n is rounding, not variance.
-_NO_VARIANCE = 1e-13
 # Sums of so many products are cut in so many parts.
 _LONG, _CUTS = 1 << 16, 64
 # Bytes in work on the CPU; on a GPU an eighth of its memory, but no more than this.
 _WORK_BYTES, _WORK_BYTES_ON_DEVICE = 64 << 20, 2 << 30
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which inner products of ``layers`` layers: of neighbours, of all, or of the first with the rest."""
-
-    layers: int
-    first: int
-    near: bool
-
-    def of(self, i: int) -> Iterator[slice]:
-        """Layers that layer i is multiplied by, itself among them, none twice."""
-        if self.near:
-            yield slice(i, min(i + 2, self.layers))
-        elif self.first < self.layers:
-            yield slice(i, i + 1)
-            if i < self.first:
-                yield slice(self.first, self.layers)
-        else:
-            yield slice(i, self.layers)
-
-    @property
-    def pairs(self) -> int:
-        """How many products there are."""
-        return sum(part.stop - part.start for i in range(self.layers) for part in self.of(i))
-
-
-def _wanted(call: Call) -> _Wanted:
-    sides = call.sides
-    first, layers = len(sides[0]), sum(len(side) for side in sides)
-    adjacent = call.task == "alignment" and dict(call.options)["adjacent"]
-    return _Wanted(layers, first, call.task == "drift" or adjacent)
 
 
 def run(call: Call) -> Tensor:
@@ -74,7 +39,7 @@ def run(call: Call) -> Tensor:
 def _computed(call: Call) -> tuple[Tensor, Tensor]:
     """The result, and whether the data were finite."""
     first, *lead = call.sides[0], *call.sides[0][0].shape[:-2]
-    n, wanted, options = first[0].shape[-2], _wanted(call), dict(call.options)
+    n, wanted, options = first[0].shape[-2], wanted_by(call), dict(call.options)
     flat = [x.detach().reshape(math.prod(lead), n, x.shape[-1]) for side in call.sides for x in side]
     if call.task == "alignment":
         groups = options["groups"]
@@ -105,7 +70,7 @@ def _without(x: Tensor, group: int, groups: int) -> Tensor:
     return x.index_select(1, kept // (groups - 1) * groups + offset + (offset >= group))
 
 
-def _alignment(flat: list[Tensor], wanted: _Wanted) -> tuple[Tensor, Tensor]:
+def _alignment(flat: list[Tensor], wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Debiased and biased CKA ``[2, P, L, L]``, of neighbours from their difference, NaN if not wanted."""
     layers = len(flat)
     out = torch.empty((2, len(flat[0]), layers, layers), dtype=torch.float64, device=flat[0].device)
@@ -125,7 +90,7 @@ def _alignment(flat: list[Tensor], wanted: _Wanted) -> tuple[Tensor, Tensor]:
     return out, finite.all()
 
 
-def _parts(flat: list[Tensor], wanted: _Wanted) -> Iterator[slice]:
+def _parts(flat: list[Tensor], wanted: Wanted) -> Iterator[slice]:
     """Positions at a time whose rows and products fit the work space."""
     positions, n, _ = flat[0].shape
     width, layers = max(x.shape[2] for x in flat), len(flat)
@@ -160,44 +125,7 @@ def _unit(z: Tensor) -> Tensor:
     return ((1023 - exponent) << 52).view(torch.float64)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of p positions: Σ_{i≠j} K_ij L_ij ``off`` and Σ_i K_ii L_ii ``same`` ``[p, L, L]``, traces ``[p, L]``.
-
-    NaN where a product was not wanted.
-    """
-
-    off: Tensor
-    same: Tensor
-    trace: Tensor
-    n: int
-
-    @property
-    def finite(self) -> Tensor:
-        """Whether rows were finite ``[p]``."""
-        return torch.isfinite(self.trace).all(1)
-
-    def inner(self, debiased: bool) -> Tensor:
-        """Inner products of the (U-)centred kernels."""
-        if not debiased:
-            return self.off + self.same
-        n, both = self.n, self.trace[:, :, None] * self.trace[:, None]
-        return self.off - 2.0 * self.same / (n - 2) + both / ((n - 1) * (n - 2))
-
-    def own(self, inner: Tensor) -> Tensor:
-        """Their diagonal, NaN for layers without variance."""
-        own = inner.diagonal(0, 1, 2)
-        return torch.where(own > _NO_VARIANCE * self.trace.square() / self.n, own, torch.nan)
-
-    def ratio(self, debiased: bool) -> Tensor:
-        """CKA ``[p, L, L]``, NaN beside layers without variance."""
-        inner = self.inner(debiased)
-        own = self.own(inner)
-        # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
-        return inner / (own[:, :, None] * own[:, None]).sqrt()
-
-
-def _sums(z: Tensor, wanted: _Wanted, sample_limit: int) -> _Sums:
+def _sums(z: Tensor, wanted: Wanted, sample_limit: int) -> Sums:
     """By features or, up to ``sample_limit`` samples, by samples: whichever takes less time.
 
     With more features than samples Q is most of ‖zᵀw‖², and what is left of it lacks digits.
@@ -210,10 +138,10 @@ def _sums(z: Tensor, wanted: _Wanted, sample_limit: int) -> _Sums:
         off = _by_features(z, wanted) - same
     else:
         off = _by_samples(z, wanted)
-    return _Sums(_mirrored(off), same, norms.sum(1), n)
+    return Sums(mirrored(off), same, norms.sum(1), n)
 
 
-def _seconds(p: int, n: int, width: int, wanted: _Wanted) -> tuple[float, float]:
+def _seconds(p: int, n: int, width: int, wanted: Wanted) -> tuple[float, float]:
     """About how long both routes take on a GPU, whose bytes count as much as its products."""
     layers, pairs, square = wanted.layers, wanted.pairs, float(n * n)
     features = seconds(4.0 * layers, 24.0 * p * pairs * width**2, float(p * n * pairs) * width**2)
@@ -227,14 +155,7 @@ def _empty(z: Tensor) -> Tensor:
     return torch.full((p, layers, layers), torch.nan, dtype=torch.float64, device=z.device)
 
 
-def _mirrored(upper: Tensor) -> Tensor:
-    """``upper[p, L, L]`` with its upper triangle in the lower one, too."""
-    layers = upper.shape[1]
-    lower = torch.ones(layers, layers, dtype=torch.bool, device=upper.device).tril(-1)
-    return torch.where(lower, upper.mT, upper)
-
-
-def _by_features(z: Tensor, wanted: _Wanted) -> Tensor:
+def _by_features(z: Tensor, wanted: Wanted) -> Tensor:
     """‖zᵀw‖² of every pair ``[p, L, L]``; all that a layer is multiplied by lie side by side."""
     out, (p, n, layers, width) = _empty(z), z.shape
     for i in range(layers):
@@ -245,7 +166,7 @@ def _by_features(z: Tensor, wanted: _Wanted) -> Tensor:
     return out
 
 
-def _by_samples(z: Tensor, wanted: _Wanted) -> Tensor:
+def _by_samples(z: Tensor, wanted: Wanted) -> Tensor:
     """Σ_{i≠j} K_ij L_ij of every pair ``[p, L, L]``, from rows of all kernels at a time."""
     out, (p, n, layers, _) = _empty(z), z.shape
     stacked = z.transpose(1, 2).contiguous()  # [p, L, n, d]
@@ -282,7 +203,7 @@ def _rows_at_once(columns: int, device: torch.device) -> int:
     return max(1, limit // (8 * max(1, columns)))
 
 
-def _drift(z: Tensor, sums: _Sums, debiased: bool) -> Tensor:
+def _drift(z: Tensor, sums: Sums, debiased: bool) -> Tensor:
     """½‖K̂_l − K̂_{l+1}‖² ``[p, L-1]`` of kernels of unit norm, NaN beside layers without variance.
 
     With D = x − y and S = x + y it is ‖D Sᵀ + S Dᵀ‖²/8: a small change is seen before it is squared.
@@ -314,7 +235,7 @@ def _drift(z: Tensor, sums: _Sums, debiased: bool) -> Tensor:
 
 
 def _can_run(call: Call) -> str | None:
-    if call.task not in _TASKS:
+    if call.task not in TASKS:
         return f"only CKA and drift of linear kernels are batched, not {call.task!r}"
     return "a gradient is wanted" if call.recorded() else None
 
@@ -326,7 +247,7 @@ def _cost(call: Call) -> float:
     *lead, n, _ = sides[0][0].shape
     width = max(x.shape[-1] for side in sides for x in side)
     rows = float(math.prod(lead)) * n * width * sum(len(side) for side in sides)
-    return seconds(30, 80.0 * rows) + min(_seconds(math.prod(lead), n, width, _wanted(call)))
+    return seconds(30, 80.0 * rows) + min(_seconds(math.prod(lead), n, width, wanted_by(call)))
 
 
 CKA = Impl("library", run, _can_run, _cost, by_name_only=by_name_on_cpu)

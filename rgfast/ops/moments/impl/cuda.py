@@ -6,7 +6,6 @@ Every sum has a fixed order that the rows of its position alone decide, so its b
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,6 +16,19 @@ from torch import Tensor
 from rgfast.dispatch import HandOff, Impl
 from rgfast.ops.device import LAUNCH, STREAM, by_itself
 from rgfast.ops.moments.call import Pairs, PairSums, Products
+from rgfast.ops.moments.tiles import (
+    CLOCK,
+    DTYPES,
+    EXACT,
+    MOST_BLOCKS,
+    MOST_SIDE,
+    SHARED,
+    THREADS,
+    bits,
+    card,
+    clocks,
+    count,
+)
 from rgfast.runtime import cuda, measured
 from rgfast.runtime.known_answers import KnownAnswer, register, unproven
 from rgfast.runtime.waiting import numbers
@@ -28,29 +40,18 @@ __all__ = ["MOMENTS", "PAIRS", "SINGLE_ERROR", "SINGLE_LEAST"]
 SINGLE_ERROR, SINGLE_LEAST = 2.0**-16, 2.0**-38
 
 # Of moments.cu, which holds its side of these numbers against its sources.
-_SIDE, _BLOCK_ROWS, _THREADS, _SHARED = 64, 1024, 128, 34_016
+_BLOCK_ROWS = 1024
 _ROWS = 16  # of a block for norms
-_DTYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-_MOST_BLOCKS, _MOST_SIDE = 2**31 - 1, 65_535  # of a grid
 _SPREAD_BYTES, _CROSS_BYTES = 256 << 20, 512 << 20
-# A multiprocessor's clocks per second, and its clocks for 16 rows of a tile: fp64 products by architecture,
-# split products, and what a block takes that has it alone. Computed, not measured (README, "Kernels for a
-# GPU").
-_CLOCK, _SPLIT, _ALONE = 1.755e9, 600.0, 800.0
-_EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
+# A multiprocessor's clocks for 16 rows of a tile of split products, computed as those in tiles.py.
+_SPLIT = 600.0
 _FAST_RATIO = 2  # of fp32 over fp64, up to which fp64 products are at least as fast as split ones
-_H100 = ("sm_90", 132, 2)
 
 
 def _tiles(call: Products | Pairs, i: int, j: int) -> int:
     """Of a pair of layers, at a position."""
-    high, wide = (-(-(call.rows[k].shape[2] + _extra(call)) // _SIDE) for k in (i, j))
-    return high * (high + 1) // 2 if i == j else high * wide
+    high, wide = (call.rows[k].shape[2] + _extra(call) for k in (i, j))
+    return count(high, wide, same=i == j)
 
 
 def _extra(call: Products | Pairs) -> int:
@@ -62,8 +63,8 @@ def _splits(call: Products | Pairs) -> bool:
     """Whether its products are of split numbers: if that is allowed, and fp64 is slow on its GPU."""
     if not isinstance(call, Products) or call.precision != "single":
         return False
-    architecture, _, ratio = _card(call.device)
-    return architecture not in _EXACT and ratio > _FAST_RATIO
+    architecture, _, ratio = card(call.device)
+    return architecture not in EXACT and ratio > _FAST_RATIO
 
 
 def _run(call: Products) -> None:
@@ -150,7 +151,7 @@ def _multiply(
             if not add:
                 total.zero_()
         return
-    for dtype, name in _DTYPES.items():
+    for dtype, name in DTYPES.items():
         mine = [pair for pair in pairs if call.rows[pair[0]].dtype == dtype]
         if mine:
             _launch(call, units, mine, keep, name, add=add, split=split)
@@ -175,7 +176,7 @@ def _launch(
     words = []
     for k, layer in enumerate(layers):
         x = call.rows[layer]
-        words += [x.data_ptr(), *x.stride(), x.shape[2], shifts[k].data_ptr(), _bits(units[layer])]
+        words += [x.data_ptr(), *x.stride(), x.shape[2], shifts[k].data_ptr(), bits(units[layer])]
         words += [norms[k].data_ptr(), tops[k].data_ptr()]
     # The first tile and the first entry of every pair, and what they come to.
     *first_tiles, tiles = accumulate((_tiles(call, i, j) for i, j, _ in pairs), initial=0)
@@ -193,37 +194,25 @@ def _launch(
 
     def launch(kernel: str, grid: tuple[int, int], shared: int, *arguments: Tensor | int) -> None:
         whole = (*grid, 1)
-        cuda.launch(f"rgfast_moments_{kernel}", whole, _THREADS, shared, table, *arguments, device=device)
+        cuda.launch(f"rgfast_moments_{kernel}", whole, THREADS, shared, table, *arguments, device=device)
 
     if extra or split:
         launch(f"norms_{name}", (-(-positions * b // _ROWS), len(layers)), 0, positions, b, *masked)
     if split:
-        launch("tops", (positions, len(layers)), 8 * _THREADS, b)
+        launch("tops", (positions, len(layers)), 8 * THREADS, b)
     kernel, grid = f"{'split' if split else 'exact'}_{name}", (positions * tiles, blocks)
     counts = len(layers), len(pairs), tiles, b
-    launch(kernel, grid, _SHARED, *counts, *masked, extra, int(add), apart_by)
+    launch(kernel, grid, SHARED, *counts, *masked, extra, int(add), apart_by)
     if blocks > 1:
-        grid = -(-max(total.numel() for *_, total in pairs) // _THREADS), len(pairs)
+        grid = -(-max(total.numel() for *_, total in pairs) // THREADS), len(pairs)
         launch("gather", grid, 0, len(layers), positions, extra, int(add), blocks, entries)
 
 
 def _spread(blocks: int, row_blocks: int, entries: int, device: torch.device) -> int:
     """Into how many blocks of the grid the rows go, where tiles alone are too few for the multiprocessors."""
-    if not 1 < row_blocks <= _MOST_SIDE or 8 * entries * row_blocks > _SPREAD_BYTES:
+    if not 1 < row_blocks <= MOST_SIDE or 8 * entries * row_blocks > _SPREAD_BYTES:
         return 1
-    return row_blocks if blocks < 2 * _card(device)[1] else 1
-
-
-def _bits(x: float) -> int:
-    (bits,) = struct.unpack("<q", struct.pack("<d", x))
-    return int(bits)
-
-
-def _card(device: torch.device) -> tuple[str, int, int]:
-    """Architecture, multiprocessors, and how much faster fp32 is than fp64; an H100's if there is no GPU."""
-    if cuda.device_refusal(device) is not None:
-        return _H100
-    return cuda.architecture(device), cuda.multiprocessors(device), cuda.single_to_double(device)
+    return row_blocks if blocks < 2 * card(device)[1] else 1
 
 
 def _refusal(call: Products | Pairs) -> str | None:
@@ -235,29 +224,28 @@ def _refusal(call: Products | Pairs) -> str | None:
             have = " and ".join(str(call.rows[k].dtype).removeprefix("torch.") for k in (i, j))
             return f"both layers of a pair must have the same dtype, and those of {(i, j)} have {have}"
     tiles = sum(_tiles(call, i, j) for i, j in totals)
-    if len(call.rows[0]) * tiles > _MOST_BLOCKS or max(len(call.rows), len(totals)) > _MOST_SIDE:
-        return f"a grid has {_MOST_BLOCKS} blocks at most, and {_MOST_SIDE} of layers or pairs"
+    if len(call.rows[0]) * tiles > MOST_BLOCKS or max(len(call.rows), len(totals)) > MOST_SIDE:
+        return f"a grid has {MOST_BLOCKS} blocks at most, and {MOST_SIDE} of layers or pairs"
     return cuda.device_refusal(call.device)
 
 
 def _kernels(call: Products | Pairs) -> list[str]:
     split = _splits(call)
-    names = sorted({_DTYPES[x.dtype] for x in call.rows})
+    names = sorted({DTYPES[x.dtype] for x in call.rows})
     kinds = [f"{kind}_{name}" for name in names for kind in ("norms", "split" if split else "exact")]
     return [f"rgfast_moments_{kind}" for kind in (*kinds, "gather", "tops")]
 
 
 def _cost(call: Products | Pairs) -> float:
     """By launches, the pass for norms, and tiles in turns on the multiprocessors."""
-    architecture, count, ratio = _card(call.device)
+    architecture, multiprocessors, ratio = card(call.device)
     totals = call.sums if isinstance(call, Products) else call.totals
     positions, b = call.rows[0].shape[:2]
-    each = _SPLIT if _splits(call) else _EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
-    steps = -(-b // 16)
-    in_turn = -(-positions * sum(_tiles(call, i, j) for i, j in totals) // count)
+    each = _SPLIT if _splits(call) else EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
+    tiles = positions * sum(_tiles(call, i, j) for i, j in totals)
     passes = sum(x.numel() * x.element_size() for x in call.rows) / STREAM if _extra(call) else 0.0
     launches = 8 + (0 if isinstance(call, Products) else 14 * len(totals))
-    return max(LAUNCH * launches, passes + steps * max(in_turn * each, _ALONE) / _CLOCK)
+    return max(LAUNCH * launches, passes + clocks(tiles, b, multiprocessors, each) / CLOCK)
 
 
 def _impl(run: Callable[[Any], Any]) -> Impl:
@@ -301,7 +289,7 @@ def _answer(dtype: torch.dtype, b: int, width: int, *, split: bool) -> Callable[
     return run
 
 
-for _dtype, _name in _DTYPES.items():
+for _dtype, _name in DTYPES.items():
     register(
         KnownAnswer(
             (f"rgfast_moments_exact_{_name}", f"rgfast_moments_norms_{_name}"),
