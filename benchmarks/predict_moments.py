@@ -27,7 +27,7 @@ from rgfast.ops.moments.impl import cuda as kernels
 from rgfast.ops.moments.impl import library
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "tests" / "gate" / "tables" / "moments.txt"
+TABLES = ROOT / "tests" / "gate" / "tables"
 MEASURED = Path(__file__).with_name("h100_measured.json")
 SHAPES = {
     (448, 1024, 64): 2.8,
@@ -148,27 +148,36 @@ def mean(blocks: list[Block]) -> Block:
     return Block(products, issue, shared, sum(block.conversions for block in blocks) / n)
 
 
-def seconds(batch: int, n: int, blocks: list[Block], resident: int, moved: float) -> float:
+def seconds(
+    batch: int,
+    n: int,
+    blocks: list[Block],
+    resident: int,
+    moved: float,
+    *,
+    ends: float = SIDE * SIDE * 16 / CACHE + 2 * BARRIER,  # a tile and its image
+    launch: float = LAUNCH,
+) -> float:
     """Of a launch of these blocks for every matrix, on multiprocessors that take them in turn."""
     each, steps = mean(blocks), -(-n // STEP)
     begins = 4 * FROM_MEMORY  # pair, layers, first rows
-    ends = SIDE * SIDE * 16 / CACHE + 2 * BARRIER  # a tile and its image
 
     def turn(count: int) -> float:
         return steps * each.together(count) + begins + ends if count else 0.0
 
     most = -(-batch * len(blocks) // SMS)
     clocks = most // resident * turn(resident) + turn(most % resident)
-    return LAUNCH + max(clocks / CLOCK, moved / STREAM)
+    return launch + max(clocks / CLOCK, moved / STREAM)
 
 
-def resident(kernel: str, architecture: int = 90) -> int:
+def resident(kernel: str, architecture: int = 90, shared: int = kernels.SHARED) -> int:
     """How many blocks a multiprocessor holds, by registers and shared memory."""
-    rows = [line.split() for line in TABLE.read_text(encoding="utf-8").splitlines()]
+    table = TABLES / f"{kernel.split('_')[1]}.txt"
+    rows = [line.split() for line in table.read_text(encoding="utf-8").splitlines()]
     (row,) = [row for row in rows if row[0] == str(architecture) and row[-1] == kernel]
     threads, registers = int(row[1]), int(row[2])
     warps = threads // 32 * 32 * (-(-registers // 8) * 8)
-    return min(REGISTERS // warps, SHARED // (kernels.SHARED + 1024))
+    return min(REGISTERS // warps, SHARED // (shared + 1024))
 
 
 def second_moments(batch: int, n: int, width: int, name: str = "exact", *, extended: bool) -> float:

@@ -1,4 +1,5 @@
 // Every kernel of the package in one translation unit, which becomes rgfast/_kernels.fatbin.
+#include "cka.cu"
 #include "fill.cu"
 #include "moments.cu"
 #include "spectrum.cu"

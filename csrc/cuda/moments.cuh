@@ -9,7 +9,8 @@
 //
 // Every entry is summed in the order of the rows, 1,024 of them apart before they are added: its bits depend
 // on the rows of its own position alone. Either a block goes through all rows, or a block of the grid each
-// takes 1,024 and `rgfast_moments_gather` adds what they have.
+// takes 1,024 and `rgfast_moments_gather` adds what they have. If only the sum of squares of a moment is
+// wanted (cka.cu), all rows are summed in registers, and a tile leaves one number.
 #pragma once
 
 #include "cuda/moments_products.cuh"
@@ -45,7 +46,7 @@ struct Plan {
   std::int64_t same;          // whether the tile is on the diagonal, and both strips are one
 };
 
-// rgfast/ops/moments/impl/cuda.py launches with these numbers.
+// rgfast/ops/moments/tiles.py and impl/cuda.py launch with these numbers.
 inline constexpr int kShared = kArea + sizeof(Plan);
 static_assert(kShared == 34016 && kSide == 64 && kBlock == 1024 && kThreads == 128);
 static_assert(kLayerWords == 9 && kPairWords == 5);
@@ -55,10 +56,11 @@ struct Work {
   std::int64_t layers, pairs, tiles, rows;
   Keep keep;
   std::int64_t extras, add, spread;
+  double* squares = nullptr;  // [positions, tiles], for sums of squares
 };
 
 // Looks for the pair that the block's tile belongs to, all threads together, and lays out its work.
-template <class T>
+template <class T, bool Squared>
 __device__ void make_plan(const Work& work, int most, Plan& plan) {
   const std::int64_t position = blockIdx.x / work.tiles, tile = blockIdx.x % work.tiles;
   for (std::int64_t k = threadIdx.x; k < work.pairs; k += kThreads) {
@@ -76,7 +78,13 @@ __device__ void make_plan(const Work& work, int most, Plan& plan) {
     plan.strip[threadIdx.x] = threadIdx.x == 0
                                   ? strip_at<T>(left, position, work.rows, row, work.extras, most)
                                   : strip_at<T>(right, position, work.rows, column, work.extras, most);
-    if (threadIdx.x == 0) {
+    if (Squared && threadIdx.x == 0) {
+      plan.sum = work.squares + blockIdx.x;
+      plan.mirror = own ? plan.sum : nullptr;
+      plan.stride = 0;
+      plan.mask = nullptr;
+      plan.same = own && row == column;
+    } else if (threadIdx.x == 0) {
       double* sum =
           (pair.apart == nullptr ? pair.sum : pair.apart + blockIdx.y * work.spread) + position * high * wide;
       plan.sum = sum + row * wide + column;
@@ -89,14 +97,14 @@ __device__ void make_plan(const Work& work, int most, Plan& plan) {
   __syncthreads();
 }
 
-// Of the quarter of a tile that begins at these columns. What is below the diagonal is a copy.
-__device__ inline Shape shape_of(const Plan& plan, int top, int left) {
+// Of the quarter that begins at these columns of a tile of so many, `same` if it is on the diagonal. What is
+// below the diagonal is a copy.
+__device__ inline Shape shape_of(bool same, int high, int wide, int top, int left) {
   const auto blocks = [](int columns, int size, int most) {
     return columns <= 0 ? 0 : columns > size * most ? most : (columns + size - 1) / size;
   };
-  const bool below = plan.same != 0 && top > left, on = plan.same != 0 && top == left;
-  return {below ? 0 : blocks(plan.strip[0].columns - top, 16, 2), blocks(plan.strip[1].columns - left, 8, 4),
-          on ? 2 : 0};
+  const bool below = same && top > left, on = same && top == left;
+  return {below ? 0 : blocks(high - top, 16, 2), blocks(wide - left, 8, 4), on ? 2 : 0};
 }
 
 template <class How>
@@ -123,14 +131,40 @@ __device__ __forceinline__ void stage(unsigned char* to, const Strip& strip, con
   How::put(to, column, k, y);
 }
 
-template <template <class> class Product, class T>
+// Puts the sum of squares of the entries of a tile, of those with a mirror image twice, in an order that no
+// block's number decides.
+template <class How>
+__device__ __forceinline__ void put_squares(const typename How::Sums& sums, const Plan& plan, double* shared,
+                                            int top, int left) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool same = plan.same != 0, own = plan.mirror != nullptr;
+  double sum = 0.0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = top + How::row(i, e, lane), c = left + How::column(j, e, lane);
+        if (r >= plan.strip[0].columns || c >= plan.strip[1].columns || (same && r > c)) continue;
+        const double value = sums.value(i, j, e);
+        sum = fma(own && !(same && r == c) ? 2.0 * value : value, value, sum);
+      }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  if (lane == 0) shared[top / 16 + left / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) *plan.sum = (shared[0] + shared[1]) + (shared[2] + shared[3]);
+}
+
+template <template <class> class Product, class T, bool Squared = false>
 __device__ void tiles(const Work& work) {
   using How = Product<T>;
   using Mover = typename How::Mover;
   auto* shared = shared_memory<unsigned char>();
   auto* tile = reinterpret_cast<double*>(shared);
   auto& plan = *reinterpret_cast<Plan*>(shared + kArea);
-  make_plan<T>(work, Mover::kMost, plan);
+  make_plan<T, Squared>(work, Mover::kMost, plan);
 
   // Which quarter of the tile a warp multiplies differs from block to block, since not all quarters have as
   // much to do and the warps of the same number of all blocks on a multiprocessor share a tensor core.
@@ -146,7 +180,8 @@ __device__ void tiles(const Work& work) {
   std::int64_t first = blockIdx.y * kBlock;
   Mover down(plan.strip[0], column, first + k), right(plan.strip[1], column, first + k);
   do {
-    const int count = static_cast<int>(work.rows - first < kBlock ? work.rows - first : kBlock);
+    const std::int64_t rest = work.rows - first;
+    const int count = static_cast<int>(Squared || rest < kBlock ? rest : kBlock);
     bool kept[2];
     const auto fetch = [&](int at) {
       for (int h = 0; h < 2; ++h)
@@ -173,11 +208,17 @@ __device__ void tiles(const Work& work) {
       if (whole)
         How::template multiply<true>(sums, now, beside, top, left, {});
       else
-        How::template multiply<false>(sums, now, beside, top, left, shape_of(plan, top, left));
+        How::template multiply<false>(
+            sums, now, beside, top, left,
+            shape_of(same, plan.strip[0].columns, plan.strip[1].columns, top, left));
       if (more) put(next, at + kStep + k);
       __syncthreads();
     }
     sums.settle();
+    if constexpr (Squared) {
+      put_squares<How>(sums, plan, tile, top, left);
+      return;
+    }
 
     // Through shared memory, so that both the tile and its mirror image are written row by row.
 #pragma unroll

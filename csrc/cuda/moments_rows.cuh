@@ -96,41 +96,53 @@ __device__ Strip strip_at(const Layer& layer, std::int64_t position, std::int64_
           body + static_cast<int>(extras)};
 }
 
+template <class T>
+inline constexpr int kLoad = sizeof(T) == 2 ? 8 : 16;  // bytes
+
+// Whether four neighboring features of every row are whole loads, counted from `at` on.
+template <class T>
+__device__ bool in_loads(const T* at, std::int64_t row_stride, std::int64_t feature_stride) {
+  return feature_stride == 1 && reinterpret_cast<std::uintptr_t>(at) % kLoad<T> == 0 &&
+         row_stride * static_cast<std::int64_t>(sizeof(T)) % kLoad<T> == 0;
+}
+
+// Four numbers: in whole loads, or each that is `there` by itself.
+template <class T, class There>
+__device__ __forceinline__ void load_four(T (&to)[4], const T* at, std::int64_t stride, bool whole,
+                                          const There& there) {
+  if (whole) {
+    using Load = typename Bits<kLoad<T> >::Type;
+    constexpr int step = kLoad<T> / sizeof(T);
+#pragma unroll
+    for (int e = 0; e < 4; e += step) {
+      const Load bits = *reinterpret_cast<const Load*>(at + e);
+      memcpy(to + e, &bits, kLoad<T>);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (there(e)) to[e] = at[e * stride];
+  }
+}
+
 // Four columns, and what rows k and k + 8 of the next step are made of.
 template <class T>
 struct Columns {
-  static constexpr int kBytes = sizeof(T) == 2 ? 8 : 16;  // of a load
-
   const T* from;
   bool whole;  // whether they come in whole loads
   T raw[2][4] = {};
 
   __device__ Columns(const Strip& strip, int column, std::int64_t row)
       : from(static_cast<const T*>(strip.at) + column * strip.feature_stride + row * strip.row_stride),
-        whole(column + 4 <= strip.body && strip.feature_stride == 1 &&
-              reinterpret_cast<std::uintptr_t>(from) % kBytes == 0 &&
-              strip.row_stride * static_cast<std::int64_t>(sizeof(T)) % kBytes == 0) {}
+        whole(column + 4 <= strip.body && in_loads(from, strip.row_stride, strip.feature_stride)) {}
 
   // `left` rows come before the end.
   __device__ void fetch(const Strip& strip, int column, int left) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (8 * h >= left) continue;
-      const T* at = from + 8 * h * strip.row_stride;
-      if (whole) {
-        using Load = typename Bits<kBytes>::Type;
-        constexpr int count = kBytes / sizeof(T);
-#pragma unroll
-        for (int e = 0; e < 4; e += count) {
-          const Load bits = *reinterpret_cast<const Load*>(at + e);
-          memcpy(raw[h] + e, &bits, kBytes);
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (column + e < strip.body) raw[h][e] = at[e * strip.feature_stride];
-      }
-    }
+    for (int h = 0; h < 2; ++h)
+      if (8 * h < left)
+        load_four(raw[h], from + 8 * h * strip.row_stride, strip.feature_stride, whole,
+                  [&](int e) { return column + e < strip.body; });
     from += kStep * strip.row_stride;
   }
 };

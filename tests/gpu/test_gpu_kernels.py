@@ -3,9 +3,9 @@
 On the CPU a few of them run, behind the library that stands for CUDA's driver.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 
 import pytest
 import torch
@@ -160,8 +160,10 @@ def test_a_graph_of_the_block_gives_the_same_bits(place, impl):
 @on_both("room", [room for room, kernels in ROOMS.items() if "cuda" in kernels], ROOMS)
 def test_every_case_by_name_against_the_truth(place, room):
     ran, refused = 0, []
-    most = CASES if place.device.type == "cpu" else None
-    for contest in islice(suite.BENCHMARKS[room].contests(place.device.type, "tiny"), most):
+    most = CASES if place.device.type == "cpu" else math.inf
+    for contest in suite.BENCHMARKS[room].contests(place.device.type, "tiny"):
+        if ran >= most:
+            break
         for impl in kernels_of(contest, "cuda"):
             place.admit(dispatch._OPS[contest.op][0])
             data = contest.data()

@@ -49,9 +49,14 @@ class Call(NamedTuple):
         return math.prod(lead) * min(by_samples, by_features)
 
     def shape_class(self) -> Hashable | None:
-        # Sizes are not part of it: they change costs, but not which implementation has the least.
         first = _layers(self.first)[0]
-        return (self.task, first.device.type, self.recorded()) if is_plain(first) else None
+        if not is_plain(first):
+            return None
+        kind = (self.task, first.device.type, self.recorded())
+        if first.device.type == "cpu":
+            # Sizes change costs there, but not which implementation has the least.
+            return kind
+        return (*kind, self.options, *((x.dtype, x.shape) for side in self.sides for x in side))
 
 
 def _layers(side: Side) -> tuple[Tensor, ...]:

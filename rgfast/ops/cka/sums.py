@@ -93,7 +93,7 @@ class Sums:
 
 
 def mirrored(upper: Tensor) -> Tensor:
-    """``upper[p, L, L]`` with its upper triangle in the lower one, too."""
-    layers = upper.shape[1]
+    """``upper[..., L, L]`` with its upper triangle in the lower one, too."""
+    layers = upper.shape[-1]
     lower = torch.ones(layers, layers, dtype=torch.bool, device=upper.device).tril(-1)
     return torch.where(lower, upper.mT, upper)

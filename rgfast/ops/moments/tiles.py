@@ -39,9 +39,9 @@ EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
 _H100 = ("sm_90", 132, 2)
 
 
-def count(high: int, wide: int, *, same: bool) -> int:
+def count(high: int, wide: int, *, same: bool, side: int = SIDE) -> int:
     """Tiles of a moment of so many columns at a position, with ``same`` without those below the diagonal."""
-    down, right = -(-high // SIDE), -(-wide // SIDE)
+    down, right = -(-high // side), -(-wide // side)
     return down * (down + 1) // 2 if same else down * right
 
 

@@ -1,0 +1,225 @@
+"""What the kernels of CKA are predicted to take on an H100, over the best of torch's routes.
+
+    python benchmarks/predict_cka.py
+
+No GPU is needed and none is used: every figure of our kernels is PREDICTED, by the model of
+predict_moments.py with the instructions and registers of these kernels. It is first compared with kernels of
+the same products that were measured, prototypes in Triton. Rows that are off by more than a quarter are
+marked. Times are of whole calls: passes over the rows, products, torch's operators on small tensors,
+launches, and the wait for the result. Torch's are measured, centering and products in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from gpu_clock import LEAST_KERNEL, PASS, timed
+from predict_moments import (
+    BARRIER,
+    CACHE,
+    CLOCK,
+    DMMA,
+    FP64,
+    MEASURED,
+    MMA,
+    REGISTERS,
+    SIDE,
+    SMS,
+    STEP,
+    Block,
+    exact,
+    prototype,
+    resident,
+    seconds,
+    tiles,
+)
+
+from rgfast.ops.cka import launches
+from rgfast.ops.cka.call import Call
+from rgfast.ops.cka.impl import cuda as kernels
+from rgfast.ops.cka.sums import wanted_by
+from rgfast.ops.device import LAUNCH, STREAM, WAIT
+
+Shape = tuple[int, int, int, int]  # layers, positions, samples, features
+
+# Whether neighbors, how many times faster than torch we want, and where its best route's time stands.
+SHAPES: list[tuple[Shape, bool, float, str]] = [
+    ((7, 64, 1024, 64), False, 2.2, "cka_by_features"),
+    ((13, 32, 1024, 128), False, 2.1, "cka_by_features"),
+    ((25, 16, 1024, 256), False, 2.9, "cka_by_samples"),
+    ((49, 16, 1024, 256), True, 1.9, "neighbors_by_features"),
+    ((24, 1, 256, 512), False, 1.0, "cka_at_one_position"),
+]
+# Clocks until a load from the second-level cache, and its bytes per second. Assumed.
+FROM_CACHE, CACHE_RATE = 280, 5.5e12
+# Instructions of a warp, counted in the machine code for sm_90: for 16 features of a Gram tile beyond those
+# of a moment's, and for a tile that is kept and compared with the one before.
+MORE, KEPT = 50, 1000
+# Entries that a warp multiplies at a time.
+ENTRIES = 8
+
+
+def gram(*, diagonal: bool) -> Block:
+    """A whole Gram tile: rows lose the rounding of their mean as well."""
+    one = exact(SIDE, SIDE, diagonal=diagonal)
+    again = (1 if diagonal else 2) * SIDE * STEP / FP64
+    return replace(
+        one,
+        products=tuple(each + again for each in one.products),
+        issue=tuple(each + MORE for each in one.issue),
+    )
+
+
+def strips_of_samples(n: int) -> list[Block]:
+    """All Gram tiles of a layer at a position."""
+    count, side = launches.sample_tiles(n), -(-n // SIDE)
+    return [gram(diagonal=True)] * side + [gram(diagonal=False)] * (count - side)
+
+
+def cross(width: int, layers: int, *, near: bool) -> list[Block]:
+    """Tiles of cross moments of all pairs of layers at a position."""
+    pairs = layers - 1 if near else layers * (layers - 1) // 2
+    return tiles(width) * layers + [exact(SIDE, SIDE, diagonal=False)] * (pairs * (-(-width // SIDE)) ** 2)
+
+
+def products_of_layers(layers: int, spans: int) -> float:
+    """Seconds for so many spans of entries, every layer by every other."""
+    groups = -(-layers // launches._GROUP)
+    wide = -(-layers // 8)
+    # Blocks of 16 x 8 layers on and above the diagonal; four warps have a tensor core each.
+    mmas = sum(max(0, wide - 2 * down) for down in range(-(-layers // 16)))
+    blocks = spans * groups * (groups + 1) // 2
+    held = resident("rgfast_cka_inner", shared=launches._INNER_SHARED)
+    steps = launches._SPAN // launches._WARPS // ENTRIES
+    each = 2 * mmas * spans / blocks * MMA / DMMA
+    most = -(-blocks // SMS)
+    clocks = sum(
+        steps * max(count * each, FROM_CACHE) + 4 * BARRIER + 2 * FROM_CACHE
+        for count in [held] * (most // held) + [most % held] * (most % held > 0)
+    )
+    return LEAST_KERNEL + max(
+        clocks / CLOCK, spans * launches._SPAN * layers * 8 * (groups + 1) / 2 / CACHE_RATE
+    )
+
+
+def by_features(shape: Shape, *, near: bool) -> float:
+    """Seconds of the squares of cross moments."""
+    layers, positions, n, width = shape
+    blocks = cross(width, layers, near=near)
+    held = resident("rgfast_cka_squares_float32")
+    moved = 4.0 * layers * positions * n * width
+    return seconds(positions, n, blocks, held, moved, ends=4 * BARRIER, launch=LEAST_KERNEL)
+
+
+def by_samples(shape: Shape, *, near: bool) -> float:
+    """Seconds of Gram tiles and of the products of layers over them."""
+    layers, positions, n, width = shape
+    blocks, count = strips_of_samples(n), launches.sample_tiles(n)
+    if near:
+        held = resident("rgfast_cka_near_float32", shared=launches._NEAR_SHARED)
+        runs = -(-6 * SMS // (positions * count))
+        run = max(launches._RUN, -(-layers // runs))
+        again = layers + -(-layers // run) - 1
+        return seconds(positions * again, width, blocks, held, 0.0, ends=KEPT, launch=2 * LEAST_KERNEL)
+    held = resident("rgfast_cka_grams_float32", shared=launches._GRAM_SHARED)
+    some, side = launches.chunk(layers, n)
+    some = min(some, positions)
+    ends = SIDE * SIDE * 8 / CACHE + BARRIER
+    found = 0.0
+    for start in range(0, positions, some):
+        here = min(some, positions - start)
+        for first in range(0, count, side):
+            now = min(side, count - first)
+            found += seconds(
+                here * layers, width, blocks[count - now :], held, 0.0, ends=ends, launch=LEAST_KERNEL
+            )
+            found += products_of_layers(layers, here * now * SIDE * SIDE // launches._SPAN)
+    spans = side * SIDE * SIDE // launches._SPAN
+    return found + LEAST_KERNEL + spans * FROM_CACHE / 4 / CLOCK
+
+
+def call_of(shape: Shape, *, near: bool) -> Call:
+    """The call, of layers without data."""
+    layers, positions, n, width = shape
+    rows = tuple(torch.empty(positions, n, width, dtype=torch.float32, device="meta") for _ in range(layers))
+    options = (("debiased", False), *(() if near else (("sample_limit", 4096),)))
+    return Call("drift" if near else "matrix", ("layers",), rows, options=options)
+
+
+def whole(shape: Shape, *, near: bool, samples: bool | None = None) -> float:
+    """Seconds of a call, by the way that it takes unless ``samples`` says which."""
+    layers, positions, n, width = shape
+    call = call_of(shape, near=near)
+    samples = kernels._takes_samples(call) if samples is None else samples
+    with (
+        mock.patch.object(launches.cuda, "launch") as launched,
+        mock.patch.object(kernels, "_takes_samples", return_value=samples),
+    ):
+        around = timed(lambda: kernels._computed(call))
+    rows = 4.0 * layers * positions * n * width
+    # Means, norms, and sums of products of norms per pair.
+    passes = 2 * (LEAST_KERNEL + rows / PASS)
+    pairs = wanted_by(call).pairs
+    passes += LEAST_KERNEL + 16.0 * positions * pairs * n / CACHE_RATE
+    products = (by_samples if samples else by_features)(shape, near=near)
+    host = around.host + LAUNCH * launched.call_count
+    return max(host, passes + products + around.device) + WAIT
+
+
+def validation() -> list[tuple[str, float, float]]:
+    """The prototypes: what was measured and what the model gives, in milliseconds."""
+    data = json.loads(MEASURED.read_text(encoding="utf-8"))
+    measured = data["cka_in_triton"]
+    held = REGISTERS // (128 * (-(-data["moments_in_triton"]["registers"] // 8) * 8))
+    found = []
+    for (layers, positions, n, width), ms in measured["features"]:
+        blocks = [prototype()] * len(cross(width, layers, near=layers == 49))
+        moved = 4.0 * layers * positions * n * width
+        model = seconds(positions, n, blocks, held, moved, ends=4 * BARRIER)
+        found.append((f"features, {(layers, positions, n, width)}", ms, 1e3 * model))
+    for (layers, positions, n, width), size, ms in measured["grams"]:
+        count = launches.sample_tiles(n)
+        moved = layers * positions * (4.0 * n * width + count * SIDE * SIDE * size)
+        ends = SIDE * SIDE * size / CACHE + BARRIER
+        model = seconds(layers * positions, width, [prototype()] * count, held, moved, ends=ends)
+        found.append((f"Gram tiles, {size} bytes, {(layers, positions, n, width)}", ms, 1e3 * model))
+    for (layers, positions, n, width), size, ms in measured["products_of_layers"]:
+        model = LAUNCH + layers * positions * launches.sample_tiles(n) * SIDE * SIDE * size / STREAM
+        found.append((f"products of layers from memory, {(layers, positions, n, width)}", ms, 1e3 * model))
+    return found
+
+
+def predictions() -> list[tuple[Shape, bool, float, float, bool, float]]:
+    """Shape, whether neighbors, torch's milliseconds and ours, whether by samples, and the ratio wanted."""
+    data = json.loads(MEASURED.read_text(encoding="utf-8"))
+    found = []
+    for shape, near, wanted, route in SHAPES:
+        rows = data[route] if route == "cka_at_one_position" else (*data["center"], *data[route])
+        theirs = sum(sum(ms) for given, *ms in rows if tuple(given) == shape)
+        samples = kernels._takes_samples(call_of(shape, near=near))
+        found.append((shape, near, theirs, 1e3 * whole(shape, near=near), samples, wanted))
+    return found
+
+
+def main() -> None:
+    """The tables."""
+    print("| Triton's, measured on an H100 | ms | model | model / measured | |\n|---|---|---|---|---|")
+    for name, ms, model in validation():
+        mark = "" if 0.75 <= model / ms <= 1.25 else "OFF BY MORE THAN A QUARTER"
+        print(f"| {name} | {ms:.4g} | {model:.4g} | {model / ms:.2f} | {mark} |")
+    print("\nPREDICTED, not run on a GPU: exact CKA of rows in fp32, centering included, ms\n")
+    head = "[L, T, n, d]", "torch, measured", "by features", "by samples", "taken", "times faster", "wanted"
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for shape, near, theirs, ours, samples, wanted in predictions():
+        both = (1e3 * whole(shape, near=near, samples=way) for way in (False, True))
+        name = f"{list(shape)}{', neighbors' if near else ''}"
+        ways = " | ".join(f"{ms:.3g}" for ms in both)
+        taken = "samples" if samples else "features"
+        print(f"| {name} | {theirs:.3g} | {ways} | {taken} | {theirs / ours:.1f} | {wanted} |")
+
+
+if __name__ == "__main__":
+    main()
