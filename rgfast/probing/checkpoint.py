@@ -33,6 +33,7 @@ __all__ = [
     "known_fingerprint",
     "model_digest",
     "read",
+    "read_header",
     "runs_of",
     "write",
 ]
@@ -61,9 +62,20 @@ def clear_stale(path: Path) -> None:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     """What :func:`write` wrote. Raises ValueError for any other file, or one of a newer version."""
+    return _read(path)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header alone, as :func:`read` reads it."""
+    return _read(path, only=(_HEADER,))[0]
+
+
+def _read(
+    path: Path, only: Sequence[str] | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in only or file.files}
         header = json.loads(arrays.pop(_HEADER).tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint: {path} is damaged or not a probe checkpoint ({error})") from error

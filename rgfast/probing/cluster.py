@@ -19,7 +19,7 @@ from rgfast.probing.rank_costs import (
     spectra_bytes,
     sums_of,
 )
-from rgfast.probing.sharing import buffer_bytes, held_layers
+from rgfast.probing.sharing import held_layers, on_way_bytes, way_bytes
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_number, check_positive_int
 
@@ -185,7 +185,7 @@ def _options(asked: _Asked, work: _Work) -> list[ClusterOption]:
         found.append(_option(asked, work, _said(asked), loss=0))
     whole = _option(pooled, work, "views=['pooled']", loss=1)
     found.append(whole)
-    if work.ranks > 1 and (not asked.pairs or asked.pairs == "adjacent") and asked.groups == 1:
+    if work.ranks > 1 and (not asked.pairs or asked.pairs == "adjacent"):
         asked_of = [asked, pooled] if len(found) > 1 else [pooled]
         found += [
             _shared(one, work, f"{option.call}, owner='layers'", loss=option.loss)
@@ -267,24 +267,25 @@ def _shared(asked: _Asked, work: _Work, call: str, *, loss: int) -> ClusterOptio
     widths = [width] * asked.layers
     held = held_layers(widths, ranks, neighbors=asked.pairs == "adjacent")
     most, copies = max(map(len, held)), sum(map(len, held))
-    buffer = buffer_bytes(asked.memory)
-    plan, fits = replace(asked, layers=most, memory=asked.memory - 2 * buffer).fitting()
+    way = way_bytes(asked.memory)
+    plan, fits = replace(asked, layers=most, memory=asked.memory - way).fitting()
     rows = work.own_tokens * width * work.activation_bytes
     spectra = spectra_bytes(plan, widths)
-    # Rows held back, and those that come from another rank, which are of one batch at least.
-    state = plan.state_bytes + 2 * buffer
-    batch = min(work.batch, work.own_tokens) * most * width * work.activation_bytes
+    solved = asked.groups + 1 if asked.groups > 1 else 1
+    state = plan.state_bytes + way
+    row = asked.length * work.activation_bytes
+    largest = on_way_bytes(asked.memory, widths, held, ranks, row)
     through = rows * (copies - most + (ranks - 1) * most) + (ranks - 1 + len(held)) * spectra // len(held)
     products = plan.flops_per_sequence * work.tokens / asked.length
     forward = 2.0 * work.parameters * work.own_tokens
-    problems = 2 * most * clouds(plan)
+    problems = 2 * most * clouds(plan) * solved
     traffic = 2.0 * sum(h.moment_bytes for h in plan.accumulators) * -(-work.tokens // _BLOCK)
     return ClusterOption(
         call=call,
         kept=_kept(plan),
         runs=1,
         state_bytes=state,
-        peak_bytes=max(state, state - buffer + batch, plan.state_bytes + solving_bytes(plan)),
+        peak_bytes=plan.state_bytes + max(largest, solving_bytes(plan)),
         network_bytes=(ranks - 1)
         * (work.own_tokens * handed_bytes(widths, held, work.activation_bytes) + spectra),
         through_bytes=through,

@@ -32,6 +32,7 @@ __all__ = [
     "Distributed",
     "agree",
     "all_reduce",
+    "first_numbers",
     "open_ranks",
     "rank_path",
     "unwrapped",
@@ -208,7 +209,7 @@ def all_reduce(
     if state is None or any(one is None for one in found):
         return None
     seen = [int(one[1]) for one in found]
-    starts = _starts([(one[3], tuple(one[4])) for one in found])
+    starts = first_numbers([(one[3], tuple(one[4])) for one in found])
     total = Moments(state.plan, masked=state.masked, uncentred=state.uncentred)
     total.load_parts(state.sequences, state.parts(), device)
     total.adopt(_joint([Plan.from_json(one[0])[0] for one in found]))
@@ -234,7 +235,7 @@ def all_reduce(
     return total, dict(found[lowest][2])
 
 
-def _starts(numbered: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
+def first_numbers(numbered: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
     """The number of every rank's first sequence among those of all, of how many each numbers and the ranks
     that number the same ones with it."""
     starts: dict[Any, int] = {}

@@ -48,6 +48,8 @@ class Ranks:
         self._lines: Any = None
         self.sent = self.received = 0  # bytes of arrays
         self._rounds = 0
+        self._aside = store.clone()  # of a thread that swaps, and to connect, which waits
+        self._ending: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._watch, name="rgfast-ranks", daemon=True)
         self._thread.start()
 
@@ -64,10 +66,7 @@ class Ranks:
     def gather(self, name: str, value: Any) -> list[Any]:
         """What every rank gave under ``name``, as JSON gives it back, in the order of ranks."""
         with self._talking():
-            self._store.set(f"{name}/{self.rank}", json.dumps(value))
-            for rank in range(self.size):
-                self._wait_for(f"{name}/{rank}")
-            return [json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.size)]
+            return self._gathered(self._store, name, value)
 
     def post(self, name: str, value: bytes = b"") -> None:
         """Put up a value under ``name``, for any rank to read."""
@@ -127,6 +126,43 @@ class Ranks:
                 self.received += out[key].nbytes
         return out
 
+    def swap(
+        self,
+        name: str,
+        value: Any,
+        out: Tensor,
+        sizes: Sequence[int],
+        met: Callable[[list[Any], int], None],
+    ) -> tuple[Tensor, list[int]]:
+        """Hand ``sizes[r]`` bytes of ``out`` to every rank r, one after the other there; what all hand to
+        this one, in the order of ranks, and how many bytes each. For one thread beside all other calls.
+
+        ``met`` is given what every rank said (its ``value``), and how many bytes come, once all are here. A
+        rank that ends before that calls it off for all; after it all of them swap.
+        """
+        with self._talking():
+            try:
+                given = self._gathered(self._aside, f"{name}/size", [value, list(sizes)])
+            except BaseException:
+                self._aside.set(f"{name}/goes/{self.rank}", "no")
+                raise
+            coming = [sizes[self.rank] for _, sizes in given]
+            met([value for value, _ in given], sum(coming))
+            self._aside.set(f"{name}/goes/{self.rank}", "yes")
+            self._all_go(name)
+            into = torch.empty(sum(coming), dtype=torch.uint8, device="cpu")
+            if any(
+                size for rank, (_, sizes) in enumerate(given) for to, size in enumerate(sizes) if to != rank
+            ):
+                self._line().alltoall_base(into, out, coming, list(sizes)).wait()
+                self.sent += len(out)
+                self.received += len(into)
+            return into, coming
+
+    def at_end(self, work: Callable[[], None]) -> None:
+        """Have ``work()`` done when this rank stops, before its connections close."""
+        self._ending.append(work)
+
     def connect(self) -> None:
         """Open the connections that :meth:`send` uses, once; all ranks at the same time."""
         with self._talking():
@@ -182,6 +218,9 @@ class Ranks:
         self._end.set()
         if self._thread is not threading.current_thread():
             self._thread.join(self.timeout)
+        for work in self._ending:
+            work()
+        self._ending.clear()
         self._lines = None
 
     def _all_done(self) -> bool:
@@ -230,10 +269,36 @@ class Ranks:
             "checkpoints, where asked for, are good, and the same call on all ranks goes on from them"
         )
 
-    def _wait_for(self, key: str) -> None:
+    def _gathered(self, store: Any, name: str, value: Any) -> list[Any]:
+        store.set(f"{name}/{self.rank}", json.dumps(value))
+        for rank in range(self.size):
+            self._wait_for(f"{name}/{rank}", store)
+        return [json.loads(store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
+    def _all_go(self, name: str) -> None:
+        """Wait until no rank can call a swap off any more. Raises RankError if one has."""
+        end = None
+        for rank in range(self.size):
+            pause = 0.001
+            while not self._aside.check([f"{name}/goes/{rank}"]):
+                # A rank that lives says one or the other, and of its death nobody tells once this one ends.
+                if end is None and (self._end.is_set() or self._trouble is not None):
+                    end = time.monotonic() + self.timeout
+                if self.dead or (end is not None and time.monotonic() > end):
+                    raise RankError(self._trouble or _lost(RuntimeError("no answer")))
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.1)
+            if self._aside.get(f"{name}/goes/{rank}") != b"yes":
+                self._end.wait(2 * self._interval)  # until it is known why
+                raise RankError(self._trouble or f"rank {rank} of {self.size} left the probe before its end")
+
+    def _wait_for(self, key: str, store: Any = None) -> None:
         pause = 0.001
-        while not self._store.check([key]):
+        store = self._store if store is None else store
+        while not store.check([key]):
             self.check()
+            if store is self._aside and self._end.is_set():
+                raise RankError(f"rank {self.rank} of {self.size} left the probe before its end")
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
@@ -242,7 +307,7 @@ class Ranks:
             from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
             limit = datetime.timedelta(seconds=self.timeout)
-            self._lines = ProcessGroupGloo(PrefixStore("lines", self._store), self.rank, self.size, limit)
+            self._lines = ProcessGroupGloo(PrefixStore("lines", self._aside), self.rank, self.size, limit)
         return self._lines
 
     @contextmanager

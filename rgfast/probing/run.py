@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from rgfast.files import write_folder_atomically
 from rgfast.probing import checkpoint as checkpoints
-from rgfast.probing.capture.batches import batch_rows, check_order, iterate
+from rgfast.probing import together
+from rgfast.probing.capture.batches import batch_rows, check_order, iterate, sequences_of
 from rgfast.probing.controls import random_weights, shuffled
 from rgfast.probing.distributed import rank_path
 from rgfast.probing.options import parse_memory
@@ -145,9 +146,9 @@ def probe(
         timeout: seconds without a sign of life after which another rank counts as dead.
         owner: who sums up, of several ranks. ``"ranks"``: each its own sequences, all layers; the sums are
             added at the end. ``"layers"``: each some layers of all sequences, so that state, spectra and time
-            to solve them are shared out; rows go to their owners while batches run, and ranks wait for one
-            another there. It needs ``pairs`` adjacent (or no measure that compares layers), no ``groups``,
-            ``targets`` or ``checkpoint``, and layers that run in every forward; its result cannot be merged.
+            to solve them are shared out; rows go to their owners beside the forwards, and a rank waits for
+            others that are behind. It needs ``pairs`` adjacent (or no measure that compares layers) and
+            layers that run in every forward; its result cannot be merged.
             ``"auto"``: ``"layers"`` if moments of all layers do not fit ``memory``. See docs/distributed.md.
         keep: a new or empty folder to write activations of the probed layers to, as they were computed:
             a sample of the sequences that ``keep_bytes`` hold, which :class:`rgfast.Activations` reads (its
@@ -221,6 +222,8 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
             f"keep: one process alone keeps activations, got {ranks} ranks; with distributed=False each rank "
             "keeps those of its own sequences, in a folder of its own"
         )
+    replayed = watched.model if isinstance(watched.model, SavedActivations) else None
+    watched.tally.expected = sequences_of(batches) if replayed is None else replayed.sequences
     quiet = bool(rank) or not spec.shows_progress
     pieces = iterate(batches, spec.batch_size)
     if spec.control == "shuffled_tokens":
@@ -233,21 +236,30 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
     with watched:
         watched.model.eval()
         stream = enumerate(pieces, start=1)
-        done = 0
+        saved = None
         if path is not None:
             path = rank_path(path, rank, ranks)
-            done = _resume(watched, path, stream, say=not quiet)
+            checkpoints.clear_stale(path)
+        if watched.ranks is not None and spec.owner != "ranks":
+            together.choose(watched.ranks, path)
+        if path is not None:
+            saved = _Saved(watched, path, spec.checkpoint_every)
+            saved.resume(stream, say=not quiet)
         bar = tqdm(unit="sequence", desc="probe", disable=quiet)
-        last: Any = None
         with torch.no_grad(), bar:
             for done, last in stream:
+                if saved is not None:
+                    saved.begin(done, last)
                 watched.run(last)
                 bar.update(batch_rows(last))
-                if path is not None and done % spec.checkpoint_every == 0:
-                    _save(watched, path, done, last)
-        if path is not None and last is not None and done % spec.checkpoint_every:
-            _save(watched, path, done, last)
-    return watched.result()
+                if saved is not None:
+                    saved.passed()
+        if saved is not None:
+            saved.end()
+    result = watched.result()
+    if saved is not None:
+        saved.close()
+    return result
 
 
 def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: int) -> Iterator[Any]:
@@ -264,26 +276,65 @@ def _shuffled(pieces: Iterator[Any], model: nn.Module, spec: ProbeSpec, rank: in
     )
 
 
-def _resume(watched: Probe, path: Path, stream: Iterator[tuple[int, Any]], *, say: bool) -> int:
-    """Restore ``path``, where it exists, and take from ``stream`` the batches it has seen; their number."""
-    checkpoints.clear_stale(path)
-    if not path.exists():
-        return 0
-    header, arrays = checkpoints.read(path)
-    watched.restore(header, arrays)
-    if say:
-        print(f"probe: going on after batch {header['batches']} of {path}")
-    last = next((batch for number, batch in stream if number == header["batches"]), None)
-    if last is None or checkpoints.batch_digest(last) != header["last"]:
-        raise ValueError(
-            f"batches must be those that checkpoint {path} has seen {header['batches']} of, got others; "
-            "delete it to start anew"
-        )
-    return int(header["batches"])
+class _Saved:
+    """The checkpoint of a run at ``path``, every so many batches."""
 
+    def __init__(self, watched: Probe, path: Path, every: int) -> None:
+        self._watched, self._path, self._every = watched, path, every
+        self._done = 0
+        self._last: str | None = None  # the digest of the last batch
+        self._batch: Any = None
+        self._new = False
+        watched.tally.save_by(self._write)
 
-def _save(watched: Probe, path: Path, batches: int, last: Any) -> None:
-    if watched.plan is not None:
+    def resume(self, stream: Iterator[tuple[int, Any]], *, say: bool) -> None:
+        """Restore the file, if it exists, and take from ``stream`` the batches it has seen."""
+        watched, path = self._watched, self._path
+        if not path.exists():
+            return
+        header, arrays = checkpoints.read(path)
+        watched.restore(header, arrays)
+        self._done, self._last = int(header["batches"]), header["last"]
+        if say:
+            print(f"probe: going on after batch {self._done} of {path}")
+        if not self._done:
+            return
+        last = next((batch for number, batch in stream if number == self._done), None)
+        if last is None or checkpoints.batch_digest(last) != self._last:
+            raise ValueError(
+                f"batches must be those that checkpoint {path} has seen {self._done} of, got others; "
+                "delete it to start anew"
+            )
+
+    def begin(self, done: int, batch: Any) -> None:
+        """Batch number ``done`` comes."""
+        self._done, self._batch, self._new = done, batch, True
+        if done % self._every == 0:
+            self._watched.tally.save_next()
+
+    def passed(self) -> None:
+        """It has been measured."""
+        if self._done % self._every == 0 and not self._watched.tally.shared:
+            self._write()
+
+    def end(self) -> None:
+        """There are no more. Ranks that share out the layers write once all have come here."""
+        if self._new and not self._watched.tally.shared:
+            self._write()
+
+    def close(self) -> None:
+        """The result is there."""
+        together.before(self._path).unlink(missing_ok=True)
+        del self._watched  # whose moments would live until a collection of cycles
+
+    def _write(self) -> None:
+        watched, path = self._watched, self._path
+        if watched.plan is None:
+            return
         header, arrays = watched.snapshot()
-        seen = {"batches": batches, "last": checkpoints.batch_digest(last)}
-        checkpoints.write(path, {**header, **seen}, arrays)
+        if self._batch is not None:
+            self._last = checkpoints.batch_digest(self._batch)
+        if watched.tally.shared:
+            together.make_room(path)
+        checkpoints.write(path, {**header, "batches": self._done, "last": self._last}, arrays)
+        self._new = False

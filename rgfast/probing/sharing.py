@@ -5,14 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-__all__ = ["buffer_bytes", "held_layers"]
+__all__ = ["buffer_bytes", "held_layers", "on_way_bytes", "way_bytes"]
 
-_BUFFER = 256 << 20
+_WAY = 512 << 20
 
 
-def buffer_bytes(memory: int) -> int:
-    """Rows that a rank holds back for others, of the bytes it has."""
-    return min(_BUFFER, memory // 16)
+def way_bytes(memory: int) -> int:
+    """Bytes for rows on their way, of those that a rank has: held back, going out and coming in."""
+    return min(_WAY, memory // 8)
+
+
+def on_way_bytes(
+    memory: int, widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int, feature: int
+) -> int:
+    """:func:`way_bytes`, or more if a sequence, of ``feature`` bytes per feature, has more rows than that."""
+    return max(way_bytes(memory), int(feature * _most_on_way(widths, held, ranks, [1.0] * ranks)))
+
+
+def buffer_bytes(memory: int, widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int) -> int:
+    """Rows that a rank holds back for others until they go out, of the bytes it has."""
+    each = [1 / kept if kept else 0.0 for kept in _kept(widths, held, ranks)]
+    return max(1, int(way_bytes(memory) / _most_on_way(widths, held, ranks, each)))
+
+
+def _most_on_way(
+    widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int, rows: Sequence[float]
+) -> float:
+    """Numbers on their way at a rank, at most, if rank r holds back ``rows[r]`` of every layer: while they go
+    out, and others come in, as many gather; and before the next go out, those that came are summed up."""
+    takes = [sum(widths[layer] for layer in some) for some in held] + [0] * (ranks - len(held))
+    most = 0.0
+    for rank, kept in enumerate(_kept(widths, held, ranks)):
+        out = rows[rank] * (sum(takes) - takes[rank])
+        come = takes[rank] * (sum(rows) - rows[rank])
+        most = max(most, rows[rank] * kept + out + come, out + 2 * come)
+    return most
+
+
+def _kept(widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int) -> list[int]:
+    """The widths, in all, of the layers whose rows each rank hands over."""
+    return [
+        sum(widths[k] for k in {k for other, some in enumerate(held) if other != rank for k in some})
+        for rank in range(ranks)
+    ]
 
 
 def held_layers(widths: Sequence[int], ranks: int, *, neighbors: bool) -> tuple[tuple[int, ...], ...]:

@@ -184,10 +184,6 @@ class ProbeSpec:
     @property
     def why_not_shared(self) -> str:
         """Why ranks cannot share out the layers, in words; nothing if they can."""
-        if self.groups > 1:
-            return "groups= (or targets=) number the sequences of all ranks, which are known at the end"
-        if self.checkpoint is not None:
-            return "a checkpoint= holds what one rank has seen, and owners have seen rows of all"
         if self.compared and self.compared != "adjacent":
             return f"pairs= must be 'adjacent', got {self.compared!r}"
         return ""

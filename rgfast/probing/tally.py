@@ -24,7 +24,7 @@ from rgfast.probing.first import FirstBatch, first_of
 from rgfast.probing.foreseeing import rows_or_moments
 from rgfast.probing.later import bring
 from rgfast.probing.offloaded import is_offloaded, runs_on
-from rgfast.probing.owners import Gathered, Owners, plan_or_shares
+from rgfast.probing.owners import Gathered, Owners
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen
@@ -32,6 +32,7 @@ from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
 from rgfast.probing.sharding import is_sharded
+from rgfast.probing.shares import first_number, plan_or_shares
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
 from rgfast.probing.tiling import BY_SAMPLES, by_tiles, foreseen_tiles
@@ -43,6 +44,7 @@ __all__ = ["Tally"]
 
 # Forwards to wait for a layer that does not run in every one.
 _PATIENCE = 16
+_OWNED = "checkpoint is of another owner= of the layers' moments; take the one it was made with, or delete it"
 # Options that say how batches and layers were read.
 _READ = ("mask", "rows", "padding", "origin", "axes", "output", "placements")
 
@@ -79,6 +81,9 @@ class Tally:
         self._first_batch: FirstBatch | None = None
         self._summed: tuple[Moments | Gathered | None, dict[str, Any]] | None = None
         self._provenance: dict[str, Any] = {}
+        self.expected: int | None = None  # how many sequences come, if that is known
+        self._save: Callable[[], None] | None = None
+        self._save_due = False
         self._weights: str | None = None
         self._sharded = is_sharded(model)
         self._read_once = self._sharded or is_offloaded(model)
@@ -204,9 +209,25 @@ class Tally:
             self._moments = self._empty(first)
 
     def hand_rows(self) -> None:
-        """Have rows go to the owners of their layers, after a forward of all ranks together."""
+        """Have rows go to the owners of their layers after a forward, and a checkpoint be written if it is
+        due."""
         if isinstance(self._moments, Owners):
+            self._moments.due = self._moments.due or self._save_due
+            self._save_due = False
             self._moments.passed()
+
+    @property
+    def shared(self) -> bool:
+        """Whether ranks share out the layers, as far as that is known."""
+        return isinstance(self._moments, Owners)
+
+    def save_by(self, save: Callable[[], None]) -> None:
+        """Have ranks that share out the layers write checkpoints by ``save()``, all at the same time."""
+        self._save = save
+
+    def save_next(self) -> None:
+        """Have these ranks do so after the next forward."""
+        self._save_due = True
 
     def _unseen(self) -> list[int]:
         """The layers that have not run yet."""
@@ -311,6 +332,8 @@ class Tally:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
         self._look()
+        if self._ranks is not None and self._spec.owner != "ranks" and not self._early and not self._due:
+            self._join()
         if self.plan is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")
         header = {
@@ -327,8 +350,10 @@ class Tally:
         moments = self._moments
         assert moments is not None
         if isinstance(moments, Owners):
-            raise ValueError("owner: ranks that share out the layers have no snapshot; take owner='ranks'")
-        return {**header, "plan": moments.plan.to_json(), "masked": moments.masked}, moments.state()
+            header["owned"], arrays = moments.state()
+        else:
+            arrays = moments.state()
+        return {**header, "plan": moments.plan.to_json(), "masked": moments.masked}, arrays
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """What :meth:`rgfast.Probe.restore` says."""
@@ -359,6 +384,16 @@ class Tally:
                 "route: 'samples' cannot be taken, since the checkpoint is of moments; delete it to start "
                 "anew"
             )
+        elif "owned" in header:
+            first = self._first_batch
+            assert first is not None
+            owners = self._empty(first, start=0)
+            if not isinstance(owners, Owners):
+                raise ValueError(_OWNED)
+            owners.load(header["owned"], arrays, plan.notes)
+            self._moments = owners
+        elif self._spec.owner == "layers" and self._ranks is not None and self._ranks.size > 1:
+            raise ValueError(_OWNED)
         else:
             summing = self._summing(plan, masked=header["masked"])
             summing.load(arrays, self._device())
@@ -393,8 +428,8 @@ class Tally:
         try:
             if self._due:
                 self.passed()
-            elif self._moments is None and (first := self._agreed(None)) is not None:
-                self._moments = self._empty(first)
+            else:
+                self._join()
             found: Any = self._moments
             if isinstance(found, Owners):
                 found = found.of_all_ranks(self._provenance)
@@ -407,6 +442,11 @@ class Tally:
             ranks.fail(error)
             raise
         return (None, {}) if found is None else found
+
+    def _join(self) -> None:
+        """Agree with the other ranks if this one has had no batch."""
+        if self._moments is None and (first := self._agreed(None)) is not None:
+            self._moments = self._empty(first)
 
     def _device(self) -> torch.device:
         return runs_on(self._model) or torch.device("cpu")
@@ -447,8 +487,8 @@ class Tally:
         labelled = [target.classes is not None for target in self._targets]
         return first_of(batch, rows, [target.name for target in self._targets], labelled)
 
-    def _empty(self, first: FirstBatch) -> Moments | Owners:
-        """What sums up."""
+    def _empty(self, first: FirstBatch, *, start: int | None = None) -> Moments | Owners:
+        """What sums up; the number of the first sequence is ``start``, or agreed on by all ranks."""
         ranks = self._ranks
         found = plan_or_shares(first, self._spec, self._names, 1 if ranks is None else ranks.size)
         if isinstance(found, Plan):
@@ -458,7 +498,12 @@ class Tally:
         self._announce_last_note(found.plan)
         unread, masked = self._unread, first.masked
         own = found.moments(ranks.rank, masked=masked, unread=unread, uncentred=self._uncentred)
-        return Owners(found, own, ranks, self._device(), unread, masked=masked, in_step=self._sharded)
+        if start is None:
+            part = self._early[-1].part if self._early else None
+            start = first_number(ranks, self.expected, () if part is None else part.ranks)
+        made = Owners(found, own, ranks, self._device(), unread, start, masked=masked, in_step=self._sharded)
+        made.save = self._save
+        return made
 
     def _summing(self, plan: Plan, *, masked: bool) -> Moments:
         return Moments(plan, masked=masked, unread=self._unread, uncentred=self._uncentred)

@@ -293,10 +293,20 @@ class Probe:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """All that a checkpoint holds: what is measured and on which model, and the rows or moments so far.
 
+        Ranks that share out the layers call it together, as :meth:`result`.
+
         Raises RuntimeError before the first forward, ValueError if a layer was not finite.
         """
         with self._home.own():
             return self._tally.snapshot()
+
+    @property
+    def tally(self) -> Tally:
+        """What it has seen so far.
+
+        :meta private:
+        """
+        return self._tally
 
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Go on from what :meth:`snapshot` gave. Raises ValueError if it was of another probe or model."""

@@ -81,7 +81,7 @@ def values(result):
     """All arrays of a result, and a digest of them and of its moments."""
     found = measures_of(result)
     total = hashlib.sha256()
-    for name, array in [*found.items(), *sorted(result.moments.items())]:
+    for name, array in [*found.items(), *sorted((result.moments or {}).items())]:
         total.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return found, total.hexdigest()
 

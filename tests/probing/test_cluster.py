@@ -55,10 +55,11 @@ def test_state_and_operations_of_a_large_model():
     shared = found.options[3]
     part = 8 * (23 * 8194**2 + 12 * 8192)  # 11 layers and the next one
     assert shared.state_bytes == pytest.approx(part + 3 * (256 << 20), rel=0.01)
-    assert shared.peak_bytes == pytest.approx(part + (256 << 20) + 14 * 8 * 8194**2, rel=0.01)
-    batch = 2 * 16384 * 12 * 8192
-    wider = rgfast.plan_cluster(**LARGE, ranks=8, memory="96GiB", batch=65536).options[3]
-    assert wider.peak_bytes == pytest.approx(part + 2 * (256 << 20) + 4 * batch, rel=0.01)
+    # Of sequences of 2,048 tokens: 76 layers go out, and 12 come from each of the others and did before.
+    rows = 2 * 2048 * 8192 * (76 + 2 * 7 * 12)
+    assert shared.peak_bytes == pytest.approx(part + (256 << 20) + rows, rel=0.02)
+    longer = rgfast.plan_cluster(**LARGE, ranks=8, memory="96GiB", length=8192).options[3]
+    assert longer.peak_bytes == pytest.approx(part + (256 << 20) + 4 * rows, rel=0.02)
     assert shared.network_bytes == pytest.approx(2 * 7 * 125_000 * 88 * 8192, rel=0.01)
     assert shared.operations["spectra"] == pytest.approx(2 * 12 * 4 / 3 * 8192**3)
     assert shared.operations["moments"] == pytest.approx(2 * 23 * 8194**2 * 10**6, rel=1e-3)
@@ -129,6 +130,15 @@ def test_all_that_was_asked_is_taken_where_it_fits():
 def test_layers_are_shared_out_without_pairs_too():
     calls = [option.call for option in rgfast.plan_cluster(**LARGE, ranks=8, pairs=[]).options]
     assert calls[2:] == ["default views, owner='layers'", "views=['pooled'], owner='layers'"]
+
+
+def test_groups_are_shared_out_with_the_layers():
+    single, double = (
+        next(one for one in found.options if one.call == "views=['pooled'], owner='layers'")
+        for found in (rgfast.plan_cluster(**LARGE, ranks=8, groups=groups) for groups in (1, 2))
+    )
+    assert double.state_bytes == pytest.approx(2 * single.state_bytes, rel=0.05)
+    assert double.operations["spectra"] == pytest.approx(3 * single.operations["spectra"])
 
 
 def test_nothing_fits():

@@ -6,7 +6,7 @@ from launch import needs_gloo, printed_by
 
 import rgfast
 from rgfast.probing.capture.placed import _digest, _positive, _whole_shape
-from rgfast.probing.distributed import _starts
+from rgfast.probing.distributed import first_numbers
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +20,14 @@ def found():
 @needs_gloo
 @pytest.mark.parametrize(
     ("ranks", "case"),
-    [("tensor/2", "whole"), ("tensor/2", "positions"), ("lines/4", "whole"), ("lines/4", "across")],
+    [
+        *(("tensor/2", case) for case in ("whole", "positions", "owned")),
+        *(("lines/4", case) for case in ("whole", "across", "owned")),
+    ],
 )
 def test_every_sequence_counts_once(found, ranks, case):
     """Column and row parallel layers, and sequence parallel ones whose plain outputs are said to be parts of
-    the positions; on a mesh of data and tensor dimensions, in either order of ranks."""
+    the positions; on a mesh of data and tensor dimensions, in either order of ranks; by owners of layers."""
     furthest = [value[case][0] for value in found[ranks]]
     assert furthest[0] <= 1e-12
     assert len({value[case][1] for value in found[ranks]}) == 1  # the same bits on every rank
@@ -175,6 +178,6 @@ def test_a_digest_sees_every_bit_and_place(dtype):
 
 
 def test_ranks_that_run_a_model_together_number_the_same_sequences():
-    assert _starts([(5, ()), (0, ()), (7, ())]) == [0, 5, 5]
-    assert _starts([(5, (0, 1)), (5, (0, 1)), (7, (2, 3)), (7, (2, 3))]) == [0, 0, 5, 5]
-    assert _starts([(5, (0, 2)), (7, (1, 3)), (5, (0, 2)), (7, (1, 3))]) == [0, 5, 0, 5]
+    assert first_numbers([(5, ()), (0, ()), (7, ())]) == [0, 5, 5]
+    assert first_numbers([(5, (0, 1)), (5, (0, 1)), (7, (2, 3)), (7, (2, 3))]) == [0, 0, 5, 5]
+    assert first_numbers([(5, (0, 2)), (7, (1, 3)), (5, (0, 2)), (7, (1, 3))]) == [0, 5, 0, 5]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     RandomSampler,
@@ -26,6 +27,7 @@ __all__ = [
     "is_array",
     "iterate",
     "only_numbers",
+    "sequences_of",
     "shuffles",
 ]
 
@@ -114,6 +116,19 @@ def batch_rows(batch: Any) -> int:
         if isinstance(item, (Tensor, np.ndarray)) and item.ndim:
             return int(item.size(0)) if isinstance(item, Tensor) else len(item)
     return 1
+
+
+def sequences_of(batches: Any) -> int | None:
+    """How many rows all ``batches`` have, None if that is known only once they have come."""
+    if isinstance(batches, Mapping):
+        return next((len(x) for x in batches.values() if is_array(x) and x.ndim), None)
+    if is_array(batches):
+        return len(batches)
+    if isinstance(batches, (list, tuple)):
+        return sum(map(batch_rows, batches))
+    if isinstance(batches, DataLoader) and type(batches.batch_sampler) is BatchSampler:
+        return None if batches.drop_last or not isinstance(batches.sampler, Sized) else len(batches.sampler)
+    return None
 
 
 def shuffles(batches: Any) -> str:

@@ -68,6 +68,11 @@ class RowBatch:
         return self.sequences if self.part is None else self.part.size
 
     @property
+    def offset(self) -> int:
+        """The number of the first sequence here among those."""
+        return 0 if self.part is None else self.part.first
+
+    @property
     def missing(self) -> list[int]:
         """The layers that did not run."""
         return [layer for layer, x in enumerate(self.layers) if x is None]

@@ -55,19 +55,18 @@ class Moments:
         """Nothing: any batch can be summed up."""
         return ""
 
-    def add(self, batch: RowBatch) -> None:
-        """Add a batch, without gradients.
+    def add(self, batch: RowBatch, *, first: int | None = None) -> None:
+        """Add a batch, without gradients. Its sequences are numbered on from those before, or from ``first``.
 
         Raises ValueError if a layer is not finite at a kept position, and if the ``flattened`` view meets
         sequences of another length. Nothing is added then where looking at values costs nothing (on the CPU);
         elsewhere it is raised up to 64 batches later, or when the measures are read, and ever after.
         """
         with torch.no_grad():
-            self._add(batch)
+            self._add(batch, self.numbers + batch.offset if first is None else first)
 
-    def _add(self, batch: RowBatch) -> None:
+    def _add(self, batch: RowBatch, start: int) -> None:
         self._changes()
-        start = self.numbers + (0 if batch.part is None else batch.part.first)
         self.check(batch, start)
         length = batch.first.shape[1]
         if self.plan.positions and length > self.plan.length:

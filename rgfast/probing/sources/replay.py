@@ -52,6 +52,11 @@ class SavedActivations(nn.Module):
         share = divided(self._acts, ranks)
         self.first, self._stop, self.ids = share.first, share.stop, share.ids
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences are this rank's."""
+        return self._stop - self.first
+
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """All sequences that are this rank's, as mappings of layers and entries by name."""
         for batch in self._acts.batches(size, self._chosen, first=self.first, stop=self._stop):
