@@ -48,7 +48,7 @@ SLOPE, GRADIENT = 10.0, 38.0
 # A load or a store of a spilled register takes as long as four instructions of arithmetic. Per thread and
 # block of hidden units, in the binaries of sm_90 by Triton 3.7.1.
 SPILL = 4.0
-SPILLED = {"forward plain 256": 18, "forward split 128": 8, "forward split 256": 97, "backward split 256": 96}
+SPILLED = {"backward single 256": 21, "backward split 256": 219}
 PRODUCTS = {"plain": 1, "single": 1, "split": 3}
 # The library's products whose sums run along all rows are cut into parts, added up by a second kernel.
 LONG_SUM = 1e-5
@@ -79,6 +79,7 @@ class Kernel:
         each = HIDDEN[self.form] + ACTIVATION[self.activation] + SLOPE * self.backward
         if self.form != "plain":
             each += PER_SUM * self.d / self.tile.units
+        products, each = self.repeated * products, self.repeated * each
         each += SPILL * self.spilled * 32 * self.tile.warps / (self.tile.rows * self.tile.units)
         per_number = STREAM[self.form] + GRADIENT * self.backward
         size = 2 if self.form == "plain" else 4
@@ -86,6 +87,11 @@ class Kernel:
         moved += (numbers + 2 * hidden) * self.factors
         computing = self.layers * (products + (hidden * each + numbers * per_number) / LANES)
         return START + self.crowding * (computing + moved * size / PASS)
+
+    @property
+    def repeated(self) -> float:
+        """How often a number is computed: a warp takes 16 rows, and one without any repeats another's."""
+        return max(1.0, 16 * self.tile.warps / self.tile.rows)
 
     @property
     def crowding(self) -> float:

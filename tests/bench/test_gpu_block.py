@@ -13,7 +13,7 @@ from rgfast.ops.residual_mlp.gpu.table import Tile
 
 def test_what_was_measured_is_given_within_a_quarter():
     rows = gpu_block.validation()
-    assert len(rows) == 35
+    assert len(rows) == 37
     assert [f"{row.name}: {row.measured}, not {row.predicted}" for row in rows if not row.close] == []
 
 
@@ -45,6 +45,15 @@ def test_how_many_thread_blocks_share_a_multiprocessor():
     assert together(TILE, 64 << 10) == 2
     assert together(TILE, 128 << 10) == 1
     assert together(Tile(128, 64, 8, 2), 64 << 10) == 1
+
+
+def test_warps_without_rows_of_their_own_repeat_others():
+    own, repeating = (dataclasses.replace(PLAIN, tile=Tile(64, 32, warps, 2)) for warps in (4, 8))
+    assert (own.repeated, repeating.repeated) == (1, 2)
+    # Measured of split products at D = 256: 1684 us by eight warps, 905 us by four.
+    split = {"form": "split", "d": 256, "activation": "erf"}
+    took = [dataclasses.replace(kernel, **split).seconds for kernel in (own, repeating)]
+    assert took[1] / took[0] == pytest.approx(1683.5 / 904.7, rel=0.05)
 
 
 def test_wide_blocks_are_the_librarys_products_between_two_passes():

@@ -59,6 +59,30 @@ def test_there_is_something_to_interpret():
     assert len(CHECKS) > 10
 
 
+COPIES = """
+import triton_gate
+for arch in (80, 90, 100):
+    entry = next(each for each in triton_gate.entries(arch) if each.name == "forward split 64")
+    print(arch, triton_gate.compiled(entry).asm["ptx"].count("cp.async.bulk.tensor") > 1)
+try:
+    triton_gate.compiled(entry._replace(constants=entry.constants | {"TMA": 1}, name="planted", arch=80))
+except AssertionError as error:
+    print(error)
+"""
+
+
+@needs_triton
+def test_weights_are_copied_by_descriptors_from_sm_90_on(tmp_path):
+    # As a process of its own: the checks of others may have made Triton interpret.
+    done = subprocess.run(
+        [sys.executable, "-c", COPIES],
+        env=os.environ | {"PYTHONPATH": str(HERE), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    found = done.stdout.splitlines()
+    assert found == ["80 False", "90 True", "100 True", "planted: copies of tensors False"], done.stderr
+
+
 def gpu_call(*shape, dtype=torch.float32, h=64, across="features"):
     x = torch.empty(shape, dtype=dtype, device="cuda")
     width = shape[-2] if across == "positions" else shape[-1]
@@ -372,6 +396,9 @@ def test_the_table_has_every_form_width_and_architecture():
                 for width, tile in tiles[group, form].items():
                     assert tile.rows % 16 == tile.units % 16 == 0
                     assert width // tile.halves >= 64
+                    # More warps would repeat each other's work, but for sm_100's sums in tensor memory.
+                    assert group == "b200" or 16 * tile.warps <= max(tile.rows, 64)
+                    assert not tile.tma or (tiles is table.FORWARD and group in ("h100", "b200"))
     assert [table.group_of(each) for each in ((9, 0), (8, 0), (10, 0), (8, 9), (13, 7))] == [
         "h100", "a100", "b200", "other", "other",
     ]  # fmt: skip

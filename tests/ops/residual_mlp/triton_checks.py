@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ from triton_truth import (
 )
 
 from rgfast.ops.residual_mlp.call import Call, StackCall
-from rgfast.ops.residual_mlp.gpu import answers, contract, wide
-from rgfast.ops.residual_mlp.gpu.launch import forward, packed, ready, through
+from rgfast.ops.residual_mlp.gpu import answers, contract, launch, wide
+from rgfast.ops.residual_mlp.gpu.launch import forward, packed, ready, through, tile_for
 from rgfast.ops.residual_mlp.impl import triton
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS
 
@@ -270,6 +271,35 @@ def check_weights_are_read_where_they_lie() -> dict[str, bool]:
         "does not": packed([Call(*padded, *OPTIONS)], "fp16", 64).up.shape == (1, 128, 64),  # type: ignore[arg-type]
         "nor in fp32": packed([call], "fp32", 64).by_unit,
     }
+
+
+def check_pointers_and_descriptors_bring_the_same() -> dict[str, bool]:
+    found = {}
+    for depth, shape, products, dtype in (
+        (1, (33, 9, 17), "fp32", torch.float32), (1, (20, 130, 70), "fp32", torch.float32),
+        (1, (17, 200, 33), "tf32", torch.float32), (1, (40, 64, 128), "fp16", torch.float16),
+        (3, (20, 100, 70), "fp32", torch.float32), (2, (20, 17, 33), "fp16", torch.float16),
+    ):  # fmt: skip
+        layers = [call.to(dtype) for call in layers_of(depth, *shape)]
+        outcomes = []
+        for described in (False, True):
+            with mock.patch.object(
+                launch, "tile_for", lambda *of, tma=described: tile_for(*of)._replace(tma=tma)
+            ):
+                outcomes.append(forward(layers, products))
+        found[f"{depth} {shape} {products}"] = torch.equal(*outcomes)
+    return found
+
+
+def check_weights_that_start_anywhere() -> dict[str, bool]:
+    tensors = [None if t is None else t.half() for t in drawn(20, 64, 128)]
+    shifted = list(tensors)
+    for at in (1, 3):
+        given = tensors[at]
+        assert given is not None
+        memory = torch.empty(given.numel() + 1, dtype=given.dtype, device=DEVICE)
+        shifted[at] = memory[1:].view(given.shape).copy_(given)
+    return same(*(evaluated_as_given(ours("fp16"), each) for each in (shifted, tensors)))
 
 
 def check_every_output_is_written() -> dict[str, bool]:

@@ -45,9 +45,14 @@ def _block(
         "D": width, "H": 4 * width, "HALF": width // tile.halves, "HALVES": tile.halves,
         "H_PADDED": 4 * width, "LAYERS": 1, "EVERY_LAYER": False, "W2_BY_UNIT": form != "plain",
         "NORM": "layer", "ACTIVATION": "gelu", "PRODUCTS": form,
-        "BM": tile.rows, "BH": tile.units, "STAGES": tile.stages,
+        "BM": tile.rows, "BH": tile.units, "STAGES": tile.stages, "TMA": tile.tma,
     } | more  # fmt: skip
     names = set(kernel.arg_names)
+    if constants["TMA"] and "TMA" in names:
+        up = [tile.units, constants["HALF"]]
+        down = up if constants["W2_BY_UNIT"] else up[::-1]
+        for name, shape in (("w1", up), ("w1_low", up), ("w2", down), ("w2_low", down)):
+            types[name] = f"tensordesc<{operand.removeprefix('*')}{shape}>"
     constants = {k: v for k, v in constants.items() if k in names}
     return {k: v for k, v in types.items() if k in names and k not in constants}, constants
 
@@ -90,7 +95,10 @@ def _small(arch: int) -> Iterator[Entry]:
 
 
 def compiled(entry: Entry) -> Any:
-    """The kernel, compiled; strides and pointers are multiples of 16, as they nearly always are."""
+    """The kernel, compiled; strides and pointers are multiples of 16, as they nearly always are.
+
+    AssertionError unless tensors are copied by their descriptors if and only if its tile says so.
+    """
     signature = {name: entry.types.get(name, "constexpr") for name in entry.kernel.arg_names}
     even = {
         (at,): [["tt.divisibility", 16]]
@@ -99,4 +107,7 @@ def compiled(entry: Entry) -> Any:
     }
     source = ASTSource(entry.kernel, signature, entry.constants, even)
     options = {"num_warps": entry.warps, **OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", entry.arch, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", entry.arch, 32), options=options)
+    found = "cp.async.bulk.tensor" in kernel.asm["ptx"]
+    assert found == entry.constants.get("TMA", False), f"{entry.name}: copies of tensors {found}"
+    return kernel

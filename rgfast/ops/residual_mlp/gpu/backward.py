@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from rgfast.ops.residual_mlp.gpu.elements import activated, normalized, power_of_two, slope
-from rgfast.ops.residual_mlp.gpu.forward import affine, operands, product, row_scale, vector
+from rgfast.ops.residual_mlp.gpu.forward import affine, operands, product, row_scale, vector, weights_at
 
 __all__ = ["gradient"]
 
@@ -59,6 +59,7 @@ def gradient(
     OPERAND: tl.constexpr = w1.dtype.element_ty
     FINE: tl.constexpr = PRODUCTS == "split"
     WIDE: tl.constexpr = HALF * HALVES
+    DOWN: tl.constexpr = WIDE if W2_BY_UNIT else H
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.arange(0, HALF)
     inside0 = column < D
@@ -91,37 +92,29 @@ def gradient(
     if HALVES == 2:
         high1, low1 = operands(c1, factor, OPERAND, PRODUCTS)
         d_high1, d_low1 = operands(d1, factor_d, OPERAND, PRODUCTS)
-    up = unit[None, :] * WIDE + column[:, None]  # [HALF, BH]
-    if W2_BY_UNIT:
-        down = up
-        down_half = HALF
-    else:
-        down = unit[None, :] + column[:, None] * H
-        down_half = HALF * H
     sum0 = tl.zeros([BM, HALF], tl.float32)
     sum1 = sum0
     for h in tl.range(0, H_PADDED, BH, num_stages=STAGES):
-        across = h * WIDE if W2_BY_UNIT else h
-        up0 = tl.load(w1 + up + h * WIDE)
-        down0 = tl.load(w2 + down + across)
+        up0 = weights_at(w1, h, 0, BH, HALF, True, WIDE, False)
+        down0 = weights_at(w2, h, 0, BH, HALF, W2_BY_UNIT, DOWN, False)
         up0_low = up0
         down0_low = down0
         if PRODUCTS == "split":
-            up0_low = tl.load(w1_low + up + h * WIDE)
-            down0_low = tl.load(w2_low + down + across)
-        u = product(high0, low0, up0, up0_low, PRODUCTS)
-        da = product(d_high0, d_low0, down0, down0_low, PRODUCTS)
+            up0_low = weights_at(w1_low, h, 0, BH, HALF, True, WIDE, False)
+            down0_low = weights_at(w2_low, h, 0, BH, HALF, W2_BY_UNIT, DOWN, False)
+        u = product(high0, low0, tl.trans(up0), tl.trans(up0_low), PRODUCTS)
+        da = product(d_high0, d_low0, tl.trans(down0), tl.trans(down0_low), PRODUCTS)
         up1, up1_low = up0, up0_low
         if HALVES == 2:
-            up1 = tl.load(w1 + up + h * WIDE + HALF)
-            down1 = tl.load(w2 + down + across + down_half)
+            up1 = weights_at(w1, h, HALF, BH, HALF, True, WIDE, False)
+            down1 = weights_at(w2, h, HALF, BH, HALF, W2_BY_UNIT, DOWN, False)
             up1_low = up1
             down1_low = down1
             if PRODUCTS == "split":
-                up1_low = tl.load(w1_low + up + h * WIDE + HALF)
-                down1_low = tl.load(w2_low + down + across + down_half)
-            u += product(high1, low1, up1, up1_low, PRODUCTS)
-            da += product(d_high1, d_low1, down1, down1_low, PRODUCTS)
+                up1_low = weights_at(w1_low, h, HALF, BH, HALF, True, WIDE, False)
+                down1_low = weights_at(w2_low, h, HALF, BH, HALF, W2_BY_UNIT, DOWN, False)
+            u += product(high1, low1, tl.trans(up1), tl.trans(up1_low), PRODUCTS)
+            da += product(d_high1, d_low1, tl.trans(down1), tl.trans(down1_low), PRODUCTS)
         if PRODUCTS != "plain":
             scale1 = tl.load(unit1 + h + unit)
             u = u * reciprocal[:, None] * scale1[None, :]
@@ -138,18 +131,16 @@ def gradient(
         if dx is not None or sums is not None:
             if PRODUCTS == "plain":
                 du_high = du.to(OPERAND)
-                sum0 = tl.dot(du_high, tl.trans(up0), sum0)
+                sum0 = tl.dot(du_high, up0, sum0)
                 if HALVES == 2:
-                    sum1 = tl.dot(du_high, tl.trans(up1), sum1)
+                    sum1 = tl.dot(du_high, up1, sum1)
             else:
                 du = du * scale1[None, :]
                 grow, shrink = power_of_two(tl.max(tl.abs(du), 1))
                 du_high, du_low = operands(du, grow, OPERAND, PRODUCTS)
-                sum0 += product(du_high, du_low, tl.trans(up0), tl.trans(up0_low), PRODUCTS) * shrink[:, None]
+                sum0 += product(du_high, du_low, up0, up0_low, PRODUCTS) * shrink[:, None]
                 if HALVES == 2:
-                    sum1 += (
-                        product(du_high, du_low, tl.trans(up1), tl.trans(up1_low), PRODUCTS) * shrink[:, None]
-                    )
+                    sum1 += product(du_high, du_low, up1, up1_low, PRODUCTS) * shrink[:, None]
     if dx is not None or sums is not None:
         x0 = tl.load(source, mask=mask0, other=0.0).to(tl.float32)
         if HALVES == 2:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from rgfast.ops.residual_mlp.gpu.elements import activated, normalized, power_of_two
 
-__all__ = ["affine", "block", "operands", "pack", "product", "row_scale", "vector"]
+__all__ = ["affine", "block", "operands", "pack", "product", "row_scale", "vector", "weights_at"]
 
 
 @triton.jit
@@ -80,6 +80,32 @@ def pack(
 
 
 @triton.jit
+def weights_at(
+    weights, unit, column,
+    BH: tl.constexpr, HALF: tl.constexpr, BY_UNIT: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """``[BH, HALF]`` of weights from a hidden unit and a column on.
+
+    They lie by unit, or by column if not BY_UNIT, so many numbers apart: ``weights`` is a pointer, or a
+    descriptor of such tiles if TMA.
+    """
+    if BY_UNIT:
+        if TMA:
+            tile = weights.load([unit, column])
+        else:
+            within = tl.arange(0, BH)[:, None] * STRIDE + tl.arange(0, HALF)[None, :]
+            tile = tl.load(weights + (unit * STRIDE + column) + within)
+    else:
+        if TMA:
+            tile = weights.load([column, unit])
+        else:
+            within = tl.arange(0, HALF)[:, None] * STRIDE + tl.arange(0, BH)[None, :]
+            tile = tl.load(weights + (column * STRIDE + unit) + within)
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
 def vector(pointer, layer, place, inside, LENGTH: tl.constexpr):
     """One of a block's vectors in fp32, zero outside."""
     return tl.load(pointer + layer * LENGTH + place, mask=inside, other=0.0).to(tl.float32)
@@ -129,7 +155,7 @@ def block(
     D: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr, H_PADDED: tl.constexpr,
     LAYERS: tl.constexpr, EVERY_LAYER: tl.constexpr, W2_BY_UNIT: tl.constexpr,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, PRODUCTS: tl.constexpr,
-    BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """``LAYERS`` residual blocks one after the other on ``BM`` rows, which stay in registers between them.
 
@@ -137,10 +163,11 @@ def block(
     HALVES * HALF]``, zero outside H and D, as ``pack`` leaves them; ``w2`` is the caller's ``[D, H]`` unless
     W2_BY_UNIT. Biases and the norm's vectors may be None.
     """
-    OPERAND: tl.constexpr = w1.dtype.element_ty
+    OPERAND: tl.constexpr = w1.dtype if TMA else w1.dtype.element_ty
     STREAM: tl.constexpr = y.dtype.element_ty
     FINE: tl.constexpr = PRODUCTS == "split"
     WIDE: tl.constexpr = HALF * HALVES
+    DOWN: tl.constexpr = WIDE if W2_BY_UNIT else H
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.arange(0, HALF)
     inside0 = column < D
@@ -162,52 +189,46 @@ def block(
         if HALVES == 2:
             high1, low1 = operands(c1, factor, OPERAND, PRODUCTS)
         first = layer * H_PADDED
-        up = (first + unit[None, :]) * WIDE + column[:, None]  # [HALF, BH]
-        if W2_BY_UNIT:
-            down = (first + unit[:, None]) * WIDE + column[None, :]  # [BH, HALF]
-            down_half = HALF
-        else:
-            down = unit[:, None] + column[None, :] * H
-            down_half = HALF * H
         sum0 = tl.zeros([BM, HALF], tl.float32)
         sum1 = sum0
         for h in tl.range(0, H_PADDED, BH, num_stages=STAGES):
-            across = h * WIDE if W2_BY_UNIT else h
-            up0 = tl.load(w1 + up + h * WIDE)
+            here = first + h
+            up0 = weights_at(w1, here, 0, BH, HALF, True, WIDE, TMA)
             up0_low = up0
             if PRODUCTS == "split":
-                up0_low = tl.load(w1_low + up + h * WIDE)
-            u = product(high0, low0, up0, up0_low, PRODUCTS)
+                up0_low = weights_at(w1_low, here, 0, BH, HALF, True, WIDE, TMA)
+            u = product(high0, low0, tl.trans(up0), tl.trans(up0_low), PRODUCTS)
             if HALVES == 2:
-                up1 = tl.load(w1 + up + h * WIDE + HALF)
+                up1 = weights_at(w1, here, HALF, BH, HALF, True, WIDE, TMA)
                 up1_low = up1
                 if PRODUCTS == "split":
-                    up1_low = tl.load(w1_low + up + h * WIDE + HALF)
-                u += product(high1, low1, up1, up1_low, PRODUCTS)
+                    up1_low = weights_at(w1_low, here, HALF, BH, HALF, True, WIDE, TMA)
+                u += product(high1, low1, tl.trans(up1), tl.trans(up1_low), PRODUCTS)
             if PRODUCTS != "plain":
-                u = u * reciprocal[:, None] * tl.load(unit1 + first + h + unit)[None, :]
+                u = u * reciprocal[:, None] * tl.load(unit1 + here + unit)[None, :]
             if b1 is not None:
                 u += vector(b1, layer, h + unit, h + unit < H, H)[None, :]
             a = activated(u, ACTIVATION, FINE)
-            down0 = tl.load(w2 + down + across)
+            down0 = weights_at(w2, here, 0, BH, HALF, W2_BY_UNIT, DOWN, TMA)
             if PRODUCTS == "plain":
                 a_high = a.to(OPERAND)
                 sum0 = tl.dot(a_high, down0, sum0)
                 if HALVES == 2:
-                    sum1 = tl.dot(a_high, tl.load(w2 + down + across + down_half), sum1)
+                    down1 = weights_at(w2, here, HALF, BH, HALF, W2_BY_UNIT, DOWN, TMA)
+                    sum1 = tl.dot(a_high, down1, sum1)
             else:
-                a = a * tl.load(unit2 + first + h + unit)[None, :]
+                a = a * tl.load(unit2 + here + unit)[None, :]
                 grow, shrink = power_of_two(tl.max(tl.abs(a), 1))
                 a_high, a_low = halves_of_fp16(a * grow[:, None])
                 down0_low = down0
                 if PRODUCTS == "split":
-                    down0_low = tl.load(w2_low + down + across)
+                    down0_low = weights_at(w2_low, here, 0, BH, HALF, W2_BY_UNIT, DOWN, TMA)
                 sum0 += product(a_high, a_low, down0, down0_low, PRODUCTS) * shrink[:, None]
                 if HALVES == 2:
-                    down1 = tl.load(w2 + down + across + down_half)
+                    down1 = weights_at(w2, here, HALF, BH, HALF, W2_BY_UNIT, DOWN, TMA)
                     down1_low = down1
                     if PRODUCTS == "split":
-                        down1_low = tl.load(w2_low + down + across + down_half)
+                        down1_low = weights_at(w2_low, here, HALF, BH, HALF, W2_BY_UNIT, DOWN, TMA)
                     sum1 += product(a_high, a_low, down1, down1_low, PRODUCTS) * shrink[:, None]
         if b2 is not None:
             sum0 += vector(b2, layer, column, inside0, D)[None, :]

@@ -79,7 +79,8 @@ def _fits(call: Call, products: str, width: int, hidden: int) -> bool:
     plain = form_of(products) == "plain" and call.w1.shape == (hidden, width)
     dtype = dtype_of(products)
     return plain and all(
-        w.dtype == dtype and w.is_contiguous() and not w.is_neg() for w in (call.w1, call.w2)
+        w.dtype == dtype and w.is_contiguous() and not w.is_neg() and w.data_ptr() % 16 == 0
+        for w in (call.w1, call.w2)
     )
 
 
@@ -111,6 +112,20 @@ def packed(layers: Sequence[Call], products: str, units: int) -> Weights:
         UNITS=at_once, PRODUCTS=form, **OPTIONS,
     )  # fmt: skip
     return made
+
+
+def _operands(weights: Weights, tile: Tile) -> list[Any]:
+    """Both parts of both weights: descriptors of a tile of them, if it is copied by those, or pointers."""
+    parts = [weights.up, weights.up_low, weights.down, weights.down_low]
+    if not tile.tma:
+        return parts
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    up = [tile.units, weights.up.size(-1) // tile.halves]
+    down = up if weights.by_unit else up[::-1]
+    flat = [None if t is None else t.view(-1, t.size(-1)) for t in parts]
+    boxes = zip(flat, (up, up, down, down), strict=True)
+    return [None if t is None else TensorDescriptor.from_tensor(t, box) for t, box in boxes]
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -173,16 +188,18 @@ def through(given: Ready, x: Tensor, y: Tensor, *, every_layer: bool) -> None:
     first, depth, products, tile, weights, b1, b2, norm_weight, norm_bias = given
     hidden, features = first.w1.shape
     rows, width = x.numel() // features, padded(features)
+    up, up_low, down, down_low = _operands(weights, tile)
     with on(x.device):
         source, stride = as_rows(x)
         kernels.block[(-(-rows // tile.rows),)](
-            source, stride, y, weights.up, weights.up_low, weights.unit1, b1,
-            weights.down, weights.down_low, weights.unit2, b2, norm_weight, norm_bias,
+            source, stride, y, up, up_low, weights.unit1, b1, down, down_low, weights.unit2, b2,
+            norm_weight, norm_bias,
             rows, first.eps, first.residual_scale,
             D=features, H=hidden, HALF=width // tile.halves, HALVES=tile.halves, H_PADDED=weights.hidden,
             LAYERS=depth, EVERY_LAYER=every_layer, W2_BY_UNIT=weights.by_unit,
             NORM=first.norm or "none", ACTIVATION=first.activation, PRODUCTS=form_of(products),
-            BM=tile.rows, BH=tile.units, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
+            BM=tile.rows, BH=tile.units, STAGES=tile.stages, TMA=tile.tma, num_warps=tile.warps,
+            **OPTIONS,
         )  # fmt: skip
 
 
