@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -71,25 +71,38 @@ def on_host(found: Measured) -> Measured:
 
 
 def of_spectra(
-    centred: Solved, raw: Solved | None, constant: Tensor
+    centred: Solved, raw: Solved | None, constant: Tensor, both: Solved | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All ranks ``[N]`` of centred spectra and those of rows as they are, and bounds; without ``raw`` NaN.
 
-    ``constant[N]`` says where nothing varies but rows are not zero.
+    ``constant[N]`` says where nothing varies but rows are not zero. If there are ``both`` below each other,
+    a measure is taken of them at once.
     """
-    values, bounds = {}, {}
+    rows, values, bounds = len(constant), {}, {}
+    whole = None if both is None else both.sigma.clone()
+    upper = centred.sigma if whole is None else whole[:rows]
+    lower = None if raw is None else raw.sigma.clone() if whole is None else whole[rows:]
+    if lower is not None:
+        # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
+        lower[:, 1:].masked_fill_(constant[:, None], 0.0)
+    halves: dict[Callable[[Any], Tensor], Sequence[Tensor]] = {}
+
+    def of(function: Callable[[Any], Tensor], whole: Any, part: Any, *, half: bool) -> Tensor:
+        if whole is None:
+            return function(part)
+        if function not in halves:
+            halves[function] = torch.split(function(whole), rows)
+        return halves[function][half]
+
     for measure in _of_kind("rank"):
-        solved = centred if measure.needs == "centred" else raw
-        value = bound = torch.full_like(centred.sigma[:, 0], torch.nan)
-        if solved is not None:
-            sigma = solved.sigma
-            bound = bound if measure.bound is None else measure.bound(solved)
-            if measure.needs == "uncentred":
-                # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
-                sigma = sigma.clone()
-                sigma[:, 1:].masked_fill_(constant[:, None], 0.0)
-                bound = bound.masked_fill(constant, 0.0)
-            value = measure.of(sigma)
+        half = measure.needs == "uncentred"
+        solved, sigma = (raw, lower) if half else (centred, upper)
+        if solved is None:
+            value = bound = torch.full_like(centred.sigma[:, 0], torch.nan)
+        else:
+            value = of(measure.of, whole, sigma, half=half)
+            bound = value if measure.bound is None else of(measure.bound, both, solved, half=half)
+            bound = bound.masked_fill(constant, 0.0) if half else bound
         values[measure.name] = value
         if measure.bound is not None:
             bounds[measure.name] = bound

@@ -75,6 +75,16 @@ class MomentAccumulator:
         return self._sums.widths
 
     @property
+    def positions(self) -> int:
+        """How many leading indices there are."""
+        return self._sums.positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where all sums are, once they are settled."""
+        return self._sums.begun.device
+
+    @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The (i, j), i < j, whose cross moments are kept."""
         return tuple(key for key in pair_keys(self._asked, len(self.widths)) if key[0] != key[1])

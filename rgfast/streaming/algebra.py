@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import numbers, waits_for
 
 __all__ = [
     "NONE",
     "centred_cross",
     "centred_norm_product",
+    "centred_sums",
     "centred_trace",
     "common_exponent",
+    "in_order",
     "in_parts",
     "joint_mean",
     "late_exponents",
@@ -112,9 +115,18 @@ def _move_columns(moment: Tensor, delta: Tensor) -> Tensor:
     body, square, one = moment[..., :d], moment[..., d], moment[..., d + 1]
     out = torch.empty(moment.shape, dtype=moment.dtype, device=moment.device)
     torch.addcmul(body, one[..., None], delta[:, None], out=out[..., :d])
-    out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
+    if waits_for(moment.device):
+        out[..., d] = _norms_moved(moment, delta)
+    else:
+        out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
     out[..., d + 1] = one
     return out
+
+
+def _norms_moved(moment: Tensor, delta: Tensor) -> Tensor:
+    """Σ z |y + delta|² ``[P, d_i + 2]`` of the rows' z, in few launches."""
+    norms = torch.addcmul(moment[..., -2], delta.square().sum(-1, keepdim=True), moment[..., -1])
+    return torch.baddbmm(norms[..., None], moment[..., :-2], delta[..., None], alpha=2.0)[..., 0]
 
 
 def centred_cross(moment: Tensor) -> Tensor:
@@ -143,10 +155,35 @@ def centred_norm_product(moment: Tensor) -> Tensor:
     return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)
 
 
+def centred_sums(moment: Tensor, *, products: bool) -> tuple[Tensor, ...]:
+    """‖Σ x_c y_cᵀ‖² ``[P]``, Σ|x_c|² (where x and y are one layer's) and, if asked for, Σ|x_c|²|y_c|²: as
+    the functions above, in few launches."""
+    count = moment[:, -1, -1, None]
+    e, f = -moment[:, :-2, -1] / count, -moment[:, -1, :-2] / count
+    cross = torch.addcmul(moment[:, :-2, :-2], e[:, :, None], moment[:, -1, None, :-2])
+    norm = torch.linalg.vector_norm(cross, dim=(1, 2)).square_()
+    square = e.square().sum(1)
+    trace = torch.addcmul(moment[:, -2, -1], square, count[:, 0], value=-1.0)
+    if not products:
+        return norm, trace
+    rows = _norms_moved(moment, f)  # Σ z|y_c|²
+    product = torch.addcmul(rows[:, -2], square, rows[:, -1])[:, None, None]
+    return norm, trace, torch.baddbmm(product, e[:, None], rows[:, :-2, None], alpha=2.0)[:, 0, 0]
+
+
 def times_power(x: Tensor, exponent: int) -> Tensor:
     """x · 2^exponent, infinite or zero where that is no fp64 number."""
     half = exponent // 2  # 2^exponent itself may be none
     return x * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) if exponent else x
+
+
+def in_order(parts: Sequence[Tensor], order: Sequence[int], dim: int) -> Tensor:
+    """Parts that have some layers (or pairs) each along ``dim``, all together those that ``order`` numbers,
+    as one in the order of these numbers."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    if list(order) == sorted(order):
+        return whole
+    return whole.index_select(dim, numbers(np.argsort(order).tolist(), whole.device))
 
 
 def place_of_both(first: torch.device, second: torch.device) -> torch.device:

@@ -39,8 +39,8 @@ def pooled(sums: Sums, factored: Sequence[int]) -> Sums:
             # A launch takes longer than what it does for a pair.
             whole = torch.cat([sums.moment[key] for key in keys])
             left, right = (torch.cat([moves[key[side]] for key in keys]) for side in (0, 1))
-            moved = recentred(whole, left, right).contiguous()
-            found = moved.view(len(keys), positions, *moved.shape[1:]).sum(1, keepdim=True)
+            moved = recentred(whole, left, right)
+            found = moved.view(len(keys), positions, *moved.shape[1:]).sum(1, keepdim=True).contiguous()
             one.moment |= zip(keys, found.unbind(), strict=True)
     else:
         moves = _moves(sums, one, count)

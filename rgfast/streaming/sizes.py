@@ -95,11 +95,11 @@ def at_once(d: int, e: int, positions: int) -> int:
 def alike(
     keys: Iterable[tuple[int, int]], widths: Sequence[int], positions: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Pairs whose sums have one shape and are of a layer with itself, or are not; as many as are joined."""
-    kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+    """Pairs whose sums have one shape, as many as are joined."""
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, j in keys:
-        kinds.setdefault((widths[i], widths[j], i == j), []).append((i, j))
-    for (d, e, _), some in kinds.items():
+        shapes.setdefault((widths[i], widths[j]), []).append((i, j))
+    for (d, e), some in shapes.items():
         step = at_once(d, e, positions)
         for start in range(0, len(some), step):
             yield some[start : start + step]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.accumulator import MomentAccumulator
-from rgfast.streaming.algebra import centred_cross, centred_norm_product, centred_trace, times_power
+from rgfast.streaming.algebra import centred_cross, centred_sums, in_order, times_power
 from rgfast.streaming.sizes import alike, at_once
 
 __all__ = ["KernelSums", "Together"]
@@ -147,37 +147,26 @@ class Together:
     def kernels(self, *, products: bool) -> KernelSums:
         """The sums that CKA is made of, of all pairs that are kept and every layer with itself."""
         keys = [(layer, layer) for layer in range(len(self.widths))] + list(self.pairs)
-        found: dict[tuple[int, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
-        for some in [[key] for key in keys] if self._apart else alike(keys, self.widths, len(self.count)):
-            parts = self._of_pairs(some, products)
-            found |= dict(zip(some, zip(*parts, strict=True), strict=True))
-        norms, product, traces = zip(*(found[key] for key in keys), strict=True)
-        return KernelSums(
-            tuple(keys),
-            self.count,
-            torch.stack(norms),
-            torch.stack(product) if products else None,
-            torch.stack(traces[: len(self.widths)]),
-            self.exponents,
-        )
-
-    def _of_pairs(
-        self, keys: Sequence[tuple[int, int]], products: bool
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """Norms, products and traces ``[P]`` of pairs of layers of one shape, a layer with itself or not."""
-        nothing, (i, j) = [None] * len(keys), keys[0]
         if self._apart:
             (sums,) = self._sums
-            norm = sums.cross(i, j).square().sum((-2, -1))
-            product = sums.norm_product(i, j) if products else None
-            return [norm], [product], [sums.trace(i) if i == j else None]
-        moment, shape = self._joined(keys), (len(keys), len(self.count))
-        norm = torch.linalg.vector_norm(centred_cross(moment), dim=(1, 2)).square_()
-        return (
-            norm.view(shape).unbind(),
-            centred_norm_product(moment).view(shape).unbind() if products else nothing,
-            centred_trace(moment).view(shape).unbind() if i == j else nothing,
-        )
+            norms = torch.stack([sums.cross(*key).square().sum((-2, -1)) for key in keys])
+            traces = torch.stack([sums.trace(layer) for layer in range(len(self.widths))])
+            product = torch.stack([sums.norm_product(*key) for key in keys]) if products else None
+        else:
+            norms, traces, *others = self._of_pairs(keys, products)
+            traces, product = traces[: len(self.widths)], others[0] if others else None
+        return KernelSums(tuple(keys), self.count, norms, product, traces, self.exponents)
+
+    def _of_pairs(self, keys: Sequence[tuple[int, int]], products: bool) -> Sequence[Tensor]:
+        """Norms, traces (of layers with themselves) and products ``[K, P]`` of pairs."""
+        order: list[tuple[int, int]] = []
+        parts = []
+        for some in alike(keys, self.widths, len(self.count)):
+            found = torch.stack(centred_sums(self._joined(some), products=products))
+            parts.append(found.view(-1, len(some), len(self.count)))
+            order += some
+        numbered = {key: k for k, key in enumerate(keys)}
+        return in_order(parts, [numbered[key] for key in order], 1).unbind()
 
     def _joined(self, keys: Sequence[tuple[int, int]]) -> Tensor:
         """The sums of these pairs ``[K · P, d + 2, e + 2]``."""

@@ -125,8 +125,9 @@ def solved_moment(
 
 def solved_together(
     products: Tensor, n: Tensor, accumulated: Tensor, variances: Tensor | None = None
-) -> list[Solved]:
-    """`solved_moment` of centered moments and, if there are two, of the raw ones, `products[2, b, d, d]`.
+) -> Solved:
+    """`solved_moment` of centered moments and, if there are two, of the raw ones, `products[2, b, d, d]`,
+    below each other.
 
     They are of the same samples. Their eigenvalues are found in one call: a batch takes a device little
     longer than half of it. With the sums of squares of every feature, `variances[2, b, d]`, products are
@@ -137,22 +138,18 @@ def solved_together(
     values = EIGVALSH("auto", Symmetric(products.flatten(0, 1)))
     if values.device.type != "cpu":
         library.finite(values)
-    samples: Tensor | None = None
+    samples = counts
     if variances is None:
         variances = products.diagonal(dim1=-2, dim2=-1)
     else:
         d = variances.shape[-1]
         values = functional.pad(values, (d - side, 0))
-        samples = torch.full_like(n, d)
-    return [
-        _from_values(*each, centering, trace, samples)
-        for each, centering, trace in zip(
-            zip(values.chunk(kinds), variances.unbind(), counts.chunk(kinds), strict=True),
-            ("mean", "none")[:kinds],
-            (accumulated, None)[:kinds],
-            strict=True,
-        )
-    ]
+        samples = torch.full_like(counts, d)
+    variance = variances.flatten(0, 1)
+    trace: Tensor = _sum(variance)
+    torch.maximum(trace[: len(n)], accumulated, out=trace[: len(n)])
+    freedom = torch.cat([n - 1, n][:kinds])
+    return _within(values, trace, freedom, variance, samples)
 
 
 def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = True) -> tuple[Tensor, Tensor]:
@@ -199,20 +196,19 @@ def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, im
 
 
 def _from_values(
-    values: Tensor,
-    variance: Tensor,
-    count: Tensor,
-    centering: str,
-    accumulated: Tensor | None,
-    samples: Tensor | None = None,
+    values: Tensor, variance: Tensor, count: Tensor, centering: str, accumulated: Tensor | None
 ) -> Solved:
     trace: Tensor = _sum(variance)
     if accumulated is not None:
         trace = trace.maximum(accumulated)
-    freedom = (count - 1 if centering == "mean" else count).clamp_min(0)
-    limit = freedom.minimum((variance > 0).sum(-1))
-    terms = count if samples is None else samples
-    return from_eigenvalues(values, trace, torch.zeros_like(count), limit, samples=terms)
+    return _within(values, trace, count - 1 if centering == "mean" else count, variance, count)
+
+
+def _within(values: Tensor, trace: Tensor, freedom: Tensor, variance: Tensor, samples: Tensor) -> Solved:
+    """Singular values of which no more are not zero than there are degrees of freedom and features that
+    vary."""
+    limit = freedom.clamp_min(0).minimum((variance > 0).sum(-1))
+    return from_eigenvalues(values, trace, torch.zeros_like(samples), limit, samples=samples)
 
 
 def _floats(value: Any, name: str) -> Tensor:

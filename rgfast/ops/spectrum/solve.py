@@ -94,6 +94,10 @@ class Solved:
         """The matrices at `index`, or where it is true."""
         return Solved(*(getattr(self, name)[index] for name in _FIELDS))
 
+    def part(self, index: slice) -> Solved:
+        """The matrices at `index`; it shares memory."""
+        return Solved(*(getattr(self, name)[index] for name in _FIELDS))
+
     def take(self, index: slice) -> Solved:
         """A copy of the matrices at `index`."""
         return Solved(*(getattr(self, name)[index].clone() for name in _FIELDS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -14,13 +13,14 @@ from torch.nn import functional
 
 from rgfast.ops.cka.streaming import cka_of_sums
 from rgfast.ops.spectrum.factors import solved_factor
+from rgfast.ops.spectrum.measures import times_power
 from rgfast.ops.spectrum.moments import solved_moment, solved_together
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, on_host, parted
 from rgfast.probing.measures import Kernels
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import numbers, sent, waits_for
-from rgfast.streaming import KernelSums, MomentAccumulator, Together
+from rgfast.runtime.waiting import numbers, read, sent, waits_for
+from rgfast.streaming import KernelSums, MomentAccumulator, Together, in_order
 
 __all__ = ["Again", "Centering", "measure_all", "measure_moments"]
 
@@ -53,10 +53,13 @@ def measure_moments(
 def measure_all(
     parts: Sequence[MomentAccumulator], *, spectra: bool = True, refine: bool = True, uncentred: bool = True
 ) -> list[Measured]:
-    """:func:`measure_moments` of several views or parts of the same layers: at once, where launches are what
-    takes time, if they have the same units, and then in the host's memory."""
-    if len(parts) == 1 or not Together.fit(parts):
-        return [measure_moments(one, spectra=spectra, refine=refine, uncentred=uncentred) for one in parts]
+    """:func:`measure_moments` of several views or parts of the same layers, in the host's memory: at once,
+    where launches are what takes time, if they have the same units."""
+    if not Together.fit(parts):
+        measured = [
+            measure_moments(one, spectra=spectra, refine=refine, uncentred=uncentred) for one in parts
+        ]
+        return [on_host(found) for found in measured]
     few = [Together.few(part) for part in parts]
     if len({*few}) > 1:
         each: dict[int, Measured] = {}
@@ -66,8 +69,8 @@ def measure_all(
             measured = measure_all(some, spectra=spectra, refine=refine, uncentred=uncentred)
             each |= zip(at, measured, strict=True)
         return [each[k] for k in range(len(parts))]
-    found = _measured(Together(parts), parts[0], spectra, refine=False, again=None, uncentred=uncentred)
-    return parted(on_host(found), [part.count.numel() for part in parts])
+    found = _measured(Together(parts), parts[0], spectra, False, None, uncentred, leaving=True)
+    return parted(found, [part.positions for part in parts])
 
 
 def _measured(
@@ -77,54 +80,74 @@ def _measured(
     refine: bool,
     again: Again | None,
     uncentred: bool,
+    *,
+    leaving: bool = False,
 ) -> Measured:
-    """All measures of ``sums``, of ``moments`` if they have factors or can be solved again."""
+    """All measures of ``sums``, of ``moments`` if they have factors or can be solved again.
+
+    With ``leaving`` all that is computed from them is read once, and the rest is computed on the host.
+    """
     widths, count = sums.widths, sums.count
-    layers, known = len(widths), count >= 2
-    most = max(widths) if spectra else 0
+    layers = len(widths)
     order: list[int] = []
     tables: list[Tensor] = []  # [measures, K, P]
-    refined: list[Tensor] = []  # [K, P]
-    spectrum: list[Tensor] = []  # [K, P, most]
+    places: list[Tensor] = []  # [K, P]
+    sigmas: list[Tensor] = []  # [K, P, d]
     # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
     at_once = layers if again is None and waits_for(count.device) else 1
     for some in sums.at_once(at_once):
         shape = len(some), len(count)
         factored = moments if refine and any(layer in moments.factored for layer in some) else None
-        centred, raw, at = _solved(sums, some, factored, again, uncentred)
+        centred, raw, both, at = _solved(sums, some, factored, again, uncentred)
         constant = centred.sigma[:, 0] == 0
         if raw is not None:
             constant &= raw.sigma[:, 0] > 0
-        values, bounds = of_spectra(centred, raw, constant)
+        values, bounds = of_spectra(centred, raw, constant, both)
         tables.append(torch.stack([*values.values(), *bounds.values()]).view(-1, *shape))
-        refined.append(at.view(shape))
+        if at is not None:
+            places.append(at.view(shape))
         if spectra:
-            units = numbers([sums.exponents[layer] for layer in some], count.device)
-            exponent = units[:, None].expand(shape).reshape(-1)
-            sigma = replace(centred, exponent=exponent).singular_values().view(*shape, -1)
-            sigma = torch.where(known[:, None], sigma, torch.nan)
-            spectrum.append(functional.pad(sigma, (0, most - sigma.shape[2]), value=torch.nan))
+            sigmas.append(centred.sigma.view(*shape, -1))
         order += some
-    table = torch.where(known, _ordered(tables, order, 1), torch.nan)
-    bounds = dict(zip(bounds, table[len(values) :].unbind(), strict=True))
-    values = dict(zip(values, table[: len(values)].unbind(), strict=True))
+    table = in_order(tables, order, 1)
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
         of_pairs = sums.kernels(products=True)
+        if leaving:
+            assert of_pairs.products is not None
+            count, table, norms, products, traces, *sigmas = read(
+                [count, table, of_pairs.norms, of_pairs.products, of_pairs.traces, *sigmas]
+            )
+            of_pairs = KernelSums(of_pairs.pairs, count, norms, products, traces, of_pairs.exponents)
         debiased, biased = (
             cka_of_sums(of_pairs, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
         )
-        values |= of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
-    found = _ordered(spectrum, order, 0) if spectra else table.new_empty(layers, len(count), 0)
-    return Measured(count.repeat(layers, 1), values, bounds, _ordered(refined, order, 0), found)
+        pairs = of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
+    known = count >= 2
+    table = torch.where(known, table, torch.nan)
+    bounds = dict(zip(bounds, table[len(values) :].unbind(), strict=True))
+    values = dict(zip(values, table[: len(values)].unbind(), strict=True)) | pairs
+    if places:
+        refined = in_order(places, order, 0)
+    else:
+        refined = torch.zeros(layers, len(count), dtype=torch.bool, device=count.device)
+    exponents = [sums.exponents[layer] for layer in order]
+    spectrum = _spectrum(sigmas, exponents, known) if spectra else table.new_empty(layers, len(count), 0)
+    return Measured(count.repeat(layers, 1), values, bounds, refined, in_order([spectrum], order, 0))
 
 
-def _ordered(parts: Sequence[Tensor], order: Sequence[int], dim: int) -> Tensor:
-    """Parts that have some layers each along ``dim``, all together ``order``, as one in the layers' order."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-    if list(order) == sorted(order):
-        return whole
-    return whole.index_select(dim, numbers(np.argsort(order).tolist(), whole.device))
+def _spectrum(sigmas: Sequence[Tensor], exponents: Sequence[int], known: Tensor) -> Tensor:
+    """Singular values ``[L, P, d]`` as one tensor, from ones in units of the layers, NaN where they are not
+    ``known`` or beyond a layer's width."""
+    most, first, found = max(sigma.shape[2] for sigma in sigmas), 0, []
+    for sigma in sigmas:
+        units = exponents[first : first + len(sigma)]
+        if any(units):
+            sigma = times_power(sigma, numbers(units, sigma.device)[:, None, None])
+        sigma = torch.where(known[:, None], sigma, torch.nan)
+        found.append(functional.pad(sigma, (0, most - sigma.shape[2]), value=torch.nan))
+        first += len(units)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _parts(layers: int, positions: int) -> list[slice]:
@@ -137,14 +160,14 @@ def _solved(
     factored: MomentAccumulator | None,
     again: Again | None,
     uncentred: bool,
-) -> tuple[Solved, Solved | None, Tensor]:
-    """Spectra of centred and of raw rows of layers of one width, each in its unit, and where the singular
-    values of the former were too small for moments, so that they are those of the factor that was kept, or of
-    the rows (of one layer)."""
+) -> tuple[Solved, Solved | None, Solved | None, Tensor | None]:
+    """Spectra of centred and of raw rows of layers of one width, each in its unit, both below each other if
+    they were solved so, and where the singular values of the former were too small for moments, so that they
+    are those of the factor that was kept, or of the rows (of one layer)."""
     count = sums.count.repeat(len(layers))
     empty = (count == 0)[:, None, None]
     centred: Solved
-    raw: Solved | None
+    raw = both = None
     if sums.of_few or (uncentred and waits_for(count.device)):
         variances = None
         if sums.of_few:
@@ -153,19 +176,23 @@ def _solved(
         else:
             products, summed = sums.both_scatters(layers)
         # Zero where nothing was counted.
-        centred, *others = solved_together(products.masked_fill_(empty, 0.0), count, summed, variances)
-        raw = others[0] if others else None
+        solved = solved_together(products.masked_fill_(empty, 0.0), count, summed, variances)
+        centred = solved.part(slice(len(count)))
+        if uncentred:
+            raw, both = solved.part(slice(len(count), None)), solved
     else:
         summed = sums.accumulated(layers)
         whole = sums.scatters(layers, centred=True).masked_fill_(empty, 0.0)
-        centred, raw = solved_moment(whole, count, "mean", summed), None
+        centred = solved_moment(whole, count, "mean", summed)
         if uncentred:
             whole = sums.scatters(layers, centred=False).masked_fill_(empty, 0.0)
             raw = solved_moment(whole, count, "none")
+    if factored is None and again is None:
+        return centred, raw, both, None
     at = _refined(centred, sums, layers, "mean", factored, again)
     if raw is not None:
         _refined(raw, sums, layers, "none", factored, again)
-    return centred, raw, at
+    return centred, raw, None, at
 
 
 def _refined(

@@ -187,7 +187,7 @@ class Moments:
             ]
             return {view: self._spread(view, found)}
         views, first = [view], next(iter(self._groups[0].values()))
-        if waits_for(first.count.device):  # where all sums are, once they are settled
+        if waits_for(first.device):
             others = (other for other in self.plan.views if other not in (view, "flattened"))
             views += [other for other in others if self._streams(other) == self._streams(view)]
         measured = [
@@ -349,7 +349,7 @@ class Moments:
 
     def later(self) -> LaterState:
         """:meth:`state` as it is now, copied when it is asked for, or before anything changes here."""
-        given = LaterState(self.state, next(iter(self._groups[0].values())).count.device)
+        given = LaterState(self.state, next(iter(self._groups[0].values())).device)
         self._given.add(given)
         return given
 
