@@ -39,7 +39,7 @@ class MonitorResult(Labelled):
 
     def __init__(self, header: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
         self._header, self._steps = dict(header), list(steps)
-        self.dataset = _dataset(self._header, self._steps)
+        super().__init__(_dataset(self._header, self._steps))
 
     @property
     def steps(self) -> tuple[int, ...]:

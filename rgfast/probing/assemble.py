@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ _DIMS: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any]) -> xr.Dataset:
-    """The dataset of a :class:`~rgfast.probing.result.ProbeResult`."""
+def assemble(
+    state: Findings, measures: Sequence[str], provenance: dict[str, Any]
+) -> Callable[[], xr.Dataset]:
+    """What makes the dataset of a :class:`~rgfast.probing.result.ProbeResult` of arrays that are at hand."""
     plan = state.plan
     layers, views = len(plan.names), plan.views
     where = [*plan.columns] if any(v in POSITIONAL for v in views) else []
@@ -72,8 +75,8 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
     add("singular_values", (*_RANK_DIMS, "component"))
 
     for v, view in enumerate(views):
-        positional = view in POSITIONAL
-        at = [i for i, t in enumerate(where) if (t >= 0) == positional]
+        # What views without positions have comes first.
+        at = slice(where[0] < 0, None) if view in POSITIONAL else slice(0, 1)
         found = to_host(state.measured(view))
         count = found["n_by_layer"]
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
@@ -103,7 +106,8 @@ def assemble(state: Findings, measures: Sequence[str], provenance: dict[str, Any
     ]
     if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
         del data["n_by_layer"]
-    return xr.Dataset(
+    return partial(
+        xr.Dataset,
         data,
         coords={
             "view": list(views),

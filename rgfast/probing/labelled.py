@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
@@ -15,7 +17,15 @@ __all__ = ["Labelled"]
 class Labelled:
     """Names and variables of ``dataset``."""
 
-    dataset: xr.Dataset
+    def __init__(self, dataset: xr.Dataset | Callable[[], xr.Dataset]) -> None:
+        self._dataset = dataset
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        """All variables, labelled; made when they are first asked for."""
+        if not isinstance(self._dataset, xr.Dataset):
+            self._dataset = self._dataset()
+        return self._dataset
 
     @property
     def views(self) -> tuple[str, ...]:

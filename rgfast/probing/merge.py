@@ -73,7 +73,7 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     rows = _rows(plan, uncentred, result.moments, other.moments)
     kept = {name: value for name, value in controls[0].items() if value is not None}
     if rows is not None:
-        dataset = assemble(rows.measures(), measures, mine).assign_attrs(kept)
+        dataset = assemble(rows.measures(), measures, mine)().assign_attrs(kept)
         both = ProbeResult(dataset, rows.state(), writes=writes)
         return both if ids is None else both.with_ids(ids)
     state, added = (
@@ -81,7 +81,7 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
         for one, r in ((plan, result), (theirs, other))
     )
     state.merge(added)
-    dataset = assemble(state, measures, mine).assign_attrs(kept)
+    dataset = assemble(state, measures, mine)().assign_attrs(kept)
     both = ProbeResult(dataset, state.state(), writes=writes)
     return both if ids is None else both.with_ids(ids)
 

@@ -40,12 +40,12 @@ class ProbeResult(Labelled, Accessor):
 
     def __init__(
         self,
-        dataset: xr.Dataset,
+        dataset: xr.Dataset | Callable[[], xr.Dataset],
         moments: Mapping[str, NDArray[Any]] | Callable[[], Mapping[str, NDArray[Any]]] | None = None,
         *,
         writes: bool = True,
     ) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self._moments = moments
         self._writes = writes
 

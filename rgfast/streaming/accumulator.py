@@ -179,7 +179,7 @@ class MomentAccumulator:
 
     def told(self, values: Sequence[Tensor]) -> None:
         """What was :attr:`asked`, read."""
-        self._sums.settle([exponent for value in values for exponent in value.reshape(-1).tolist()])
+        self._sums.settle([each for value in values for each in value.reshape(-1).tolist()])
 
     def settled(self) -> Sums:
         """All sums, in units that are known here; to be read only."""

@@ -18,6 +18,7 @@ __all__ = [
     "centred_sums",
     "centred_trace",
     "common_exponent",
+    "exponent_of",
     "in_order",
     "in_parts",
     "joint_mean",
@@ -43,11 +44,7 @@ def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
     if keep is not None:
         x = x.masked_fill(~keep[..., None], 0.0)
     low, high = torch.aminmax(x)
-    largest = max(-float(low), float(high))
-    if largest == 0.0:
-        return None
-    exponent = math.frexp(largest)[1]
-    return exponent if abs(exponent) > 32 else 0
+    return exponent_of(max(-float(low), float(high)))
 
 
 def late_exponents(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
@@ -58,11 +55,19 @@ def late_exponents(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
 
 
 def sizes_of_sums(shifts: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:
-    """:func:`late_exponents` of rows of which only the sums are known, in units of 1, of layers of one
-    width."""
+    """About the largest entry ``[L]`` of rows of which only the sums are known, in units of 1, of layers of
+    one width."""
     squares = torch.stack([moment.diagonal(dim1=1, dim2=2)[:, :-2] for moment in moments])
     shift = torch.stack(list(shifts)).abs().amax((1, 2))
-    return _exponents(torch.maximum(shift, squares.amax((1, 2)).sqrt()))
+    return torch.maximum(shift, squares.amax((1, 2)).sqrt())
+
+
+def exponent_of(largest: float) -> int | None:
+    """:func:`scale_exponent` of rows whose largest entry is known; None for zero."""
+    if largest == 0.0:
+        return None
+    exponent = math.frexp(largest)[1]
+    return exponent if abs(exponent) > 32 else 0
 
 
 def _exponents(largest: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from rgfast.streaming.algebra import (
     centred_norm_product,
     centred_trace,
     common_exponent,
+    exponent_of,
     in_parts,
     joint_mean,
     late_exponents,
@@ -171,8 +172,8 @@ class Sums:
         return rows
 
     def asked(self) -> list[Tensor]:
-        """The exponents that :meth:`settle` has to be told, in one tensor or several, `NONE` for a layer that
-        is zero."""
+        """What :meth:`settle` has to be told of the layers in ``unread``, in their order, in one tensor or
+        several: those exponents that the device knows, and of other layers the size of their rows."""
         found = dict(self.late)
         alike: dict[tuple[int, torch.device, torch.device], list[int]] = {}
         for layer in sorted(self.unread - {*self.late}):
@@ -187,23 +188,23 @@ class Sums:
             found |= zip(layers, sizes.unbind(), strict=True)
         return [found[layer] for layer in sorted(self.unread)]
 
-    def settle(self, told: Sequence[int]) -> None:
+    def settle(self, told: Sequence[float]) -> None:
         """Bring all layers into units that are known here, and all sums to one device."""
         scale = [1.0] * len(self.widths)
-        for layer, exponent in zip(sorted(self.unread), told, strict=True):
-            if exponent == NONE:
-                continue
-            self.exponents[layer] = exponent
-            if layer in self.late:
-                self.shift[layer] = times_power(self.shift[layer], exponent)
-            else:
+        for layer, value in zip(sorted(self.unread), told, strict=True):
+            if layer in self.late and value != NONE:
+                self.exponents[layer] = int(value)
+                self.shift[layer] = times_power(self.shift[layer], int(value))
+            elif layer not in self.late and (exponent := exponent_of(value)) is not None:
+                self.exponents[layer] = exponent
                 scale[layer] = math.ldexp(1.0, -exponent)
         self.late.clear()
         self.unread.clear()
-        for (i, j), moment in self.moment.items():
-            self.moment[i, j] = rescaled(moment, scale[i], scale[j])
-        if self.factors is not None:
-            self.factors.rescale(scale)
+        if any(unit != 1.0 for unit in scale):
+            for (i, j), moment in self.moment.items():
+                self.moment[i, j] = rescaled(moment, scale[i], scale[j])
+            if self.factors is not None:
+                self.factors.rescale(scale)
         self.place([self.begun.device] * len(self.widths))
 
     def place(self, devices: Sequence[torch.device]) -> None:

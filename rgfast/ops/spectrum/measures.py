@@ -70,7 +70,10 @@ def effective_rank_of(sigma: Any, *, spectrum: str = "singular") -> Any:
     weight = sigma if spectrum == "singular" else xp.square(_unit(sigma))
     total = weight.sum(-1)[..., None]
     p = weight / _at_least(total, TINY)
-    rank = xp.exp(-(p * xp.log(_at_least(p, TINY))).sum(-1))
+    if isinstance(p, Tensor):  # in few launches
+        rank = torch.special.entr(p).sum(-1).exp()
+    else:
+        rank = np.exp(-(p * np.log(np.maximum(p, TINY))).sum(-1))
     return xp.where(total[..., 0] > 0, rank, 0.0)
 
 
