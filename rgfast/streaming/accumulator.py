@@ -133,8 +133,10 @@ class MomentAccumulator:
         while at < rows:
             self._few = None
             take = min(rows - at, self._block.size - self._block.filled)
-            piece = [x[:, at : at + take] for x in flat]
-            kept = None if keep is None else keep[:, at : at + take]
+            piece, kept = flat, keep
+            if take < rows:
+                piece = [x[:, at : at + take] for x in flat]
+                kept = None if keep is None else keep[:, at : at + take]
             if take == self._block.size and not self._may_be_few:
                 self._sums.add(piece, kept)
             else:
@@ -398,7 +400,7 @@ class MomentAccumulator:
         if self._lead is None:
             self._begin(lead, widths, [x.device for x in seq])
         positions = math.prod(lead)
-        flat = [x.detach().reshape(positions, rows, x.shape[-1]) for x in seq]
+        flat = [x.detach() if x.dim() == 3 else x.detach().reshape(positions, rows, x.shape[-1]) for x in seq]
         return flat, None if mask is None else mask.reshape(positions, rows)
 
     def _begin(self, lead: tuple[int, ...], widths: tuple[int, ...], devices: Sequence[torch.device]) -> None:

@@ -51,7 +51,7 @@ def late_exponents(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
     """:func:`scale_exponent` of layers ``[L]`` as int64 on the device of their rows, `NONE` for all zero."""
     if keep is not None:
         rows = [x.masked_fill(~keep[..., None], 0.0) for x in rows]
-    return _exponents(torch.stack([x.abs().amax() for x in rows]))
+    return _exponents(torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in rows]))
 
 
 def sizes_of_sums(shifts: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:

@@ -38,8 +38,10 @@ class OpenBlock:
         take = slice(self.filled, self.filled + piece[0].shape[1])
         for layer, x in enumerate(piece):
             held = sent(self._rows[layer], x.device)
-            self._rows[layer] = held.to(torch.promote_types(held.dtype, x.dtype))
-            self._rows[layer][:, take] = x
+            if held.dtype != x.dtype:
+                held = held.to(torch.promote_types(held.dtype, x.dtype))
+            self._rows[layer] = held
+            held[:, take] = x
         self._keep[:, take] = True if keep is None else sent(keep, self._device)
         self._whole = keep is None and (self._whole or not self.filled)
         self.filled = take.stop

@@ -149,6 +149,7 @@ class Sums:
     def _in_units(self, rows: Sequence[Tensor], keep: Tensor | None) -> list[Tensor]:
         """The rows of every layer, of which the exponent is known from now on, or is on the device."""
         at: dict[torch.device, list[int]] = {}
+        new: dict[torch.device, Tensor] = {}
         rows = list(rows)
         for layer, x in enumerate(rows):
             if self.exponents[layer] is not None:
@@ -157,7 +158,9 @@ class Sums:
                 self.exponents[layer] = scale_exponent(x, keep)
                 continue
             if layer not in self.unread and x.dtype == torch.float64:
-                self.late[layer] = torch.full((), NONE, dtype=torch.int64, device=x.device)
+                if x.device not in new:
+                    new[x.device] = torch.full((), NONE, dtype=torch.int64, device=x.device)
+                self.late[layer] = new[x.device]
             self.unread.add(layer)
             if layer in self.late:
                 at.setdefault(x.device, []).append(layer)
@@ -375,6 +378,9 @@ class Sums:
     def _settle_shift(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
         """Shift of positions that see their first rows: the mean of these, exact for constant columns."""
         if self.settled:
+            return
+        if keep is None and not self.summed and waits_for(self.begun.device):
+            self.shift = [moments.first_mean(x) for x in rows]
             return
         new = ~self.begun
         if keep is not None:

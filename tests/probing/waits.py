@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2"}
+MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
@@ -65,6 +68,25 @@ class Made(TorchDispatchMode):
             if isinstance(x, Tensor) and _memory(x) not in known and x.nbytes >= self._least:
                 self.bytes.append(x.nbytes)
         return found
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that have work for a device other than the CPU: views and memory are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        name, schema = function.overloadpacket.__name__, function._schema
+        aliases = [x.alias_info for x in schema.returns if x.alias_info is not None]
+        idle = name in MEMORY or any(not alias.is_write for alias in aliases)
+        there = any(
+            isinstance(x, Tensor) and x.device.type != "cpu" for x in tree_leaves((args, kwargs, given))
+        )
+        self.found[name] += there and not idle
+        return given
 
 
 def _memory(x):

@@ -41,7 +41,7 @@ class FiniteCheck:
                     text = self._text(layer, x.shape[1], error.position[0], error.count, seen, len(x))
                     raise ValueError(text) from error
         for (_, length), bad_of in alike.items():
-            by_position = torch.stack([*bad_of.values()])
+            by_position = torch.stack([*bad_of.values()]).to(torch.int64)
             first = (by_position > 0).to(torch.uint8).argmax(1, keepdim=True)
             found = torch.cat([first, by_position.gather(1, first)], 1)
             self._unread.check(found, self._said([*bad_of], length, seen, batch.sequences))

@@ -1,0 +1,107 @@
+"""How many operators a probe gives to a device, where a launch takes longer than what it does for few rows."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import xarray as xr
+from test_on_devices import SECOND, devices, opened
+from test_waiting import BATCH, LENGTH, WIDTH, batch_of, drawn
+from waits import Launches, Waits
+
+from rgfast.ops.moments.impl import library
+from rgfast.streaming import count_nonfinite
+
+pytestmark = pytest.mark.filterwarnings("ignore::rgfast.FallbackWarning")
+
+FULL = 1024 // BATCH  # forwards until rows are summed up
+CASE = {"dtype": torch.float32}
+VIEWS = ["position", "pooled", "mean_pooled"]
+
+
+def launched(depth, forward=None):
+    """What one forward, or reading the result, gives to the device."""
+    places, found = [SECOND] * depth, Launches()
+    layers = [f"blocks.{k}" for k in range(depth)]
+    with devices():
+        with opened(places, torch.float32, layers=layers, views=VIEWS) as probe:
+            for k in range(FULL):
+                with found if k == forward else devices():
+                    probe.run(batch_of(k, CASE))
+        if forward is None:
+            with found:
+                probe.result()
+    return found.found
+
+
+def of_model(depth):
+    """A block is a product and an activation; the batch is sent."""
+    return {"addmm": depth, "tanh": depth}
+
+
+def test_reading_takes_as_many_launches_whatever_the_depth():
+    shallow, deep = launched(3), launched(9)
+    assert shallow == deep
+    assert sum(shallow.values()) <= 260
+    assert shallow["_linalg_eigh"] == 1
+
+
+def test_reading_is_read_in_few_transfers():
+    watch = Waits()
+    with devices():
+        with opened([SECOND] * 3, torch.float32, views=VIEWS) as probe:
+            for k in range(FULL):
+                probe.run(batch_of(k, CASE))
+        with watch:
+            probe.result()
+    # What was wrong, units, whether eigenvalues are numbers, and all that is made of them and of the sums.
+    assert sorted(watch.found) == ["_local_scalar_dense", *["_to_copy from meta to cpu"] * 3]
+
+
+@pytest.mark.parametrize(("forward", "each"), [(5, 6), (FULL - 1, 25)])
+def test_a_forward_takes_few_launches_for_a_layer(forward, each):
+    """Of a layer's rows: two copies of them, NaN or not, the mean over positions, and in place of what tells
+    a copy from a layer that is written to, which a GPU needs once, another copy. Where they are summed up,
+    by torch's products, also the means, the sums of both views of one layer and two, and a unit of fp64."""
+    shallow, deep = launched(3, forward), launched(9, forward)
+    more = {name: deep[name] - shallow[name] for name in deep}
+    for name, count in of_model(6).items():
+        assert more[name] == count
+    assert sum(more.values()) == 6 * (each + 2)
+
+
+def test_the_dataset_is_made_when_it_is_asked_for():
+    with devices():
+        with opened([SECOND] * 3, torch.float32, views=VIEWS) as probe:
+            for k in range(2):
+                probe.run(batch_of(k, CASE))
+        result = probe.result()
+    assert not isinstance(result._dataset, xr.Dataset)
+    others = copy.copy(result), copy.deepcopy(result), pickle.loads(pickle.dumps(result))
+    assert result.dataset is result.dataset
+    for other in others:
+        assert other.dataset.identical(result.dataset)
+    assert result.dataset.sizes["layer"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_of_a_constant_column_is_its_value(dtype):
+    rows = drawn(0, LENGTH, 999, WIDTH, dtype=dtype)
+    rows[..., 0], rows[..., 1] = 0.1, torch.finfo(dtype).max
+    mean = library.first_mean(rows)
+    assert torch.equal(mean[:, :2], rows[:, 0, :2].double())
+    torch.testing.assert_close(mean, rows.double().mean(1), rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_are_not_finite_are_counted(dtype):
+    x = drawn(1, 700, LENGTH, WIDTH, dtype=dtype)
+    keep = torch.arange(700)[:, None] % torch.arange(2, LENGTH + 2) != 0
+    x[0] = torch.nan
+    x[5:600, 2] = torch.inf
+    x[7, 1, 3], x[8, 4, 0] = -torch.inf, torch.finfo(dtype).max
+    bad = ~torch.isfinite(x)
+    assert torch.equal(count_nonfinite(x, None), bad.sum((0, 2)).to(count_nonfinite(x, None)))
+    kept = (bad & keep[..., None]).sum((0, 2))
+    assert kept.tolist() == count_nonfinite(x, keep).tolist()
