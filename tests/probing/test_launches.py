@@ -1,4 +1,4 @@
-"""How many operators a probe gives to a device, where a launch takes longer than what it does for few rows."""
+"""How many operators a probe gives to a device, where each takes longer than what it does for few rows."""
 
 import copy
 import pickle
