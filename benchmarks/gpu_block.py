@@ -1,14 +1,14 @@
 """What the Triton block is predicted to take on an H100, over eager PyTorch.
 
-    python benchmarks/gpu_block.py [--probe]
+    python benchmarks/gpu_block.py
 
 No GPU is needed and none is used: every figure of the block is PREDICTED. A fused kernel is given the time of
 its products, of the instructions of its other cores, counted per hidden unit and per number of the stream,
 and of the bytes that it moves, one after the other; the prototypes, which were measured on an H100, are
 reproduced so first. Those that are off by more than a quarter are marked.
 
-Left out: what Python and the launches take, where that is longer than the kernels are. With ``--probe`` whole
-probes are predicted too, of a stack of these blocks in place of torch's.
+Left out: what Python and the launches take, where that is longer than the kernels are. Whole probes are
+predicted by `predict_gpu.py`.
 """
 
 from __future__ import annotations
@@ -149,12 +149,20 @@ def forward(form: Form, d: int, rows: int = ROWS) -> float:
     return passes + _products(form, d) * rows / ROWS
 
 
-def _stack(form: Form, d: int, rows: int, layers: int) -> float:
+def stack(form: Form, d: int, rows: int, layers: int) -> float:
     """Seconds of blocks on top of each other whose outputs are all written: in one kernel if it can."""
     if d not in STACK["h100", form]:
         return layers * forward(form, d, rows)
     kernel = ours("stack", form, d, rows, layers=layers, every_layer=True)
     return layers * _packing(form, d) + kernel.seconds
+
+
+def launches(form: Form, d: int, layers: int) -> int:
+    """Of :func:`stack`."""
+    if d in STACK["h100", form]:
+        return 1 + layers * (form != "plain")
+    # A kernel and its weights made ready, or two products and what is between them.
+    return layers * (1 + (form != "plain") if d <= WIDEST else 5)
 
 
 def both(form: Form, d: int) -> float:
@@ -253,30 +261,11 @@ def table() -> list[str]:
                 cells += [f"{1e6 * more:.0f}", f"{(bare + back) / more:.1f}{'' if known else '*'}"]
             if d in STACK["h100", form]:
                 kernel = ours("stack", form, d, layers=12)
-                stack = 12 * _packing(form, d) + kernel.seconds
-                cells += [f"{12 * bare / stack:.1f} ({12 * bare / _stack(form, d, ROWS, 12):.1f})"]
+                together = 12 * _packing(form, d) + kernel.seconds
+                cells += [f"{12 * bare / together:.1f} ({12 * bare / stack(form, d, ROWS, 12):.1f})"]
             else:
                 cells += ["-"]
             lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def probe() -> list[str]:
-    """Rows of whole probes of stacks of these blocks in fp32, by their moments."""
-    import predict_gpu
-
-    spectra = measured()["spectra_by_kernels"]
-    lines = []
-    for shape, solved in zip(predict_gpu.ON_A_GPU, spectra, strict=True):
-        depth, length, d, n = shape
-        batch = 256
-        blocks = n // batch * _stack("split", d, batch * length, depth)
-        found = predict_gpu.predict(*shape, batch)
-        rest = found.forwards.seconds - found.bare + found.reading.seconds + found.digest
-        cells = [str(shape), f"{1e3 * found.bare:.2f}", f"{1e3 * blocks:.2f}", f"{found.share:.2f}"]
-        cells += [f"{(blocks + rest + found.spectra) / found.bare:.2f}"]
-        cells += [f"{(blocks + rest) / found.bare + solved:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -284,8 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--probe", action="store_true", help="whole probes too, which takes minutes")
-    args = parser.parse_args()
+    parser.parse_args()
     print("| measured on an H100 | measured, us | model | model / measured | |\n|---|---|---|---|---|")
     for row in validation():
         mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
@@ -296,17 +284,6 @@ def main() -> None:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     print("\n".join(table()))
     print("\n* eager PyTorch's backward pass was not measured\n")
-    if args.probe:
-        head = [
-            "(L, T, d, n)",
-            "eager forward, ms",
-            "ours",
-            "probe of torch's",
-            "of ours",
-            "spectra by kernels",
-        ]
-        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        print("\n".join(probe()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a whole probe is predicted to cost on an H100, over the bare forward of the same model.
 
-    python benchmarks/predict_gpu.py [--shapes 5] [--gpt2] [--python]
+    python benchmarks/predict_gpu.py [--shapes 5] [--kernels] [--bf16] [--gpt2] [--python]
 
 No GPU is needed and none is used: every figure of a probe here is PREDICTED. The code that runs on a GPU is
 run on stand-ins of its tensors, operator by operator, and each operator is given the time that its bytes,
@@ -10,6 +10,10 @@ measured there. Rows that are off by more than a quarter are marked.
 A probe's stand-in has the depth, positions and sequences of the real one and a width of 37. Wherever a size
 is a multiple of 37, 38 or 39, it stands for that multiple of the real width, or of one or two columns more.
 
+With ``--kernels`` a probe is predicted by the package's kernels, too: those of moments where `auto` would
+take them (`predict_moments.py`), of eigenvalues where there is one for the size (`gpu_spectrum.py`), and a
+``ResidualStack`` of the Triton block (`gpu_block.py`). None of them was ever run on a GPU.
+
 Left out, and named: operators without a model of their time. Left out: what Python does between operators
 (``--python`` times that of reading a result, here), the digest of weights once they are on the host, and the
 copy of the moments to the host, which is made when a result is saved or merged.
@@ -18,44 +22,36 @@ copy of the moments to the host, which is made when a result is saved or merged.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_block
 import torch
 import torch.nn.functional as F
 from gpu_clock import STAND_IN, Clock, Cost, Row, timed
+from gpu_stand_in import as_on_a_gpu, solved
 from torch import Tensor
 
 import rgfast
 from rgfast.bench.probe import ON_A_GPU, Case, last
-from rgfast.ops.cka.api import OP as CKA
-from rgfast.ops.device import TRANSFER, WAIT
-from rgfast.ops.moments.api import OP as MOMENTS
-from rgfast.ops.moments.api import PAIRS, POSITIONS
-from rgfast.ops.moments.call import Products
-from rgfast.ops.moments.impl import library as products
+from rgfast.ops.device import LAUNCH, TRANSFER, WAIT
 from rgfast.ops.spectrum.impl import library as spectra
-from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
-from rgfast.probing import checkpoint, plan
-from rgfast.probing import measured as measured_views
+from rgfast.probing import checkpoint, watch
 from rgfast.probing.plan import make_plan
 from rgfast.probing.spec import ProbeSpec
-from rgfast.runtime import waiting
-from rgfast.streaming import MomentAccumulator, Together, sizes
 
 MEASURED = Path(__file__).with_name("h100_measured.json")
-GPU = torch.device("cuda")
+# Of plain stacks in fp32 at the five shapes, by library parts and with the package's kernels.
+WANTED = {False: (3.0, 3.0, 5.0, 4.0, 4.0), True: (2.2, 1.8, 1.7, 1.6, 1.7)}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,111 +151,97 @@ def validation() -> list[Row]:
     return rows
 
 
-def solved(count: int, d: int) -> float:
-    """Seconds of the eigenvalues of so many matrices where torch has batches."""
-    with _torch_with_batches():
-        return spectra.solving(count, d, torch.float64, GPU)
-
-
-@contextlib.contextmanager
-def _torch_with_batches() -> Iterator[None]:
-    with mock.patch.object(torch, "__version__", "2.13.0"):
-        yield
-
-
-@contextlib.contextmanager
-def as_on_a_gpu(width: int, pending: int = plan._PENDING_BYTES) -> Iterator[Counter[tuple[int, int]]]:
-    """The library's implementations are all there are, no forward looks at values, and views, blocks of rows
-    and products are cut as they would be at their real ``width``, with ``pending`` bytes of rows held back.
-    Yields how often so many matrices of so many rows were solved at once."""
-    counted: Counter[tuple[int, int]] = Counter()
-    narrower = STAND_IN / width
-    original, cut, add = spectra.eigenvalues, products.positions_at_once, products._add
-
-    def eigenvalues(a: Tensor) -> Tensor:
-        side = width if a.shape[-1] == STAND_IN else a.shape[-1]
-        counted[a.shape[:-2].numel(), side] += 1
-        return original(a)
-
-    def at_once(call: Products) -> int:
-        rows = [meta(*x.shape[:2], width, dtype=x.dtype) for x in call.rows]
-        return cut(call._replace(rows=rows))
-
-    def few(part: MomentAccumulator) -> bool:
-        return (rows := part.few) is not None and not part.factored and 2 * rows[0][0].shape[1] <= width
-
-    def may_be_few(sums: MomentAccumulator) -> bool:
-        return not sums._sums.summed and 2 * sums.rows_at_once <= width
-
-    changes: list[tuple[Any, str, Any]] = [
-        (Together, "few", staticmethod(few)),
-        (MomentAccumulator, "_may_be_few", property(may_be_few)),
-        (waiting, "_EVERYWHERE", True),
-        (products, "_APART", 0 if width >= products._APART else 1 << 30),
-        (products, "_add", lambda total, left, right, here: add(total, left, right, False)),
-        (products, "positions_at_once", at_once),
-        (spectra, "eigenvalues", eigenvalues),
-        (measured_views, "on_host", lambda found: found),  # all views have been brought together
-        (plan, "_FLATTENED_WIDTH", int(plan._FLATTENED_WIDTH * narrower)),
-        (plan, "_PENDING_BYTES", int(pending * narrower)),
-        (sizes, "_AT_ONCE", int(sizes._AT_ONCE * narrower**2)),
-    ]
-    for op in (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
-        library = dataclasses.replace(
-            op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
-        )
-        changes += [(op, "impls", {"library": library, "reference": op.impls["reference"]})]
-        changes += [(op, "_chosen", {})]
-    with contextlib.ExitStack() as stack:
-        for where, name, value in changes:
-            stack.enter_context(mock.patch.object(where, name, value))
-        yield counted
-
-
 @dataclass(frozen=True)
 class Predicted:
-    """A whole probe and its parts, in seconds: the bare forward, the probed one, reading the result without
-    the eigenvalues, these, and bringing the weights to the host for their digest."""
+    """A whole probe and its parts: the bare eager forward, the probed one, reading the result without the
+    eigenvalues, and in seconds these, and bringing the weights to the host for their digest."""
 
     name: str
-    bare: float
+    eager: Cost
     forwards: Cost
     reading: Cost
     spectra: float
     digest: float
 
     @property
+    def bare(self) -> float:
+        """Seconds of the bare forward."""
+        return self.eager.seconds
+
+    @property
     def share(self) -> float:
         """The whole over the bare forward."""
         return (self.forwards.seconds + self.reading.seconds + self.spectra + self.digest) / self.bare
 
-    def row(self) -> str:
+    def row(self, wanted: float | None = None) -> str:
         """Of the table."""
         parts = (self.bare, self.forwards.seconds, self.reading.seconds, self.spectra, self.digest)
         forward, probed, reading, solving, digest = (f"{1e3 * part:.2f}" for part in parts)
         reading += f" ({self.reading.kernels} kernels, {self.reading.waits} waits)"
         unknown = self.forwards.unknown + self.reading.unknown
         left = ", ".join(f"{name} x {count}" for name, count in unknown.items()) or "-"
-        cells = (self.name, forward, probed, reading, solving, digest, f"{self.share:.2f} (predicted)", left)
-        return f"| {' | '.join(cells)} |"
+        cells = [self.name, forward, probed, reading, solving, digest, f"{self.share:.2f} (predicted)"]
+        return f"| {' | '.join([*cells, '-' if wanted is None else f'{wanted:.1f}', left])} |"
 
 
-def predict(depth: int, length: int, width: int, n: int, batch: int = 256) -> Predicted:
-    """A probe by moments with its default views and measures, of a plain stack in fp32."""
+def predict(
+    depth: int,
+    length: int,
+    width: int,
+    n: int,
+    batch: int = 256,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ours: bool = False,
+) -> Predicted:
+    """A probe by moments with its default views and measures of a plain stack, by library parts or by the
+    package's kernels (``ours``)."""
     case = Case.make("default", depth, length, STAND_IN, n, "cpu")
-    batches = case.x.split(batch)
-    with as_on_a_gpu(width) as solving:
+    model, batches = case.model.to(dtype), case.x.to(dtype).split(batch)
+    with as_on_a_gpu(width, ours=ours) as solving:
         return _predicted(
             f"{(depth, length, width, n)}",
-            rgfast.Probe(case.model, progress=False, route="moments"),
+            rgfast.Probe(model, progress=False, route="moments"),
             width,
             solving,
             lambda run: [run(part) for part in batches],
-            lambda: [last(case.model, part) for part in batches],
+            lambda: [last(model, part) for part in batches],
+            ours=ours,
         )
 
 
-def predict_gpt2(layers: int = 12, width: int = 768, n: int = 64, length: int = 512) -> Predicted:
+def predict_own(depth: int, length: int, width: int, n: int, batch: int = 256) -> Predicted:
+    """That of a ``ResidualStack`` of the Triton block by the package's kernels, in fp32, over the bare eager
+    forward of a plain stack."""
+    plain = Case.make("default", depth, length, STAND_IN, n, "cpu")
+    own = Case.make("own", depth, length, STAND_IN, n, "cpu")
+    batches = plain.x.split(batch)
+    with as_on_a_gpu(width, ours=True) as solving:
+        found = _predicted(
+            f"{(depth, length, width, n)}",
+            rgfast.Probe(own.model, progress=False, route="moments"),
+            width,
+            solving,
+            lambda run: [run(part) for part in batches],
+            lambda: [last(plain.model, part) for part in batches],
+            ours=True,
+        )
+    # Blocks are compiled on the CPU too, so that none of torch's operators were counted for them.
+    tile = min(batch, watch._TILE)
+    launches = n // tile * gpu_block.launches("split", width, depth)
+    seconds = n // tile * gpu_block.stack("split", width, tile * length, depth)
+    forwards = dataclasses.replace(
+        found.forwards,
+        host=found.forwards.host + launches * LAUNCH,
+        device=found.forwards.device + seconds,
+        kernels=found.forwards.kernels + launches,
+    )
+    return dataclasses.replace(found, forwards=forwards)
+
+
+def predict_gpt2(
+    layers: int = 12, width: int = 768, n: int = 64, length: int = 512, *, ours: bool = False
+) -> Predicted:
     """A probe of Hugging Face's GPT-2 in bf16, of one batch in which sequences lack up to half of their
     positions; the positions followed and the rows held back are those of the real width."""
     import transformers as hf
@@ -289,7 +271,7 @@ def predict_gpt2(layers: int = 12, width: int = 768, n: int = 64, length: int = 
         with torch.no_grad():
             model(**batch)
 
-    with as_on_a_gpu(width, real.pending_bytes) as solving:
+    with as_on_a_gpu(width, real.pending_bytes, ours=ours) as solving:
         return _predicted(
             f"GPT-2 {layers} x {width} in bf16, [{n}, {length}] tokens with padding, "
             f"{len(real.positions)} positions followed",
@@ -298,6 +280,7 @@ def predict_gpt2(layers: int = 12, width: int = 768, n: int = 64, length: int = 
             solving,
             lambda run: run(batch),
             bare,
+            ours=ours,
         )
 
 
@@ -308,16 +291,18 @@ def _predicted(
     solving: Counter[tuple[int, int]],
     feed: Callable[[Callable[[Any], Any]], object],
     bare: Callable[[], object],
+    *,
+    ours: bool,
 ) -> Predicted:
     """A probe of what ``feed`` gives it, over ``bare``; ``solving`` counts the matrices solved."""
     with opened as probe:
         forwards = timed(lambda: feed(probe.run), width)
         solving.clear()
         reading = timed(probe.result, width)
-    spectrum = sum(times * solved(*matrices) for matrices, times in solving.items())
+    spectrum = sum(times * solved(*matrices, ours=ours) for matrices, times in solving.items())
     weights = sum(Clock(width).numel(x) * x.element_size() for x in probe.model.state_dict().values())
     digest = weights / TRANSFER + math.ceil(weights / checkpoint._TRANSFER) * WAIT
-    return Predicted(name, timed(bare, width).seconds, forwards, reading, spectrum, digest)
+    return Predicted(name, timed(bare, width), forwards, reading, spectrum, digest)
 
 
 def padded(n: int, length: int) -> dict[str, Tensor]:
@@ -328,24 +313,61 @@ def padded(n: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 30_000, (n, length), generator=draw), "attention_mask": keep}
 
 
-def python(depth: int, length: int, n: int, rounds: int = 5) -> float:
-    """Seconds of one thread of this machine's CPU that reading a result takes, of operators of almost no
-    size in place of a GPU's and without eigenvalues: what Python and the launches take, and a little more."""
-    taken = []
+def python(depth: int, length: int, n: int, rounds: int = 20) -> tuple[float, float]:
+    """Seconds of one thread of this machine's CPU that reading a result takes, and making its dataset when it
+    is asked for, at least: of operators of almost no size in place of a GPU's and without eigenvalues, so
+    that it is what Python and the launches take, and a little more."""
+    read, made = [], []
 
     def diagonal(a: Tensor) -> Tensor:
         return a.diagonal(dim1=-2, dim2=-1).sort(-1).values
 
     case = Case.make("default", depth, length, 2, n, "cpu")
     with as_on_a_gpu(64), mock.patch.object(spectra, "eigenvalues", diagonal):
-        for _ in range(rounds + 1):
+        for _ in range(rounds):
             views = ("position", "pooled", "mean_pooled")
             with rgfast.Probe(case.model, progress=False, route="moments", views=views) as probe:
                 probe.run(case.x)
-            start = time.process_time()
-            probe.result()
-            taken.append(time.process_time() - start)
-    return statistics.median(taken[1:])
+            times = [time.process_time()]
+            result = probe.result()
+            times.append(time.process_time())
+            assert result.dataset.sizes["layer"] == depth + 1
+            times.append(time.process_time())
+            read.append(times[1] - times[0])
+            made.append(times[2] - times[1])
+    return min(read), min(made)
+
+
+def rows(shapes: int, *, kernels: bool, bf16: bool, gpt2: bool) -> Iterator[str]:
+    """Of the tables, each with a headline."""
+    head = ["(L, T, d, n)", "forward, ms", "forward, probed, ms", "reading, ms", "spectra, ms", "weights, ms"]
+    head = [*head, "whole / forward", "wanted", "left out"]
+
+    def table(of: str, predictions: Iterable[tuple[Callable[[], Predicted], float | None]]) -> Iterator[str]:
+        yield f"\nPREDICTED, not run on a GPU: a whole probe on an H100, {of}\n"
+        yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        for predicted, wanted in predictions:
+            yield predicted().row(wanted)
+
+    some = ON_A_GPU[:shapes]
+
+    def each(call: Callable[..., Predicted], wanted: Sequence[float | None]) -> Any:
+        return [(partial(call, *shape), aim) for shape, aim in zip(some, wanted, strict=False)]
+
+    parts = {
+        False: "library parts, torch >= 2.12",
+        True: "the package's kernels, and the library beyond them",
+    }
+    for ours in (False, True)[: 1 + kernels]:
+        yield from table(f"plain torch, fp32, {parts[ours]}", each(partial(predict, ours=ours), WANTED[ours]))
+        if bf16:
+            half = partial(predict, dtype=torch.bfloat16, ours=ours)
+            yield from table(f"plain torch, bf16, {parts[ours]}", each(half, (None,) * 4 + (6.0,)))
+        if gpt2:
+            yield from table(parts[ours], [(partial(predict_gpt2, ours=ours), 1.6 if ours else 3.0)])
+    if kernels:
+        aims = (1.5, 1.0, 1.0, None, None)
+        yield from table(f"ResidualStack, fp32, {parts[True]}", each(predict_own, aims))
 
 
 def main() -> None:
@@ -355,27 +377,27 @@ def main() -> None:
     parser.add_argument(
         "--shapes", type=int, default=len(ON_A_GPU), help="how many of the five (default: all)"
     )
+    parser.add_argument("--kernels", action="store_true", help="by the package's kernels too")
+    parser.add_argument("--bf16", action="store_true", help="of stacks in bf16 too")
     parser.add_argument("--gpt2", action="store_true", help="GPT-2 too (needs transformers)")
     parser.add_argument("--python", action="store_true", help="time the reading's Python instead")
     args = parser.parse_args()
     if args.python:
-        print("| (L, T, n) | reading, its Python and launches, ms on this machine's CPU |\n|---|---|")
+        print(
+            "| (L, T, n) | reading, its Python and launches, ms on this machine's CPU | its dataset, later |"
+        )
+        print("|---|---|---|")
         torch.set_num_threads(1)
         for depth, length, _, n in ON_A_GPU[: args.shapes]:
-            print(f"| {(depth, length, n)} | {1e3 * python(depth, length, n):.1f} |", flush=True)
+            read, made = (1e3 * seconds for seconds in python(depth, length, n))
+            print(f"| {(depth, length, n)} | {read:.1f} | {made:.1f} |", flush=True)
         return
     print("| measured on an H100 | measured | model | model / measured | |\n|---|---|---|---|---|")
     for row in validation():
         mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
         print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
-    print("\nPREDICTED, not measured: a whole probe on an H100, route moments, torch >= 2.12\n")
-    parts = ("forward", "forward, probed", "reading", "spectra", "weights")
-    head = ["(L, T, d, n)", *(f"{part}, ms" for part in parts), "whole / forward", "left out"]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for shape in ON_A_GPU[: args.shapes]:
-        print(predict(*shape).row(), flush=True)
-    if args.gpt2:
-        print(predict_gpt2().row(), flush=True)
+    for line in rows(args.shapes, kernels=args.kernels, bf16=args.bf16, gpt2=args.gpt2):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

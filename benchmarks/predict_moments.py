@@ -130,11 +130,15 @@ def _blocks(high: int, wide: int, diagonal: bool, *, together: int) -> list[int]
     return found
 
 
-def tiles(width: int, *, kind: Any = exact) -> list[Block]:
-    """Of a layer's own moment."""
-    strips = range(-(-width // SIDE))
-    columns = [min(SIDE, width - SIDE * k) for k in strips]
-    return [kind(columns[i], columns[j], diagonal=i == j) for j in strips for i in strips if i <= j]
+def tiles(width: int, other: int | None = None, *, kind: Any = exact) -> list[Block]:
+    """Of a layer's own moment, or of its products with another."""
+    down, across = ([min(SIDE, d - k) for k in range(0, d, SIDE)] for d in (width, other or width))
+    found = []
+    for i, high in enumerate(down):
+        for j, wide in enumerate(across):
+            if other is not None or i <= j:
+                found.append(kind(high, wide, diagonal=other is None and i == j))
+    return found
 
 
 def mean(blocks: list[Block]) -> Block:
@@ -180,20 +184,29 @@ def resident(kernel: str, architecture: int = 90, shared: int = kernels.SHARED) 
     return min(REGISTERS // warps, SHARED // (shared + 1024))
 
 
+def of_call(call: Products, name: str = "exact") -> tuple[int, float]:
+    """How many launches a call has, and their seconds."""
+    (positions, n), kind = call.rows[0].shape[:2], {"exact": exact, "split": split}[name]
+    columns = [x.shape[2] + call.extra for x in call.rows]
+    blocks = []
+    for i, j in call.sums:
+        blocks += tiles(columns[i], None if i == j else columns[j], kind=kind)
+    rows = sum(float(x.numel()) * x.element_size() for x in call.rows)
+    entries = positions * sum(columns[i] * columns[j] for i, j in call.sums)
+    spread = kernels._spread(
+        positions * len(blocks), -(-n // kernels._BLOCK_ROWS), entries, torch.device("cuda")
+    )
+    kernel = f"rgfast_moments_{name}_{kernels._DTYPES[call.rows[0].dtype]}"
+    moved = rows + 8.0 * entries * spread
+    found = seconds(positions * spread, -(-n // spread), blocks, resident(kernel), moved)
+    norms = bool(call.extra) or name == "split"
+    found += LAUNCH * (spread > 1) + (LAUNCH + rows / STREAM) * norms
+    return 1 + (spread > 1) + norms, found
+
+
 def second_moments(batch: int, n: int, width: int, name: str = "exact", *, extended: bool) -> float:
     """Seconds of second moments of ``[batch, n, width]`` in fp32, with the columns |y|² and 1 or without."""
-    columns = width + 2 if extended else width
-    kind = {"exact": exact, "split": split}[name]
-    rows, sums = 4.0 * batch * n * width, 8.0 * batch * columns**2
-    blocks, row_blocks = tiles(columns, kind=kind), -(-n // kernels._BLOCK_ROWS)
-    spread = kernels._spread(batch * len(blocks), row_blocks, batch * columns**2, torch.device("cuda"))
-    batch, n, sums = batch * spread, -(-n // spread), sums * spread
-    found = LAUNCH * (spread > 1) + seconds(
-        batch, n, blocks, resident(f"rgfast_moments_{name}_float32"), rows + sums
-    )
-    if extended or name == "split":
-        found += LAUNCH + rows / STREAM
-    return found
+    return of_call(products(batch, n, width, extended=extended), name)[1]
 
 
 def validation() -> list[tuple[str, float, float]]:

@@ -19,10 +19,10 @@ __all__ = [
     "centred_trace",
     "common_exponent",
     "exponent_of",
+    "in_late_units",
     "in_order",
     "in_parts",
     "joint_mean",
-    "late_exponents",
     "place_of_both",
     "power_of_two",
     "recentred",
@@ -30,10 +30,13 @@ __all__ = [
     "scale_exponent",
     "sizes_of_sums",
     "times_power",
+    "together",
 ]
 
 # Stands for the exponent of a layer that was zero so far, where exponents are tensors.
 NONE = -(1 << 40)
+# Bytes in fp64 of rows that are copied together, so that few launches do what is done to them.
+_SMALL = 128 << 20
 
 
 def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
@@ -47,11 +50,32 @@ def scale_exponent(x: Tensor, keep: Tensor | None) -> int | None:
     return exponent_of(max(-float(low), float(high)))
 
 
-def late_exponents(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
-    """:func:`scale_exponent` of layers ``[L]`` as int64 on the device of their rows, `NONE` for all zero."""
-    if keep is not None:
-        rows = [x.masked_fill(~keep[..., None], 0.0) for x in rows]
-    return _exponents(torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in rows]))
+def together(rows: Sequence[Tensor]) -> Tensor | None:
+    """Rows of layers of one shape as one tensor ``[L, P, b, d]``, where launches take longer than a copy."""
+    first, size = rows[0], 8 * sum(x.numel() for x in rows)
+    if len(rows) == 1 or size > _SMALL or not waits_for(first.device):
+        return None
+    alike = all((x.shape, x.dtype, x.device) == (first.shape, first.dtype, first.device) for x in rows)
+    return torch.stack(list(rows)) if alike else None
+
+
+def in_late_units(
+    rows: Sequence[Tensor], keep: Tensor | None, before: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Rows of layers in units that are known on their device, and :func:`scale_exponent` of each as int64
+    there: what it was ``before``, or if that was `NONE`, for rows of zeros, what it is now."""
+    whole = together(rows)
+    if whole is not None:
+        counted = whole if keep is None else whole.masked_fill(~keep[..., None], 0.0)
+        sizes = torch.linalg.vector_norm(counted, torch.inf, dim=(1, 2, 3))
+    else:
+        kept = rows if keep is None else [x.masked_fill(~keep[..., None], 0.0) for x in rows]
+        sizes = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in kept])
+    found = torch.where(before == NONE, _exponents(sizes), before)
+    units = power_of_two(-torch.where(found == NONE, 0, found))
+    if whole is not None:
+        return (whole * units[:, None, None, None]).unbind(), found.unbind()
+    return [x * unit for x, unit in zip(rows, units.unbind(), strict=True)], found.unbind()
 
 
 def sizes_of_sums(shifts: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:

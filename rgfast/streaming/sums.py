@@ -32,16 +32,16 @@ from rgfast.streaming.algebra import (
     centred_trace,
     common_exponent,
     exponent_of,
+    in_late_units,
     in_parts,
     joint_mean,
-    late_exponents,
     place_of_both,
-    power_of_two,
     recentred,
     rescaled,
     scale_exponent,
     sizes_of_sums,
     times_power,
+    together,
 )
 from rgfast.streaming.factors import TriangularFactors
 
@@ -167,11 +167,9 @@ class Sums:
         for device, layers in at.items():
             before = torch.stack([self.late[layer] for layer in layers])
             kept = None if keep is None else sent(keep, device)
-            now = late_exponents([rows[layer] for layer in layers], kept)
-            found = torch.where(before == NONE, now, before)
-            units = power_of_two(-torch.where(found == NONE, 0, found))
-            for layer, late, unit in zip(layers, found.unbind(), units.unbind(), strict=True):
-                self.late[layer], rows[layer] = late, rows[layer] * unit
+            found = in_late_units([rows[layer] for layer in layers], kept, before)
+            for layer, x, late in zip(layers, *found, strict=True):
+                rows[layer], self.late[layer] = x, late
         return rows
 
     def asked(self) -> list[Tensor]:
@@ -380,7 +378,12 @@ class Sums:
         if self.settled:
             return
         if keep is None and not self.summed and waits_for(self.begun.device):
-            self.shift = [moments.first_mean(x) for x in rows]
+            whole = together(rows)
+            if whole is None:
+                self.shift = [moments.first_mean(x) for x in rows]
+            else:
+                shifts = moments.first_mean(whole.flatten(0, 1))
+                self.shift = list(shifts.view(len(rows), self.positions, -1).unbind())
             return
         new = ~self.begun
         if keep is not None:

@@ -48,8 +48,8 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
     args = list(args)
     found = function(*tree_map(inner, args), **tree_map(inner, kwargs))
     written = function._schema.arguments and function._schema.arguments[0].alias_info
-    if written and written.is_write and isinstance(args[0], Elsewhere):
-        return args[0]
+    if written and written.is_write and (isinstance(args[0], Elsewhere) or found is None):
+        return args[0] if function._schema.returns else None
     return tree_map(outer, found)
 
 

@@ -11,7 +11,7 @@ from test_waiting import BATCH, LENGTH, WIDTH, batch_of, drawn
 from waits import Launches, Waits
 
 from rgfast.ops.moments.impl import library
-from rgfast.streaming import count_nonfinite
+from rgfast.streaming import algebra, count_nonfinite
 
 pytestmark = pytest.mark.filterwarnings("ignore::rgfast.FallbackWarning")
 
@@ -59,11 +59,17 @@ def test_reading_is_read_in_few_transfers():
     assert sorted(watch.found) == ["_local_scalar_dense", *["_to_copy from meta to cpu"] * 3]
 
 
-@pytest.mark.parametrize(("forward", "each"), [(5, 6), (FULL - 1, 25)])
-def test_a_forward_takes_few_launches_for_a_layer(forward, each):
+@pytest.mark.parametrize(
+    ("forward", "small", "each"), [(5, True, 6), (FULL - 1, True, 6), (FULL - 1, False, 25)]
+)
+def test_a_forward_takes_few_launches_for_a_layer(forward, small, each, monkeypatch):
     """Of a layer's rows: two copies of them, NaN or not, the mean over positions, and in place of what tells
-    a copy from a layer that is written to, which a GPU needs once, another copy. Where they are summed up,
-    by torch's products, also the means, the sums of both views of one layer and two, and a unit of fp64."""
+    a copy from a layer that is written to, which a GPU needs once, another copy. Where they are summed up, by
+    torch's products, all layers take as many launches as one while they are small. Others have their means,
+    the sums of both views of one layer and two, and a unit of fp64 each by itself."""
+    if not small:
+        monkeypatch.setattr(library, "_TOGETHER", 0)
+        monkeypatch.setattr(algebra, "_SMALL", 0)
     shallow, deep = launched(3, forward), launched(9, forward)
     more = {name: deep[name] - shallow[name] for name in deep}
     for name, count in of_model(6).items():

@@ -63,7 +63,7 @@ def _run(function, args, kwargs):
     found = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     written = function._schema.arguments and function._schema.arguments[0].alias_info
     if written and written.is_write:
-        return args[0]
+        return args[0] if function._schema.returns else None
     if device is None or device.type != KIND:
         return found
 

@@ -14,6 +14,7 @@ from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
 from rgfast.ops.moments.impl import cuda, library, native
 from rgfast.ops.moments.reference import first_row, shifted
 from rgfast.runtime.threads import no_autocast, one_thread
+from rgfast.runtime.waiting import waits_for
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = [
@@ -173,7 +174,7 @@ def first_mean(rows: Tensor, keep: Tensor | None = None) -> Tensor:
 
     Every position keeps at least one row. The bits do not depend on threads, strides or addresses.
     """
-    if keep is None and rows.device.type != "cpu" and rows.dtype != torch.float64:
+    if keep is None and waits_for(rows.device) and rows.dtype != torch.float64:
         return library.first_mean(rows)
     with one_thread():
         return reference.first_mean(rows, keep)

@@ -14,6 +14,7 @@ from rgfast.ops.moments import add_positions, add_products, pair_products
 from rgfast.ops.moments.api import OP, PAIRS, POSITIONS
 from rgfast.ops.moments.call import Products
 from rgfast.ops.moments.impl import library
+from rgfast.runtime import waiting
 
 F64 = torch.float64
 SIZES = [0, 1, 2, 3, 15, 16, 17, 63, 65, 97]
@@ -89,6 +90,60 @@ def test_masks_units_strides_and_what_was_there(d, pairs):
     check(sums, rows, shifts, keep, [1, -2, 3], before=0.5)
     for total in sums.values():
         assert (total[1] == 0.5).all()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """The CPU is taken for a device, where launches take longer than what they do for few rows."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_layers_are_multiplied_together(elsewhere, pairs, masked, dtype):
+    sums, rows, shifts = case((5,) * 4, 3, 31, pairs, dtype)
+    keep = None
+    if masked:
+        keep = drawn(3, 31, seed=5) > 0
+        keep[1] = False
+        rows[2][0, ~keep[0]] = torch.nan
+    for total in sums.values():
+        total += 0.5
+    assert library._fits_together(Products(sums, rows, shifts, keep, [0] * 4))
+    add_products(sums, rows, shifts, keep=keep, impl="library")
+    check(sums, rows, shifts, keep, before=0.5)
+
+
+def test_plain_sums_of_layers_together(elsewhere):
+    extended, rows, shifts = case((4,) * 3, 2, 20)
+    sums = {key: torch.zeros(2, 4, 4, dtype=F64, device="cpu") for key in extended}
+    assert library._fits_together(Products(sums, rows, shifts, None, [0] * 3, 0))
+    add_products(sums, rows, shifts, extended=False, impl="library")
+    add_products(extended, rows, shifts, impl="reference")
+    for key, total in sums.items():
+        torch.testing.assert_close(total, extended[key][:, :4, :4], rtol=1e-12, atol=1e-12)
+
+
+def test_which_layers_are_multiplied_together(elsewhere, monkeypatch):
+    def fits(widths=(5, 5, 5), exponents=(0, 0, 0), without=(), dtype=torch.float32):
+        sums, rows, shifts = case(widths, 2, 9, "adjacent")
+        rows[0] = rows[0].to(dtype)
+        sums = {key: total for key, total in sums.items() if key not in without}
+        return library._fits_together(Products(sums, rows, shifts, None, exponents))
+
+    assert fits()
+    assert fits(without=[(0, 1), (1, 2)])
+    assert not fits(without=[(0, 1)])  # neighbors are compared here and there
+    assert not fits(widths=(5, 5, 6))
+    assert not fits(exponents=(0, 1, 0))
+    assert not fits(dtype=torch.bfloat16)
+    assert not fits(widths=(5,), exponents=(0,))
+    monkeypatch.setattr(library, "_TOGETHER", 8 * 3 * 2 * 7 * 9 - 1)
+    assert not fits()
+    monkeypatch.setattr(waiting, "_EVERYWHERE", False)
+    monkeypatch.setattr(library, "_TOGETHER", 1 << 30)
+    assert not fits()  # on the CPU bits stay what they were
 
 
 def test_offsets_and_a_drift_below_fp32():

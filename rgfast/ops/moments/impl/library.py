@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from rgfast.dispatch import Impl
 from rgfast.ops.device import by_itself, by_name_on_cpu, cache_bytes, seconds
 from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
+from rgfast.runtime.waiting import waits_for
 
 __all__ = ["MOMENTS", "PAIRS", "POSITIONS", "first_mean", "positions_at_once"]
 
@@ -18,6 +20,8 @@ __all__ = ["MOMENTS", "PAIRS", "POSITIONS", "first_mean", "positions_at_once"]
 # it does.
 _WORK_BYTES, _WORTH_A_LAUNCH = 64 << 20, 8 << 20
 _WORK_BYTES_ON_DEVICE = 1 << 30
+# Widened rows, or products, of all layers that are made in one launch.
+_TOGETHER = 128 << 20
 # From this width on two more columns cost a product more (a tile of 64 in each direction) than to read the
 # rows again for them.
 _APART = 128
@@ -26,6 +30,9 @@ _APART = 128
 def _run(call: Products) -> None:
     """As `reference.add_products`, layer by layer: a layer is widened when its first pair is due, and let go
     after its last, so that products find both in the cache."""
+    if _fits_together(call):
+        _run_together(call)
+        return
     kind, positions = call.device.type, len(call.rows[0])
     order = sorted(call.sums, key=lambda pair: (pair[1], pair[0]))
     last = {layer: step for step, pair in enumerate(order) for layer in pair}
@@ -45,6 +52,37 @@ def _run(call: Products) -> None:
                 for layer in {i, j}:
                     if last[layer] == at:
                         spare.append(wide.pop(layer))
+
+
+def _fits_together(call: Products) -> bool:
+    """Whether all layers are widened and multiplied at once: where launches would take longer, and layers
+    are alike and compared at the same distances all along."""
+    (positions, b, d), layers = call.rows[0].shape, len(call.rows)
+    wide = d + call.extra
+    if layers == 1 or 8 * layers * positions * wide * max(b, wide) > _TOGETHER or not waits_for(call.device):
+        return False
+    if any(call.exponents) or len({(x.shape, x.dtype) for x in call.rows}) > 1:
+        return False
+    return all(count == layers - apart for apart, count in Counter(j - i for i, j in call.sums).items())
+
+
+def _run_together(call: Products) -> None:
+    (positions, b, d), layers = call.rows[0].shape, len(call.rows)
+    with by_itself(call.device.type):
+        z = torch.empty((layers, positions, b, d + call.extra), dtype=torch.float64, device=call.device)
+        body, shifts = z[..., :d], torch.stack(list(call.shifts))
+        torch.sub(torch.stack(list(call.rows)), shifts[:, :, None], out=body)
+        if call.keep is not None:
+            body.masked_fill_(~call.keep[..., None], 0.0)
+        if call.extra:
+            torch.linalg.vector_norm(body, dim=-1, out=z[..., d])
+            z[..., d].square_()
+            z[..., d + 1] = 1.0 if call.keep is None else call.keep.to(torch.float64)
+        for apart in sorted({j - i for i, j in call.sums}):
+            left, right = z[: layers - apart].flatten(0, 1), z[apart:].flatten(0, 1)
+            found = torch.bmm(left.mT, right).view(layers - apart, positions, *z.shape[3:], z.shape[3])
+            totals = [call.sums[layer, layer + apart] for layer in range(layers - apart)]
+            torch._foreach_add_(totals, list(found.unbind()))
 
 
 def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, spare: list[Tensor]) -> Tensor:
@@ -134,6 +172,10 @@ def _cost(call: Products) -> float:
     if call.device.type == "cpu":
         return 2e-4 + call.multiplications() / 20e9
     positions, b = call.rows[0].shape[:2]
+    if _fits_together(call):
+        d, layers = call.rows[0].shape[2] + call.extra, len(call.rows)
+        moved = positions * (60.0 * layers * b * d + 32.0 * len(call.sums) * d * d)
+        return seconds(10 + 2 * len({j - i for i, j in call.sums}), moved, call.multiplications())
     wide = [x.shape[2] + call.extra for x in call.rows]
     chunks = math.ceil(positions / positions_at_once(call)) if positions else 0
     apart = sum(call.extra > 0 and min(wide[i], wide[j]) - 2 >= _APART for i, j in call.sums)

@@ -1,0 +1,148 @@
+"""The code of a probe that runs on a GPU, run on stand-ins of its tensors: what is patched for that."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import gpu_spectrum
+import predict_moments
+import torch
+from gpu_clock import STAND_IN, VIEW, Clock, uncounted
+from torch import Tensor
+
+from rgfast.ops.cka.api import OP as CKA
+from rgfast.ops.device import LAUNCH
+from rgfast.ops.moments.api import OP as MOMENTS
+from rgfast.ops.moments.api import PAIRS, POSITIONS
+from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.impl import cuda as kernels
+from rgfast.ops.moments.impl import library as products
+from rgfast.ops.spectrum import measures
+from rgfast.ops.spectrum.call import Symmetric
+from rgfast.ops.spectrum.impl import library as spectra
+from rgfast.ops.spectrum.impl.cuda import kernel_for
+from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.probing import measured as measured_views
+from rgfast.probing import plan
+from rgfast.runtime import waiting
+from rgfast.streaming import MomentAccumulator, Together, algebra, sizes
+
+__all__ = ["as_on_a_gpu", "solved"]
+
+GPU = torch.device("cuda")
+
+
+def solved(count: int, d: int, *, ours: bool = False) -> float:
+    """Seconds of the eigenvalues of so many matrices where torch has batches, or by a kernel if there is one
+    for them."""
+    if ours and kernel_for(d, torch.float64) is not None:
+        return gpu_spectrum.predicted(d, count, 8)
+    with _torch_with_batches():
+        return spectra.solving(count, d, torch.float64, GPU)
+
+
+@contextlib.contextmanager
+def _torch_with_batches() -> Iterator[None]:
+    with mock.patch.object(torch, "__version__", "2.13.0"):
+        yield
+
+
+def _real(call: Products, width: int) -> Products:
+    """The call at the real width, of tensors without data."""
+    size = Clock(width).size
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty([size(n) for n in x.shape], dtype=x.dtype, device="meta")
+
+    with uncounted():
+        rows, shifts = ([empty(x) for x in some] for some in (call.rows, call.shifts))
+        return call._replace(rows=rows, shifts=shifts, sums={key: empty(x) for key, x in call.sums.items()})
+
+
+def _summed_by_kernels(call: Products, width: int) -> None:
+    """The sums of a call, which the package's kernels make where `auto` would take them."""
+    real = _real(call, width)
+    if kernels.MOMENTS.cost(real) >= products.MOMENTS.cost(real):
+        products.MOMENTS.run(call)
+        return
+    launches, seconds = predict_moments.of_call(real)
+    # The table of pairs is sent as well, and memory is taken for norms.
+    host = (launches + 1) * LAUNCH + 3 * VIEW
+    with uncounted(host=host, device=seconds - launches * LAUNCH, kernels=launches + 1):
+        products.MOMENTS.run(call)
+
+
+def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
+    """Eigenvalues by the package's kernel, or the library's where there is none for the size."""
+    if kernel_for(_side(call.a, width), torch.float64) is None:
+        return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
+    with uncounted(host=LAUNCH, kernels=1):
+        return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
+
+
+def _side(a: Tensor, width: int) -> int:
+    return width if a.shape[-1] == STAND_IN else a.shape[-1]
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(
+    width: int, pending: int = plan._PENDING_BYTES, *, ours: bool = False
+) -> Iterator[Counter[tuple[int, int]]]:
+    """The library's implementations are all there are, or those of the package's kernels (``ours``), no
+    forward looks at values, and views, blocks of rows and products are cut as they would be at their real
+    ``width``, with ``pending`` bytes of rows held back. Yields how often so many matrices of so many rows
+    were solved at once."""
+    counted: Counter[tuple[int, int]] = Counter()
+    narrower = STAND_IN / width
+    original, cut, add = spectra.eigenvalues, products.positions_at_once, products._add
+    fits = products._fits_together
+
+    def eigenvalues(a: Tensor) -> Tensor:
+        counted[a.shape[:-2].numel(), _side(a, width)] += 1
+        return original(a)
+
+    def at_once(call: Products) -> int:
+        return cut(_real(call, width))
+
+    def few(part: MomentAccumulator) -> bool:
+        return (rows := part.few) is not None and not part.factored and 2 * rows[0][0].shape[1] <= width
+
+    def may_be_few(sums: MomentAccumulator) -> bool:
+        return not sums._sums.summed and 2 * sums.rows_at_once <= width
+
+    changes: list[tuple[Any, str, Any]] = [
+        (Together, "few", staticmethod(few)),
+        (MomentAccumulator, "_may_be_few", property(may_be_few)),
+        (waiting, "_EVERYWHERE", True),
+        (measures, "_elsewhere", lambda args: True),
+        (products, "_APART", 0 if width >= products._APART else 1 << 30),
+        (products, "_add", lambda total, left, right, here: add(total, left, right, False)),
+        (products, "positions_at_once", at_once),
+        (products, "_fits_together", lambda call: fits(_real(call, width))),
+        (algebra, "_SMALL", int(algebra._SMALL * narrower)),
+        (spectra, "eigenvalues", eigenvalues),
+        (measured_views, "on_host", lambda found: found),  # all views have been brought together
+        (plan, "_FLATTENED_WIDTH", int(plan._FLATTENED_WIDTH * narrower)),
+        (plan, "_PENDING_BYTES", int(pending * narrower)),
+        (sizes, "_AT_ONCE", int(sizes._AT_ONCE * narrower**2)),
+    ]
+    for op in (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
+        library = dataclasses.replace(
+            op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
+        )
+        if ours and op is MOMENTS:
+            library = dataclasses.replace(library, run=partial(_summed_by_kernels, width=width))
+        elif ours and op is EIGVALSH:
+            library = dataclasses.replace(library, run=partial(_solved_by_a_kernel, width=width))
+        changes += [(op, "impls", {"library": library, "reference": op.impls["reference"]})]
+        changes += [(op, "_chosen", {})]
+    with contextlib.ExitStack() as stack:
+        for where, name, value in changes:
+            stack.enter_context(mock.patch.object(where, name, value))
+        yield counted
