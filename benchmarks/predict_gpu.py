@@ -227,7 +227,7 @@ def predict_own(depth: int, length: int, width: int, n: int, batch: int = 256) -
             ours=True,
         )
     # Blocks are compiled on the CPU too, so that none of torch's operators were counted for them.
-    tile = min(batch, watch._TILE)
+    tile = min(batch, watch._TILE_ELSEWHERE)
     launches = n // tile * gpu_block.launches("split", width, depth)
     seconds = n // tile * gpu_block.stack("split", width, tile * length, depth)
     forwards = dataclasses.replace(

@@ -26,6 +26,7 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
 from rgfast.probing.in_step import InStep
+from rgfast.probing.offloaded import runs_on
 from rgfast.probing.plan import Plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
@@ -38,6 +39,7 @@ from rgfast.probing.tally import Tally
 from rgfast.probing.unread import Unread
 from rgfast.runtime import known_answers
 from rgfast.runtime.streams import Home, capturing, stream_of
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import pair_keys
 
 if TYPE_CHECKING:
@@ -49,8 +51,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 # Sequences of a stack that hands over tiles that are taken through all its layers, and summed, at once: as
-# many rows per position as an accumulator sums in one product.
-_TILE = 128
+# many rows per position as an accumulator sums in one product, on the CPU and where a product is a launch.
+_TILE, _TILE_ELSEWHERE = 128, 1024
 # Ops whose kernels for GPUs run beside forwards or after them.
 _ROOMS = ("cka", "moments", "spectrum")
 
@@ -140,12 +142,14 @@ class Probe:
         )
         self._placed = Placed(spec.placements, self.model, self._taps, self._ranks)
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, self._unread, say=say)
+        device = runs_on(self.model)
+        tile = _TILE if device is None or not waits_for(device) else _TILE_ELSEWHERE
         self._watcher = Watcher(
             self.model,
             self._taps,
             self,
             Outputs(spec.output, self._taps, self._unread),
-            tile=_TILE * spec.groups,
+            tile=tile * spec.groups,
             tiles=not spec.reads_layers and not sharded,  # as many forwards of a block as there are tiles
         )
         self._whole: RowBatch | None = None

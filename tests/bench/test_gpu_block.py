@@ -1,12 +1,10 @@
 """The model of the Triton block's time gives what prototypes took on an H100, and counts what kernels do."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import gpu_block
 import pytest
-from gpu_block import Kernel, forward, ours, together
-from gpu_clock import Cost
+from gpu_block import Kernel, forward, together
 
 from rgfast.ops.residual_mlp.gpu.table import Tile
 
@@ -71,22 +69,9 @@ def test_the_table_has_every_form_and_width():
     assert all(1.5 < each < 8 for k, each in enumerate(over_eager) if k % 5 < 3)
 
 
-def test_a_probe_has_the_forward_of_these_blocks(monkeypatch, capsys):
-    import predict_gpu
-
-    parts = {"forwards": Cost(0.0, 0.007), "reading": Cost(0.0, 0.001), "spectra": 0.01, "digest": 0.0}
-    made = SimpleNamespace(bare=0.005, share=3.6, **parts)
-    monkeypatch.setattr(predict_gpu, "predict", lambda *shape: made)
-    monkeypatch.setattr("sys.argv", ["gpu_block.py", "--probe"])
-    gpu_block.main()
-    said = capsys.readouterr().out
-    assert "OFF BY MORE" not in said
-    assert "PREDICTED, not run on a GPU" in said
-    lines = [line.split("|") for line in said.splitlines() if line.startswith("| (")][1:]
-    assert len(lines) == 5
-    ours_ms, whole, by_kernels = (float(lines[0][k]) for k in (3, 5, 6))
-    assert ours_ms == pytest.approx(
-        4e3 * ours("stack", "split", 64, 256 * 64, layers=6, every_layer=True).seconds, rel=0.2
-    )
-    assert whole == pytest.approx((ours_ms + 2 + 1 + 10) / 5, abs=0.01)
-    assert by_kernels == pytest.approx((ours_ms + 2 + 1) / 5 + 0.1, abs=0.01)
+def test_launches_of_a_stack():
+    """One kernel, and weights made ready for it, or a few operators for a wide layer."""
+    assert gpu_block.launches("plain", 64, 12) == 1
+    assert gpu_block.launches("split", 64, 12) == 13
+    assert gpu_block.launches("split", 256, 12) == 24
+    assert gpu_block.launches("plain", 1024, 12) == 60

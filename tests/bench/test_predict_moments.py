@@ -40,6 +40,20 @@ def test_counts_are_those_of_the_tiles(script):
     assert full.together(3) == pytest.approx(3 * full.together(1), rel=0.5)
 
 
+def test_a_call_has_the_tiles_of_all_its_pairs(script):
+    assert len(script.tiles(64, 130)) == 3
+    assert len(script.tiles(130, 130)) == 9
+    one = script.products(448, 1024, 64, extended=True)
+    rows, shifts = list(one.rows) * 2, list(one.shifts) * 2
+    sums = dict.fromkeys(((0, 0), (0, 1), (1, 1)), one.sums[0, 0])
+    three = one._replace(rows=rows, shifts=shifts, sums=sums, exponents=[0, 0])
+    launches, alone = script.of_call(one)
+    assert launches == 2  # norms and products
+    assert script.of_call(three)[0] == 2
+    assert 2 * alone < script.of_call(three)[1] < 5 * alone  # of two layers a whole square is multiplied
+    assert script.second_moments(448, 1024, 64, extended=True) == alone
+
+
 def test_predictions_are_what_was_wanted(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["predict_moments.py"])
     script.main()

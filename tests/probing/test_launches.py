@@ -10,7 +10,9 @@ from test_on_devices import SECOND, devices, opened
 from test_waiting import BATCH, LENGTH, WIDTH, batch_of, drawn
 from waits import Launches, Waits
 
+import rgfast
 from rgfast.ops.moments.impl import library
+from rgfast.runtime import waiting
 from rgfast.streaming import algebra, count_nonfinite
 
 pytestmark = pytest.mark.filterwarnings("ignore::rgfast.FallbackWarning")
@@ -111,3 +113,18 @@ def test_numbers_that_are_not_finite_are_counted(dtype):
     assert torch.equal(count_nonfinite(x, None), bad.sum((0, 2)).to(count_nonfinite(x, None)))
     kept = (bad & keep[..., None]).sum((0, 2))
     assert kept.tolist() == count_nonfinite(x, keep).tolist()
+
+
+@pytest.mark.parametrize(("everywhere", "most"), [(False, 128), (True, 300)])
+def test_a_stack_hands_over_larger_tiles_to_a_device(everywhere, most, monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", everywhere)
+    stack, sizes, was = rgfast.ResidualStack(4, 2, mixing="none"), [], rgfast.Probe.tile
+
+    def tile(self, first, states):
+        sizes.append(states[0].shape[0])
+        was(self, first, states)
+
+    monkeypatch.setattr(rgfast.Probe, "tile", tile)
+    with rgfast.Probe(stack, route="moments", views=["position"], progress=False) as probe:
+        probe.run(drawn(0, 300, 3, 4, dtype=torch.float32))
+    assert max(sizes) == most
