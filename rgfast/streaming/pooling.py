@@ -75,8 +75,7 @@ def _joined_moves(sums: Sums, one: Sums, count: Tensor) -> list[Tensor]:
         exponents = [float(sums.exponent(layer)) for layer in layers]
         unit = sent(torch.from_numpy(np.exp2(exponents)), count.device)[:, None, None]
         shift = torch.stack([sums.shift[layer] for layer in layers])
-        columns = torch.stack([sums.moment[layer, layer][:, :width, -1] for layer in layers])
-        mean = shift + columns / count[:, None] * unit
+        mean = sums.means(layers)
         base = torch.where(one.begun, mean.index_select(1, first), 0.0)
         weighed = torch.where(some, (mean - base) * count[:, None], 0.0).sum(1, keepdim=True) / total
         found = base + weighed

@@ -30,13 +30,10 @@ from rgfast.streaming.algebra import (
     centred_cross,
     centred_norm_product,
     centred_trace,
-    common_exponent,
     exponent_of,
     in_late_units,
     in_parts,
-    joint_mean,
     place_of_both,
-    recentred,
     rescaled,
     scale_exponent,
     sizes_of_sums,
@@ -44,6 +41,7 @@ from rgfast.streaming.algebra import (
     together,
 )
 from rgfast.streaming.factors import TriangularFactors
+from rgfast.streaming.merging import add_sums
 
 __all__ = ["Sums"]
 
@@ -220,29 +218,9 @@ class Sums:
         if self.factors is not None:
             self.factors.place(devices)
 
-    @one_thread()
     def merge(self, other: Sums) -> None:
         """Add all of ``other``, of the same layers, pairs and positions; exact for different shifts."""
-        mine, theirs = self.count(), other.count()
-        move_a, move_b, rescale = [], [], []
-        for layer in range(len(self.widths)):
-            target = joint_mean(self.mean(layer), mine, other.mean(layer), theirs)
-            self.exponents[layer], down_a, down_b = common_exponent(
-                self.exponents[layer], other.exponents[layer]
-            )
-            unit = math.ldexp(1.0, -self.exponent(layer))
-            move_a.append((self.shift[layer] - target) * unit)
-            move_b.append((other.shift[layer] - target) * unit)
-            rescale.append((down_a, down_b))
-            self.shift[layer] = target
-        for (i, j), moment in self.moment.items():
-            a = recentred(rescaled(moment, rescale[i][0], rescale[j][0]), move_a[i], move_a[j])
-            b = rescaled(other.moment[i, j], rescale[i][1], rescale[j][1])
-            self.moment[i, j] = a.add_(recentred(b, move_b[i], move_b[j])).contiguous()
-        self.begun, self.summed = self.begun | other.begun, self.summed or other.summed
-        if self.factors is not None:
-            assert other.factors is not None
-            self.factors.merge(other.factors, (move_a, move_b), rescale)
+        add_sums(self, other)
 
     def at(self, part: slice, *, factors: bool) -> Sums:
         """A copy of some positions, with or without the factors."""
@@ -295,6 +273,15 @@ class Sums:
         d = self.widths[layer]
         unit = math.ldexp(1.0, self.exponent(layer))
         return self.shift[layer] + self.moment[layer, layer][:, :d, -1] / self.count()[:, None] * unit
+
+    def means(self, layers: Sequence[int]) -> Tensor:
+        """:meth:`mean` ``[K, P, d]`` of layers of one width, in few launches."""
+        columns = torch.stack([self.moment[layer, layer][:, :-2, -1] for layer in layers])
+        found = columns / self.count()[:, None]
+        units = [math.ldexp(1.0, self.exponent(layer)) for layer in layers]
+        if any(unit != 1.0 for unit in units):
+            found = found * sent(torch.from_numpy(np.array(units)), found.device)[:, None, None]
+        return torch.stack([self.shift[layer] for layer in layers]) + found
 
     def keeps(self, i: int, j: int) -> bool:
         """Whether the products of two layers are there."""

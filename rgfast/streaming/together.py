@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,7 +17,7 @@ from torch.nn import functional
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.accumulator import MomentAccumulator
-from rgfast.streaming.algebra import centred_cross, centred_sums, in_order, times_power
+from rgfast.streaming.algebra import centred_cross, centred_sums, in_order
 from rgfast.streaming.sizes import alike, at_once
 
 __all__ = ["KernelSums", "Together"]
@@ -112,30 +113,33 @@ class Together:
     def kernels_of_few(self, layers: Sequence[int], *, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
         """X_c X_cᵀ and, if asked for, X Xᵀ of :meth:`few` rows of layers of one width ``[2, K · P, b, b]``,
         Σ x_c² and Σ x² of every feature ``[2, K · P, d]``, and :meth:`accumulated`."""
-        kernels: list[list[Tensor]] = [[] for _ in range(1 + raw)]
-        variances: list[list[Tensor]] = [[] for _ in range(1 + raw)]
-        traces, most = [], max(rows[0].shape[1] for rows, _ in self._few)
-        for layer in layers:
-            exponent = -self.exponents[layer]
-            for sums, (rows, keep) in zip(self._sums, self._few, strict=True):
-                moment, device = sums.moment[layer, layer], self.count.device
-                shift = times_power(sums.shift[layer], exponent)
-                x = times_power(sent(rows[layer], device).to(torch.float64), exponent) - shift[:, None]
-                if keep is not None:
-                    x = x.masked_fill(~sent(keep, device)[..., None], 0.0)
-                off = (moment[:, :-2, -1] / moment[:, -1, -1, None])[:, None]
-                kinds = [x - off, x + shift[:, None]] if raw else [x - off]
-                for kind, z in enumerate(kinds):
-                    if keep is not None:
-                        z = z.masked_fill(~sent(keep, device)[..., None], 0.0)
-                    lacking = most - z.shape[1]
-                    kernels[kind].append(functional.pad(torch.bmm(z, z.mT), (0, lacking, 0, lacking)))
-                    variances[kind].append(z.square().sum(1))
-                traces.append(moment[:, -2, -1])
+        kernels, variances, traces = [], [], []
+        most, device = max(rows[0].shape[1] for rows, _ in self._few), self.count.device
+        units = self._units(layers)
+        for sums, (rows, keep) in zip(self._sums, self._few, strict=True):
+            dropped = None if keep is None else ~sent(keep, device)[..., None]
+            moments = [sums.moment[layer, layer] for layer in layers]
+            columns = torch.stack([moment[:, :-2, -1] for moment in moments])
+            shift = torch.stack([sums.shift[layer] for layer in layers])
+            x = torch.stack([sent(rows[layer], device) for layer in layers]).to(torch.float64)  # [K, P, b, d]
+            if units is not None:
+                shift, x = shift * units, x * units[..., None]
+            x = x - shift[:, :, None]
+            if dropped is not None:
+                x = x.masked_fill(dropped, 0.0)
+            off = (columns / sums.count()[:, None])[:, :, None]
+            z = torch.stack([x - off, x + shift[:, :, None]]) if raw else (x - off)[None]
+            if dropped is not None:
+                z = z.masked_fill_(dropped, 0.0)
+            lacking, flat = most - z.shape[3], z.flatten(0, 2)
+            product = functional.pad(torch.bmm(flat, flat.mT), (0, lacking, 0, lacking))
+            kernels.append(product.view(*z.shape[:3], most, most))
+            variances.append(z.square().sum(3))
+            traces.append(torch.stack([moment[:, -2, -1] for moment in moments]))
         return (
-            torch.stack([torch.cat(each) for each in kernels]),
-            torch.stack([torch.cat(each) for each in variances]),
-            torch.cat(traces),
+            torch.cat(kernels, 2).flatten(1, 2),
+            torch.cat(variances, 2).flatten(1, 2),
+            torch.cat(traces, 1).flatten(),
         )
 
     def accumulated(self, layers: Sequence[int]) -> Tensor:
@@ -173,12 +177,18 @@ class Together:
         found = [sums.moment[key] for key in keys for sums in self._sums]
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def _units(self, layers: Sequence[int]) -> Tensor | None:
+        """What brings layers into their units ``[K, 1, 1]``, None if that is nothing."""
+        exponents = [self.exponents[layer] for layer in layers]
+        if not any(exponents):
+            return None
+        powers = torch.from_numpy(np.exp2([-float(exponent) for exponent in exponents]))
+        return sent(powers, self.count.device)[:, None, None]
+
     def _shifts(self, layers: Sequence[int]) -> Tensor:
         """``[K · P, d]`` in the layers' units."""
-        return torch.cat(
-            [
-                times_power(sums.shift[layer], -self.exponents[layer])
-                for layer in layers
-                for sums in self._sums
-            ]
-        )
+        found = torch.cat([sums.shift[layer] for layer in layers for sums in self._sums])
+        units = self._units(layers)
+        if units is None:
+            return found
+        return (found.view(len(layers), -1, found.shape[1]) * units).view(found.shape)

@@ -6,6 +6,7 @@ import torch
 from test_on_devices import SECOND, devices
 from there import There
 from torch import nn
+from waits import Launches
 
 import rgfast
 from rgfast.ops.spectrum import moments as of_moments
@@ -118,6 +119,31 @@ def test_values_are_the_cpus(name, solved, monkeypatch):
         few = [(kinds * LAYERS * places, sum(sizes)) for places in (LENGTH, 1)]
     pooled = [] if name == "position alone" else [(kinds * LAYERS, WIDTH)]
     assert sorted(solved) == sorted([*few, *pooled])
+
+
+def test_layers_of_few_rows_are_read_together(monkeypatch):
+    """As many operators for any number of layers, masked and in two blocks of one view's rows."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    counts = []
+    for layers in (2, LAYERS):
+        made = torch.Generator().manual_seed(2)
+        rows = [torch.randn(LENGTH, 6, WIDTH, generator=made) for _ in range(layers)]
+        keep = torch.rand(LENGTH, 6, generator=made) < 0.8
+        parts = [MomentAccumulator().update(rows, keep), MomentAccumulator().update(rows)]
+        whole, found = Together(parts), Launches(here=True)
+        assert whole.of_few
+        with found:
+            kernels, variances, summed = whole.kernels_of_few(range(layers), raw=True)
+        counts.append(found.found.total())
+        assert kernels.shape == (2, layers * 2 * LENGTH, 6, 6)
+        for layer, x in enumerate(rows):
+            for part, z in enumerate((x.double() * keep[..., None], x.double())):
+                at = (2 * layer + part) * LENGTH
+                torch.testing.assert_close(kernels[1, at : at + LENGTH], z @ z.mT, rtol=1e-10, atol=1e-10)
+                square = z.square().sum(1)
+                torch.testing.assert_close(variances[1, at : at + LENGTH], square, rtol=1e-10, atol=1e-10)
+        assert torch.equal(summed, whole.accumulated(range(layers)))
+    assert counts[0] == counts[1]
 
 
 NOT_FEW = {

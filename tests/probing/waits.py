@@ -71,18 +71,19 @@ class Made(TorchDispatchMode):
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that have work for a device other than the CPU: views and memory are none."""
+    """Counts the operators that have work for a device: views and memory are none; with ``here``, the CPU is
+    taken for one."""
 
-    def __init__(self):
+    def __init__(self, *, here=False):
         super().__init__()
-        self.found = Counter()
+        self._here, self.found = here, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = function(*args, **(kwargs or {}))
         name, schema = function.overloadpacket.__name__, function._schema
         aliases = [x.alias_info for x in schema.returns if x.alias_info is not None]
         idle = name in MEMORY or any(not alias.is_write for alias in aliases)
-        there = any(
+        there = self._here or any(
             isinstance(x, Tensor) and x.device.type != "cpu" for x in tree_leaves((args, kwargs, given))
         )
         self.found[name] += there and not idle
