@@ -17,6 +17,7 @@ from torch import Tensor
 from rgfast.runtime.waiting import read, sent, waits_for
 from rgfast.streaming.block import OpenBlock
 from rgfast.streaming.finite import check_finite
+from rgfast.streaming.merging import add_sums
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.pooling import pooled
 from rgfast.streaming.sizes import BLOCK_ROWS, Pairs, as_pairs, block_rows, first_block, pair_keys
@@ -219,7 +220,7 @@ class MomentAccumulator:
         self._check_factored(other)
         settle([self, other])
         self._few = None
-        self._sums.merge(other._sums)
+        add_sums(self._sums, other._sums)
         return self
 
     def pooled(self) -> MomentAccumulator:

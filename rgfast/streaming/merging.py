@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.streaming.algebra import common_exponent, joint_mean, recentred, rescaled
 from rgfast.streaming.sizes import alike
-
-if TYPE_CHECKING:
-    from rgfast.streaming.sums import Sums
+from rgfast.streaming.sums import Sums
 
 __all__ = ["add_sums"]
 

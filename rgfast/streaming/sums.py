@@ -41,7 +41,6 @@ from rgfast.streaming.algebra import (
     together,
 )
 from rgfast.streaming.factors import TriangularFactors
-from rgfast.streaming.merging import add_sums
 
 __all__ = ["Sums"]
 
@@ -217,10 +216,6 @@ class Sums:
         self.late = {layer: sent(exponent, devices[layer]) for layer, exponent in self.late.items()}
         if self.factors is not None:
             self.factors.place(devices)
-
-    def merge(self, other: Sums) -> None:
-        """Add all of ``other``, of the same layers, pairs and positions; exact for different shifts."""
-        add_sums(self, other)
 
     def at(self, part: slice, *, factors: bool) -> Sums:
         """A copy of some positions, with or without the factors."""
