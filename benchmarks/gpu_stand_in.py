@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import gpu_spectrum
+import gpu_spectrum_stages
 import predict_moments
 import torch
 from gpu_clock import STAND_IN, VIEW, Clock, uncounted
@@ -28,6 +29,7 @@ from rgfast.ops.spectrum.call import Symmetric
 from rgfast.ops.spectrum.impl import library as spectra
 from rgfast.ops.spectrum.impl.cuda import kernel_for
 from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.ops.spectrum.stages import Stages
 from rgfast.probing import measured as measured_views
 from rgfast.probing import plan
 from rgfast.runtime import waiting
@@ -41,8 +43,10 @@ GPU = torch.device("cuda")
 def solved(count: int, d: int, *, ours: bool = False) -> float:
     """Seconds of the eigenvalues of so many matrices where torch has batches, or by a kernel if there is one
     for them."""
-    if ours and kernel_for(d, torch.float64) is not None:
-        return gpu_spectrum.predicted(d, count, 8)
+    kernel = kernel_for(d, torch.float64) if ours else None
+    if kernel is not None:
+        staged = isinstance(kernel, Stages)
+        return (gpu_spectrum_stages if staged else gpu_spectrum).predicted(d, count, 8)
     with _torch_with_batches():
         return spectra.solving(count, d, torch.float64, GPU)
 
@@ -80,9 +84,11 @@ def _summed_by_kernels(call: Products, width: int) -> None:
 
 def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
     """Eigenvalues by the package's kernel, or the library's where there is none for the size."""
-    if kernel_for(_side(call.a, width), torch.float64) is None:
+    kernel = kernel_for(_side(call.a, width), torch.float64)
+    if kernel is None:
         return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
-    with uncounted(host=LAUNCH, kernels=1):
+    launches = 3 if isinstance(kernel, Stages) else 1
+    with uncounted(host=launches * LAUNCH, kernels=launches):
         return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
 
 
