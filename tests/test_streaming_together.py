@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rgfast.runtime import waiting
-from rgfast.streaming import MomentAccumulator, Together, sizes
+from rgfast.streaming import MomentAccumulator, Together, algebra, sizes
 
 F64 = torch.float64
 WIDTHS = (5, 7, 5, 7)
@@ -125,6 +125,20 @@ def test_positions_pooled_are_those_of_the_cpu(monkeypatch, scale):
             there.pair(i, j).norm_product, here.pair(i, j).norm_product, rtol=1e-12, atol=0.0
         )
         torch.testing.assert_close(there.mean(i), here.mean(i), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_that_follow_what_was_pooled_are_added(monkeypatch, together):
+    """To sums that have begun, in whose shift they are, and which more than these rows stand behind."""
+    first, later = drawn(3, (4,)), [x[0] for x in drawn(5, (1,))]
+    here = MomentAccumulator(pairs="all").update(first).pooled().update(later)
+    if not together:
+        monkeypatch.setattr(algebra, "_SMALL", 0)
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    there = MomentAccumulator(pairs="all").update(first).pooled().update(later)
+    assert there.few is None
+    for i, j in [(0, 0), *here.pairs]:
+        torch.testing.assert_close(there.pair(i, j).cross, here.pair(i, j).cross, rtol=1e-12, atol=1e-9)
 
 
 def test_a_constant_column_pools_to_no_variance(monkeypatch):

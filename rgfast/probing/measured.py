@@ -97,15 +97,11 @@ def of_spectra(
     for measure in _of_kind("rank"):
         half = measure.needs == "uncentred"
         solved, sigma = (raw, lower) if half else (centred, upper)
-        if solved is None:
-            value = bound = torch.full_like(centred.sigma[:, 0], torch.nan)
-        else:
-            value = of(measure.of, whole, sigma, half=half)
-            bound = value if measure.bound is None else of(measure.bound, both, solved, half=half)
-            bound = bound.masked_fill(constant, 0.0) if half else bound
-        values[measure.name] = value
+        nothing = torch.full_like(centred.sigma[:, 0], torch.nan) if solved is None else None
+        values[measure.name] = of(measure.of, whole, sigma, half=half) if nothing is None else nothing
         if measure.bound is not None:
-            bounds[measure.name] = bound
+            bound = of(measure.bound, both, solved, half=half) if nothing is None else nothing
+            bounds[measure.name] = bound.masked_fill(constant, 0.0) if half and nothing is None else bound
     return values, bounds
 
 

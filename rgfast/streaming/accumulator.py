@@ -171,6 +171,7 @@ class MomentAccumulator:
         widths, positions = [shift.shape[1] for shift in shifts], len(shifts[0])
         sums = Sums.empty(widths, [], positions, [shift.device for shift in shifts])
         sums.begun.fill_(True)
+        sums.summed = True
         sums.exponents, sums.shift, sums.moment = [0] * len(widths), list(shifts), dict(moments)
         return made._made((positions,), sums)
 

@@ -32,6 +32,7 @@ def pooled(sums: Sums, factored: Sequence[int]) -> Sums:
         shift=list(sums.shift),  # until they are known
         moment=dict(sums.moment),
         factors=TriangularFactors(factored, sums.widths, 1, device) if factored else None,
+        summed=sums.summed,
     )
     if waits_for(device):
         moves, positions = _joined_moves(sums, one, count), len(count)
