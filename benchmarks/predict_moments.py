@@ -25,6 +25,7 @@ from rgfast.ops.device import LAUNCH, STREAM
 from rgfast.ops.moments.call import Products
 from rgfast.ops.moments.impl import cuda as kernels
 from rgfast.ops.moments.impl import library
+from rgfast.ops.moments.tiles import DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "tests" / "gate" / "tables"
@@ -196,7 +197,7 @@ def of_call(call: Products, name: str = "exact") -> tuple[int, float]:
     spread = kernels._spread(
         positions * len(blocks), -(-n // kernels._BLOCK_ROWS), entries, torch.device("cuda")
     )
-    kernel = f"rgfast_moments_{name}_{kernels._DTYPES[call.rows[0].dtype]}"
+    kernel = f"rgfast_moments_{name}_{DTYPES[call.rows[0].dtype]}"
     moved = rows + 8.0 * entries * spread
     found = seconds(positions * spread, -(-n // spread), blocks, resident(kernel), moved)
     norms = bool(call.extra) or name == "split"
