@@ -251,7 +251,7 @@ def test_what_is_held_is_what_was_planned(memory, place, views):
     assert max(kept) <= planned <= (1 << 20 if memory == "1MiB" else 1 << 32)
     if len(views) == 1:  # else there is room for rows at positions that are not followed, of which are none
         assert max(kept) > 0.9 * planned
-    assert (max(blocks) == 1024) == (memory == "4GiB" and place != "cpu")
+    assert (max(blocks) == 1024) == (memory == "4GiB")
 
 
 SAMPLES = {
