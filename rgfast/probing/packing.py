@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Message:
         """Put it at ``into``, ``nbytes`` bytes on the CPU."""
         into[:8].view(torch.int64).fill_(len(self._head))
         at = _up(8)
-        into[at : at + len(self._head)] = torch.frombuffer(bytearray(self._head), dtype=torch.uint8)
+        into[at : at + len(self._head)].numpy()[:] = np.frombuffer(self._head, dtype=np.uint8)
         at += _up(len(self._head))
         for x in self._tensors:
             into[at : at + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
