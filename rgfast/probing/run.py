@@ -240,7 +240,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
         if path is not None:
             path = rank_path(path, rank, ranks)
             checkpoints.clear_stale(path)
-        if watched.ranks is not None and spec.owner != "ranks":
+        if watched.ranks is not None:
             together.choose(watched.ranks, path)
         if path is not None:
             saved = _Saved(watched, path, spec.checkpoint_every)

@@ -274,6 +274,10 @@ def telling(folder):
             model.token_embedding[0, 0] += rank
         return rgfast.probe(model, batches(rank, size), **options(rank, size))
 
+    def owner(rank, size):
+        asked = {"owner": ("ranks", "auto")[rank], "timeout": SHORT}
+        return rgfast.probe(build(), batches(rank, size), **options(rank, size) | asked)
+
     def nothing(rank, size):
         return rgfast.probe(build(), [], **options(rank, size) | {"targets": None})
 
@@ -282,7 +286,7 @@ def telling(folder):
             return len(rgfast.probe(build(), batches(0, 1), distributed=False, **options(0, 1)).layers)
         return None
 
-    cases = (poisoned, absent, other, unknown, weights, nothing, alone)
+    cases = (poisoned, absent, other, unknown, weights, owner, nothing, alone)
     return {case.__name__: forked(2, case, folder) for case in cases}
 
 

@@ -81,6 +81,7 @@ def test_a_dead_rank_is_noticed_and_the_checkpoint_is_good(found):
             ["rank 1 of 2 failed: ValueError: layers: there is no module 'no.such.layer'", "no module"],
         ),
         ("weights", ["ValueError: weights must be the same on all ranks"] * 2),
+        ("owner", ["owner must be the same on all ranks: rank 0 has ranks, rank 1 has auto"] * 2),
         ("nothing", ["ValueError: batches must hold at least 2 sequences in all, got n = 0"] * 2),
     ],
 )
