@@ -54,7 +54,13 @@ def shares_of(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: i
     for layers in held:
         places = tuple(first.places[layer] for layer in layers) if first.places else ()
         some = replace(first, widths=tuple(first.widths[layer] for layer in layers), places=places)
-        parts.append(plan_of(some, fewer, [names[layer] for layer in layers]))
+        try:
+            parts.append(plan_of(some, fewer, [names[layer] for layer in layers]))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; of {human_bytes(memory)}, rows on their way between {ranks} ranks take "
+                f"{human_bytes(way_bytes(memory))}, and with more ranks each has fewer layers"
+            ) from None
     # All have room for what the one with the least room measures.
     least = min(parts, key=lambda part: (len(part.views), len(part.positions)))
     refine = False if any(part.refine is False for part in parts) else least.refine
