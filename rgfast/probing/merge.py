@@ -39,7 +39,10 @@ def merged(result: ProbeResult, other: ProbeResult) -> ProbeResult:
     if not isinstance(other, ProbeResult):
         raise TypeError(f"other must be a ProbeResult, got {type(other).__name__}")
     if result.moments is None or other.moments is None:
-        raise ValueError("other cannot be merged: one of the two results was saved with moments=False")
+        raise ValueError(
+            "other cannot be merged: one of the two results has no moments: it was saved with moments=False, "
+            "is of ranks that shared out the layers (owner=), or was joined"
+        )
     (plan, extra), (theirs, _) = (Plan.from_json(r.dataset.attrs["plan"]) for r in (result, other))
     same = ("names", "widths", "length", "positions", "views", "pairs", "groups", "targets", "places", "rows")
     for name in same:

@@ -203,10 +203,10 @@ class ProbeResult(Labelled, Accessor):
 
         Raises TypeError for anything but a result, ValueError if the two did not probe the same layers,
         positions, views and pairs in the same number of groups, if their models differ in class, size, dtype
-        or weights, if their masks, padding or origin do, or if one of them has neither moments nor rows (it
-        was saved without). Weights are compared by a fingerprint in the provenance. Files of rgfast 0.1, and
-        probes of models whose weights cannot be read, lack it: then only the rest is
-        compared, and the result lacks it too.
+        or weights, if their masks, padding or origin do, or if one of them has neither moments nor rows
+        (it was saved without, is of ranks that shared out the layers, or was joined). Weights are compared
+        by a fingerprint in the provenance. Files of rgfast 0.1, and probes of models whose weights cannot be
+        read, lack it: then only the rest is compared, and the result lacks it too.
         """
         result: ProbeResult = lent("merged")(self, other)
         return result
@@ -221,9 +221,9 @@ class ProbeResult(Labelled, Accessor):
         ``names``, those of all layers of the joint result. It has no moments: merge stages before joining
         them.
 
-        Raises TypeError for anything but results, ValueError if a layer is in two stages, an input is not
-        what the stage before puts out (one is missing, or out of order), or stages differ in sequences,
-        views, positions, measures, groups or control.
+        Raises TypeError for anything but results and names, ValueError if a layer is in two stages, an input
+        is not what the stage before puts out (one is missing, or out of order), or stages differ in
+        sequences, views, positions, measures, groups or control.
 
         >>> import torch, rgfast
         >>> whole = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))

@@ -38,6 +38,8 @@ def joined_stages(results: Sequence[ProbeResult], names: Sequence[str] | None) -
     layers = [*results[0].layers]
     for then, border in zip(results[1:], borders, strict=True):
         layers += then.layers[border:]
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+        raise TypeError(f"names must be a list of names, got {names!r}")
     names = layers if names is None else list(names)
     if len(names) != len(layers):
         raise ValueError(

@@ -269,7 +269,7 @@ def test_a_result_saved_without_moments_is_described_but_not_merged(result, tmp_
     assert small.writes
     assert small._repr_html_() == result._repr_html_()
     assert str(small.flow("masked")) == str(result.flow("masked"))
-    with pytest.raises(ValueError, match="other cannot be merged: one of the two results was saved with"):
+    with pytest.raises(ValueError, match="other cannot be merged: one of the two results has no moments"):
         result.merge(small)
 
 

@@ -169,6 +169,9 @@ def test_stages_that_do_not_fit_together():
         first.join(second, names=numbers[:3])
     with pytest.raises(TypeError, match="others must be ProbeResults, got str"):
         first.join("second.nc")
+    for names in ("abcd", [0, 1, 2, 3]):
+        with pytest.raises(TypeError, match="names must be a list of names, got"):
+            first.join(second, names=names)
     for more, message in (
         ({"x": X[:50]}, "others must have the same sequences: 60, got 50"),
         ({"views": ["pooled"]}, "others must have the same views"),
@@ -182,4 +185,7 @@ def test_stages_that_do_not_fit_together():
 
 def test_one_stage_is_itself():
     (alone,) = staged((0, 5))
-    assert_same(alone.join(), whole())
+    joined = alone.join()
+    assert_same(joined, whole())
+    with pytest.raises(ValueError, match=r"no moments: it was saved with moments=False, .* or was joined"):
+        joined.merge(alone)
