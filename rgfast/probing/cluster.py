@@ -208,12 +208,12 @@ def _said(asked: _Asked) -> str:
 
 def _with_border(layers: int, runs: int) -> int:
     """Layers of a run: a share, and the first one of the next run, for the drift between them."""
-    return min(layers, -(-layers // runs) + (runs > 1))
+    return -(-(layers - 1) // runs) + 1
 
 
 def _runs(asked: _Asked) -> int | None:
     """How many runs over some layers each fit."""
-    for runs in range(2, asked.layers + 1):
+    for runs in range(2, asked.layers):
         if replace(asked, layers=_with_border(asked.layers, runs)).fitting()[1]:
             return runs
     return None

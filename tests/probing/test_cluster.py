@@ -116,6 +116,12 @@ def test_runs_over_some_layers_are_as_few_as_fit():
         )  # fmt: skip
 
 
+def test_runs_over_two_layers_are_one_for_each_pair():
+    found = rgfast.plan_cluster(layers=12, width=48, tokens=4096, views=["pooled"], memory="100KiB")
+    runs = next(one for one in found.options if "at a time" in one.call)
+    assert (runs.call, runs.runs) == ("views=['pooled'], layers= 2 at a time", 11)
+
+
 def test_all_that_was_asked_is_taken_where_it_fits():
     found = rgfast.plan_cluster(layers=7, width=64, tokens=1e5, length=128)
     assert found.best is found.options[0]
