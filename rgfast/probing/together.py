@@ -15,8 +15,10 @@ __all__ = ["before", "choose", "make_room"]
 
 
 def before(path: Path) -> Path:
-    """Where the last but one of the checkpoints at ``path`` is."""
-    return path.with_name(f"before.{path.name}")
+    """Where the last but one of the checkpoints at ``path`` is: among what its name begins, which goes if one
+    deletes that to start anew."""
+    name, dot, rank = path.name.rpartition(".rank")
+    return path.with_name(f"{name}.before{dot}{rank}" if dot else f"{path.name}.before")
 
 
 def make_room(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rgfast.probing.packing import packed, unpacked
 from rgfast.probing.shares import Shares, plan_or_shares, shares_of
 from rgfast.probing.sharing import held_layers, way_bytes
 from rgfast.probing.spec import ProbeSpec
+from rgfast.probing.together import before
 
 SIZES = ["2", "4"]
 
@@ -97,7 +99,7 @@ def test_a_run_goes_on_from_checkpoints_that_all_ranks_have(found, size):
         for name in ("whole", "cut", "torn")
         for rank in range(int(size))
     }
-    assert not any(name.startswith("before.") for name in found[size]["saved"][0]["files"])
+    assert not any(".before" in name for name in found[size]["saved"][0]["files"])
 
 
 @needs_gloo
@@ -271,3 +273,12 @@ def test_one_process_owns_all_layers():
         rgfast.probe(model, x, owner=owner, route="moments", progress=False) for owner in ("layers", "ranks")
     )
     assert found.dataset.equals(wanted.dataset)
+
+
+def test_the_last_checkpoint_but_one_goes_with_those_that_one_deletes():
+    for name in ("run.checkpoint.rank0of4", "run.checkpoint"):
+        one = before(Path("runs", name))
+        assert one.parent == Path("runs")
+        assert one.match("run.checkpoint*")
+        assert one.name != name
+        assert not one.match("run.checkpoint.rank*of*")  # none of another number of ranks
