@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,10 +260,15 @@ def validation() -> list[Row]:
 
 
 def table() -> str:
+    """What is printed of the package's kernels."""
+    return beside_library("cusolver", predicted)
+
+
+def beside_library(measured_as: str, seconds: Callable[[int, int, int], float]) -> str:
     """Microseconds per matrix, predicted, and how many times faster than cuSOLVER, as measured."""
     cells: dict[tuple[int, int], dict[int, str]] = {}
-    for size, n, batch, library, wanted in measured()["cusolver"]:
-        each = 1e6 * predicted(n, batch, size) / batch
+    for size, n, batch, library, wanted in measured()[measured_as]:
+        each = 1e6 * seconds(n, batch, size) / batch
         aim = f" ({wanted:.3g})" if wanted else ""
         cells.setdefault((size, n), {})[batch] = f"{each:.3g}, {library / each:.1f}{aim}"
     lines = ["| rows | batch 64 | batch 400 | batch 2,048 |", "|---|---|---|---|"]

@@ -39,6 +39,7 @@ from gpu_spectrum import (
     ROW_WAIT,
     SHARED,
     SHUFFLED,
+    beside_library,
     measured,
     registers,
 )
@@ -46,7 +47,6 @@ from gpu_spectrum import (
 from rgfast.ops.device import LAUNCH
 from rgfast.ops.spectrum.stages import STAGES, at_once
 
-BATCHES = (64, 400, 2048)
 WIDTH = 16  # of a panel
 # Clocks until a value comes from the device's memory, and from the second-level cache; until the result of an
 # fp64 mma m16n8k16 and m16n8k8, and between two of the former (65 TF/s). Assumed but the last.
@@ -238,16 +238,8 @@ def validation() -> list[Row]:
 
 
 def table() -> str:
-    """Microseconds per matrix, predicted, and how many times faster than cuSOLVER, as measured."""
-    cells: dict[tuple[int, int], dict[int, str]] = {}
-    for size, n, batch, library, wanted in measured()["cusolver_staged"]:
-        each = 1e6 * predicted(n, batch, size) / batch
-        aim = f" ({wanted:.3g})" if wanted else ""
-        cells.setdefault((size, n), {})[batch] = f"{each:.3g}, {library / each:.1f}{aim}"
-    lines = ["| rows | batch 64 | batch 400 | batch 2,048 |", "|---|---|---|---|"]
-    for (size, n), row in cells.items():
-        lines.append(f"| {n}, fp{8 * size} | {' | '.join(row.get(batch, '-') for batch in BATCHES)} |")
-    return "\n".join(lines)
+    """What is printed of the package's kernels."""
+    return beside_library("cusolver_staged", predicted)
 
 
 def main() -> None:
