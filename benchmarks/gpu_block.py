@@ -22,7 +22,7 @@ from typing import Any
 import gpu_clock
 import torch
 import torch.nn.functional as F
-from gpu_clock import HALF, LEAST_KERNEL, PASS, Clock, Row
+from gpu_clock import HALF, LEAST_KERNEL, PASS, Clock, Row, print_beside
 from torch import Tensor
 
 from rgfast.ops.residual_mlp.gpu.table import BACKWARD, FORWARD, STACK, WIDEST, Form, Tile
@@ -274,10 +274,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    print("| measured on an H100 | measured, us | model | model / measured | |\n|---|---|---|---|---|")
-    for row in validation():
-        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
-        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
+    print_beside("measured on an H100, us", validation())
     print("\nPREDICTED, not run on a GPU: the block, 65,536 rows, H = 4 D, LayerNorm, exact GELU\n")
     head = ["products", "D", "forward, us", "over eager", "with gradients, us", "over eager"]
     head += ["twelve layers in one kernel, over eager (each written)"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rgfast.ops.device import LAUNCH, STREAM, TRANSFER, WAIT
 
-__all__ = ["STAND_IN", "VIEW", "Clock", "Cost", "Row", "timed", "uncounted"]
+__all__ = ["STAND_IN", "VIEW", "Clock", "Cost", "Row", "print_beside", "timed", "uncounted"]
 
 STAND_IN = 37
 # Measured on an H100: fp32 products (SIMT) and half-precision ones, fp64 ones by the width of a tile, passes
@@ -86,6 +86,14 @@ class Row:
     def close(self) -> bool:
         """Within a quarter."""
         return 0.75 <= self.ratio <= 1.25
+
+
+def print_beside(measured: str, rows: Iterable[Row]) -> None:
+    """A table of what was ``measured`` and the model's figures, with those marked that are not close."""
+    print(f"| {measured} | measured | model | model / measured | |\n|---|---|---|---|---|")
+    for row in rows:
+        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
+        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
 
 
 @dataclass

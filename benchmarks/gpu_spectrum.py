@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_clock import Row
+from gpu_clock import Row, print_beside
 
 from rgfast.ops.device import LAUNCH
 from rgfast.ops.spectrum.impl.cuda import Kernel, kernel_for
@@ -278,11 +278,7 @@ def beside_library(measured_as: str, seconds: Callable[[int, int, int], float]) 
 
 
 def main() -> None:
-    print("| measured on an H100, us per matrix | measured | model | model / measured | |")
-    print("|---|---|---|---|---|")
-    for row in validation():
-        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
-        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
+    print_beside("measured on an H100, us per matrix", validation())
     print("\nPREDICTED, not run on a GPU: microseconds per matrix by the package's kernels, how many times")
     print("faster that is than cuSOLVER, measured on an H100, and in brackets what was wanted\n")
     print(table())

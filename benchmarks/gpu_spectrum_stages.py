@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from gpu_clock import Row
+from gpu_clock import Row, print_beside
 from gpu_spectrum import (
     AROUND_COUNT,
     CLOCK,
@@ -243,11 +243,7 @@ def table() -> str:
 
 
 def main() -> None:
-    print("| measured on an H100, us per matrix | measured | model | model / measured | |")
-    print("|---|---|---|---|---|")
-    for row in validation():
-        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
-        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
+    print_beside("measured on an H100, us per matrix", validation())
     print(
         "\nPREDICTED, not run on a GPU: microseconds per matrix in stages by the package's kernels, how many"
     )

@@ -85,11 +85,10 @@ def _summed_by_kernels(call: Products, width: int) -> None:
 def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
     """Eigenvalues by the package's kernel, or the library's where there is none for the size."""
     kernel = kernel_for(_side(call.a, width), torch.float64)
-    if kernel is None:
-        return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
-    launches = 3 if isinstance(kernel, Stages) else 1
-    with uncounted(host=launches * LAUNCH, kernels=launches):
-        return spectra.EIGVALSH.run(call)  # type: ignore[no-any-return]
+    launches = 0 if kernel is None else 3 if isinstance(kernel, Stages) else 1
+    with uncounted(host=launches * LAUNCH, kernels=launches) if launches else contextlib.nullcontext():
+        values: Tensor = spectra.EIGVALSH.run(call)
+    return values
 
 
 def _side(a: Tensor, width: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
-from gpu_clock import LEAST_KERNEL, PASS, timed
+from gpu_clock import LEAST_KERNEL, PASS, Row, print_beside, timed
 from predict_moments import (
     BARRIER,
     CACHE,
@@ -206,10 +206,7 @@ def predictions() -> list[tuple[Shape, bool, float, float, bool, float]]:
 
 def main() -> None:
     """The tables."""
-    print("| Triton's, measured on an H100 | ms | model | model / measured | |\n|---|---|---|---|---|")
-    for name, ms, model in validation():
-        mark = "" if 0.75 <= model / ms <= 1.25 else "OFF BY MORE THAN A QUARTER"
-        print(f"| {name} | {ms:.4g} | {model:.4g} | {model / ms:.2f} | {mark} |")
+    print_beside("Triton's, measured on an H100, ms", (Row(*each) for each in validation()))
     print("\nPREDICTED, not run on a GPU: exact CKA of rows in fp32, centering included, ms\n")
     head = "[L, T, n, d]", "torch, measured", "by features", "by samples", "taken", "times faster", "wanted"
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")

@@ -37,7 +37,7 @@ from unittest import mock
 import gpu_block
 import torch
 import torch.nn.functional as F
-from gpu_clock import STAND_IN, Clock, Cost, Row, timed
+from gpu_clock import STAND_IN, Clock, Cost, Row, print_beside, timed
 from gpu_stand_in import as_on_a_gpu, solved
 from torch import Tensor
 
@@ -392,10 +392,7 @@ def main() -> None:
             read, made = (1e3 * seconds for seconds in python(depth, length, n))
             print(f"| {(depth, length, n)} | {read:.1f} | {made:.1f} |", flush=True)
         return
-    print("| measured on an H100 | measured | model | model / measured | |\n|---|---|---|---|---|")
-    for row in validation():
-        mark = "" if row.close else "OFF BY MORE THAN A QUARTER"
-        print(f"| {row.name} | {row.measured:.4g} | {row.predicted:.4g} | {row.ratio:.2f} | {mark} |")
+    print_beside("measured on an H100", validation())
     for line in rows(args.shapes, kernels=args.kernels, bf16=args.bf16, gpt2=args.gpt2):
         print(line, flush=True)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_clock import timed
+from gpu_clock import Row, print_beside, timed
 
 from rgfast.ops.device import LAUNCH, STREAM
 from rgfast.ops.moments.call import Products
@@ -254,10 +254,7 @@ def by_torch(batch: int, n: int, width: int) -> float:
 def main() -> None:
     """The tables."""
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
-    print("| Triton's, measured on an H100 | ms | model | model / measured | |\n|---|---|---|---|---|")
-    for name, ms, model in validation():
-        mark = "" if 0.75 <= model / ms <= 1.25 else "OFF BY MORE THAN A QUARTER"
-        print(f"| {name} | {ms:.4g} | {model:.4g} | {model / ms:.2f} | {mark} |")
+    print_beside("Triton's, measured on an H100, ms", (Row(*each) for each in validation()))
     torchs = {tuple(shape): ms for shape, ms in measured["widen_and_multiply"]}
     print("\nPREDICTED, not run on a GPU: second moments in fp64, of rows in fp32, ms\n")
     head = "[batch, n, d]", "torch, measured", "ours", "times faster", "wanted"

@@ -43,7 +43,7 @@ class ClusterOption:
     ``state_bytes`` is what moments and rows not yet summed take, and ``fits`` says that ``memory`` allows it.
     ``peak_bytes`` is the most it ever takes, on the device and in the host's memory together: to sum ranks
     (twice the state, and twice its largest part on its way), to solve spectra, or, if layers are shared out,
-    to take the rows of a batch.
+    for rows on their way.
     ``network_bytes`` go between all ranks together, ``through_bytes`` through the connection of the busiest
     one, in and out. ``seconds`` are by kind: ``forward``, ``weights`` (gathered, if sharded), ``moments``,
     ``spectra``, ``network``. ``loss`` orders options by how much they leave out.

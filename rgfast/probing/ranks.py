@@ -48,7 +48,7 @@ class Ranks:
         self._lines: Any = None
         self.sent = self.received = 0  # bytes of arrays
         self._rounds = 0
-        self._aside = store.clone()  # of a thread that swaps, and to connect, which waits
+        self._aside = store.clone()  # for what waits beside other calls: swaps in their thread, connecting
         self._ending: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._watch, name="rgfast-ranks", daemon=True)
         self._thread.start()

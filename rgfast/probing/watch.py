@@ -50,8 +50,8 @@ __all__ = ["Probe", "opened"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Sequences of a stack that hands over tiles that are taken through all its layers, and summed, at once: as
-# many rows per position as an accumulator sums in one product, on the CPU and where a product is a launch.
+# Sequences of a stack that hands over tiles that are taken through all its layers at once: as many rows per
+# position as an accumulator sums in one product at least, on the CPU and where a product is a launch.
 _TILE, _TILE_ELSEWHERE = 128, 1024
 # Ops whose kernels for GPUs run beside forwards or after them.
 _ROOMS = ("cka", "moments", "spectrum")

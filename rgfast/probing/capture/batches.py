@@ -147,9 +147,9 @@ def shuffles(batches: Any) -> str:
 def check_order(ordered: Iterable[tuple[str, str]], batches: Any) -> None:
     """Raise ValueError if ``batches`` come in another order than arrays over all sequences, each of which is
     what messages call it and what a batch would hold instead."""
-    for said, what in ordered:
-        if not (sampler := shuffles(batches)):
-            return
+    first = next(iter(ordered), None)
+    if first is not None and (sampler := shuffles(batches)):
+        said, what = first
         raise ValueError(
             f"{said} must be in the order of the sequences, and the loader shuffles them "
             f"({sampler}); let the batches hold {what} and give its entry's name, or take shuffle=False"

@@ -27,8 +27,12 @@ def eager_while(watcher: object) -> weakref.finalize[..., Any] | None:
         return None
     with _lock:
         _watching += 1
-        if _watching == 1:
-            _stance = torch.compiler.set_stance("force_eager")
+        try:
+            if _watching == 1:
+                _stance = torch.compiler.set_stance("force_eager")
+        except BaseException:
+            _watching -= 1
+            raise
     end = weakref.finalize(watcher, _ended)
     end.atexit = False
     return end

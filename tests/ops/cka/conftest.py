@@ -41,10 +41,17 @@ def _matrix(layers, other=None, debiased=True):
     return torch.tensor([[_cka(x, y, debiased) for y in other] for x in layers], dtype=torch.float64)
 
 
+def _worst(found, layers, *, debiased):
+    """The largest error of ``found[P, L, L]``, all of which must be numbers."""
+    wanted = torch.stack([_matrix([x[p] for x in layers], debiased=debiased) for p in range(len(found))])
+    return float((found - wanted).abs().max())
+
+
 @pytest.fixture
 def truth():
-    """Brute force of one position: ``cka(x, y)``, ``drift(x, y)`` and ``matrix(layers)``, ``kernel(x)``."""
-    return SimpleNamespace(cka=_cka, drift=_drift, matrix=_matrix, kernel=_kernel)
+    """Brute force of one position: ``cka(x, y)``, ``drift(x, y)`` and ``matrix(layers)``, ``kernel(x)``; of
+    all positions ``worst(found, layers)``."""
+    return SimpleNamespace(cka=_cka, drift=_drift, matrix=_matrix, kernel=_kernel, worst=_worst)
 
 
 @pytest.fixture

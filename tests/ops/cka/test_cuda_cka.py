@@ -22,12 +22,6 @@ def gpu(emulated_gpu, monkeypatch):
     return emulated_gpu
 
 
-def worst(found, layers, truth, *, debiased):
-    """The largest error of ``found[P, L, L]``, all of which must be numbers."""
-    wanted = torch.stack([truth.matrix([x[p] for x in layers], debiased=debiased) for p in range(len(found))])
-    return float((found - wanted).abs().max())
-
-
 @pytest.mark.parametrize("debiased", [True, False])
 @pytest.mark.parametrize(
     ("count", "positions", "n", "d"), [(3, 2, 12, 5), (2, 1, 4, 3), (4, 1, 40, 17), (2, 2, 70, 66)]
@@ -35,7 +29,7 @@ def worst(found, layers, truth, *, debiased):
 def test_every_pair_against_explicit_kernels(make, truth, count, positions, n, d, debiased):
     layers = make(count, positions, n, d)
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < (1e-12 if n > 4 else 1e-11)
+    assert truth.worst(found, layers, debiased=debiased) < (1e-12 if n > 4 else 1e-11)
     assert (found.diagonal(0, 1, 2) == 1).all()
     assert torch.equal(found, found.mT)
     drift = rgfast.kernel_drift(layers, debiased=debiased, impl="cuda")
@@ -71,14 +65,14 @@ def test_neighbors_and_both_kinds_of_an_alignment(make):
 def test_offsets_and_scales(make, truth, offset, scale, dtype, debiased):
     layers = ((make(3, 1, 40, 9) + offset) * scale).to(dtype)
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < 1e-12
+    assert truth.worst(found, layers, debiased=debiased) < 1e-12
 
 
 @pytest.mark.parametrize("debiased", [True, False])
 def test_the_rounding_of_a_mean_is_not_lost(make, truth, debiased):
     layers = make(3, 1, 40, 9) * 2.0**-20 + 100.0
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < 1e-12
+    assert truth.worst(found, layers, debiased=debiased) < 1e-12
 
 
 def test_what_leaves_the_range_is_left_to_others(make):

@@ -26,12 +26,6 @@ def gpu(emulated_gpu, monkeypatch):
     return emulated_gpu
 
 
-def worst(found, layers, truth, *, debiased):
-    """The largest error of ``found[P, L, L]``, all of which must be numbers."""
-    wanted = torch.stack([truth.matrix([x[p] for x in layers], debiased=debiased) for p in range(len(found))])
-    return float((found - wanted).abs().max())
-
-
 @pytest.mark.parametrize("debiased", [True, False])
 @pytest.mark.parametrize(
     ("count", "positions", "n", "d"), [(3, 2, 12, 30), (2, 1, 4, 3), (4, 1, 65, 17), (3, 2, 130, 9)]
@@ -39,7 +33,7 @@ def worst(found, layers, truth, *, debiased):
 def test_every_pair_against_explicit_kernels(gpu, make, truth, count, positions, n, d, debiased):
     layers = make(count, positions, n, d)
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < (1e-12 if n > 4 else 1e-11)
+    assert truth.worst(found, layers, debiased=debiased) < (1e-12 if n > 4 else 1e-11)
     assert (found.diagonal(0, 1, 2) == 1).all()
     assert torch.equal(found, found.mT)
     pair = rgfast.cka(layers[0], layers[-1], debiased=debiased, impl="cuda")
@@ -82,21 +76,21 @@ def test_more_layers_than_a_tile_has_columns(gpu, make):
 def test_offsets_and_scales(gpu, make, truth, offset, scale, dtype, debiased):
     layers = ((make(3, 1, 20, 30) + offset) * scale).to(dtype)
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < 1e-12
+    assert truth.worst(found, layers, debiased=debiased) < 1e-12
 
 
 @pytest.mark.parametrize("debiased", [True, False])
 def test_the_rounding_of_a_mean_is_not_lost(gpu, make, truth, debiased):
     layers = make(3, 1, 40, 9) * 2.0**-20 + 100.0
     found = rgfast.cka_matrix(layers, debiased=debiased, impl="cuda")
-    assert worst(found, layers, truth, debiased=debiased) < 1e-12
+    assert truth.worst(found, layers, debiased=debiased) < 1e-12
 
 
 def test_one_row_far_from_the_others_hides_nothing(gpu, make, truth):
     layers = make(2, 1, 24, 40)
     layers[:, :, 5] += 1e5 * torch.eye(2, 40, dtype=F64)[:, None]
     found = rgfast.cka_matrix(layers, debiased=False, impl="cuda")
-    assert worst(found, layers, truth, debiased=False) < 1e-12
+    assert truth.worst(found, layers, debiased=False) < 1e-12
 
 
 @pytest.mark.parametrize("debiased", [True, False])
@@ -157,7 +151,7 @@ def test_some_tiles_at_a_time(gpu, make, truth, monkeypatch):
     for tiles in (1, 4):
         monkeypatch.setattr(launches, "_SCRATCH", tiles * 3 * launches.TILE_BYTES)
         found = rgfast.cka_matrix(layers, impl="cuda")
-        assert worst(found, layers, truth, debiased=True) < 1e-12
+        assert truth.worst(found, layers, debiased=True) < 1e-12
     assert launches.chunk(3, 130) == (1, 4)  # of six
 
 
