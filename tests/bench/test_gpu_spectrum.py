@@ -1,9 +1,8 @@
 """The eigenvalue kernels' model of time gives what prototypes took on an H100. The README has its figures."""
 
-import sys
-from importlib import util
 from pathlib import Path
 
+import gpu_spectrum as script
 import pytest
 import torch
 
@@ -18,20 +17,7 @@ OFF = {
 
 
 @pytest.fixture(scope="module")
-def script():
-    path = ROOT / "benchmarks" / "gpu_spectrum.py"
-    sys.path.insert(0, str(path.parent))
-    spec = util.spec_from_file_location("gpu_spectrum", path)
-    module = sys.modules["gpu_spectrum"] = util.module_from_spec(spec)  # its dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-@pytest.fixture(scope="module")
-def rows(script):
+def rows():
     return script.validation()
 
 
@@ -51,7 +37,7 @@ def test_the_prototypes_are_among_them(rows, size, sizes):
     assert len(rows) > 80
 
 
-def test_a_row_far_off_is_marked(script, capsys, monkeypatch):
+def test_a_row_far_off_is_marked(capsys, monkeypatch):
     monkeypatch.setattr(script, "FITTED_CHAIN", 3.0)
     script.main()
     printed = capsys.readouterr().out
@@ -62,11 +48,11 @@ def test_a_row_far_off_is_marked(script, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("n", "size", "blocks"), [(8, 8, 4), (32, 8, 3), (64, 8, 4), (96, 8, 3), (128, 8, 2), (192, 8, 1)]
 )
-def test_blocks_fit_by_registers_and_shared_memory(script, n, size, blocks):
+def test_blocks_fit_by_registers_and_shared_memory(n, size, blocks):
     assert script.kernel(n, size).occupancy == blocks
 
 
-def test_registers_are_those_of_the_gate(script):
+def test_registers_are_those_of_the_gate():
     assert script.registers("rgfast_spectrum_registers128_f64") == 252
     assert all(16 < script.registers(each.name) < 256 for kernels in KERNELS.values() for each in kernels)
     with pytest.raises(ValueError, match=r"spectrum\.txt has no rgfast_gone for sm_90"):
@@ -75,13 +61,13 @@ def test_registers_are_those_of_the_gate(script):
         script.kernel(193, 8)
 
 
-def test_a_packed_triangle_is_counted_as_it_is_launched(script):
+def test_a_packed_triangle_is_counted_as_it_is_launched():
     kernel = KERNELS[torch.float64][-1]
     assert script.packed_bytes(191, 8) == kernel.shared_bytes(191, torch.float64) - kernel.shared
 
 
 @pytest.mark.parametrize(("n", "size"), [(13, 8), (45, 4), (101, 8), (190, 8), (256, 4)])
-def test_time_follows_from_what_is_counted(script, n, size, monkeypatch):
+def test_time_follows_from_what_is_counted(n, size, monkeypatch):
     shape = script.kernel(n, size)
     full = 132 * shape.occupancy * shape.per_block
     assert shape.reducing(n, 2 * full) == pytest.approx(2 * shape.reducing(n, full))
@@ -95,6 +81,6 @@ def test_time_follows_from_what_is_counted(script, n, size, monkeypatch):
     assert before < script.predicted(n, 10**4, size)
 
 
-def test_the_readme_has_the_table(script):
+def test_the_readme_has_the_table():
     readme = (ROOT / "rgfast" / "ops" / "spectrum" / "README.md").read_text(encoding="utf-8")
     assert script.table() in readme

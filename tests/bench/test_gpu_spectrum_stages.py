@@ -1,9 +1,8 @@
 """The model of time of eigenvalues in stages gives what prototypes took. The README has its figures."""
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
+import gpu_spectrum_stages as script
 import pytest
 import torch
 
@@ -12,23 +11,13 @@ from rgfast.ops.spectrum import stages
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def script():
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        yield import_module("gpu_spectrum_stages")
-    finally:
-        sys.path.remove(folder)
-
-
-def test_what_was_measured_is_given_within_a_quarter(script):
+def test_what_was_measured_is_given_within_a_quarter():
     rows = script.validation()
     assert len(rows) == 22
     assert all(row.close for row in rows)
 
 
-def test_a_row_far_off_is_marked(script, capsys, monkeypatch):
+def test_a_row_far_off_is_marked(capsys, monkeypatch):
     monkeypatch.setattr(script, "FITTED_CHAIN", 4.0)
     script.main()
     printed = capsys.readouterr().out
@@ -36,21 +25,21 @@ def test_a_row_far_off_is_marked(script, capsys, monkeypatch):
     assert "not run on a GPU" in printed
 
 
-def blocks(script, n):
+def blocks(n):
     return [script.fitting(*launch) for launch in stages.STAGES.launches(n, torch.float64)]
 
 
-def test_blocks_fit_by_registers_and_shared_memory(script):
-    assert blocks(script, 200) == [2, 4, 1]
-    assert blocks(script, 384) == [2, 2, 1]
-    assert blocks(script, 512) == [2, 1, 1]
-    assert blocks(script, 1024) == [1, 1, 1]
+def test_blocks_fit_by_registers_and_shared_memory():
+    assert blocks(200) == [2, 4, 1]
+    assert blocks(384) == [2, 2, 1]
+    assert blocks(512) == [2, 1, 1]
+    assert blocks(1024) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("n", [193, 256, 1000])
-def test_time_follows_from_what_is_counted(script, n, monkeypatch):
+def test_time_follows_from_what_is_counted(n, monkeypatch):
     stages_of = (script.band, script.chase, script.counts)
-    for seconds, fitting in zip(stages_of, blocks(script, n), strict=True):
+    for seconds, fitting in zip(stages_of, blocks(n), strict=True):
         full = 132 * fitting
         assert seconds(n, 2 * full) == pytest.approx(2 * seconds(n, full))
         assert seconds(n, full + 1) > seconds(n, full)
@@ -63,7 +52,7 @@ def test_time_follows_from_what_is_counted(script, n, monkeypatch):
     assert script.band(n, 132) > passes > before
 
 
-def test_products_are_counted_by_tiles(script):
+def test_products_are_counted_by_tiles():
     assert script.below(33) == [32, 16]
     assert script.whole(256).busy == pytest.approx(4 * script.whole(128).busy)
     assert script.triangle(512, 8).chain > script.triangle(512, 16).chain
@@ -71,6 +60,6 @@ def test_products_are_counted_by_tiles(script):
     assert script.whole(512).bytes == 2 * script.triangle(512, 8).bytes
 
 
-def test_the_readme_has_the_table(script):
+def test_the_readme_has_the_table():
     readme = (ROOT / "rgfast" / "ops" / "spectrum" / "README.md").read_text(encoding="utf-8")
     assert script.table() in readme

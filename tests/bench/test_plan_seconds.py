@@ -4,9 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
+import plan_seconds as script
 import pytest
 import torch.distributed as dist
 
@@ -20,14 +20,6 @@ found["OTHERS"][:] = [Shape(3, 24, 512, 4, 2), Shape(4, 16, 512, 4, 2, shared)]
 sys.argv[1:] = ["--rounds", "1"]
 found["main"]()
 """
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = util.spec_from_file_location("plan_seconds", SCRIPT)
-    module = sys.modules[spec.name] = util.module_from_spec(spec)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -46,7 +38,7 @@ def test_every_shape_is_measured_and_compared():
     assert "of 2 shapes that nothing was fitted to are within 25%" in done.stdout
 
 
-def test_nothing_is_fitted_to_the_shapes_that_are_compared(script):
+def test_nothing_is_fitted_to_the_shapes_that_are_compared():
     assert not {(s.layers, s.width) for s in script.FITTED} & {(s.layers, s.width) for s in script.OTHERS}
     for shape in (*script.FITTED, *script.OTHERS):
         assert shape.tokens % (shape.length * shape.ranks) == 0  # the same number on every rank
@@ -54,7 +46,7 @@ def test_nothing_is_fitted_to_the_shapes_that_are_compared(script):
         assert parameters == 12 * (shape.layers - 1) * shape.width**2  # as the plan assumes
 
 
-def test_the_option_that_is_run_is_the_one_that_is_predicted(script):
+def test_the_option_that_is_run_is_the_one_that_is_predicted():
     one = {"forward": 1e9, "products": 1e9, "eigenvalues": 1.0, "network": 1e9, "copies": 1e9}
     shared, whole = (script.Shape(4, 64, 4096, 4, 2, *options) for options in ([script.SHARED], []))
     assert script.planned(shared, one).call == "views=['pooled'], owner='layers'"

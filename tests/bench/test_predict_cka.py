@@ -1,10 +1,9 @@
 """The model of the kernels of CKA gives what prototypes of them took, and the README has what it predicts."""
 
 import re
-import sys
-from importlib import util
 from pathlib import Path
 
+import predict_cka as script
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -12,25 +11,13 @@ SCRIPT = ROOT / "benchmarks" / "predict_cka.py"
 README = ROOT / "rgfast" / "ops" / "cka" / "README.md"
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = util.spec_from_file_location("predict_cka", SCRIPT)
-    module = sys.modules["predict_cka"] = util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
-
-def test_prototypes_are_given_within_a_quarter(script):
+def test_prototypes_are_given_within_a_quarter():
     rows = script.validation()
     assert len(rows) == 8
     assert all(0.75 <= model / measured <= 1.25 for _, measured, model in rows)
 
 
-def test_counts_are_those_of_the_tiles(script):
+def test_counts_are_those_of_the_tiles():
     assert len(script.strips_of_samples(1024)) == 136
     assert len(script.cross(256, 49, near=True)) == 49 * 10 + 48 * 16
     assert len(script.cross(64, 7, near=False)) == 28
@@ -47,7 +34,7 @@ def table(text):
     return [[cell.strip(), *map(str.strip, rest)] for cell, *rest in rows]
 
 
-def test_the_readme_has_what_is_predicted(script, monkeypatch, capsys):
+def test_the_readme_has_what_is_predicted(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["predict_cka.py"])
     script.main()
     said = capsys.readouterr().out
@@ -62,7 +49,7 @@ def test_the_readme_has_what_is_predicted(script, monkeypatch, capsys):
             assert float(row[k]) == pytest.approx(float(other[k]), rel=0.07)
 
 
-def test_auto_leaves_to_the_library_what_it_is_faster_at(script):
+def test_auto_leaves_to_the_library_what_it_is_faster_at():
     from rgfast.ops.cka.impl import library
 
     taken = []

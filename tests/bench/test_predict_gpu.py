@@ -1,9 +1,9 @@
 """The predictions' model of time gives what was measured on an H100, and counts what a probe does."""
 
 import sys
-from importlib import util
 from pathlib import Path
 
+import predict_gpu as script
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,24 +25,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "predict_gpu.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = util.spec_from_file_location("predict_gpu", SCRIPT)
-    module = sys.modules["predict_gpu"] = util.module_from_spec(spec)  # its dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
-
-@pytest.fixture(scope="module")
-def clock(script):
+def clock():
     return sys.modules["gpu_clock"]
 
 
 @pytest.fixture(scope="module")
-def rows(script):
+def rows():
     return script.validation()
 
 
@@ -82,7 +70,7 @@ def test_every_kind_of_figure_is_among_them(rows, kind):
     assert any(row.name.startswith(kind) for row in rows)
 
 
-def test_a_row_that_is_far_off_is_seen(script):
+def test_a_row_that_is_far_off_is_seen():
     assert script.Row("x", 1.0, 1.2).close
     assert not script.Row("x", 1.0, 1.3).close
     assert not script.Row("x", 1.0, 0.7).close
@@ -92,7 +80,7 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def test_bytes_products_and_launches_are_counted(script, clock):
+def test_bytes_products_and_launches_are_counted(clock):
     z = meta(100, 1000, 256, dtype=torch.float64)
     found = script.timed(lambda: torch.bmm(z.mT, z))
     assert found.kernels == 1
@@ -112,7 +100,7 @@ def test_bytes_products_and_launches_are_counted(script, clock):
     assert strange.unknown
 
 
-def test_sizes_of_a_stand_in_stand_for_the_real_ones(script, clock):
+def test_sizes_of_a_stand_in_stand_for_the_real_ones(clock):
     narrow = clock.Clock(256)
     assert [narrow.size(n) for n in (37, 39, 74, 148, 38, 64, 16)] == [256, 258, 512, 1024, 257, 64, 16]
     assert clock.Clock().size(37) == 37
@@ -121,7 +109,7 @@ def test_sizes_of_a_stand_in_stand_for_the_real_ones(script, clock):
     assert stand_in.device == real.device
 
 
-def test_products_in_half_precision_and_attention_are_counted(script, clock):
+def test_products_in_half_precision_and_attention_are_counted(clock):
     linear = script.timed(lambda: torch.mm(*(meta(4096, 4096, dtype=torch.bfloat16) for _ in range(2))))
     assert linear.device == pytest.approx(2 * 4096**3 / clock.HALF + 3 * 2 * 4096**2 / clock.STREAM)
     q = torch.ones(2, 3, 64, 8)
@@ -131,7 +119,7 @@ def test_products_in_half_precision_and_attention_are_counted(script, clock):
     assert not found.unknown
 
 
-def test_a_copy_to_the_host_is_waited_for(script, clock):
+def test_a_copy_to_the_host_is_waited_for(clock):
     x = torch.ones(1000, dtype=torch.float64)
     found = script.timed(lambda: [x.cpu(), x.cpu()])
     assert found.waits == 2
@@ -142,7 +130,7 @@ def test_a_copy_to_the_host_is_waited_for(script, clock):
 
 
 @pytest.fixture(scope="module")
-def predicted(script):
+def predicted():
     small = [script.predict(depth, 4, width, 256) for depth, width in ((2, 64), (2, 256), (4, 64))]
     return small
 
@@ -167,14 +155,14 @@ def test_the_whole_is_the_sum_of_its_parts(predicted):
         assert one.share == pytest.approx(parts / one.bare)
 
 
-def test_weights_take_their_bytes(predicted, script):
+def test_weights_take_their_bytes(predicted):
     narrow, _, deep = predicted
     assert deep.digest > narrow.digest
     weights = 4 * (2 * 4 * 64 * 64 + 7 * 64) * 2  # two blocks: products, biases, norm
     assert narrow.digest == pytest.approx(weights / script.TRANSFER + script.WAIT, rel=1e-2)
 
 
-def test_both_spectra_of_all_views_are_one_call(script):
+def test_both_spectra_of_all_views_are_one_call():
     case = script.Case.make("default", 2, 4, script.STAND_IN, 64, "cpu")
     options = {"progress": False, "route": "moments", "views": ["position", "pooled", "mean_pooled"]}
     with script.as_on_a_gpu(64) as solving:
@@ -185,7 +173,7 @@ def test_both_spectra_of_all_views_are_one_call(script):
     assert solving == {(2 * 3 * (4 + 1), 64): 1, (2 * 3, 256): 1}
 
 
-def test_a_gpt2_is_predicted(script):
+def test_a_gpt2_is_predicted():
     pytest.importorskip("transformers")
     found = script.predict_gpt2(2, 768, 4, 16)
     assert found.share > 1
@@ -194,7 +182,7 @@ def test_a_gpt2_is_predicted(script):
     assert "(predicted)" in found.row()
 
 
-def test_the_python_of_a_reading_is_timed(script, monkeypatch, capsys):
+def test_the_python_of_a_reading_is_timed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["predict_gpu.py", "--python", "--shapes", "1"])
     monkeypatch.setattr(script, "ON_A_GPU", ((2, 4, 64, 32),))
     script.main()
@@ -203,7 +191,7 @@ def test_the_python_of_a_reading_is_timed(script, monkeypatch, capsys):
     assert all(0 < float(cell) < 1000 for cell in line.split("|")[2:4])
 
 
-def test_views_and_blocks_are_those_of_the_real_width(script):
+def test_views_and_blocks_are_those_of_the_real_width():
     before = plan._FLATTENED_WIDTH, plan._PENDING_BYTES, sizes._AT_ONCE
     with script.as_on_a_gpu(512):
         # 16 positions are 592 wide here and 8,192 there, where the flattened view is left out.
@@ -214,7 +202,7 @@ def test_views_and_blocks_are_those_of_the_real_width(script):
     assert before == (plan._FLATTENED_WIDTH, plan._PENDING_BYTES, sizes._AT_ONCE)
 
 
-def test_nothing_is_left_changed(script, predicted):
+def test_nothing_is_left_changed(predicted):
     before = dict(MOMENTS.impls), dict(EIGVALSH.impls), waiting._EVERYWHERE, products._add
     with script.as_on_a_gpu(256) as solved:
         assert {*MOMENTS.impls} == {"library", "reference"}
@@ -225,7 +213,7 @@ def test_nothing_is_left_changed(script, predicted):
     assert (dict(MOMENTS.impls), dict(EIGVALSH.impls), waiting._EVERYWHERE, products._add) == before
 
 
-def test_figures_of_a_probe_are_marked_as_predicted(script, monkeypatch, capsys):
+def test_figures_of_a_probe_are_marked_as_predicted(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["predict_gpu.py", "--shapes", "1"])
     monkeypatch.setattr(script, "ON_A_GPU", ((2, 4, 64, 256),))
     monkeypatch.setattr(script, "validation", lambda: [script.Row("it", 1.0, 2.0)])
@@ -239,11 +227,11 @@ def test_figures_of_a_probe_are_marked_as_predicted(script, monkeypatch, capsys)
 
 
 @pytest.fixture
-def stand_in(script):
+def stand_in():
     return sys.modules["gpu_stand_in"]
 
 
-def call(script, positions, n, layers=3, dtype=torch.float32):
+def call(positions, n, layers=3, dtype=torch.float32):
     """Of layers of the stand-in's width, with neighbors."""
     wide = script.STAND_IN + 2
     keys = [(i, j) for i in range(layers) for j in (i, i + 1) if j < layers]
@@ -254,8 +242,8 @@ def call(script, positions, n, layers=3, dtype=torch.float32):
     )
 
 
-def test_sums_by_kernels_take_the_time_of_kernels(script, stand_in, clock):
-    some = call(script, 64, 256)
+def test_sums_by_kernels_take_the_time_of_kernels(stand_in, clock):
+    some = call(64, 256)
     found = script.timed(lambda: stand_in._summed_by_kernels(some, 64), 64)
     launches, seconds = stand_in.predict_moments.of_call(stand_in._real(some, 64))
     assert found.kernels == launches + 1
@@ -264,20 +252,20 @@ def test_sums_by_kernels_take_the_time_of_kernels(script, stand_in, clock):
     assert some.sums[0, 1][0, 0, 0] == 256  # they are made all the same
 
 
-def test_what_the_library_is_faster_at_is_left_to_it(script, stand_in):
-    one = call(script, 1, 64, layers=1)
+def test_what_the_library_is_faster_at_is_left_to_it(stand_in):
+    one = call(1, 64, layers=1)
     found = script.timed(lambda: stand_in._summed_by_kernels(one, 64), 64)
     assert found.kernels == script.timed(lambda: products.MOMENTS.run(one), 64).kernels
 
 
-def test_eigenvalues_by_a_kernel_where_there_is_one(script, stand_in):
+def test_eigenvalues_by_a_kernel_where_there_is_one(stand_in):
     assert script.solved(400, 64, ours=True) == stand_in.gpu_spectrum.predicted(64, 400, 8)
     assert script.solved(400, 64, ours=True) < script.solved(400, 64)
     assert script.solved(400, 512, ours=True) == stand_in.gpu_spectrum_stages.predicted(512, 400, 8)
     assert script.solved(4, 2048, ours=True) == script.solved(4, 2048)
 
 
-def test_operators_are_not_counted_where_something_else_is(script, clock):
+def test_operators_are_not_counted_where_something_else_is(clock):
     def run():
         with clock.uncounted(host=1.0, device=2.0, kernels=3):
             with clock.uncounted():
@@ -289,7 +277,7 @@ def test_operators_are_not_counted_where_something_else_is(script, clock):
     assert script.timed(lambda: torch.ones(3) + 1).kernels > 0
 
 
-def test_a_probe_by_kernels_takes_less(predicted, script):
+def test_a_probe_by_kernels_takes_less(predicted):
     ours = script.predict(2, 4, 64, 256, ours=True)
     assert ours.bare == predicted[0].bare
     assert ours.spectra < predicted[0].spectra
@@ -298,7 +286,7 @@ def test_a_probe_by_kernels_takes_less(predicted, script):
     assert half.bare < predicted[1].bare
 
 
-def test_a_stack_of_our_blocks_has_their_time(script, monkeypatch):
+def test_a_stack_of_our_blocks_has_their_time(monkeypatch):
     own = script.predict_own(2, 4, 64, 256)
     assert own.share > 1
     stack = script.gpu_block.stack
@@ -306,7 +294,7 @@ def test_a_stack_of_our_blocks_has_their_time(script, monkeypatch):
     assert script.predict_own(2, 4, 64, 256).forwards.device == pytest.approx(own.forwards.device + 1.0)
 
 
-def test_every_table_is_there_that_was_asked_for(script, monkeypatch):
+def test_every_table_is_there_that_was_asked_for(monkeypatch):
     def made(name):
         def predict(*shape, **options):
             cost = script.Cost(1.0, 2.0)

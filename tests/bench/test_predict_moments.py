@@ -1,38 +1,25 @@
 """The model of the kernels of moments gives what prototypes of them took, and what it predicts is enough."""
 
-import sys
-from importlib import util
 from pathlib import Path
 
+import predict_moments as script
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "predict_moments.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = util.spec_from_file_location("predict_moments", SCRIPT)
-    module = sys.modules["predict_moments"] = util.module_from_spec(spec)  # its dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
-
-
-def test_prototypes_are_given_within_a_quarter(script):
+def test_prototypes_are_given_within_a_quarter():
     rows = script.validation()
     assert len(rows) == 3
     assert all(0.75 <= model / measured <= 1.25 for _, measured, model in rows)
 
 
-def test_occupancy_is_that_of_the_compiled_kernels(script):
+def test_occupancy_is_that_of_the_compiled_kernels():
     assert script.resident("rgfast_moments_exact_float32") == 3
     assert script.resident("rgfast_moments_exact_float64") == 2
 
 
-def test_counts_are_those_of_the_tiles(script):
+def test_counts_are_those_of_the_tiles():
     full, corner = script.exact(64, 64, diagonal=False), script.exact(2, 2, diagonal=True)
     assert full.products == (8 * 4 * 16 + 2 * 64 * 16 / 64,) * 4
     assert [p > 16 for p in corner.products] == [True, False, False, False]
@@ -40,7 +27,7 @@ def test_counts_are_those_of_the_tiles(script):
     assert full.together(3) == pytest.approx(3 * full.together(1), rel=0.5)
 
 
-def test_a_call_has_the_tiles_of_all_its_pairs(script):
+def test_a_call_has_the_tiles_of_all_its_pairs():
     assert len(script.tiles(64, 130)) == 3
     assert len(script.tiles(130, 130)) == 9
     one = script.products(448, 1024, 64, extended=True)
@@ -54,7 +41,7 @@ def test_a_call_has_the_tiles_of_all_its_pairs(script):
     assert script.second_moments(448, 1024, 64, extended=True) == alone
 
 
-def test_predictions_are_what_was_wanted(script, monkeypatch, capsys):
+def test_predictions_are_what_was_wanted(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["predict_moments.py"])
     script.main()
     said = capsys.readouterr().out
@@ -66,7 +53,7 @@ def test_predictions_are_what_was_wanted(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_auto_leaves_to_the_library_what_it_is_faster_at(script, extended):
+def test_auto_leaves_to_the_library_what_it_is_faster_at(extended):
     """By more than the 6% that the model is off where it was measured."""
     taken, slower = [], []
     for shape in (*script.SHAPES, *script.OTHERS, (4, 512, 512), (16, 1024, 128), (400, 512, 16)):
