@@ -1,6 +1,7 @@
 """The model of the Triton block's time gives what prototypes took on an H100, and counts what kernels do."""
 
 import dataclasses
+from pathlib import Path
 
 import gpu_block
 import pytest
@@ -75,3 +76,13 @@ def test_launches_of_a_stack():
     assert gpu_block.launches("split", 64, 12) == 13
     assert gpu_block.launches("split", 256, 12) == 24
     assert gpu_block.launches("plain", 1024, 12) == 60
+
+
+def test_figures_are_marked_as_predicted_and_are_those_of_the_readme(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_block.py"])
+    gpu_block.main()
+    said = capsys.readouterr().out
+    assert "OFF BY MORE" not in said
+    assert "PREDICTED, not run on a GPU" in said
+    readme = (Path(gpu_block.__file__).parents[1] / "rgfast/ops/residual_mlp/README.md").read_text("utf-8")
+    assert "\n".join(gpu_block.table()) in readme

@@ -11,10 +11,10 @@ from rgfast.ops.spectrum import stages
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_was_measured_is_given_within_a_quarter():
+def test_what_was_measured_is_given_as_the_readme_says():
     rows = script.validation()
     assert len(rows) == 22
-    assert all(row.close for row in rows)
+    assert max(abs(row.ratio - 1) for row in rows) <= 0.17
 
 
 def test_a_row_far_off_is_marked(capsys, monkeypatch):

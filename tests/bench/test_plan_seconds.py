@@ -8,7 +8,7 @@ from pathlib import Path
 
 import plan_seconds as script
 import pytest
-import torch.distributed as dist
+from launch import needs_gloo
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "plan_seconds.py"
 SMALL = """
@@ -22,7 +22,7 @@ found["main"]()
 """
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
+@needs_gloo
 def test_every_shape_is_measured_and_compared():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SMALL, str(SCRIPT)],

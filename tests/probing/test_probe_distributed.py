@@ -57,7 +57,7 @@ def test_a_dead_rank_is_noticed_and_the_checkpoint_is_good(found):
     value, error, seconds, status = alive
     assert (value, status) == (None, 0)
     assert error.startswith("RankError: rank 1 of 2 has given no sign of life for timeout=3 s")
-    assert seconds < 40 * SHORT
+    assert seconds < 10 * SHORT
     assert len({digest for ranks in digests for digest in ranks}) == 1
     assert found["death"]["files"] == ["run.checkpoint.rank0of2", "run.checkpoint.rank1of2"]
     assert "must be of a probe by one process" in found["death"]["other"]
@@ -89,7 +89,7 @@ def test_every_rank_says_what_is_wrong(found, case, messages):
     for (value, error, seconds, status), message in zip(found["telling"][case], messages, strict=True):
         assert (value, status) == (None, 0)
         assert error is None if message is None else message in error
-        assert seconds < 40 * SHORT
+        assert seconds < 10 * SHORT
 
 
 @needs_gloo

@@ -256,6 +256,7 @@ def test_less_than_256_mib_beside_the_layers(monkeypatch, count, positions, n, d
     monkeypatch.setattr(launches.cuda, "launch", lambda kernel, *rest, **more: launched.append(kernel))
     call = call_of(count, positions, n, d, near=near)
     for samples in (False, True):
+        launched.clear()
         flat, wanted = [*call.first], wanted_by(call)
         step = min(positions, max(1, kernels._WORK_BYTES // kernels._bytes(flat, wanted, samples=samples)))
         with Allocated() as made:
