@@ -1,5 +1,7 @@
 """On a device spectra of few wide rows come from products of samples, which are smaller."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +249,16 @@ def test_a_loaded_state_has_no_rows():
         again.load_state_dict(given.state_dict(), SECOND)
         assert again.few is None
         assert given.merge(again).few is None
+
+
+@pytest.mark.parametrize("widths", [(8, 520, 8), (520, 8, 8), (8, 520, 520)])
+def test_only_layers_with_factors_are_refined(widths):
+    """Up to 512 wide layers have factors by default, and these have a column twice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(d, e) for d, e in pairwise((6, *widths))))
+    for layer in model:
+        with torch.no_grad():
+            layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
+    batches = torch.randn(1200, 6).split(400)
+    found = rgfast.probe(model, batches, layers=["0", "1", "2"], route="moments", progress=False)
+    assert found.dataset.refined.values.reshape(-1).tolist() == [width == 8 for width in widths]

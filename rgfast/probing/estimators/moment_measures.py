@@ -91,7 +91,7 @@ def _measured(
     layers = len(widths)
     order: list[int] = []
     tables: list[Tensor] = []  # [measures, K, P]
-    places: list[Tensor] = []  # [K, P]
+    places: list[Tensor | None] = []  # [K, P], None: nowhere
     sigmas: list[Tensor] = []  # [K, P, d]
     # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
     at_once = layers if again is None and waits_for(count.device) else 1
@@ -104,8 +104,7 @@ def _measured(
             constant &= raw.sigma[:, 0] > 0
         values, bounds = of_spectra(centred, raw, constant, both)
         tables.append(torch.stack([*values.values(), *bounds.values()]).view(-1, *shape))
-        if at is not None:
-            places.append(at.view(shape))
+        places.append(None if at is None else at.view(shape))
         if spectra:
             sigmas.append(centred.sigma.view(*shape, -1))
         order += some
@@ -127,10 +126,12 @@ def _measured(
     table = torch.where(known, table, torch.nan)
     bounds = dict(zip(bounds, table[len(values) :].unbind(), strict=True))
     values = dict(zip(values, table[: len(values)].unbind(), strict=True)) | pairs
-    if places:
-        refined = in_order(places, order, 0)
+    nowhere = torch.zeros(layers, len(count), dtype=torch.bool, device=count.device)
+    if any(at is not None for at in places):
+        masks = [nowhere[: x.shape[1]] if at is None else at for at, x in zip(places, tables, strict=True)]
+        refined = in_order(masks, order, 0)
     else:
-        refined = torch.zeros(layers, len(count), dtype=torch.bool, device=count.device)
+        refined = nowhere
     exponents = [sums.exponents[layer] for layer in order]
     spectrum = _spectrum(sigmas, exponents, known) if spectra else table.new_empty(layers, len(count), 0)
     return Measured(count.repeat(layers, 1), values, bounds, refined, in_order([spectrum], order, 0))
@@ -177,9 +178,9 @@ def _solved(
             products, summed = sums.both_scatters(layers)
         # Zero where nothing was counted.
         solved = solved_together(products.masked_fill_(empty, 0.0), count, summed, variances)
-        centred = solved.part(slice(len(count)))
+        centred = solved.of(slice(len(count)))
         if uncentred:
-            raw, both = solved.part(slice(len(count), None)), solved
+            raw, both = solved.of(slice(len(count), None)), solved
     else:
         summed = sums.accumulated(layers)
         whole = sums.scatters(layers, centred=True).masked_fill_(empty, 0.0)
