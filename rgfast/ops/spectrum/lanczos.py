@@ -19,6 +19,7 @@ __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
 
 Operator = Callable[[Tensor], Tensor]
 
+_PROBES, _STEPS, _DEFLATE = 24, 64, 48  # by default
 _TILE = 512  # rows of a formed moment that one thread multiplies at once
 _BLOCK = 32  # columns of the block Krylov space in which the top of the spectrum is sought
 _DEPTH = 8  # its depth
@@ -50,9 +51,9 @@ def effective_rank_estimate(
     dim: int | None = None,
     *,
     spectrum: str = "singular",
-    probes: int = 24,
-    steps: int = 64,
-    deflate: int = 48,
+    probes: int = _PROBES,
+    steps: int = _STEPS,
+    deflate: int = _DEFLATE,
     seed: int = 0,
 ) -> RankEstimate:
     """Effective rank of data with the second moment `moment`, as a `RankEstimate`, without its eigenvalues.
@@ -76,9 +77,10 @@ def effective_rank_estimate(
     for name, number, least in (("probes", probes, 2), ("steps", steps, 2), ("deflate", deflate, 0)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
-    apply, size, device = _operator(moment, dim)
+    workers = torch.get_num_threads()
+    apply, size, device = _operator(moment, dim, workers)
     with one_thread():
-        queued = _quadrature(apply, _drawn(size, probes, seed, device), steps, deflate)
+        queued = _quadrature(apply, _drawn(size, probes, seed, device), steps, deflate, workers)
         (found,) = _estimates([queued], size, spectrum)
     if found is None:
         _refuse_nonfinite(moment)
@@ -87,10 +89,12 @@ def effective_rank_estimate(
 
 def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimate]:
     """`effective_rank_estimate` of each of fp64 `moments[b, d, d]`. A device is read once, at the end."""
+    workers = torch.get_num_threads()
     with one_thread():
         size = moments.shape[-1]
-        drawn = _drawn(size, 24, 0, moments.device)
-        queued = [_quadrature(_product(aligned(a)), drawn, 64, 48) for a in moments]
+        drawn = _drawn(size, _PROBES, 0, moments.device)
+        products = [_product(aligned(a), workers) for a in moments]
+        queued = [_quadrature(apply, drawn, _STEPS, _DEFLATE, workers) for apply in products]
         found = _estimates(queued, size, spectrum)
     for a, each in zip(moments, found, strict=True):
         if each is None:
@@ -144,7 +148,7 @@ def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean
     return apply
 
 
-def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device]:
+def _operator(moment: Any, dim: int | None, workers: int) -> tuple[Operator, int, torch.device]:
     if callable(moment) and not isinstance(moment, Tensor):
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(f"dim must be the size of the operator, got {dim!r}")
@@ -158,7 +162,7 @@ def _operator(moment: Any, dim: int | None) -> tuple[Operator, int, torch.device
         low, high = torch.aminmax(a)  # one pass, and NaN comes through
         if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
             _refuse_nonfinite(a)
-    return _product(aligned(a)), a.shape[0], a.device
+    return _product(aligned(a), workers), a.shape[0], a.device
 
 
 def _refuse_nonfinite(moment: Any) -> NoReturn:
@@ -168,11 +172,11 @@ def _refuse_nonfinite(moment: Any) -> NoReturn:
     raise ValueError("moment must be finite, got NaN or infinite values from it")
 
 
-def _product(a: Tensor) -> Operator:
+def _product(a: Tensor, workers: int) -> Operator:
     """V -> a V; on the CPU by tiles of rows, whose bits are the same whichever thread computes them."""
     if a.device.type != "cpu":
         return lambda v: a @ v
-    tiles, workers = torch.split(a, _TILE), torch.get_num_threads()
+    tiles = torch.split(a, _TILE)
     return lambda v: torch.cat(_spread(lambda rows: rows @ v, tiles, workers))
 
 
@@ -203,7 +207,9 @@ def _drawn(size: int, probes: int, seed: int, device: torch.device) -> tuple[Ten
     return block, start
 
 
-def _quadrature(apply: Operator, drawn: tuple[Tensor, Tensor], steps: int, deflate: int) -> _Queued:
+def _quadrature(
+    apply: Operator, drawn: tuple[Tensor, Tensor], steps: int, deflate: int, workers: int
+) -> _Queued:
     block, start = drawn
     value, vector, residual, finite = _leading(apply, block, deflate)
     top = value[0]
@@ -215,7 +221,7 @@ def _quadrature(apply: Operator, drawn: tuple[Tensor, Tensor], steps: int, defla
     known = torch.nn.functional.pad(known, (0, deflate - len(known)))
     start = _off(start, vector)
     start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
-    small = _lanczos(lambda v: _off(apply(v), vector) / unit, start, min(steps, start.shape[1]))
+    small = _lanczos(lambda v: _off(apply(v), vector) / unit, start, min(steps, start.shape[1]), workers)
     return _Queued(known, small, top, finite)
 
 
@@ -325,10 +331,10 @@ def _off(v: Tensor, vector: Tensor) -> Tensor:
     return v
 
 
-def _lanczos(apply: Operator, start: Tensor, steps: int) -> Tensor:
+def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor:
     """Tridiagonal matrices `[q, steps, steps]` of Lanczos from each of `start[q, d]`, kept orthogonal."""
     q, d = start.shape
-    together, workers = (4, torch.get_num_threads()) if start.device.type == "cpu" else (q, 1)
+    together, workers = (4, workers) if start.device.type == "cpu" else (q, 1)
     parts = [slice(i, i + together) for i in range(0, q, together)]
     basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
     small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)

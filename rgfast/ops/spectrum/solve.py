@@ -90,12 +90,8 @@ class Solved:
         for name, value in zip(_FIELDS, (sigma, error, exponent, rank_limit), strict=False):
             getattr(self, name)[index] = torch.from_numpy(value).to(self.sigma.device)
 
-    def of(self, index: Tensor) -> Solved:
-        """The matrices at `index`, or where it is true."""
-        return Solved(*(getattr(self, name)[index] for name in _FIELDS))
-
-    def part(self, index: slice) -> Solved:
-        """The matrices at `index`; it shares memory."""
+    def of(self, index: Tensor | slice) -> Solved:
+        """The matrices at `index`, or where it is true; those of a slice share memory."""
         return Solved(*(getattr(self, name)[index] for name in _FIELDS))
 
     def take(self, index: slice) -> Solved:

@@ -71,7 +71,7 @@ class Stages(NamedTuple):
                     block,
                     shared,
                     matrices,
-                    0 if means is None else means[part].contiguous(),
+                    0 if means is None else means[part].double().contiguous(),
                     d,
                     count,
                     float(samples),

@@ -208,3 +208,27 @@ def test_no_full_eigenproblem_is_solved(monkeypatch):
 def test_refusals(call, kind, match):
     with pytest.raises(kind, match=match):
         call()
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_all_threads_work_on_the_cpu(monkeypatch, batch):
+    """Products and what keeps probes orthogonal are shared out, although torch has one thread inside."""
+    seen = []
+    spread = lanczos._spread
+
+    def counted(function, parts, workers):
+        seen.append(workers)
+        return spread(function, parts, workers)
+
+    monkeypatch.setattr(lanczos, "_spread", counted)
+    moment = torch.eye(2 * lanczos._TILE, dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        if batch:
+            lanczos.effective_rank_estimates(moment[None], "singular")
+        else:
+            rgfast.effective_rank_estimate(moment, steps=4)
+    finally:
+        torch.set_num_threads(before)
+    assert {*seen} == {2}

@@ -169,7 +169,7 @@ def _eigvalsh(call: Symmetric) -> Tensor:
 
 
 def _spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `reference.gram_spectrum` returns: moments by torch's products, both spectra by one launch."""
+    """What `reference.gram_spectrum` returns: moments by torch's products, both spectra solved at once."""
     kernel = kernel_for(call.side, torch.float64)
     assert kernel is not None
     matrix, means, accumulated, exponent, limit = products.moments(call)
