@@ -230,7 +230,8 @@ class Owners:
         notes = dict.fromkeys(note for one in said for note in one["notes"])
         total, groups = sum(one["sequences"] for one in said), self.plan.groups
         starts = first_numbers([(one["numbered"][0], tuple(one["numbered"][1])) for one in said])
-        if any((one["numbered"][2] - start) % groups for one, start in zip(said, starts, strict=True)):
+        numbered = zip(said, starts, strict=True)
+        if any(one["sequences"] and (one["numbered"][2] - start) % groups for one, start in numbered):
             notes[_OWN_NUMBERS] = None
         plan = replace(self.plan, views=views, notes=tuple(notes))
         lowest = next((one for one in said if one["sequences"]), said[0])
@@ -311,6 +312,8 @@ class Owners:
                 self._kept.append((first + at, part))
                 self._kept_bytes += each * (end - at)
             at = end
+        if self._in_step:
+            return
         if self._kept_bytes + each > self._buffer:
             self._turn("goes on")
         self._kept = [

@@ -222,8 +222,8 @@ class ProbeResult(Labelled, Accessor):
         them.
 
         Raises TypeError for anything but results and names, ValueError if a layer is in two stages, an input
-        is not what the stage before puts out (one is missing, or out of order), or stages differ in
-        sequences, views, positions, measures, groups or control.
+        is not what the stage before puts out (one is missing, out of order, or of random weights), stages
+        differ in sequences, views, positions, measures, pairs, groups or control, or pairs are index pairs.
 
         >>> import torch, rgfast
         >>> whole = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))

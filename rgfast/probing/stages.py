@@ -52,6 +52,11 @@ def joined_stages(results: Sequence[ProbeResult], names: Sequence[str] | None) -
             "give the names of all layers, names="
         )
     for (one, then), border in zip(pairwise(results), borders, strict=True):
+        if border and one.dataset.attrs.get("control") == "random_weights":
+            raise ValueError(
+                "others of control='random_weights' do not meet, since each stage was given what the trained "
+                "one before puts out; leave the input out of layers="
+            )
         if border and not _same_rows(one.dataset.isel(layer=-1), then.dataset.isel(layer=0)):
             raise ValueError(
                 f"others must follow in the order of the pipeline, and {then.layers[0]!r} is not what "
@@ -81,10 +86,16 @@ def _same_rows(one: xr.Dataset, then: xr.Dataset) -> bool:
 
 def _check_alike(one: ProbeResult, then: ProbeResult) -> None:
     """Raise ValueError unless two stages measure the same of the same sequences."""
+    pairs, others = (Plan.from_json(result.dataset.attrs["plan"])[0].pairs for result in (one, then))
+    if pairs and not isinstance(pairs, str):
+        raise ValueError(
+            f"others must have pairs 'adjacent' or 'all', which every stage can have, got {pairs}"
+        )
     for what, mine, theirs in (
         ("views", one.views, then.views),
         ("positions", one.dataset.position.values.tolist(), then.dataset.position.values.tolist()),
         ("measures", one.measures, then.measures),
+        ("pairs", pairs, others),
         ("targets", one.targets, then.targets),
         ("ids", one.ids, then.ids),
         *((name, one.dataset.attrs.get(name), then.dataset.attrs.get(name)) for name in _ATTRS),

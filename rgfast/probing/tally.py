@@ -332,7 +332,7 @@ class Tally:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
         self._look()
-        if self._ranks is not None and self._spec.owner != "ranks" and not self._early and not self._due:
+        if self._ranks is not None and self._spec.owner == "layers" and not self._early and not self._due:
             self._join()
         if self.plan is None:
             raise RuntimeError("snapshot() has nothing to give before the first forward")

@@ -39,7 +39,7 @@ def choose(ranks: Ranks, path: Path | None) -> None:
     if not any(number for some in found for number in some):
         return
     newest = max(set.intersection(*({0, *some} for some in found)))
-    if any(0 in some for some in found) or (not newest and any(some and min(some) > 1 for some in found)):
+    if any(0 in some for some in found) or not newest:
         lacking = [rank for rank, some in enumerate(found) if not some or 0 in some]
         who = ", ".join(map(str, lacking or range(ranks.size)))
         raise ValueError(

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from launch import needs_gloo, printed_by
 from torch.utils.data import DataLoader, TensorDataset
 
 import rgfast
+from rgfast.probing import together
 from rgfast.probing.capture.batches import sequences_of
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.first import FirstBatch
@@ -282,3 +284,17 @@ def test_the_last_checkpoint_but_one_goes_with_those_that_one_deletes():
         assert one.match("run.checkpoint*")
         assert one.name != name
         assert not one.match("run.checkpoint.rank*of*")  # none of another number of ranks
+
+
+@pytest.mark.parametrize("saved", [([1], []), ([1, 2], [3]), ([2], [])])
+def test_files_that_do_not_go_together_are_refused_and_left(monkeypatch, tmp_path, saved):
+    mine, theirs = saved
+    path = tmp_path / "run.checkpoint.rank0of2"
+    for number, place in zip(reversed(mine), (path, before(path)), strict=False):
+        place.write_text(str(number))
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(together, "_number", lambda place: int(place.read_text()))
+    ranks = SimpleNamespace(size=2, gather=lambda name, own: [own, theirs])
+    with pytest.raises(ValueError, match="checkpoint must have files of all 2 ranks"):
+        together.choose(ranks, path)
+    assert sorted(tmp_path.iterdir()) == files

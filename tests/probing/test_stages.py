@@ -189,3 +189,15 @@ def test_one_stage_is_itself():
     assert_same(joined, whole())
     with pytest.raises(ValueError, match=r"no moments: it was saved with moments=False, .* or was joined"):
         joined.merge(alone)
+
+
+def test_pairs_by_number_and_drawn_weights_are_refused_by_name():
+    _, second = staged((0, 3, 5))
+    (listed, _), (every, _) = staged((0, 3, 5), pairs=[(0, 1)]), staged((0, 3, 5), pairs="all")
+    with pytest.raises(ValueError, match="others must have pairs 'adjacent' or 'all', which"):
+        listed.join(second)
+    with pytest.raises(ValueError, match="others must have the same pairs: all, got adjacent"):
+        every.join(second)
+    drawn = staged((0, 3, 5), control="random_weights")
+    with pytest.raises(ValueError, match="others of control='random_weights' do not meet"):
+        drawn[0].join(drawn[1], names=[str(k) for k in range(DEPTH + 1)])

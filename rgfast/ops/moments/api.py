@@ -172,7 +172,8 @@ def pair_products(
 def first_mean(rows: Tensor, keep: Tensor | None = None) -> Tensor:
     """Mean ``[P, d]``, fp64, of the rows ``[P, b, d]`` that ``keep[P, b]`` keeps; exact for constant columns.
 
-    Every position keeps at least one row. The bits do not depend on threads, strides or addresses.
+    Every position keeps at least one row. The bits do not depend on threads, strides or addresses, but for
+    rows of fewer bits than fp64 on a GPU that are all kept: those are summed by torch, in its own order.
     """
     if keep is None and waits_for(rows.device) and rows.dtype != torch.float64:
         return library.first_mean(rows)

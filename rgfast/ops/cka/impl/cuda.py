@@ -52,11 +52,11 @@ def run(call: Call) -> Tensor:
     _not_captured(call.device, lambda others: others(call))
     with torch.no_grad(), by_itself(call.device.type):
         value, state = _computed(call)
-    finite, centered, sharp = state.tolist()
+    finite, in_range, sharp = state.tolist()
     if not finite:
         check_call(call)
     for fine, reason in (
-        (finite and centered, "its products leave the range of fp64, or an offset leaves too few digits"),
+        (finite and in_range, "its products leave the range of fp64, or an offset leaves too few digits"),
         (sharp, f"a drift is below {_TINY_DRIFT}, where 1 - CKA has lost digits"),
     ):
         if not fine:
@@ -78,8 +78,8 @@ def _computed(call: Call) -> tuple[Tensor, Tensor]:
     samples = _takes_samples(call)
     step = max(1, _WORK_BYTES // _bytes(flat, wanted, samples=samples))
     for start in range(0, max(1, len(flat[0])), step):
-        sums, centered = _sums([x[start : start + step] for x in flat], wanted, samples=samples)
-        states.append(torch.stack([sums.finite.all(), centered, torch.ones_like(centered)]))
+        sums, in_range = _sums([x[start : start + step] for x in flat], wanted, samples=samples)
+        states.append(torch.stack([sums.finite.all(), in_range, torch.ones_like(in_range)]))
         if call.task == "alignment":
             values.append(torch.stack([sums.ratio(True), sums.ratio(False)]))
         elif call.task == "drift":
