@@ -31,6 +31,9 @@ class Elsewhere(torch.Tensor):
 
 def _run(function: Any, args: Any, kwargs: Any) -> Any:
     kwargs = dict(kwargs or {})
+    if function.namespace == "rgfast":  # the package's own, which sees where its tensors are
+        with MakingElsewhere():
+            return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
     device, to = kwargs.get("device"), False
     there = any(isinstance(each, Elsewhere) for each in torch.utils._pytree.tree_leaves((args, kwargs)))
     if device is not None:

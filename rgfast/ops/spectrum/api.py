@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from rgfast.dispatch import register
 from rgfast.ops.spectrum.baseline import isotropic_baseline
-from rgfast.ops.spectrum.call import Measure, Symmetric
+from rgfast.ops.spectrum.call import Measure
 from rgfast.ops.spectrum.compute import (
     checked,
     describe,
+    eigenvalues,
     estimated,
     measure_of,
-    refuse_nonfinite,
     spectra,
     tolerance,
     value,
 )
-from rgfast.ops.spectrum.contract import differentiable, wants_gradient
-from rgfast.ops.spectrum.impl import library
+from rgfast.ops.spectrum.contract import differentiable, differentiable_eigenvalues, wants_gradient
 from rgfast.ops.spectrum.measures import (
     effective_rank_of,
     numerical_rank_of,
@@ -30,7 +28,7 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.results import RankMeasures, SpectrumInfo
 from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
-from rgfast.validation import as_real_tensor, check_choice
+from rgfast.validation import check_choice
 
 __all__ = [
     "effective_rank",
@@ -287,25 +285,7 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
     >>> rgfast.eigvalsh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     tensor([1., 3.])
     """
-    a = as_real_tensor(a, "a", min_dim=2)
-    if a.dtype not in (torch.float64, torch.float32):
-        raise TypeError(f"a must be float64 or float32, got {str(a.dtype).removeprefix('torch.')}")
-    *_, rows, columns = a.shape
-    if rows != columns:
-        raise ValueError(f"a must hold square matrices, got shape {tuple(a.shape)}")
-    call = Symmetric(a)
-    chosen = EIGVALSH.select(impl, call)
-    if a.numel() == 0:
-        return torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
-    try:
-        values: Tensor = EIGVALSH.run(chosen, call, named=impl != "auto")
-        if values.device.type != "cpu":
-            library.finite(values)
-    except RuntimeError:  # LinAlgError is one; its message names the matrix
-        if bool(torch.isfinite(a).all()):
-            raise
-        refuse_nonfinite(a, "a")
-    return values
+    return differentiable_eigenvalues(a, impl) if wants_gradient(a) else eigenvalues(a, impl)
 
 
 def _measured(call: Measure, return_info: bool) -> Tensor | tuple[Tensor, SpectrumInfo]:

@@ -9,20 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgfast.ops.spectrum.call import Again, Measure, Rows
+from rgfast.ops.spectrum.call import Again, Measure, Rows, Symmetric
+from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.lanczos import effective_rank_estimates
 from rgfast.ops.spectrum.measures import default_tolerance, effective_rank_of
 from rgfast.ops.spectrum.results import SpectrumInfo
-from rgfast.ops.spectrum.selection import GRAM, RANKS, SPECTRUM
+from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, RANKS, SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
 from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import sent, waits_for
 from rgfast.validation import as_real_tensor, check_choice, check_number
 
 __all__ = [
     "check_options",
     "checked",
     "describe",
+    "eigenvalues",
     "estimated",
     "flat",
     "measure_of",
@@ -66,20 +69,43 @@ def value(call: Measure) -> Tensor:
     return measure_of(_solved(x, call, dtype)[0], measure, x.shape)
 
 
+def eigenvalues(a: Any, impl: str) -> Tensor:
+    """Those of symmetric `a[..., d, d]`: what `rgfast.eigvalsh` returns, without a gradient."""
+    a = as_real_tensor(a, "a", min_dim=2)
+    if a.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"a must be float64 or float32, got {str(a.dtype).removeprefix('torch.')}")
+    *_, rows, columns = a.shape
+    if rows != columns:
+        raise ValueError(f"a must hold square matrices, got shape {tuple(a.shape)}")
+    call = Symmetric(a.detach())
+    chosen = EIGVALSH.select(impl, call)
+    if a.numel() == 0:
+        return torch.empty(a.shape[:-1], dtype=a.dtype, device=a.device)
+    try:
+        values: Tensor = EIGVALSH.run(chosen, call, named=impl != "auto")
+        if values.device.type != "cpu":
+            library.finite(values)
+    except RuntimeError:  # LinAlgError is one; its message names the matrix
+        if bool(torch.isfinite(a).all()):
+            raise
+        refuse_nonfinite(a, "a")
+    return values
+
+
 def estimated(call: Measure) -> tuple[Tensor, SpectrumInfo]:
     """An effective rank of `x[..., n, d]` by stochastic Lanczos quadrature on its second moment."""
     if call.measure == "singular_values":
         raise ValueError("method='lanczos' estimates effective ranks, not single values: take 'auto'")
-    x, matrix = second_moments(call)
+    x, matrix = second_moments(call, look=not waits_for(checked(call.x).device))
     spectrum = "variance" if call.measure == "effective_rank_variance" else "singular"
-    found = effective_rank_estimates(matrix, spectrum)
+    estimates = effective_rank_estimates(matrix, spectrum)
+    found = [each for each in estimates if each is not None]
+    if len(found) < len(estimates):
+        refuse_nonfinite(x, "x")
     lead, m = tuple(x.shape[:-2]), min(x.shape[-2:])
-    rank = torch.tensor([e.value for e in found], dtype=torch.float64, device=x.device).reshape(lead)
-    bound = torch.tensor(
-        [max(e.high - e.value, e.value - e.low) / max(e.value, 1.0) for e in found],
-        dtype=torch.float64,
-        device=x.device,
-    ).reshape(lead)
+    each = [(e.value, max(e.high - e.value, e.value - e.low) / max(e.value, 1.0)) for e in found]
+    numbers = np.array(each).reshape(-1, 2).T.copy()
+    rank, bound = sent(torch.from_numpy(numbers), x.device).reshape(2, *lead)
     unknown = torch.full_like(bound, torch.nan)
     return rank, SpectrumInfo(
         path=np.full(lead, "lanczos"),
@@ -142,7 +168,9 @@ def _solved(x: Tensor, call: Measure, dtype: torch.dtype, tol: float | None = No
         dense = Again(rows, whole, call.centering, call.rtol)
         chosen = SVD.select(call.impl, dense)
         finite = bool(torch.isfinite(rows).all())
-        return _finite(SVD.run(chosen, dense, named=True) if finite else None, x), "lapack"
+        solved = _finite(SVD.run(chosen, dense, named=True) if finite else None, x)
+        solved.paths = np.full(len(rows), PATHS.index("svd"))
+        return solved, "lapack"
     moments = Rows(rows, call.centering, dtype)
     chosen = SPECTRUM.select(call.impl, moments)
     found = SPECTRUM.run(chosen, moments, named=call.impl != "auto")
@@ -168,11 +196,12 @@ def _checked_rows(call: Measure) -> tuple[Tensor, torch.dtype]:
     return x, dtype
 
 
-def second_moments(call: Measure) -> tuple[Tensor, Tensor]:
+def second_moments(call: Measure, *, look: bool = True) -> tuple[Tensor, Tensor]:
+    """The data and their moments; `look` says whether these are made sure to be finite."""
     x = checked(call.x)
     dtype = check_options(call.centering, call.precision)
     matrix, accumulated, _, _ = GRAM(call.impl, Rows(flat(x), call.centering, dtype))
-    if not bool(torch.isfinite(accumulated).all()):
+    if look and not bool(torch.isfinite(accumulated).all()):
         refuse_nonfinite(x, "x")
     wide: Tensor = matrix.double()
     return x, wide
@@ -180,8 +209,9 @@ def second_moments(call: Measure) -> tuple[Tensor, Tensor]:
 
 def describe(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
     lead = x.shape[:-2]
+    paths = solved.path.cpu().numpy() if solved.paths is None else solved.paths
     return SpectrumInfo(
-        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
+        path=np.array(PATHS)[paths].reshape(tuple(lead)),
         error_bound=solved.bound().reshape(lead),
         variance_error_bound=solved.bound("variance").reshape(lead),
         singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),

@@ -1,83 +1,116 @@
 """Gradients of the measures by formula.
 
 With x_c = U diag(sigma) V^T, d f / d x_c = U diag(df/dsigma) V^T for every function of the singular values;
-the sum over equal singular values is the same for every basis, so that none is preferred.
+the sum over equal singular values is the same for every basis, so that none is preferred. Likewise those of
+eigenvalues. Values on a GPU are not looked at, but by torch's decompositions and, for the stable rank, once
+per doubling of the Krylov space.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from rgfast.ops.device import by_itself
 from rgfast.ops.spectrum import reference
 from rgfast.ops.spectrum.top import top_eigenpair
-from rgfast.runtime.threads import one_thread
 
-__all__ = ["gradient"]
+__all__ = ["eigenvalue_gradient", "gradient"]
 
 _U = 2.0**-53
+_AT_ONCE = 1 << 24  # elements of fp64 copies on a GPU
 
 
 def gradient(x: Tensor, grad: Tensor, measure: str, centering: str) -> Tensor:
-    """Gradient `[..., n, d]` in the dtype of x, computed in fp64, matrix by matrix."""
+    """Gradient `[..., n, d]` in the dtype of x, computed in fp64."""
     n, d = x.shape[-2:]
     rows = x.detach().reshape(-1, n, d)
     weight = grad.double().reshape(len(rows), *grad.shape[x.dim() - 2 :])
     result = torch.empty_like(rows, dtype=x.dtype, memory_format=torch.contiguous_format)
-    with one_thread():
-        for i in range(len(rows)):
-            y, exponent = reference.scaled(rows[i : i + 1])
+    with by_itself(x.device.type):
+        for part in _parts(rows):
+            y, exponent = reference.scaled(rows[part])
             y, _ = reference.centred(y, centering)
-            limit = reference.rank_limit(y, centering)[0]
-            tall = y[0] if n >= d else y[0].mT
+            tall = y if n >= d else y.mT
             if measure == "participation_ratio":
                 slope = _ratio_slope(tall)
             elif measure == "stable_rank":
                 slope = _stable_slope(tall)
             else:
-                slope = _spectral_slope(tall, int(limit), measure, weight[i])
-            # The measures do not depend on scale, singular values are homogeneous of degree one.
-            scale = 0 if measure == "singular_values" else -int(exponent)
-            slope = slope if measure == "singular_values" else slope * weight[i]
-            slope = (slope if n >= d else slope.mT) * 2.0 ** (scale // 2) * 2.0 ** (scale - scale // 2)
-            result[i] = slope - slope.mean(0) if centering == "mean" else slope
+                limit = reference.rank_limit(y, centering)
+                slope = _spectral_slope(tall, limit, measure, weight[part])
+            slope = slope if n >= d else slope.mT
+            if measure != "singular_values":
+                # These do not depend on scale, singular values are homogeneous of degree one.
+                slope = slope * weight[part, None, None]
+                half = -exponent // 2
+                slope = slope * _power(half) * _power(-exponent - half)
+            result[part] = slope - slope.mean(1, keepdim=True) if centering == "mean" else slope
     return result.reshape(x.shape)
+
+
+def eigenvalue_gradient(a: Tensor, grad: Tensor) -> Tensor:
+    """Gradient `[..., d, d]` in the dtype of symmetric a, computed in fp64: V diag(grad) V^T."""
+    matrices = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+    weight = grad.double().reshape(matrices.shape[:-1])
+    result = torch.empty_like(matrices, memory_format=torch.contiguous_format)
+    with by_itself(a.device.type):
+        for part in _parts(matrices):
+            lower, _ = reference.scaled(matrices[part].tril())
+            vectors = torch.linalg.eigh(lower).eigenvectors
+            result[part] = (vectors * weight[part, None]) @ vectors.mT
+    return result.reshape(a.shape)
+
+
+def _parts(matrices: Tensor) -> Iterator[slice]:
+    """One by one on the CPU, so that bits do not depend on the others; elsewhere as many as fit."""
+    step = 1 if matrices.is_cpu else max(1, _AT_ONCE // max(1, matrices[:1].numel()))
+    return (slice(start, start + step) for start in range(0, len(matrices), step))
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return ((1023 + exponent) << 52).view(torch.float64)[:, None, None]
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 1.0)
 
 
 def _ratio_slope(y: Tensor) -> Tensor:
     gram = y.mT @ y
-    trace, square = gram.diagonal().sum(), gram.square().sum()
-    if float(square) == 0:
-        return torch.zeros_like(y)
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    square = _nonzero(gram.square().sum((1, 2)))[:, None, None]
     return (4 * trace / square) * (y - (trace / square) * (y @ gram))
 
 
 def _stable_slope(y: Tensor) -> Tensor:
     gram = y.mT @ y
-    top, vector = (t[0] for t in top_eigenpair(gram[None]))
-    if float(top) == 0:
-        return torch.zeros_like(y)
-    trace = gram.diagonal().sum()
-    return (2 / top) * (y - (trace / top) * torch.outer(y @ vector, vector))
+    top, vector = top_eigenpair(gram)
+    top, vector = _nonzero(top)[:, None, None], vector[:, :, None]
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    return (2 / top) * (y - (trace / top) * ((y @ vector) @ vector.mT))
 
 
-def _spectral_slope(y: Tensor, limit: int, measure: str, weight: Tensor) -> Tensor:
+def _spectral_slope(y: Tensor, limit: Tensor, measure: str, weight: Tensor) -> Tensor:
     q, r = torch.linalg.qr(y)
     u, sigma, vh = torch.linalg.svd(r, full_matrices=False)
+    m = sigma.shape[1]
     # Below its own rounding error a singular value has no direction, and at zero the entropy has no slope.
-    live = sigma > (len(sigma) + 50) * _U * y.norm()
-    live[limit:] = False
-    if not bool(live.any()):
-        return torch.zeros_like(y)
-    s = sigma[live]
+    live = sigma > (m + 50) * _U * torch.linalg.vector_norm(y, dim=(1, 2))[:, None]
+    live &= torch.arange(m, dtype=torch.int64, device=y.device) < limit[:, None]
     if measure == "singular_values":
-        slope = weight[live]
+        slope = weight
     else:
+        s = torch.where(live, sigma, 0.0)
         mass = s if measure == "effective_rank" else s.square()
-        p = mass / mass.sum()
-        entropy = torch.special.entr(p).sum()
-        slope = -(p.log() + entropy) * entropy.exp() / mass.sum()
+        whole = _nonzero(mass.sum(1, keepdim=True))
+        p = mass / whole
+        entropy = torch.special.entr(p).sum(1, keepdim=True)
+        slope = -(torch.where(live, p, 1.0).log() + entropy) * entropy.exp() / whole
         if measure != "effective_rank":
             slope = 2 * s * slope
-    total: Tensor = ((q @ u[:, live]) * slope) @ vh[live]
+    total: Tensor = ((q @ u) * torch.where(live, slope, 0.0)[:, None]) @ vh
     return total

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF
 from rgfast.runtime.threads import aligned, one_thread
+from rgfast.runtime.waiting import sent
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
@@ -87,19 +88,18 @@ def effective_rank_estimate(
     return found
 
 
-def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimate]:
-    """`effective_rank_estimate` of each of fp64 `moments[b, d, d]`. A device is read once, at the end."""
+def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimate | None]:
+    """`effective_rank_estimate` of each of fp64 `moments[b, d, d]`, None for one that is not finite.
+
+    A device is read once, at the end.
+    """
     workers = torch.get_num_threads()
     with one_thread():
         size = moments.shape[-1]
         drawn = _drawn(size, _PROBES, 0, moments.device)
         products = [_product(aligned(a), workers) for a in moments]
         queued = [_quadrature(apply, drawn, _STEPS, _DEFLATE, workers) for apply in products]
-        found = _estimates(queued, size, spectrum)
-    for a, each in zip(moments, found, strict=True):
-        if each is None:
-            _refuse_nonfinite(a)
-    return [each for each in found if each is not None]
+        return _estimates(queued, size, spectrum)
 
 
 def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean") -> Operator:
@@ -201,7 +201,7 @@ def _drawn(size: int, probes: int, seed: int, device: torch.device) -> tuple[Ten
     """The first block of the Krylov space, and the probes, `[size, *]`."""
     draw = torch.Generator().manual_seed(seed)
     block, start = (
-        torch.randn((size, width), generator=draw, dtype=torch.float64, device="cpu").to(device)
+        sent(torch.randn((size, width), generator=draw, dtype=torch.float64, device="cpu"), device)
         for width in (min(_BLOCK, size), probes)
     )
     return block, start
@@ -222,7 +222,9 @@ def _quadrature(
     start = _off(start, vector)
     start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
     small = _lanczos(lambda v: _off(apply(v), vector) / unit, start, min(steps, start.shape[1]), workers)
-    return _Queued(known, small, top, finite)
+    whole = torch.isfinite(small)
+    small = torch.where(whole, small, 0.0)  # a solver may refuse a whole batch for one
+    return _Queued(known, small, top, finite & whole.all())
 
 
 def _estimates(queued: Sequence[_Queued], size: int, spectrum: str) -> list[RankEstimate | None]:
@@ -270,7 +272,7 @@ def _estimates(queued: Sequence[_Queued], size: int, spectrum: str) -> list[Rank
     depth = torch.maximum((centre - centre_half).abs(), bracket)
     share = hidden.mean(-1) * floor**power / (base_s[:, 0] + each[0].mean(-1))
     columns = (centre[:, 0], probe, depth[:, 0], share, good.double(), top, finite.double())
-    return [_estimate(size, probes, *row) for row in torch.stack(columns, -1).tolist()]
+    return [_estimate(size, probes, *row) for row in torch.stack(columns, -1).cpu().tolist()]
 
 
 def _estimate(

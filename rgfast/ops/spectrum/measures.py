@@ -19,10 +19,13 @@ __all__ = [
     "TINY",
     "UNIT_ROUNDOFF",
     "Array",
+    "array_on_cpu",
+    "at_least",
     "default_tolerance",
     "effective_rank_of",
     "entropy_error",
     "largest_entropy_error",
+    "library_of",
     "numerical_rank_of",
     "numpy_on_cpu",
     "participation_ratio_of",
@@ -55,6 +58,11 @@ def numpy_on_cpu(function: _Call) -> _Call:
     return call  # type: ignore[return-value]  # it has the signature of what it wraps
 
 
+def array_on_cpu(x: Tensor) -> Any:
+    """A tensor on the CPU as an array that shares its memory, any other as it is."""
+    return x.numpy() if x.is_cpu else x
+
+
 def _elsewhere(args: tuple[Any, ...]) -> bool:
     """Whether a tensor is on another device than the CPU."""
     return any(isinstance(arg, Tensor) and not arg.is_cpu for arg in args)
@@ -66,10 +74,10 @@ def effective_rank_of(sigma: Any, *, spectrum: str = "singular") -> Any:
 
     p is sigma normalised to sum 1 (`"singular"`, Roy & Vetterli 2007) or sigma squared (`"variance"`).
     """
-    xp = _library(sigma)
+    xp = library_of(sigma)
     weight = sigma if spectrum == "singular" else xp.square(_unit(sigma))
     total = weight.sum(-1)[..., None]
-    p = weight / _at_least(total, TINY)
+    p = weight / at_least(total, TINY)
     if isinstance(p, Tensor):  # in few launches
         rank = torch.special.entr(p).sum(-1).exp()
     else:
@@ -80,15 +88,15 @@ def effective_rank_of(sigma: Any, *, spectrum: str = "singular") -> Any:
 @numpy_on_cpu
 def participation_ratio_of(sigma: Any) -> Any:
     """(sum sigma^2)^2 / sum sigma^4 over the last dimension; 0 where all are zero."""
-    xp = _library(sigma)
+    xp = library_of(sigma)
     weight = xp.square(_unit(sigma))
-    return xp.square(weight.sum(-1)) / _at_least(xp.square(weight).sum(-1), TINY)
+    return xp.square(weight.sum(-1)) / at_least(xp.square(weight).sum(-1), TINY)
 
 
 @numpy_on_cpu
 def stable_rank_of(sigma: Any) -> Any:
     """sum sigma^2 / sigma_1^2 over the last dimension; 0 where all are zero."""
-    return _library(sigma).square(_unit(sigma)).sum(-1)
+    return library_of(sigma).square(_unit(sigma)).sum(-1)
 
 
 @numpy_on_cpu
@@ -104,12 +112,12 @@ def entropy_error(weight: Any, error: Any, rank: Any) -> Any:
     Fannes-Audenaert: a change of the distribution by total variation T changes its entropy over r outcomes by
     at most T ln(r-1) + h(T), h the binary entropy, and by at most ln r in any case.
     """
-    xp, rank = _library(weight), _double(rank)
+    xp, rank = library_of(weight), _double(rank)
     t = _variation(weight, error)
     inner = _at_most(t, 0.5)
-    binary = -inner * xp.log(_at_least(inner, TINY)) - (1 - inner) * xp.log1p(-inner)
-    most = xp.log(_at_least(rank, 1))
-    change = xp.where(t < 0.5, xp.minimum(t * xp.log(_at_least(rank - 1, 1)) + binary, most), most)
+    binary = -inner * xp.log(at_least(inner, TINY)) - (1 - inner) * xp.log1p(-inner)
+    most = xp.log(at_least(rank, 1))
+    change = xp.where(t < 0.5, xp.minimum(t * xp.log(at_least(rank - 1, 1)) + binary, most), most)
     return xp.expm1(change) + 4 * (rank + 4) * _U
 
 
@@ -142,21 +150,23 @@ def default_tolerance(n: int, d: int, dtype: torch.dtype) -> float:
 
 def _variation(weight: Any, error: Any) -> Any:
     total, spread = weight.sum(-1), error.sum(-1)
-    return _at_most(spread / _at_least(total, TINY), 1.0)
+    return _at_most(spread / at_least(total, TINY), 1.0)
 
 
 _variation_of = numpy_on_cpu(_variation)
 
 
 def _unit(sigma: Any) -> Any:
-    return sigma / _at_least(sigma[..., :1], TINY) if sigma.shape[-1] else sigma
+    return sigma / at_least(sigma[..., :1], TINY) if sigma.shape[-1] else sigma
 
 
-def _library(x: Any) -> Any:
+def library_of(x: Any) -> Any:
+    """NumPy or torch, whose functions x takes."""
     return torch if isinstance(x, Tensor) else np
 
 
-def _at_least(x: Any, low: float) -> Any:
+def at_least(x: Any, low: float) -> Any:
+    """x, or `low` where it is less."""
     return x.clamp_min(low) if isinstance(x, Tensor) else np.maximum(x, low)
 
 

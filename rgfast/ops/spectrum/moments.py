@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from rgfast.ops.spectrum.measures import (
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
-from rgfast.runtime.waiting import waits_for
+from rgfast.runtime.waiting import read, sent, waits_for
 from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
 __all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_moment", "solved_together"]
@@ -52,9 +53,8 @@ def singular_values_from_moment(
     >>> rgfast.singular_values_from_moment(torch.diag(torch.tensor([9.0, 4.0], dtype=torch.float64)), 8)
     tensor([3., 2.], dtype=torch.float64)
     """
-    scatter, count = _checked(scatter, n, centering)
-    sigma = _solved(scatter, count, centering, accumulated, impl).singular_values()
-    return sigma.reshape(scatter.shape[:-1])
+    scatter, solved, _ = _measured(scatter, n, centering, accumulated, impl)
+    return solved.singular_values().reshape(scatter.shape[:-1])
 
 
 def rank_measures_from_moment(
@@ -86,10 +86,9 @@ def rank_measures_from_moment(
     check_number(tol, "tol")
     if not 0 <= tol < 1:
         raise ValueError(f"tol must be at least 0 and less than 1, got {tol!r}")
-    scatter, count = _checked(scatter, n, centering)
-    solved = _solved(scatter, count, centering, accumulated, impl)
+    scatter, solved, count = _measured(scatter, n, centering, accumulated, impl)
     lead, d = scatter.shape[:-2], scatter.shape[-1]
-    known = count > 0
+    known = sent(count > 0, scatter.device)
 
     def shaped(value: Tensor) -> Tensor:
         return torch.where(known, value, torch.nan).reshape(lead)
@@ -104,8 +103,8 @@ def rank_measures_from_moment(
         singular_values=solved.singular_values().reshape(*lead, d),
         error_bound=shaped(solved.bound()),
         variance_error_bound=shaped(solved.bound("variance")),
-        path=np.array(PATHS)[solved.path.cpu().numpy()].reshape(tuple(lead)),
-        n=n if isinstance(n, int) else count.reshape(lead),
+        path=np.array(PATHS)[np.zeros(tuple(lead), dtype=np.int8)],
+        n=n if isinstance(n, int) else sent(count, scatter.device).reshape(lead),
         d=d,
         tol=float(tol),
         baseline=None if same == 0 else isotropic_baseline(same, d, centering=centering),
@@ -152,6 +151,27 @@ def solved_together(
     return _within(values, trace, freedom, variance, samples)
 
 
+def _measured(
+    scatter: Any, n: int | Tensor, centering: str, accumulated: Any, impl: str
+) -> tuple[Tensor, Solved, Tensor]:
+    """Checked moments, their spectra, and counts ``[b]`` on the host. A device is read once."""
+    there = waits_for(scatter.device) if isinstance(scatter, Tensor) else False
+    scatter, count = _checked(scatter, n, centering, values=not there)
+    if not there:
+        return scatter, _solved(scatter, count, centering, accumulated, impl), count
+    counts = count
+
+    def look(values: Tensor) -> None:
+        nonlocal counts
+        finite, counts = read([torch.isfinite(values).all(), count])
+        _refuse_negative(counts)
+        if not finite:
+            _refuse_nonfinite(scatter)
+            library.finite(values)
+
+    return scatter, _solved(scatter, count, centering, accumulated, impl, look), counts
+
+
 def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = True) -> tuple[Tensor, Tensor]:
     """Moments and counts ``[b]``, checked; ``values`` says whether their values are looked at."""
     scatter = as_real_tensor(scatter, "scatter", min_dim=2).detach()
@@ -160,7 +180,7 @@ def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = Tr
     if scatter.shape[-1] != scatter.shape[-2] or scatter.shape[-1] == 0:
         raise ValueError(f"scatter must hold square matrices, got shape {tuple(scatter.shape)}")
     check_choice(centering, "centering", ("mean", "none"))
-    count = as_tensor(n, "n").to(scatter.device)
+    count = sent(as_tensor(n, "n"), scatter.device)
     if count.dtype == torch.bool or count.is_floating_point() or count.is_complex():
         raise TypeError(f"n must be an integer or an integer tensor, got {count.dtype}")
     lead = scatter.shape[:-2]
@@ -169,18 +189,39 @@ def _checked(scatter: Any, n: int | Tensor, centering: str, *, values: bool = Tr
     counts = count.long().expand(lead).reshape(-1)
     if not values:
         return scatter, counts
+    _refuse_negative(counts)
+    _refuse_nonfinite(scatter)
+    return scatter, counts
+
+
+def _refuse_negative(counts: Tensor) -> None:
     if bool((counts < 0).any()):
         raise ValueError(f"n must not be negative, got {int(counts.min())}")
+
+
+def _refuse_nonfinite(scatter: Tensor) -> None:
+    lead = scatter.shape[:-2]
     bad = (~torch.isfinite(scatter)).sum((-2, -1)).reshape(-1)
     if bool(bad.any()):
         at = int(bad.argmax())
         index = tuple(int(i) for i in np.unravel_index(at, tuple(lead))) if lead else ()
         where = f" in matrix {index if len(index) > 1 else index[0]} of the batch" if index else ""
         raise ValueError(f"scatter must be finite, got {int(bad[at])} NaN or infinite values{where}")
-    return scatter, counts
 
 
-def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, impl: str) -> Solved:
+def _look(values: Tensor) -> None:
+    if values.device.type != "cpu":
+        library.finite(values)
+
+
+def _solved(
+    scatter: Tensor,
+    count: Tensor,
+    centering: str,
+    accumulated: Any,
+    impl: str,
+    look: Callable[[Tensor], object] = _look,
+) -> Solved:
     flat = scatter.reshape(len(count), *scatter.shape[-2:])
     if accumulated is not None:
         given, lead = _floats(accumulated, "accumulated"), scatter.shape[:-2]
@@ -190,8 +231,7 @@ def _solved(scatter: Tensor, count: Tensor, centering: str, accumulated: Any, im
             )
         accumulated = given.to(flat.device).expand(lead).reshape(-1)
     values = EIGVALSH(impl, Symmetric(flat))
-    if values.device.type != "cpu":
-        library.finite(values)
+    look(values)
     return _from_values(values, flat.diagonal(dim1=-2, dim2=-1), count, centering, accumulated)
 
 

@@ -17,6 +17,7 @@ from rgfast.ops.spectrum.refine import SMALL, Stage, refined
 from rgfast.ops.spectrum.selection import SPECTRUM
 from rgfast.ops.spectrum.solve import PATHS, REFINE, Solved, all_finite, from_eigenvalues
 from rgfast.ops.spectrum.trailing import few_small, with_trailing
+from rgfast.runtime.waiting import sent
 
 __all__ = [
     "refine_spectra",
@@ -213,13 +214,17 @@ def refine_spectra(
     if kept is not None:
         x = x[at][:, kept]
         here = torch.arange(len(x), dtype=torch.int64, device=x.device)
-    left = torch.ones_like(here, dtype=torch.bool)
-    few = few_small(x, solved.of(at))
+    # What is decided by, a number for each matrix, is brought to the host.
+    few = few_small(x, solved.of(at)).cpu()
+    left = torch.ones_like(few, dtype=torch.bool)
     for small in sorted({*few.tolist()} - {0}):
-        some = (few == small).nonzero()[:, 0]
+        chosen = (few == small).nonzero()[:, 0]
+        some = sent(chosen, x.device)
         found = with_trailing(x, here[some], solved.of(at[some]), small, centering, moments)
-        good = found.bound() <= _ENOUGH
-        solved.put(at[some[good]], found.of(good))
-        left[some[good]] = False
+        good = (found.bound() <= _ENOUGH).cpu()
+        enough = sent(good.nonzero()[:, 0], x.device)
+        solved.put(at[some[enough]], found.of(enough))
+        left[chosen[good]] = False
     if bool(left.any()):
-        solved.put(at[left], REFINE("auto", Again(x, here[left], centering)))
+        rest = sent(left.nonzero()[:, 0], x.device)
+        solved.put(at[rest], REFINE("auto", Again(x, here[rest], centering)))

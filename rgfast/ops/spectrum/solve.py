@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from rgfast.ops.spectrum.measures import (
     TINY,
     UNIT_ROUNDOFF,
     Array,
+    array_on_cpu,
     entropy_error,
     largest_entropy_error,
     numpy_on_cpu,
@@ -24,12 +25,13 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.refine import SMALL, LibraryStages, Stage, gram_error, refined
 from rgfast.runtime.threads import no_autocast, one_thread
+from rgfast.runtime.waiting import sent
 
 __all__ = ["PATHS", "REFINE", "SVD", "Solved", "all_finite", "from_eigenvalues", "settle"]
 
 PATHS = ("gram", "refined", "svd")
-# Elements of eigenvectors, and of fp64 copies of the data, that are refined at a time.
-_VECTORS, _CHUNK = 1 << 20, 1 << 22
+# Elements of eigenvectors, and of fp64 copies of the data on the CPU and elsewhere, refined at a time.
+_VECTORS, _CHUNK, _CHUNK_ELSEWHERE = 1 << 20, 1 << 22, 1 << 25
 _FIELDS = ("sigma", "error", "exponent", "rank_limit", "path")
 
 
@@ -38,7 +40,7 @@ class Solved:
     """Singular values of a batch and what is known about their error, on the device of the data.
 
     `sigma[b, m]`, fp64, descends and is in units of 2**`exponent[b]`; `error[b, m]` bounds the absolute error
-    of each.
+    of each. `paths[b]` is `path` on the host, where it is known there.
     """
 
     sigma: Tensor
@@ -46,6 +48,7 @@ class Solved:
     exponent: Tensor
     rank_limit: Tensor
     path: Tensor
+    paths: Array | None = field(default=None, kw_only=True)
 
     def bound(self, spectrum: str = "singular") -> Tensor:
         """Bound `[b]` on the relative error of the effective rank."""
@@ -57,16 +60,14 @@ class Solved:
             found = entropy_error(self.sigma, self.error, self.rank_limit)
         return found
 
-    def unsettled(self, rtol: float, tol: float | None) -> Tensor:
-        """Indices of the matrices whose effective rank may be off by more, or whose rank at `tol` is open."""
-        if tol is None and largest_entropy_error(self.sigma, self.error) <= rtol:
-            return torch.zeros(0, dtype=torch.int64, device=self.sigma.device)
+    def doubtful(self, rtol: float, tol: float | None) -> Tensor:
+        """Whether an effective rank `[b]` may be off by more, or the rank at `tol` is open."""
         wanted = self.bound() > rtol
         if tol is not None:
             doubt = self.error + tol * self.error[:, :1]
             near = (self.sigma - tol * self.sigma[:, :1]).abs() <= doubt
             wanted |= (near & (doubt > 0)).any(-1)
-        return wanted.nonzero()[:, 0]
+        return wanted
 
     def singular_values(self) -> Tensor:
         """`sigma` in the units of the data."""
@@ -85,10 +86,10 @@ class Solved:
         for name in _FIELDS:
             getattr(self, name)[index] = getattr(other, name)
 
-    def write(self, index: slice, sigma: Array, error: Array, exponent: Array, rank_limit: Array) -> None:
-        """Overwrite all but the path of the matrices at `index`."""
+    def write(self, index: slice, sigma: Any, error: Any, exponent: Any, rank_limit: Any) -> None:
+        """Overwrite all but the path of the matrices at `index`, by arrays or by tensors of the device."""
         for name, value in zip(_FIELDS, (sigma, error, exponent, rank_limit), strict=False):
-            getattr(self, name)[index] = torch.from_numpy(value).to(self.sigma.device)
+            getattr(self, name)[index] = torch.as_tensor(value)
 
     def of(self, index: Tensor | slice) -> Solved:
         """The matrices at `index`, or where it is true; those of a slice share memory."""
@@ -162,18 +163,36 @@ def settle(
     """Spectra of `x[b, n, d]` from what the op `spectrum` has found; None where data hold NaN or infinity.
 
     With `method="auto"` in fp64, a matrix whose effective rank may be off by more than `rtol`, or whose
-    rank at `tol` is open, is solved again from the data.
+    rank at `tol` is open, is solved again from the data. A GPU is read once, and once more for each way on.
     """
     values, accumulated, exponent, limit = found
-    if not all_finite(values, accumulated):
+    here = accumulated.is_cpu
+    if here and not all_finite(values, accumulated):
         return None
     solved = from_eigenvalues(values, accumulated, exponent, limit, samples=max(x.shape[-2:]))
-    if call.method == "auto" and dtype == torch.float64:
-        for op, impl in ((REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")):
-            again = solved.unsettled(call.rtol, tol)
-            if not len(again):
-                break
-            solved.put(again, op(impl, Again(x, again, call.centering, call.rtol)))
+    solved.paths = np.zeros(len(solved.path), dtype=np.int8)
+    if call.method != "auto" or dtype != torch.float64:
+        return solved if here or all_finite(values, accumulated) else None
+    if here and tol is None and largest_entropy_error(solved.sigma, solved.error) <= call.rtol:
+        return solved
+    wanted = solved.doubtful(call.rtol, tol)
+    if not here:
+        finite = torch.stack([torch.isfinite(each).all() for each in (accumulated, values)])
+        read = torch.cat([finite, wanted]).cpu()
+        if not read[0]:
+            return None
+        if not read[1]:
+            library.finite(values)
+        wanted = read[2:]
+    for op, impl in ((REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")):
+        again = wanted.nonzero()[:, 0]
+        if not len(again):
+            break
+        at = sent(again, x.device)
+        solved.put(at, op(impl, Again(x, at, call.centering, call.rtol)))
+        solved.paths[again.numpy()] += 1
+        if op is REFINE:
+            wanted = solved.doubtful(call.rtol, tol).cpu()
     return solved
 
 
@@ -202,34 +221,39 @@ def _refine(call: Again) -> Solved:
     """The same by torch, in fp64 on the device of the data."""
     result = _empty(call, "refined")
     with one_thread(), no_autocast(call.device.type):
-        for start in range(0, len(call.at), step := max(1, _CHUNK // call.x[0].numel())):
+        chunk = _CHUNK if call.x.is_cpu else _CHUNK_ELSEWHERE
+        for start in range(0, len(call.at), step := max(1, chunk // call.x[0].numel())):
             part = slice(start, start + step)
             y, exponent = reference.scaled(call.x[call.at[part]])
             y, accumulated = reference.centred(y, call.centering)
-            limit = reference.rank_limit(y, call.centering).cpu().numpy()
+            limit = reference.rank_limit(y, call.centering)
             stages = LibraryStages(y if y.shape[1] >= y.shape[2] else y.mT)
-            first = stages(np.arange(len(y)), 0)
-            found = refined(stages, max(y.shape[1:]), accumulated.cpu().numpy(), limit, call.rtol, first)
-            result.write(part, *found, exponent.cpu().numpy(), limit)
+            known = array_on_cpu(accumulated), array_on_cpu(limit)
+            every = torch.arange(len(y), dtype=torch.int64, device=y.device)
+            found = refined(stages, max(y.shape[1:]), *known, call.rtol, stages(every, 0))
+            result.write(part, *found, exponent, limit)
     return result
 
 
 def _from_svd(call: Again) -> Solved:
-    """Singular values by QR and LAPACK's SVD in fp64, one matrix at a time."""
+    """Singular values by torch's QR and SVD in fp64, on the CPU one matrix at a time."""
     result = _empty(call, "svd")
     m = result.sigma.shape[-1]
-    with one_thread():
-        for i in range(len(call.at)):
-            y, exponent = reference.scaled(call.x[call.at[i : i + 1]])
+    column = torch.arange(m, dtype=torch.int64, device=call.device)
+    step = 1 if call.x.is_cpu else max(1, _CHUNK_ELSEWHERE // max(1, call.x[:1].numel()))
+    with one_thread(), no_autocast(call.device.type):
+        for start in range(0, len(call.at), step):
+            part = slice(start, start + step)
+            y, exponent = reference.scaled(call.x[call.at[part]])
             y, accumulated = reference.centred(y, call.centering)
-            live = int(reference.rank_limit(y, call.centering)[0])
-            tall = y[0] if y.shape[1] >= y.shape[2] else y[0].mT
-            if len(tall) > 3 * m // 2:
+            limit = reference.rank_limit(y, call.centering)
+            tall = y if y.shape[1] >= y.shape[2] else y.mT
+            if tall.shape[1] > 3 * m // 2:
                 tall = torch.linalg.qr(tall, mode="r").R
-            result.exponent[i], result.rank_limit[i] = int(exponent[0]), live
-            result.sigma[i] = torch.linalg.svdvals(tall)
-            result.error[i] = (m + 50) * UNIT_ROUNDOFF[torch.float64] * float(accumulated[0].sqrt())
-            result.sigma[i, live:] = result.error[i, live:] = 0.0
+            error = (m + 50) * UNIT_ROUNDOFF[torch.float64] * accumulated.sqrt()
+            known = column < limit[:, None]
+            sigma, error = known * torch.linalg.svdvals(tall), known * error[:, None]
+            result.write(part, sigma, error, exponent, limit)
     return result
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rgfast.runtime.threads import one_thread
+from rgfast.runtime.waiting import sent
 
 __all__ = ["top_eigenpair"]
 
@@ -31,18 +32,17 @@ def top_eigenpair(a: Tensor) -> tuple[Tensor, Tensor]:
             for part in torch.split(todo, max(1, _CHUNK // (steps * m))):
                 theta, v, residual = _lanczos(a[part], steps)
                 value[part], vector[part] = theta, v
-                left.append(part[residual > _RESIDUAL * theta])
+                left.append(residual > _RESIDUAL * theta)
             if steps == m:
                 break
-            todo, steps = torch.cat(left), min(m, 2 * steps)
+            todo, steps = todo[torch.cat(left)], min(m, 2 * steps)  # a GPU is read here alone
     return value, vector
 
 
 def _lanczos(a: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     b, m, _ = a.shape
-    start = torch.randn(
-        m, generator=torch.Generator().manual_seed(1950), dtype=torch.float64, device="cpu"
-    ).to(a.device)
+    drawn = torch.Generator().manual_seed(1950)
+    start = sent(torch.randn(m, generator=drawn, dtype=torch.float64, device="cpu"), a.device)
     basis = torch.zeros((b, steps, m), dtype=torch.float64, device=a.device)
     small = torch.zeros((b, steps, steps), dtype=torch.float64, device=a.device)
     floor = 1e-15 * a.square().sum((-2, -1)).sqrt()

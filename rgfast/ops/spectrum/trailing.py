@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.ops.moments.api import add_products
 from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.measures import Array
+from rgfast.ops.spectrum.measures import array_on_cpu
 from rgfast.ops.spectrum.refine import Stage, refined
 from rgfast.ops.spectrum.solve import PATHS, Solved
 from rgfast.runtime.threads import no_autocast, one_thread
+from rgfast.runtime.waiting import sent
 
 __all__ = ["few_small", "with_trailing"]
 
@@ -55,10 +55,10 @@ def with_trailing(
     a moment's eigenvectors V of the least eigenvalues for one factorization, and x V has a moment of its own,
     in which they are large: what `refined` otherwise gets by taking all other directions out of the rows.
     """
-    b, d = solved.sigma.shape
-    told = torch.zeros(b, 3 + small, dtype=torch.float64, device=x.device)
+    d = solved.sigma.shape[1]
+    told = torch.zeros(len(at), 3 + small, dtype=torch.float64, device=x.device)
     kind = x.device.type
-    for k, (index, exponent) in enumerate(zip(at.tolist(), solved.exponent.tolist(), strict=True)):
+    for k, (index, exponent) in enumerate(torch.stack([at, solved.exponent], 1).cpu().tolist()):
         rows = x[index]
         if moments is None:
             moment, shift, lost = _moment_of(rows, exponent, centering)
@@ -68,28 +68,18 @@ def with_trailing(
             )
         with one_thread(), no_autocast(kind):
             told[k] = _of_moment(moment, rows, shift, lost, exponent, small)
-    numbers: Array = told.cpu().numpy()
-    accumulated, residual, trace = numbers[:, 0], numbers[:, 1], numbers[:, 2]
     # What was taken out counts as so many zeros.
-    values = np.zeros((b, d))
-    values[:, d - small :] = numbers[:, 3:]
-    none = np.zeros(b, dtype=np.int64)
-    by_moment = solved.sigma.square().flip(1).cpu().numpy()
-    first = Stage(by_moment, accumulated, none + d - small, residual)
-
-    def last(live: Array, stage: int) -> Stage:
-        return Stage(values[live], trace[live], none[live], np.zeros(len(live)))
-
-    limit = solved.rank_limit.cpu().numpy()
-    sigma, error = refined(last, x.shape[1], accumulated, limit, math.inf, first)
-    device, path = x.device, torch.full_like(solved.path, PATHS.index("refined"))
-    return Solved(
-        torch.from_numpy(sigma).to(device),
-        torch.from_numpy(error).to(device),
-        solved.exponent,
-        solved.rank_limit,
-        path,
-    )
+    values = torch.nn.functional.pad(told[:, 3:], (d - small, 0))
+    by_moment = solved.sigma.square().flip(1)
+    accumulated, residual, trace = told[:, 0], told[:, 1], told[:, 2]
+    leading = torch.full_like(at, d - small)
+    first = Stage(*map(array_on_cpu, (by_moment, accumulated, leading, residual)))
+    rest = Stage(*map(array_on_cpu, (values, trace, torch.zeros_like(at), torch.zeros_like(trace))))
+    limit = array_on_cpu(solved.rank_limit)
+    found = refined(lambda live, stage: rest, x.shape[1], first.trace, limit, math.inf, first)
+    sigma, error = map(torch.as_tensor, found)
+    path = torch.full_like(solved.path, PATHS.index("refined"))
+    return Solved(sigma, error, solved.exponent, solved.rank_limit, path)
 
 
 def _moment_of(x: Tensor, exponent: int, centering: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +131,7 @@ def _trailing_vectors(moment: Tensor, small: int) -> Tensor:
     """Orthonormal vectors `[d, small]` that about span the eigenspace of the least eigenvalues."""
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(len(moment), small, generator=draw, dtype=torch.float64, device="cpu")
-    vectors = start.to(moment.device)
+    vectors = sent(start, moment.device)
     shifted = moment.clone()
     shifted.diagonal().add_(_SHIFT * moment.trace())
     factor, _ = torch.linalg.cholesky_ex(shifted)

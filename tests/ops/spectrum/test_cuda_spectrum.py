@@ -167,6 +167,38 @@ def test_both_spectra_come_from_one_launch(gpu, shape, offset):
         assert bool(((found - expected).abs() <= allowed).all())
 
 
+def slope_of(call, x):
+    y = x.clone().requires_grad_()
+    value = call(y)
+    weight = torch.arange(1.0, 1 + value.numel(), dtype=value.dtype).reshape(value.shape)
+    return torch.autograd.grad(value, y, weight)[0]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize("name", ["effective_rank", "of variances", "singular_values", "eigvalsh"])
+def test_gradients_of_what_kernels_compute(gpu, name, dtype):
+    call = {
+        "effective_rank": rgfast.effective_rank,
+        "of variances": lambda x, impl: rgfast.effective_rank(x, spectrum="variance", impl=impl),
+        "singular_values": rgfast.singular_values,
+        "eigvalsh": lambda x, impl: rgfast.eigvalsh(x[:, :9].mT + x[:, :9], impl=impl),
+    }[name]
+    x = (drawn(3, 30, 9) * torch.logspace(0, -2, 9, dtype=F64)).to(dtype)
+    with rgfast.record() as log:
+        found = slope_of(lambda y: call(y, impl="cuda"), x)
+    assert {each.impl for each in log} == {"cuda"}
+    assert gpu.log("cuLaunchKernelEx")
+    want = slope_of(lambda y: call(y, impl="reference"), x.double())
+    tight = {"rtol": 1e-9, "atol": 1e-11} if dtype == F64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found.double(), want, **tight)
+    gpu.seed(5)
+    assert torch.equal(slope_of(lambda y: call(y, impl="cuda"), x), found)
+    if name != "eigvalsh":  # what a kernel gives is looked at where it is not the CPU's
+        x[1, 3, 2] = torch.nan
+        with pytest.raises(ValueError, match="x must be finite, got 1 NaN or infinite values in matrix 1 of"):
+            call(x.requires_grad_(), impl="cuda")
+
+
 def test_data_that_are_not_finite_are_named(gpu):
     x = drawn(4, 20, 6)
     x[2, 3, 1] = torch.inf

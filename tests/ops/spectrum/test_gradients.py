@@ -120,6 +120,60 @@ def test_value_info_and_log_are_those_without_a_gradient():
         rgfast.effective_rank(y)
 
 
+def symmetric(*shape, seed=0):
+    a = data(*shape, shape[-1], seed=seed)
+    return a + a.mT
+
+
+@pytest.mark.parametrize("impl", ["auto", "library", "reference"])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 2, 3), (0, 3), (2, 1)])
+def test_gradcheck_of_eigenvalues(shape, impl):
+    a = symmetric(*shape).requires_grad_()
+    torch.autograd.gradcheck(lambda b: rgfast.eigvalsh(b + b.mT, impl=impl), a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_eigenvalues(dtype):
+    a = (symmetric(3, 6) * torch.tensor([1.0, 1e-150, 1e18]).double()[:, None, None]).to(dtype)
+    weight = data(3, 6, seed=1).to(dtype)
+    got = torch.autograd.grad(rgfast.eigvalsh(b := a.clone().requires_grad_()), b, weight)[0]
+    value, vectors = torch.linalg.eigh(a.double())
+    want = (vectors * weight.double()[:, None]) @ vectors.mT
+    assert got.dtype == dtype
+    known = (value.abs().amax(1) > 0)[:, None, None]  # 1e-150 is no fp32 number
+    torch.testing.assert_close(got.double() * known, want * known, rtol=1e-5, atol=1e-6)
+    assert not got.isnan().any()
+
+
+def test_equal_eigenvalues_share_their_gradient():
+    a = torch.eye(4).double() * 2
+    a[3, 3] = 5.0
+    b = a.requires_grad_()
+    (got,) = torch.autograd.grad(rgfast.eigvalsh(b).square().sum(), b)
+    torch.testing.assert_close(got, 2 * a.detach())  # of the squared norm
+
+
+def test_eigenvalues_with_a_gradient_are_those_without():
+    a = symmetric(40, 12)
+    b = a.clone().requires_grad_()
+    with rgfast.record() as log:
+        value = rgfast.eigvalsh(b)
+    assert value.requires_grad
+    assert torch.equal(value.detach(), rgfast.eigvalsh(a))
+    assert [each.impl for each in log] == [rgfast.explain(rgfast.eigvalsh, a).chosen]
+    with torch.no_grad():
+        assert not rgfast.eigvalsh(b).requires_grad
+    with pytest.raises(TypeError, match="a must be float64 or float32, got bfloat16"):
+        rgfast.eigvalsh(a.bfloat16().requires_grad_())
+    with pytest.raises(ValueError, match="a must be finite, got 1 NaN or infinite values in matrix 2"):
+        rgfast.eigvalsh(torch.where(torch.arange(40 * 144).view(a.shape) == 2 * 144 + 13, torch.nan, b))
+    half = (a.tril() + torch.full_like(a, torch.nan).triu(1)).requires_grad_()
+    assert torch.equal(
+        torch.autograd.grad(rgfast.eigvalsh(half).sum(), half)[0],
+        torch.autograd.grad(rgfast.eigvalsh(b).sum(), b)[0],
+    )
+
+
 def test_registered_operators_are_consistent():
     x = data(3, 7, 4).requires_grad_()
     options = ("effective_rank", "mean", "double", 1e-6, "auto", "reference")
@@ -129,18 +183,22 @@ def test_registered_operators_are_consistent():
     torch.library.opcheck(torch.ops.rgfast.spectrum_measure.default, (x.detach(), *values), test_utils=tests)
     gradient = (x.detach(), torch.ones(3, dtype=torch.float64), "effective_rank", "mean")
     torch.library.opcheck(torch.ops.rgfast.spectrum_gradient.default, gradient, test_utils=tests)
+    a = symmetric(3, 4)
+    torch.library.opcheck(torch.ops.rgfast.eigvalsh.default, (a, "reference"), test_utils=tests)
+    torch.library.opcheck(torch.ops.rgfast.eigvalsh_gradient.default, (a, data(3, 4)), test_utils=tests)
 
 
 # torch's tracer instantiates autograd functions, which torch itself deprecates
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", [*MEASURES, "eigenvalues"])
 def test_compiles_in_one_graph(name):
+    measure = MEASURES.get(name, lambda y: rgfast.eigvalsh(y.mT @ y))
     x = data(2, 9, 4).requires_grad_()
-    step = torch.compile(lambda y: MEASURES[name](y * 2).sum(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda y: measure(y * 2).sum(), backend="aot_eager", fullgraph=True)
     value = step(x)
     value.backward()
     got, x.grad = x.grad, None
-    want = MEASURES[name](x * 2).sum()
+    want = measure(x * 2).sum()
     want.backward()
     assert torch.equal(value.detach(), want.detach())
     assert torch.equal(got, x.grad)
