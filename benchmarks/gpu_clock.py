@@ -210,13 +210,14 @@ class Clock(TorchDispatchMode):
 
 
 @contextmanager
-def uncounted(*, host: float = 0.0, device: float = 0.0, kernels: int = 0) -> Iterator[None]:
+def uncounted(*, host: float = 0.0, device: float = 0.0, kernels: int = 0, waits: int = 0) -> Iterator[None]:
     """Inside, a clock that runs adds this up in place of what operators cost."""
     counting = [clock for clock in _RUNNING if not clock.aside]
     for clock in counting:
         clock.cost.host += host
         clock.cost.device += device
         clock.cost.kernels += kernels
+        clock.cost.waits += waits
         clock.aside = True
     try:
         yield

@@ -25,7 +25,9 @@ _TILE = 512  # rows of a formed moment that one thread multiplies at once
 _BLOCK = 32  # columns of the block Krylov space in which the top of the spectrum is sought
 _DEPTH = 8  # its depth
 _CONVERGED = 1e-3  # relative residual of a deflated pair; what it leaves out is of second order
+_AT_ONCE = 1 << 28  # elements of Lanczos bases on a GPU
 _U = UNIT_ROUNDOFF[torch.float64]
+_ALIKE = 1e-13  # eigenvalue of a Gram matrix of unit columns that says no more than its rounding
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def effective_rank_estimate(
     workers = torch.get_num_threads()
     apply, size, device = _operator(moment, dim, workers)
     with one_thread():
-        queued = _quadrature(apply, _drawn(size, probes, seed, device), steps, deflate, workers)
-        (found,) = _estimates([queued], size, spectrum)
+        queued = _quadrature(apply, *_drawn(size, probes, seed, device), steps, deflate, workers)
+        (found,) = _estimates(_Queued(*(each[None] for each in queued)), size, spectrum)
     if found is None:
         _refuse_nonfinite(moment)
     return found
@@ -91,15 +93,27 @@ def effective_rank_estimate(
 def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimate | None]:
     """`effective_rank_estimate` of each of fp64 `moments[b, d, d]`, None for one that is not finite.
 
-    A device is read once, at the end.
+    On the CPU one after another, on other devices side by side; these are read once, at the end.
     """
-    workers = torch.get_num_threads()
+    if not len(moments):
+        return []
+    workers, size = torch.get_num_threads(), moments.shape[-1]
     with one_thread():
-        size = moments.shape[-1]
-        drawn = _drawn(size, _PROBES, 0, moments.device)
-        products = [_product(aligned(a), workers) for a in moments]
-        queued = [_quadrature(apply, drawn, _STEPS, _DEFLATE, workers) for apply in products]
-        return _estimates(queued, size, spectrum)
+        block, start = _drawn(size, _PROBES, 0, moments.device)
+
+        def queue(a: Tensor) -> _Queued:
+            lead, apply = a.shape[:-2], _product(aligned(a), workers)
+            first, probes = block.expand(*lead, *block.shape), start.expand(*lead, *start.shape)
+            return _quadrature(apply, first, probes, _STEPS, _DEFLATE, workers)
+
+        if moments.device.type == "cpu":
+            queued = [queue(a) for a in moments]
+            found = _Queued(*(torch.stack(each) for each in zip(*queued, strict=True)))
+        else:
+            most = max(1, _AT_ONCE // (_PROBES * _STEPS * size))
+            queued = [queue(part) for part in torch.split(moments, most)]
+            found = _Queued(*(torch.cat(each) for each in zip(*queued, strict=True)))
+        return _estimates(found, size, spectrum)
 
 
 def moment_operator(batches: Iterable[Tensor], d: int, *, centering: str = "mean") -> Operator:
@@ -189,12 +203,12 @@ def _spread(function: Callable[[Any], Tensor], parts: Sequence[Any], workers: in
 
 
 class _Queued(NamedTuple):
-    """What is known of a moment in units of its largest eigenvalue. Nothing was read on its device."""
+    """What is known of moments in units of their largest eigenvalues. Nothing was read on their device."""
 
-    known: Tensor  # [deflate], eigenvalues taken out, 0 for others
-    small: Tensor  # [probes, steps, steps], tridiagonal matrices of the rest
-    top: Tensor
-    finite: Tensor
+    known: Tensor  # [..., deflate], eigenvalues taken out, 0 for others
+    small: Tensor  # [..., probes, steps, steps], tridiagonal matrices of the rest
+    top: Tensor  # [...]
+    finite: Tensor  # [...]
 
 
 def _drawn(size: int, probes: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -208,30 +222,29 @@ def _drawn(size: int, probes: int, seed: int, device: torch.device) -> tuple[Ten
 
 
 def _quadrature(
-    apply: Operator, drawn: tuple[Tensor, Tensor], steps: int, deflate: int, workers: int
+    apply: Operator, block: Tensor, start: Tensor, steps: int, deflate: int, workers: int
 ) -> _Queued:
-    block, start = drawn
+    """Of moments `[..., size, size]`, from what was drawn, `[..., size, *]`."""
     value, vector, residual, finite = _leading(apply, block, deflate)
-    top = value[0]
-    value, vector, residual = value[:deflate], vector[:, :deflate], residual[:deflate]
+    top = value[..., :1]
+    value, vector, residual = value[..., :deflate], vector[..., :deflate], residual[..., :deflate]
     # Up to the first pair whose residual is not small.
-    good = ((residual <= _CONVERGED * value) & (value > 1e-12 * top)).long().cumprod(0) > 0
+    good = ((residual <= _CONVERGED * value) & (value > 1e-12 * top)).long().cumprod(-1) > 0
     unit = torch.where(top > 0, top, 1.0)
-    known, vector = torch.where(good, value / unit, 0.0), torch.where(good, vector, 0.0)
-    known = torch.nn.functional.pad(known, (0, deflate - len(known)))
+    known, vector = torch.where(good, value / unit, 0.0), torch.where(good[..., None, :], vector, 0.0)
+    known = torch.nn.functional.pad(known, (0, deflate - known.shape[-1]))
     start = _off(start, vector)
-    start = (start / start.norm(dim=0).clamp_min(1e-300)).mT  # [q, d]
-    small = _lanczos(lambda v: _off(apply(v), vector) / unit, start, min(steps, start.shape[1]), workers)
+    start = (start / start.norm(dim=-2, keepdim=True).clamp_min(1e-300)).mT  # [..., q, d]
+    steps = min(steps, start.shape[-1])
+    small = _lanczos(lambda v: _off(apply(v), vector) / unit[..., None], start, steps, workers)
     whole = torch.isfinite(small)
     small = torch.where(whole, small, 0.0)  # a solver may refuse a whole batch for one
-    return _Queued(known, small, top, finite & whole.all())
+    return _Queued(known, small, top[..., 0], finite & whole.flatten(-3).all(-1))
 
 
-def _estimates(queued: Sequence[_Queued], size: int, spectrum: str) -> list[RankEstimate | None]:
-    """The estimates of moments of one size, None for one that was not finite. Reads the device once."""
-    if not queued:
-        return []
-    known, small, top, finite = (torch.stack(each) for each in zip(*queued, strict=True))
+def _estimates(queued: _Queued, size: int, spectrum: str) -> list[RankEstimate | None]:
+    """The estimates of moments `[b]` of one size, None for one that was not finite. Reads the device once."""
+    known, small, top, finite = queued
     floor = 16 * size**0.5 * _U  # eigenvalues under it are the moment's rounding error
     power = 0.5 if spectrum == "singular" else 1.0
     probes, steps = small.shape[1:3]
@@ -304,26 +317,47 @@ def _leading(apply: Operator, block: Tensor, count: int) -> tuple[Tensor, Tensor
 
     It has at most `_DEPTH` blocks. Columns without a direction of their own are zero.
     """
-    basis = image = block[:, :0]
-    finite = torch.ones((), dtype=torch.bool, device=block.device)
+    here = block.device.type == "cpu"
+    basis = image = block[..., :0]
+    finite = torch.ones(block.shape[:-2], dtype=torch.bool, device=block.device)
     for _ in range(_DEPTH if count else 1):
         for _ in range(3):
             # What is left of a column inside the space already there is rounding error without a direction.
-            scale = block.norm(dim=0).sum()
-            q, r = torch.linalg.qr(block - basis @ (basis.mT @ block))
-            block = torch.where(r.diagonal().abs() > 1e-10 * scale, q, 0.0)
-        if block.device.type == "cpu" and not bool(block.any()):  # elsewhere that would be a wait
+            least = 1e-10 * block.norm(dim=-2).sum(-1)[..., None]
+            block = block - basis @ (basis.mT @ block)
+            block = (_by_columns if here else _side_by_side)(block, least)
+        if here and not bool(block.any()):  # elsewhere that would be a wait
             break
-        basis, block = torch.cat([basis, block], 1), apply(block)
-        finite &= torch.isfinite(block).all()
-        block = torch.where(torch.isfinite(block), block, 0.0)
-        image = torch.cat([image, block], 1)
+        basis, block = torch.cat([basis, block], -1), apply(block)
+        known = torch.isfinite(block)
+        finite, block = finite & known.flatten(-2).all(-1), torch.where(known, block, 0.0)
+        image = torch.cat([image, block], -1)
     small = basis.mT @ image
     value, s = torch.linalg.eigh((small + small.mT) / 2)
     kept = max(count, 1)
-    value, s = value.flip(0)[:kept], s.flip(1)[:, :kept]
+    value, s = value.flip(-1)[..., :kept], s.flip(-1)[..., :kept]
     vector = basis @ s
-    return value, vector, (image @ s - vector * value).norm(dim=0), finite
+    return value, vector, (image @ s - vector * value[..., None, :]).norm(dim=-2), finite
+
+
+def _by_columns(block: Tensor, least: Tensor) -> Tensor:
+    """Orthonormal columns for those of `block[d, k]`; 0 where less than `least` is left of one."""
+    q, r = torch.linalg.qr(block)
+    return torch.where(r.diagonal().abs() > least, q, 0.0)
+
+
+def _side_by_side(block: Tensor, least: Tensor) -> Tensor:
+    """The same of `block[..., d, k]` all at once, by the eigenvectors of their Gram matrix.
+
+    A QR decomposition takes column after column. What this loses in precision the next round makes good.
+    """
+    norm = block.norm(dim=-2)
+    unit = block / torch.where(norm > least, norm, torch.inf)[..., None, :]
+    value, vector = torch.linalg.eigh(unit.mT @ unit)
+    kept = value > _ALIKE
+    weight = torch.where(kept, torch.where(kept, value, 1.0).rsqrt(), 0.0)
+    columns: Tensor = unit @ (vector * weight[..., None, :])
+    return columns
 
 
 def _off(v: Tensor, vector: Tensor) -> Tensor:
@@ -334,16 +368,17 @@ def _off(v: Tensor, vector: Tensor) -> Tensor:
 
 
 def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor:
-    """Tridiagonal matrices `[q, steps, steps]` of Lanczos from each of `start[q, d]`, kept orthogonal."""
-    q, d = start.shape
+    """Tridiagonal matrices `[..., steps, steps]` of Lanczos from each of `start[..., d]`, kept orthogonal."""
+    lead, d = start.shape[:-1], start.shape[-1]
+    q = math.prod(lead)
     together, workers = (4, workers) if start.device.type == "cpu" else (q, 1)
     parts = [slice(i, i + together) for i in range(0, q, together)]
     basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
     small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)
-    v, beta = start, torch.zeros(q, dtype=torch.float64, device=start.device)
+    v, beta = start.reshape(q, d), torch.zeros(q, dtype=torch.float64, device=start.device)
     for k in range(steps):
         basis[:, k] = v
-        w = apply(v.mT).mT
+        w = apply(v.view(start.shape).mT).mT.reshape(q, d)
         small[:, k, k] = (w * v).sum(-1)
         # The recurrence takes out nearly all of it, one pass over the basis what rounding has brought back.
         w = w - small[:, k, k, None] * v
@@ -360,7 +395,7 @@ def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor
         v = w / torch.where(beta > 0, beta, 1.0)[:, None] * (beta > 0)[:, None]
         if k + 1 < steps:
             small[:, k, k + 1] = small[:, k + 1, k] = beta
-    return small
+    return small.view(*lead, steps, steps)
 
 
 def _with_node_at_zero(t: Tensor) -> Tensor:

@@ -178,21 +178,24 @@ def settle(
     wanted = solved.doubtful(call.rtol, tol)
     if not here:
         finite = torch.stack([torch.isfinite(each).all() for each in (accumulated, values)])
-        read = torch.cat([finite, wanted]).cpu()
-        if not read[0]:
+        wanted = torch.cat([finite, wanted])
+    told = wanted.cpu().numpy()
+    if not here:
+        data, solution, *_ = told
+        if not data:
             return None
-        if not read[1]:
+        if not solution:
             library.finite(values)
-        wanted = read[2:]
+        told = told[2:]
     for op, impl in ((REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")):
-        again = wanted.nonzero()[:, 0]
+        again = np.flatnonzero(told)
         if not len(again):
             break
-        at = sent(again, x.device)
+        at = sent(torch.from_numpy(again), x.device)
         solved.put(at, op(impl, Again(x, at, call.centering, call.rtol)))
-        solved.paths[again.numpy()] += 1
+        solved.paths[again] += 1
         if op is REFINE:
-            wanted = solved.doubtful(call.rtol, tol).cpu()
+            told = solved.doubtful(call.rtol, tol).cpu().numpy()
     return solved
 
 

@@ -2,11 +2,13 @@
 
 import math
 
+import elsewhere
 import guards
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from waits import Waits
 
 import rgfast
 from rgfast.ops.spectrum import lanczos
@@ -75,6 +77,28 @@ def test_a_gpu_is_read_once_for_a_batch():
         )
     # The block and the probes, and the numbers on the host, which fake tensors do not have.
     assert watch.found == ["_to_copy between devices"] * 3 + ["_local_scalar_dense"]
+
+
+def test_estimates_elsewhere_are_those_of_the_cpu(monkeypatch):
+    """Side by side, by other orthonormal vectors of the same spaces; whatever is held of them at a time."""
+    moments = torch.stack([dense(SPECTRA["exponential"]), torch.zeros(D, D).double(), dense(SPECTRA["1/i"])])
+
+    def there():
+        with elsewhere.MakingElsewhere(), Waits() as watch:
+            found = lanczos.effective_rank_estimates(elsewhere.Elsewhere(moments), "singular")
+        assert watch.found == ["_to_copy from meta to cpu"]
+        return found
+
+    found = there()
+    for ours, theirs in zip(found, lanczos.effective_rank_estimates(moments, "singular"), strict=True):
+        for field in ("value", "low", "high"):
+            assert getattr(ours, field) == pytest.approx(getattr(theirs, field), rel=1e-8)
+        assert ours.deflated == theirs.deflated
+    moments[1, 3, 4] = math.nan
+    monkeypatch.setattr(lanczos, "_AT_ONCE", 2 * 24 * 64 * D)
+    first, none, last = there()
+    assert none is None
+    assert (first.value, last.value) == pytest.approx((found[0].value, found[2].value), rel=1e-8)
 
 
 @pytest.mark.parametrize("name", SPECTRA)
