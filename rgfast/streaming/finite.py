@@ -22,7 +22,7 @@ def check_finite(x: Tensor, mask: Tensor | None, layer: int) -> None:
     if not x.numel():
         return
     low, high = torch.aminmax(_in_memory_order(x))  # one pass, and NaN comes through
-    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+    if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = ~torch.isfinite(x)
     if mask is not None:

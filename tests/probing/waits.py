@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2"}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+READS |= {"unique", "_unique2", "unique_dim"}
 MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 

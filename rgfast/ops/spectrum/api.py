@@ -93,6 +93,12 @@ def singular_values(
     about 1e-7 in the participation ratio and 1e-5 in the variance effective rank. With `return_info` a
     `SpectrumInfo` follows.
 
+    Data on a GPU stay there, as do results, in the same precision and within the same bounds as on the CPU
+    though not with its bits: moments by torch's fp64 products, eigenvalues by cuSOLVER through torch, or for
+    `impl="cuda"` and min(n, d) up to 1,024 by the package's kernels, which `"auto"` takes only on
+    architectures where they were measured. The host is told once whether all is finite and which matrices
+    are to be solved again. Those are refined there in batches, by torch's products and `eigh`.
+
     Raises TypeError for anything but a floating tensor or array; ValueError for fewer than two dimensions, no
     samples or features, NaN or infinity (naming the matrix and the count), or an unknown option;
     `rgfast.ImplUnavailable` where `impl` names an implementation that cannot run this input.
@@ -150,12 +156,13 @@ def effective_rank(
     the error bound; `rtol` is not consulted. See `effective_rank_estimate` for a second moment or an
     operator.
 
-    Differentiable once, by formula in fp64, as are `singular_values`, `participation_ratio` and
-    `stable_rank`. Directions whose singular value is zero (to rounding) get no gradient: the entropy has no
-    slope there.
+    Differentiable once, by formula in fp64 on the device of x, as are `singular_values`,
+    `participation_ratio` and `stable_rank`. Directions whose singular value is zero (to rounding) get no
+    gradient: the entropy has no slope there.
 
-    Input, precision, the other options and errors are those of `singular_values`; by default the relative
-    error is within 1e-6 (singular) and 1e-12 (variance, fp32 data) of LAPACK's fp64 SVD.
+    Input, precision, the other options, what happens on a GPU and errors are those of `singular_values`
+    (`method="lanczos"` estimates all matrices on a GPU side by side); by default the relative error is
+    within 1e-6 (singular) and 1e-12 (variance, fp32 data) of LAPACK's fp64 SVD.
 
     >>> import rgfast, torch
     >>> rgfast.effective_rank(torch.eye(8), centering="none")
@@ -172,7 +179,7 @@ def participation_ratio(
     """Participation ratio `[...]`, fp64, of each matrix of `x[..., n, d]`: (tr C)^2 / tr C^2.
 
     C is the second moment; no eigenproblem is solved. Zero data give 0. Input and errors are those of
-    `singular_values`.
+    `singular_values`. On a GPU it is torch's fp64 products, and the host reads once whether all is finite.
 
     >>> import rgfast, torch
     >>> rgfast.participation_ratio(torch.eye(8), centering="none")
@@ -187,7 +194,9 @@ def stable_rank(
     """Stable rank `[...]`, fp64, of each matrix of `x[..., n, d]`: squared Frobenius over squared 2-norm.
 
     The largest eigenvalue of the second moment is found by Lanczos to a residual of 1e-10; no spectrum is
-    computed. Zero data give 0. Input and errors are those of `singular_values`.
+    computed. Zero data give 0. Input and errors are those of `singular_values`. On a GPU torch's products do
+    it there, and the host reads once whether all is finite and once per doubling of the Krylov space from 16
+    steps on.
 
     >>> import rgfast, torch
     >>> rgfast.stable_rank(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), centering="none")
@@ -209,8 +218,9 @@ def numerical_rank(
     """Numerical rank `[...]`, fp64, of each matrix of `x[..., n, d]`: the number of sigma_i > tol * sigma_1.
 
     `tol` is max(n, d) times the machine epsilon of the data (of fp32 for halves) unless given. Under 1e-7 a
-    Gram matrix cannot see that far, so `method="auto"` takes the accurate path there. Other arguments and
-    errors are those of `singular_values`; ValueError for a `tol` that is negative or not under 1.
+    Gram matrix cannot see that far, so `method="auto"` takes the accurate path there. Other arguments, what
+    happens on a GPU and errors are those of `singular_values`; ValueError for a `tol` that is negative or not
+    under 1.
 
     >>> import rgfast, torch
     >>> rgfast.numerical_rank(torch.diag(torch.tensor([1.0, 1e-3, 1e-9])), tol=1e-6, centering="none")
@@ -237,8 +247,8 @@ def rank_measures(
     """Every rank measure of each matrix of `x[..., n, d]` from one spectrum, as a `RankMeasures`.
 
     It carries the spectrum, the error bound, which path ran for each matrix, n, d and the isotropic Gaussian
-    baseline of the same size; nothing in it has a gradient. Arguments and errors are those of
-    `singular_values` and `numerical_rank`.
+    baseline of the same size; nothing in it has a gradient. Arguments, what happens on a GPU and errors are
+    those of `singular_values` and `numerical_rank`; measures and bounds are tensors on the device of x.
 
     >>> import rgfast, torch
     >>> m = rgfast.rank_measures(torch.eye(8), centering="none")
@@ -277,6 +287,14 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
 
     `a` is fp64 or fp32; only the lower triangle is read. Errors are within max(50, d/2) u of the largest
     magnitude, u the unit roundoff of the dtype, at any scale.
+
+    Differentiable once, in fp64 by torch's eigenvectors: V diag(g) V^T, that of a symmetric matrix. Where
+    eigenvalues are equal, functions that treat them alike have a gradient.
+
+    Matrices on a GPU stay there: by cuSOLVER through torch in checked parts, or for `impl="cuda"` and up to
+    1,024 rows by the package's kernels, in the dtype of `a` or fp64, which `"auto"` takes only on
+    architectures where they were measured. The host reads once whether all are finite. Before torch
+    2.12, which solves batches there, `"auto"` has the CPU solve what it is faster at.
 
     Raises TypeError for another dtype; ValueError for matrices that are not square, NaN or infinity (naming
     the matrix and the count); `rgfast.ImplUnavailable` where `impl` cannot run this input.

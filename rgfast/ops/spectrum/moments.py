@@ -73,7 +73,7 @@ def rank_measures_from_moment(
     data: the bound on the error of the effective ranks is in the result, evaluated for this spectrum.
     `accumulated` `[...]` is the trace of what was really summed, sum |x - shift|^2, where that is larger
     than the trace of `scatter`. Where n is 0 every measure is NaN; where it is 1 (centred), or all variance
-    is 0, it is 0.
+    is 0, it is 0. A moment on a GPU stays there, its eigenvalues as in `eigvalsh`, and the host reads once.
 
     Raises TypeError for a `scatter` that is not fp64 or an n that is not integer; ValueError for matrices
     that are not square, negative n, a shape that does not fit, or NaN or infinity.

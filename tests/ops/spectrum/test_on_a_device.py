@@ -8,6 +8,7 @@ from waits import Waits
 
 import rgfast
 from rgfast.ops.spectrum.call import Again
+from rgfast.ops.spectrum.equal_rows import limit_by_equal_rows
 from rgfast.ops.spectrum.gradients import eigenvalue_gradient, gradient
 from rgfast.ops.spectrum.rows import refine_spectra, spectra_of_rows
 from rgfast.ops.spectrum.solve import REFINE, SVD
@@ -85,6 +86,18 @@ def test_other_functions_are_read_once():
     assert waits == [READ]
 
 
+def test_a_stream_is_read_for_every_update_and_twice_at_its_end():
+    def streamed(x):
+        made = rgfast.SecondMoments()
+        for rows in x[None].split(20, dim=2):
+            made.update(rows)
+        return made.rank_measures(0).effective_rank
+
+    found, waits = there(streamed, X)
+    torch.testing.assert_close(found.held, streamed(X), rtol=1e-12, atol=0)
+    assert waits == ["_local_scalar_dense"] * 2 + [READ] * 2
+
+
 @pytest.mark.parametrize("centering", ["mean", "none"])
 @pytest.mark.parametrize(("shape", "dtype"), [((60, 20), F64), ((20, 60), F64), ((300, 9), torch.float32)])
 def test_refinement_stays_there(known, shape, dtype, centering):
@@ -160,6 +173,28 @@ def test_a_probe_s_spectra_are_refined_there(known):
     want = refined(x, at)
     assert bool(((found.sigma.held - want.sigma).abs() <= found.error.held + want.error).all())
     assert len(waits) == 7  # moments, which ways; which rows, stage 1, how good; stages 1 and 2
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_equal_rows_are_compared_there(dtype):
+    draw = torch.Generator().manual_seed(0)
+    tokens = drawn(12, 20, dtype=dtype)
+    x = torch.stack([drawn(40, 20, dtype=dtype), tokens[torch.randint(12, (40,), generator=draw)]])
+    x[1, 4:6] = x[1, 4]
+    x[1, 5, 3] += 1.0  # in one feature alone
+
+    def limited(y, at):
+        solved, _ = spectra_of_rows(y, uncentred=False)
+        limit_by_equal_rows(y, solved, at, centering="mean")
+        return solved
+
+    at = torch.arange(2)
+    found, waits = there(limited, x, at)
+    want = limited(x, at)
+    assert want.rank_limit.tolist() == [20, len(torch.unique(x[1], dim=0)) - 1]
+    assert torch.equal(found.rank_limit.held, want.rank_limit)
+    assert torch.equal(found.sigma.held == 0, want.sigma == 0)
+    assert waits[1:] == [READ, "unique_dim"]  # after the spectra
 
 
 BAD = X.clone()
