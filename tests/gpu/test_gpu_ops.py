@@ -105,6 +105,36 @@ def test_both_devices_agree_within_their_bounds(device, name):
     assert (difference <= bound * here.effective_rank_variance + 1e-12).all()
 
 
+SLOPES = {
+    "effective_rank": lambda x: rgfast.effective_rank(x),
+    "of variances": lambda x: rgfast.effective_rank(x, spectrum="variance"),
+    "participation_ratio": lambda x: rgfast.participation_ratio(x),
+    "stable_rank": lambda x: rgfast.stable_rank(x),
+    "singular_values": lambda x: rgfast.singular_values(x),
+    "eigvalsh": lambda x: rgfast.eigvalsh(x[:, : x.shape[2]] + x[:, : x.shape[2]].mT),
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("name", SLOPES)
+def test_gradients_of_spectra(device, name, dtype):
+    x = (drawn(6, 60, 20, dtype=F64) * torch.logspace(0, -2, 20, dtype=F64)).to(dtype)
+    x[1] = drawn(60, 1, seed=1, dtype=dtype) * x[1]
+    call = SLOPES[name]
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        value = quietly(lambda: call(x))
+        weight = torch.arange(1.0, 1 + value.numel(), dtype=value.dtype, device=x.device)
+        return torch.autograd.grad(value, x, weight.reshape(value.shape))[0]
+
+    found, want = slope(x.to(device)), slope(x.double())
+    assert (found.device.type, found.dtype) == (device, dtype)
+    tight = {"rtol": 1e-8, "atol": 1e-10} if dtype == F64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(found.cpu().double(), want, **tight)
+    assert torch.equal(slope(x.to(device)), found)
+
+
 @pytest.mark.parametrize("centering", ["mean", "none"])
 def test_ranks_of_a_moment(device, centering):
     x = drawn(6, 90, 20, dtype=F64)

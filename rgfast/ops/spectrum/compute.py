@@ -209,9 +209,9 @@ def second_moments(call: Measure, *, look: bool = True) -> tuple[Tensor, Tensor]
 
 def describe(x: Tensor, solved: Solved, impl: str) -> SpectrumInfo:
     lead = x.shape[:-2]
-    paths = solved.path.cpu().numpy() if solved.paths is None else solved.paths
+    assert solved.paths is not None
     return SpectrumInfo(
-        path=np.array(PATHS)[paths].reshape(tuple(lead)),
+        path=np.array(PATHS)[solved.paths].reshape(tuple(lead)),
         error_bound=solved.bound().reshape(lead),
         variance_error_bound=solved.bound("variance").reshape(lead),
         singular_value_error=solved.singular_value_error().reshape(*lead, min(x.shape[-2:])),

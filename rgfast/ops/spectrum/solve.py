@@ -187,13 +187,14 @@ def settle(
         if not solution:
             library.finite(values)
         told = told[2:]
-    for op, impl in ((REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")):
+    ways = (REFINE, "library" if call.impl == "reference" else "auto"), (SVD, "library")
+    for path, (op, impl) in enumerate(ways, 1):
         again = np.flatnonzero(told)
         if not len(again):
             break
         at = sent(torch.from_numpy(again), x.device)
         solved.put(at, op(impl, Again(x, at, call.centering, call.rtol)))
-        solved.paths[again] += 1
+        solved.paths[again] = path
         if op is REFINE:
             told = solved.doubtful(call.rtol, tol).cpu().numpy()
     return solved
