@@ -7,7 +7,7 @@ import pytest
 from gpu_stand_in import solved
 
 from rgfast.ops.device import LAUNCH, STREAM, WAIT
-from rgfast.ops.spectrum import lanczos
+from rgfast.ops.spectrum import krylov, lanczos
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,11 +36,11 @@ def test_a_batch_takes_longer_than_its_kernels_alone():
 
 def test_estimates_read_every_moment_for_every_step():
     cost = script.estimates(script.FEW, script.WIDE)
-    products = lanczos._STEPS + lanczos._DEPTH
+    products = lanczos._STEPS + krylov.DEPTH
     assert cost.device > products * script.FEW * script.WIDE**2 * 8 / STREAM
     assert not cost.unknown
     # Three times eigenvectors for every block, its space's and those of four tridiagonal matrices; a read.
-    assert cost.waits == 3 * lanczos._DEPTH + 1 + 4 + 1
+    assert cost.waits == 3 * krylov.DEPTH + 1 + 4 + 1
     alone = script.estimates(1, script.WIDE)  # of several, blocks are laid out anew for every step
     assert alone.kernels <= cost.kernels <= alone.kernels + lanczos._STEPS + 8
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from rgfast.ops.spectrum.krylov import Operator, lanczos, leading, off, product
 from rgfast.ops.spectrum.measures import UNIT_ROUNDOFF
 from rgfast.runtime.threads import aligned, one_thread
 from rgfast.runtime.waiting import sent
@@ -18,16 +18,11 @@ from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = ["RankEstimate", "effective_rank_estimate", "moment_operator"]
 
-Operator = Callable[[Tensor], Tensor]
-
 _PROBES, _STEPS, _DEFLATE = 24, 64, 48  # by default
-_TILE = 512  # rows of a formed moment that one thread multiplies at once
 _BLOCK = 32  # columns of the block Krylov space in which the top of the spectrum is sought
-_DEPTH = 8  # its depth
 _CONVERGED = 1e-3  # relative residual of a deflated pair; what it leaves out is of second order
 _AT_ONCE = 1 << 28  # elements of Lanczos bases on a GPU
 _U = UNIT_ROUNDOFF[torch.float64]
-_ALIKE = 1e-13  # eigenvalue of a Gram matrix of unit columns that says no more than its rounding
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def effective_rank_estimates(moments: Tensor, spectrum: str) -> list[RankEstimat
         block, start = _drawn(size, _PROBES, 0, moments.device)
 
         def queue(a: Tensor) -> _Queued:
-            lead, apply = a.shape[:-2], _product(aligned(a), workers)
+            lead, apply = a.shape[:-2], product(aligned(a), workers)
             first, probes = block.expand(*lead, *block.shape), start.expand(*lead, *start.shape)
             return _quadrature(apply, first, probes, _STEPS, _DEFLATE, workers)
 
@@ -178,7 +173,7 @@ def _operator(moment: Any, dim: int | None, workers: int) -> tuple[Operator, int
         low, high = torch.aminmax(a)  # one pass, and NaN comes through
         if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
             _refuse_nonfinite(a)
-    return _product(aligned(a), workers), a.shape[0], a.device
+    return product(aligned(a), workers), a.shape[0], a.device
 
 
 def _refuse_nonfinite(moment: Any) -> NoReturn:
@@ -186,22 +181,6 @@ def _refuse_nonfinite(moment: Any) -> NoReturn:
     if bad:
         raise ValueError(f"moment must be finite, got {bad} NaN or infinite values")
     raise ValueError("moment must be finite, got NaN or infinite values from it")
-
-
-def _product(a: Tensor, workers: int) -> Operator:
-    """V -> a V; on the CPU by tiles of rows, whose bits are the same whichever thread computes them."""
-    if a.device.type != "cpu":
-        return lambda v: a @ v
-    tiles = torch.split(a, _TILE)
-    return lambda v: torch.cat(_spread(lambda rows: rows @ v, tiles, workers))
-
-
-def _spread(function: Callable[[Any], Tensor], parts: Sequence[Any], workers: int) -> list[Tensor]:
-    """`function` of every part, on so many threads."""
-    if workers == 1 or len(parts) < 4:
-        return [function(part) for part in parts]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, parts))
 
 
 class _Queued(NamedTuple):
@@ -227,7 +206,7 @@ def _quadrature(
     apply: Operator, block: Tensor, start: Tensor, steps: int, deflate: int, workers: int
 ) -> _Queued:
     """Of moments `[..., size, size]`, from what was drawn, `[..., size, *]`."""
-    value, vector, residual, finite = _leading(apply, block, deflate)
+    value, vector, residual, finite = leading(apply, block, deflate)
     top = value[..., :1]
     value, vector, residual = value[..., :deflate], vector[..., :deflate], residual[..., :deflate]
     # Up to the first pair whose residual is not small.
@@ -235,10 +214,10 @@ def _quadrature(
     unit = torch.where(top > 0, top, 1.0)
     known, vector = torch.where(good, value / unit, 0.0), torch.where(good[..., None, :], vector, 0.0)
     known = torch.nn.functional.pad(known, (0, deflate - known.shape[-1]))
-    start = _off(start, vector)
+    start = off(start, vector)
     start = (start / start.norm(dim=-2, keepdim=True).clamp_min(1e-300)).mT  # [..., q, d]
     steps = min(steps, start.shape[-1])
-    small = _lanczos(lambda v: _off(apply(v), vector) / unit[..., None], start, steps, workers)
+    small = lanczos(lambda v: off(apply(v), vector) / unit[..., None], start, steps, workers)
     whole = torch.isfinite(small)
     small = torch.where(whole, small, 0.0)  # a solver may refuse a whole batch for one
     return _Queued(known, small, top[..., 0], finite & whole.flatten(-3).all(-1))
@@ -312,92 +291,6 @@ def _estimate(
     width = float(stdtrit(probes - 1, 0.975)) * probe + depth + hide + 1e-10
     low, high = math.exp(entropy - width), math.exp(entropy + width)
     return RankEstimate(math.exp(entropy), low, high, probe, depth, hide, int(deflated))
-
-
-def _leading(apply: Operator, block: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ritz values, descending, vectors and residuals of a block Krylov space, and whether all was finite.
-
-    It has at most `_DEPTH` blocks. Columns without a direction of their own are zero.
-    """
-    here = block.device.type == "cpu"
-    basis = image = block[..., :0]
-    finite = torch.ones(block.shape[:-2], dtype=torch.bool, device=block.device)
-    for _ in range(_DEPTH if count else 1):
-        for _ in range(3):
-            # What is left of a column inside the space already there is rounding error without a direction.
-            least = 1e-10 * block.norm(dim=-2).sum(-1)[..., None]
-            block = block - basis @ (basis.mT @ block)
-            block = (_by_columns if here else _side_by_side)(block, least)
-        if here and not bool(block.any()):  # elsewhere that would be a wait
-            break
-        basis, block = torch.cat([basis, block], -1), apply(block)
-        known = torch.isfinite(block)
-        finite, block = finite & known.flatten(-2).all(-1), torch.where(known, block, 0.0)
-        image = torch.cat([image, block], -1)
-    small = basis.mT @ image
-    value, s = torch.linalg.eigh((small + small.mT) / 2)
-    kept = max(count, 1)
-    value, s = value.flip(-1)[..., :kept], s.flip(-1)[..., :kept]
-    vector = basis @ s
-    return value, vector, (image @ s - vector * value[..., None, :]).norm(dim=-2), finite
-
-
-def _by_columns(block: Tensor, least: Tensor) -> Tensor:
-    """Orthonormal columns for those of `block[d, k]`; 0 where less than `least` is left of one."""
-    q, r = torch.linalg.qr(block)
-    return torch.where(r.diagonal().abs() > least, q, 0.0)
-
-
-def _side_by_side(block: Tensor, least: Tensor) -> Tensor:
-    """The same of `block[..., d, k]` all at once, by the eigenvectors of their Gram matrix.
-
-    A QR decomposition takes column after column. What this loses in precision the next round makes good.
-    """
-    norm = block.norm(dim=-2)
-    unit = block / torch.where(norm > least, norm, torch.inf)[..., None, :]
-    value, vector = torch.linalg.eigh(unit.mT @ unit)
-    kept = value > _ALIKE
-    weight = torch.where(kept, torch.where(kept, value, 1.0).rsqrt(), 0.0)
-    columns: Tensor = unit @ (vector * weight[..., None, :])
-    return columns
-
-
-def _off(v: Tensor, vector: Tensor) -> Tensor:
-    """The part of `v[d, k]` orthogonal to the deflated vectors; twice, since once leaves rounding error."""
-    for _ in range(2):
-        v = v - vector @ (vector.mT @ v)
-    return v
-
-
-def _lanczos(apply: Operator, start: Tensor, steps: int, workers: int) -> Tensor:
-    """Tridiagonal matrices `[..., steps, steps]` of Lanczos from each of `start[..., d]`, kept orthogonal."""
-    lead, d = start.shape[:-1], start.shape[-1]
-    q = math.prod(lead)
-    together, workers = (4, workers) if start.device.type == "cpu" else (q, 1)
-    parts = [slice(i, i + together) for i in range(0, q, together)]
-    basis = torch.zeros((q, steps, d), dtype=torch.float64, device=start.device)
-    small = torch.zeros((q, steps, steps), dtype=torch.float64, device=start.device)
-    v, beta = start.reshape(q, d), torch.zeros(q, dtype=torch.float64, device=start.device)
-    for k in range(steps):
-        basis[:, k] = v
-        w = apply(v.view(start.shape).mT).mT.reshape(q, d)
-        small[:, k, k] = (w * v).sum(-1)
-        # The recurrence takes out nearly all of it, one pass over the basis what rounding has brought back.
-        w = w - small[:, k, k, None] * v
-        if k:
-            w = w - beta[:, None] * basis[:, k - 1]
-
-        def off(part: slice, w: Tensor = w, k: int = k) -> Tensor:
-            seen = basis[part, : k + 1]
-            return w[part] - (seen.mT @ (seen @ w[part, :, None]))[:, :, 0]
-
-        w = torch.cat(_spread(off, parts, workers if d >= 2 * _TILE else 1))
-        beta = w.norm(dim=-1)
-        beta = torch.where(beta > 1e-14, beta, 0.0)  # an exhausted space goes on with zeros of no weight
-        v = w / torch.where(beta > 0, beta, 1.0)[:, None] * (beta > 0)[:, None]
-        if k + 1 < steps:
-            small[:, k, k + 1] = small[:, k + 1, k] = beta
-    return small.view(*lead, steps, steps)
 
 
 def _with_node_at_zero(t: Tensor) -> Tensor:

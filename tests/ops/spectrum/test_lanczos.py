@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from waits import Waits
 
 import rgfast
-from rgfast.ops.spectrum import lanczos
+from rgfast.ops.spectrum import krylov, lanczos
 
 D = 256
 NUMBERS = torch.arange(1, D + 1, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_no_full_eigenproblem_is_solved(monkeypatch):
         monkeypatch.setattr(torch.linalg, name, counted)
     d = 600
     rgfast.effective_rank_estimate(torch.diag(torch.linspace(1, 2, d, dtype=torch.float64)))
-    assert max(sizes) <= lanczos._BLOCK * lanczos._DEPTH < d
+    assert max(sizes) <= lanczos._BLOCK * krylov.DEPTH < d
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_refusals(call, kind, match):
 def test_all_threads_work_on_the_cpu(monkeypatch, batch):
     """Products and what keeps probes orthogonal are shared out, although torch has one thread inside."""
     seen = []
-    spread = lanczos._spread
+    spread = krylov.spread
 
     def counted(function, parts, workers):
         seen.append(workers)
         return spread(function, parts, workers)
 
-    monkeypatch.setattr(lanczos, "_spread", counted)
-    moment = torch.eye(2 * lanczos._TILE, dtype=torch.float64)
+    monkeypatch.setattr(krylov, "spread", counted)
+    moment = torch.eye(2 * krylov.TILE, dtype=torch.float64)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
