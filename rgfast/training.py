@@ -156,10 +156,43 @@ def captured(model: MaskedTokenModel, chain: MarkovChain, tokens: Tensor, mask: 
     return float(captured_fraction(log_probs, posterior, mask, chain.stationary))
 
 
+def _device(model: torch.nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def _log_probabilities(model: MaskedTokenModel, tokens: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
-        logits = model(tokens.masked_fill(mask, model.mask_token))
-    return torch.log_softmax(logits.double(), dim=-1)
+        logits = model(tokens.masked_fill(mask, model.mask_token).to(_device(model)))
+    return torch.log_softmax(logits.to(tokens.device).double(), dim=-1)
+
+
+def _loss(model: MaskedTokenModel, shown: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy at hidden positions, of a batch on the CPU; the model may be elsewhere."""
+    device = _device(model)
+    if device.type == "cpu":
+        return F.cross_entropy(model.logits_at(shown, mask), targets[mask])
+    # By places, which are known here: by a mask the host would wait for the device to count them.
+    where = tuple(at.to(device, non_blocking=True) for at in mask.nonzero(as_tuple=True))
+    logits = model.logits_at(shown.to(device, non_blocking=True), where)
+    return F.cross_entropy(logits, targets[mask].to(device, non_blocking=True))
+
+
+def _step(
+    model: MaskedTokenModel,
+    optimiser: torch.optim.Optimizer,
+    shown: Tensor,
+    mask: Tensor,
+    targets: Tensor,
+    clip: float,
+) -> Tensor:
+    """One step; the loss before it."""
+    loss = _loss(model, shown, mask, targets)
+    optimiser.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimiser.step()
+    return loss.detach()
 
 
 def _expected_loss(posterior: Tensor, log_probs: Tensor) -> float:
@@ -179,7 +212,8 @@ def train(
     """Train ``model`` in place on masked sequences of ``chain``; losses and captured fraction by step.
 
     Args:
-        model: a :class:`MaskedTokenModel` with as many states as the chain.
+        model: a :class:`MaskedTokenModel` with as many states as the chain, on any device: sequences are
+            drawn on the CPU and brought there.
         config: see :class:`TrainingConfig`.
         seed: of tokens and masks (the model brings its own weights).
         permute_targets: the trained control: every sequence is asked for another one's tokens, so that there
@@ -216,13 +250,9 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = config.lr_at(step)
         shown = corrupt(tokens, mask, model.mask_token, model.states, config.replacement, corruption)
-        loss = F.cross_entropy(model.logits_at(shown, mask), targets[mask])
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimiser.step()
+        loss = _step(model, optimiser, shown, mask, targets, config.clip)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            value = float(loss.detach())
+            value = float(loss)
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the training loss is {value} after {step + 1} steps (lr {config.lr})"

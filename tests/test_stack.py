@@ -176,6 +176,7 @@ def test_logits_of_some_positions_are_those_of_the_whole(mixing):
     where = torch.rand(3, 5, generator=generator()) < 0.4
     assert 0 < where.sum() < where.numel()
     torch.testing.assert_close(model.logits_at(tokens, where), model(tokens)[where], rtol=1e-12, atol=1e-12)
+    assert torch.equal(model.logits_at(tokens, where.nonzero(as_tuple=True)), model.logits_at(tokens, where))
     assert model.logits_at(tokens, torch.zeros(3, 5, dtype=torch.bool)).shape == (0, 4)
 
 

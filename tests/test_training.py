@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rgfast import MarkovChain, MaskedTokenModel
+from rgfast import MarkovChain, MaskedTokenModel, training
 from rgfast.masking import corrupt
 from rgfast.training import TrainingConfig, captured, seeded_generator, train
 
@@ -74,6 +74,21 @@ def test_without_mixing_only_the_hidden_rows_are_trained_on():
         gradients.append(torch.autograd.grad(loss, list(net.parameters())))
     for own, whole in zip(*gradients, strict=True):
         torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::rgfast.FallbackWarning")
+@pytest.mark.parametrize("mixing", ["mixer", "window", "none"])
+def test_a_model_elsewhere_gets_its_batch_there(mixing):
+    """On "meta", which stands for a GPU: the loss is there, and no value was waited for."""
+    net = MaskedTokenModel(
+        16, 6, 8, 2, mixing=mixing, generator=seeded_generator(0, "weights"), device="meta"
+    )
+    tokens = MarkovChain.from_correlation_length(1).sample(8, 6, seeded_generator(0, "tokens"))
+    mask = TrainingConfig().draw_mask(8, 6, seeded_generator(0, "masks"))
+    loss = training._loss(net, tokens.masked_fill(mask, 16), mask, tokens)
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in net.parameters())
 
 
 def test_training_captures_and_permuted_targets_do_not():

@@ -179,8 +179,9 @@ class MaskedTokenModel(nn.Module):
         logits: Tensor = self.head(self.final_norm(self.stack(self.embed(tokens))))
         return logits
 
-    def logits_at(self, tokens: Tensor, where: Tensor) -> Tensor:
-        """The logits of the positions ``where`` (bool ``[B, T]``), ``[k, V]``, row by row.
+    def logits_at(self, tokens: Tensor, where: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """The logits of the positions ``where``, ``[k, V]``: bool ``[B, T]``, row by row, or their rows and
+        columns, ``[k]`` each.
 
         Without mixing across positions (``"none"``, ``"window"``) only these are computed.
         """

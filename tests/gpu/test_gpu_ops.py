@@ -10,6 +10,7 @@ import rgfast
 from rgfast import FallbackWarning, ImplUnavailable, dispatch
 from rgfast.ops.cka.api import alignment
 from rgfast.ops.moments import add_positions, add_products, pair_products
+from rgfast.training import TrainingConfig, seeded_generator, train
 
 F64 = torch.float64
 
@@ -352,3 +353,17 @@ def test_on_a_gpu_the_library_is_what_auto_takes(monkeypatch):
         rgfast.kernel_drift(x)
         rgfast.participation_ratio(x)
     assert {entry.impl for entry in log} == {"library"}
+
+
+def test_training(device):
+    """The same losses as on the CPU, of a model that is on a device."""
+    chain = rgfast.MarkovChain.from_correlation_length(2.0, states=8)
+    config = TrainingConfig(steps=6, batch=32, warmup=2, log_every=2, log_sequences=64)
+    logs = []
+    for place in ("cpu", device):
+        weights = seeded_generator(0, "weights")
+        model = rgfast.MaskedTokenModel(8, 5, 8, 2, generator=weights, device=place)
+        logs.append(quietly(lambda model=model: train(model, chain, config, seed=0)))
+    for name in ("loss", "captured", "evaluation_loss"):
+        here, there = (torch.tensor(getattr(log, name)) for log in logs)
+        torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
