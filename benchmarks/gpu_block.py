@@ -135,7 +135,7 @@ def _packing(form: Form, d: int) -> float:
     return 0.0 if form == "plain" else max(LEAST_KERNEL, 8 * d * d * (4 + 2 * 2) / PASS)
 
 
-def _multiply(form: Form, d: int, rows: int) -> float:
+def multiply(form: Form, d: int, rows: int) -> float:
     """Seconds of one of the library's products for a weight's gradient."""
     rate = {"plain": HALF, "single": TF32, "split": gpu_clock.FP32}[form]
     moved = 5 * rows * d * (2 if form == "plain" else 4)
@@ -146,10 +146,14 @@ def forward(form: Form, d: int, rows: int = ROWS) -> float:
     """Seconds of the forward pass."""
     if d <= WIDEST:
         return _packing(form, d) + ours("forward", form, d, rows).seconds
-    size = 2 if form == "plain" else 4
-    numbers = rows * d
-    passes = (3 * numbers + 2 * 4 * numbers) * size / PASS
-    return passes + _products(form, d) * rows / ROWS
+    # The norm, the activation, and in half precision the residual, which fp32's second product is added to.
+    passes = 2 + 8 + 3 if form == "plain" else 3 + 8 + 1
+    return passes * stream(form, d, rows) / PASS + products(form, d) * rows / ROWS
+
+
+def stream(form: str, d: int, rows: int = ROWS) -> float:
+    """Bytes of the residual stream."""
+    return rows * d * (2.0 if form == "plain" else 4.0)
 
 
 def stack(form: Form, d: int, rows: int, layers: int) -> float:
@@ -170,10 +174,14 @@ def launches(form: Form, d: int, layers: int) -> int:
 
 def both(form: Form, d: int) -> float:
     """Seconds of the forward pass and all gradients."""
+    if d > WIDEST:
+        # Through the activation, and through the norm.
+        passes = (12 + 4) * stream(form, d) / PASS + 8 * LEAST_KERNEL
+        return forward(form, d) + passes + products(form, d) + 2 * multiply(form, d, ROWS)
     kernel = ours("backward", form, d, backward=True, factors=True)
     size, numbers = 2 if form == "plain" else 4, ROWS * d
     sums = 5 * numbers * size / PASS + 8 * LEAST_KERNEL
-    return forward(form, d) + _packing(form, d) + kernel.seconds + 2 * _multiply(form, d, ROWS) + sums
+    return forward(form, d) + _packing(form, d) + kernel.seconds + 2 * multiply(form, d, ROWS) + sums
 
 
 def measured() -> dict[str, Any]:
@@ -187,10 +195,10 @@ def _of(kind: str, form: str, d: int) -> float | None:
     return next((us * 1e-6 for (f, at), us in measured()[kind] if (f, at) == (form, d)), None)
 
 
-def _products(form: str, d: int) -> float:
+def products(form: str, d: int) -> float:
+    """Seconds of a block's products: measured, and by the rate of the widest that was beyond that."""
     found = _of("block_products", form, d)
-    assert found is not None
-    return found
+    return products(form, d // 2) * 4 if found is None else found
 
 
 def eager_backward(form: Form, d: int) -> tuple[float, bool]:
@@ -203,10 +211,10 @@ def eager_backward(form: Form, d: int) -> tuple[float, bool]:
         return found, True
     single = _of("block_eager_backward", "single", d)
     if form == "split" and single is not None:
-        return single + 2 * (_products("split", d) - _products("single", d)), False
+        return single + 2 * (products("split", d) - products("single", d)), False
     if form == "plain":
         return modeled_backward(d, torch.bfloat16), False
-    return modeled_backward(d, torch.float32) + 2 * (_products(form, d) - _products("split", d)), False
+    return modeled_backward(d, torch.float32) + 2 * (products(form, d) - products("split", d)), False
 
 
 def modeled_backward(d: int, dtype: torch.dtype) -> float:
@@ -238,7 +246,7 @@ def validation() -> list[Row]:
         words = f"backward, D={d}{', factors written' if factors else ''}"
         rows.append(Row(words, us, 1e6 * kernel.seconds))
     for (form, d), us in table["block_weights"]:
-        rows.append(Row(f"weights' gradients, {form}, D={d}", us, 2e6 * _multiply(form, d, ROWS)))
+        rows.append(Row(f"weights' gradients, {form}, D={d}", us, 2e6 * multiply(form, d, ROWS)))
     (us,) = (us for (form, d), us in table["block_eager_backward"] if (form, d) == ("plain", 256))
     rows.append(Row("eager, backward, bf16, D=256", us, 1e6 * modeled_backward(256, torch.bfloat16)))
     return rows
@@ -256,12 +264,9 @@ def table() -> list[str]:
             assert bare is not None
             took = forward(form, d)
             cells = [name, str(d), f"{1e6 * took:.0f}", f"{bare / took:.2f}"]
-            if d > WIDEST:
-                cells += ["as eager", "1.0"]
-            else:
-                back, known = eager_backward(form, d)
-                more = both(form, d)
-                cells += [f"{1e6 * more:.0f}", f"{(bare + back) / more:.1f}{'' if known else '*'}"]
+            back, known = eager_backward(form, d)
+            more = both(form, d)
+            cells += [f"{1e6 * more:.0f}", f"{(bare + back) / more:.1f}{'' if known else '*'}"]
             if d in STACK["h100", form]:
                 kernel = ours("stack", form, d, layers=12)
                 together = 12 * _packing(form, d) + kernel.seconds

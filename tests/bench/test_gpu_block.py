@@ -57,8 +57,14 @@ def test_warps_without_rows_of_their_own_repeat_others():
 
 def test_wide_blocks_are_the_librarys_products_between_two_passes():
     rows, d = gpu_block.ROWS, 512
-    moved = rows * d * 2 * 3 + rows * 4 * d * 2 * 2
+    moved = rows * d * 2 * (2 + 3) + rows * 4 * d * 2 * 2
     assert forward("plain", d) == pytest.approx(434.2e-6 + moved / 2.5e12)
+
+
+def test_gradients_of_wide_blocks_are_the_librarys_products_between_passes():
+    moved = gpu_block.stream("plain", 512) * (12 + 4)
+    least = forward("plain", 512) + 434.2e-6 + 2 * gpu_block.multiply("plain", 512, gpu_block.ROWS)
+    assert gpu_block.both("plain", 512) == pytest.approx(least + moved / 2.5e12, rel=0.02)
 
 
 def test_the_table_has_every_form_and_width():
@@ -85,4 +91,5 @@ def test_figures_are_marked_as_predicted_and_are_those_of_the_readme(monkeypatch
     assert "OFF BY MORE" not in said
     assert "PREDICTED, not run on a GPU" in said
     readme = (Path(gpu_block.__file__).parents[1] / "rgfast/ops/residual_mlp/README.md").read_text("utf-8")
-    assert "\n".join(gpu_block.table()) in readme
+    again = "write what `python benchmarks/gpu_block.py` prints into rgfast/ops/residual_mlp/README.md"
+    assert "\n".join(gpu_block.table()) in readme, again

@@ -14,7 +14,11 @@ import torch
 import rgfast
 
 CHECKS = Path(__file__).resolve().parents[1] / "ops" / "residual_mlp" / "triton_checks.py"
-NAMES = re.findall(r"^def check_(\w+)", CHECKS.read_text(encoding="utf-8"), re.MULTILINE)
+NAMES = [
+    name
+    for path in sorted(CHECKS.parent.glob("triton_checks*.py"))
+    for name in re.findall(r"^def check_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,10 +29,11 @@ pytestmark = [
 def checked(name, folder):
     """What a check found, in a process of its own; none but what is wrong."""
     path = folder / f"{name}.json"
+    paths = os.pathsep.join([str(CHECKS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, CHECKS, path, name],
         # cuBLAS asks for the second where new tensors are to start as NaN.
-        env=os.environ | {"TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+        env=os.environ | {"TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": paths},
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     if done.returncode:

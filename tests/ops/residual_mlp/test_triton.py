@@ -27,9 +27,15 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 CHECKS = [
     line.split("check_")[1].split("(")[0]
-    for line in (HERE / "triton_checks.py").read_text(encoding="utf-8").splitlines()
+    for path in sorted(HERE.glob("triton_checks*.py"))
+    for line in path.read_text(encoding="utf-8").splitlines()
     if line.startswith("def check_")
 ]
+
+
+def searched(folder):
+    """What makes a process find modules in a folder as well."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def interpreted(tmp_path_factory):
     path = tmp_path_factory.mktemp("interpreted") / "found.json"
     done = subprocess.run(
         [sys.executable, HERE / "triton_checks.py", path],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"} | searched(HERE.parent),
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -76,11 +82,65 @@ def test_weights_are_copied_by_descriptors_from_sm_90_on(tmp_path):
     # As a process of its own: the checks of others may have made Triton interpret.
     done = subprocess.run(
         [sys.executable, "-c", COPIES],
-        env=os.environ | {"PYTHONPATH": str(HERE), "TRITON_CACHE_DIR": str(tmp_path)},
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)} | searched(HERE),
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     found = done.stdout.splitlines()
     assert found == ["80 False", "90 True", "100 True", "planted: copies of tensors False"], done.stderr
+
+
+ADDRESSES = """
+import re
+import triton_gate
+from triton.backends.nvidia.compiler import CUDABackend
+
+class Found(Exception):
+    pass
+
+def stop(module, metadata):
+    raise Found(str(module))
+
+add = CUDABackend.add_stages
+
+def until_addresses(self, stages, *rest):
+    add(self, stages, *rest)
+    stages["ttgir"] = stop
+
+CUDABackend.add_stages = until_addresses
+CHOSEN = ("forward plain 64", "forward split 256", "backward plain 64", "stack plain 64", "stack split 128")
+CHOSEN += ("backward split 256", "begin 1024", "activate 4096", "descend 4096", "finish 1024")
+for entry in triton_gate.entries(80):
+    if entry.name not in CHOSEN:
+        continue
+    try:
+        triton_gate.compiled(entry)
+    except Found as found:
+        text = str(found)
+    # What each value points into, and where offsets of 64 bits lead from.
+    into, wide = {}, set()
+    for made, operation, used, types in re.findall(r"(%[\\w]+) = tt\\.(\\w+) (%\\w+)[^:]*: (.*)", text):
+        source = into.get(used, used)
+        if operation in ("splat", "broadcast", "addptr", "expand_dims") and "ptr" in types:
+            into[made] = source
+        if operation == "addptr" and "i64" in types:
+            wide.add(source.removeprefix("%"))
+    rows = {"x", "y", "dy", "dx", "normed", "hidden", "slopes", "start", "gradient"} & entry.types.keys()
+    print(entry.name, "atomic" in text, "b1" in wide, sorted(rows - wide), sep="|")
+"""
+
+
+@needs_triton
+def test_offsets_of_rows_have_64_bits_and_nothing_is_added_atomically(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ADDRESSES],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)} | searched(HERE),
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    found = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(found) == 10, done.stderr
+    assert {tuple(rest) for name, *rest in found if name != "activate 4096"} == {("False", "False", "[]")}
+    # There biases are found by the place of a number among all of them.
+    assert [rest for name, *rest in found if name == "activate 4096"] == [["False", "True", "[]"]]
 
 
 def gpu_call(*shape, dtype=torch.float32, h=64, across="features"):
@@ -167,7 +227,7 @@ def test_on_the_cpu_it_is_refused():
         ((4, 65), {"dtype": torch.float16, "grad": True}, ["plain_128", "plain_128_gradient"]),
         ((4, 256), {"grad": True}, ["split_256", "split_256_gradient"]),
         ((4, 257), {}, ["wide"]),
-        ((4, 257), {"grad": True}, []),
+        ((4, 257), {"grad": True}, ["wide", "wide_gradient"]),
     ],
 )
 def test_every_kernel_of_a_call_is_tried_before(h100, shape, kind, names):
@@ -184,7 +244,8 @@ def test_every_tile_has_a_known_answer():
     assert registered <= known_answers._ANSWERS.keys()
     tiles = {f"residual_mlp_{form}_{width}" for _, form in table.FORWARD for width in (64, 128, 256)}
     stacks = {f"residual_stack_{form}_{width}" for _, form in table.STACK for width in (64, 128)}
-    assert registered == tiles | {f"{name}_gradient" for name in tiles} | stacks | {"residual_mlp_wide"}
+    blocks = {*tiles, "residual_mlp_wide"}
+    assert registered == blocks | {f"{name}_gradient" for name in blocks} | stacks
 
 
 def gpu_stack(*shapes, grad=False, **kind):

@@ -1,6 +1,6 @@
 """What the Triton block must do, in a process of its own: import settles whether kernels are interpreted.
 
-    TRITON_INTERPRET=1 python tests/ops/residual_mlp/triton_checks.py FILE [NAMES]
+    PYTHONPATH=tests/ops TRITON_INTERPRET=1 python tests/ops/residual_mlp/triton_checks.py FILE [NAMES]
 
 Runs every function named ``check_*`` (or those of NAMES) on CPU tensors, or on a GPU without the variable,
 and writes what each found to FILE as JSON.
@@ -20,26 +20,32 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import triton_checks_wide
+from guards import Waits
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from triton_checks_wide import broad
 from triton_truth import (
     DEVICE,
     NAMES,
     OPTIONS,
     UNIT,
     Tensors,
+    close_second_derivatives,
     drawn,
+    eager,
     evaluated,
     layers_of,
     ours,
     over_fp32,
+    same,
     stream,
     theirs,
 )
 
 from rgfast.ops.residual_mlp.call import Call, StackCall
-from rgfast.ops.residual_mlp.gpu import answers, contract, launch, wide
+from rgfast.ops.residual_mlp.gpu import answers, contract, launch
 from rgfast.ops.residual_mlp.gpu.launch import forward, packed, ready, through, tile_for
 from rgfast.ops.residual_mlp.impl import triton
 from rgfast.ops.residual_mlp.reference import ACTIVATIONS
@@ -101,11 +107,6 @@ def check_half_is_no_worse_than_eager() -> dict[str, float]:
     found = {}
     for shape in ((65, 64, 128), (33, 33, 100), (17, 200, 96)):
         tensors = [None if t is None else t.half() for t in drawn(*shape)]
-
-        def eager(*given: Any) -> Tensor:
-            x, w1, b1, w2, b2, weight, bias = given
-            normed = F.layer_norm(x, x.shape[-1:], weight, bias)
-            return x + 0.7 * F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)
 
         truth = evaluated(theirs(), tensors, torch.float64)
         own = evaluated(eager, tensors, torch.float16)
@@ -195,7 +196,9 @@ def check_stacks_are_the_same_in_any_tile() -> dict[str, bool]:
 
 
 def check_known_answers() -> dict[str, float]:
-    found = {"wide": float(answers.try_wide(torch.device(DEVICE))) / answers.PRECISIONS["split"].allowed}
+    there, allowed = torch.device(DEVICE), answers.PRECISIONS["split"].allowed
+    found = {"wide": float(answers.try_wide(there)) / allowed}
+    found["wide, gradient"] = float(answers.try_wide_gradient(there).max()) / allowed
     for form, how in answers.PRECISIONS.items():
         if form == "plain":  # the interpreter does not multiply in bf16
             how = how._replace(products="fp16", dtype=torch.float16)
@@ -204,30 +207,6 @@ def check_known_answers() -> dict[str, float]:
             worst = float(run(64, how, torch.device(DEVICE)).max())
             found[f"{form} {run.__name__}"] = worst / how.allowed
     return found
-
-
-def check_wide_blocks() -> dict[str, float]:
-    found = over_fp32(drawn(9, 300, 70), run=wide.run)
-    for norm, kind, biases in (("layer", "gelu", True), ("rms", "silu", True), (None, "tanh", False)):
-        for dtype, products, least in (
-            (torch.float32, "fp32", 2**-22), (torch.float16, "fp16", 2**-10), (torch.float32, "fp16", 2**-11),
-        ):  # fmt: skip
-            options = (norm, kind, 0.7, 1e-5, "features")
-            tensors = [
-                None if t is None else t.to(dtype) for t in drawn(9, 300, 70, norm=norm, biases=biases)
-            ]
-            with torch.no_grad():
-                got = wide.run(Call(*tensors, *options), products)  # type: ignore[arg-type]  # never None
-            assert got.dtype == dtype
-            want = theirs(options)(*[None if t is None else t.double() for t in tensors])
-            found[f"{norm} {kind} {dtype} {products}"] = float(
-                (got.double() - want).norm() / want.norm() / least
-            )
-    return found
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, bool]:
-    return {name: torch.equal(first[name], second[name]) for name in first}
 
 
 def check_any_layout() -> dict[str, bool]:
@@ -369,6 +348,46 @@ def check_operators() -> dict[str, bool]:
     return {"opcheck": True}
 
 
+class _Module(torch.nn.Module):
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        for name, t in zip(NAMES[2:], tensors[1:], strict=True):
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros_like(t)))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ours("fp32")(x, *(getattr(self, name) for name in NAMES[2:]))
+
+
+def check_functional_calls() -> dict[str, bool]:
+    tensors = drawn(9, 16, 24)
+    module = _Module(tensors)
+
+    def called(x: Tensor, *rest: Tensor) -> Tensor:
+        given = dict(zip(NAMES[2:], rest, strict=True))
+        y: Tensor = torch.func.functional_call(module, given, (x,))
+        return y
+
+    return same(*(evaluated(each, tensors, torch.float32) for each in (ours("fp32"), called)))
+
+
+def check_nothing_is_waited_for() -> dict[str, bool]:
+    """As a CUDA graph, too, asks for: no value is read and nothing copied between devices."""
+    narrow, wider = drawn(9, 16, 24), drawn(9, 260, 24)
+    layers = layers_of(3, 9, 16, 24)
+    calls: dict[str, Callable[[], object]] = {
+        "block": lambda: evaluated(ours("fp32"), narrow, torch.float32),
+        "wide": lambda: evaluated(broad("fp32"), wider, torch.float32),
+        "stack": lambda: triton.STACK.run(StackCall(tuple(layers), lambda first, states: None, 4)),
+    }
+    found = {}
+    for name, call in calls.items():
+        call()
+        with Waits() as waits:
+            call()
+        found[f"{name}: {waits.found}"] = waits.found == []
+    return found
+
+
 def check_in_the_rest_of_torch() -> dict[str, bool]:
     tensors = drawn(30, 16, 24)
     plain = evaluated(ours("fp32"), tensors, torch.float32)
@@ -382,15 +401,7 @@ def check_in_the_rest_of_torch() -> dict[str, bool]:
             for k, v in same(plain, evaluated(ours("fp32"), tensors, torch.float32)).items()
         }
         found["autocast is followed"] = Call(*tensors, *OPTIONS).products() == "bf16"  # type: ignore[arg-type]
-
-    def penalised(block: Callable[..., Tensor]) -> Tensor:
-        x = tensors[0].clone().requires_grad_()  # type: ignore[union-attr]  # never None
-        (slope,) = torch.autograd.grad(block(x, *tensors[1:]).square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(slope.square().sum(), x)
-        return second
-
-    second, want = penalised(ours("fp32")), penalised(theirs())
-    found["second derivatives"] = bool((second - want).norm() < 1e-4 * want.norm())
+    found["second derivatives"] = close_second_derivatives(ours("fp32"), tensors)
     return found
 
 
@@ -413,7 +424,7 @@ def check_offsets_beyond_32_bits() -> dict[str, bool]:
 
 
 def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for name, function in list(globals().items()):
+    for name, function in [*globals().items(), *vars(triton_checks_wide).items()]:
         if name.startswith("check_"):
             yield name.removeprefix("check_"), function
 

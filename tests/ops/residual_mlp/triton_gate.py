@@ -89,9 +89,16 @@ def _small(arch: int) -> Iterator[Entry]:
     types = dict.fromkeys(("x", "normed", "start", "norm_weight", "norm_bias", "b2"), "*bf16")
     types |= {"row_stride": "i32", "eps": "fp32", "residual_scale": "fp32"}
     yield Entry("begin 1024", passes.begin, types, {"D": 1024, "D_PADDED": 1024, "NORM": "layer"}, 4, arch)
-    types = {"sums": "*bf16", "b1": "*bf16", "numbers": "i64"}
+    types = {"sums": "*bf16", "b1": "*bf16", "hidden": "*bf16", "numbers": "i64"}
     constants = {"H": 4096, "ACTIVATION": "gelu", "FINE": False, "CHUNK": 2048}
     yield Entry("activate 4096", passes.activate, types, constants, 4, arch)
+    types = {"sums": "*fp32", "b1": "*fp32", "gradient": "*fp32", "parts": "*fp32", "residual_scale": "fp32"}
+    types |= {"rows": "i32", "each": "i32"}
+    constants = {"H": 4096, "ACTIVATION": "gelu", "FINE": True, "BM": 16, "BC": 128}
+    yield Entry("descend 4096", passes.descend, types, constants, 4, arch)
+    types = dict.fromkeys(("x", "gradient", "dy", "dx", "norm_weight"), "*bf16") | {"parts": "*fp32"}
+    types |= {"row_stride": "i32", "rows": "i32", "each": "i32", "eps": "fp32"}
+    yield Entry("finish 1024", passes.finish, types, {"D": 1024, "D_PADDED": 1024, "NORM": "layer"}, 4, arch)
 
 
 def compiled(entry: Entry) -> Any:

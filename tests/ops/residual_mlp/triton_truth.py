@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rgfast.ops.residual_mlp.call import Call
@@ -92,3 +93,25 @@ def stream(layers: list[Call], dtype: torch.dtype) -> list[Tensor]:
     for call in layers:
         found.append(residual_mlp_reference(*call.to(dtype)._replace(x=found[-1])))
     return found[1:]
+
+
+def eager(*given: Any) -> Tensor:
+    """The block as one writes it in PyTorch, in the type of its tensors."""
+    x, w1, b1, w2, b2, weight, bias = given
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias)
+    return x + 0.7 * F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, bool]:
+    return {name: torch.equal(first[name], second[name]) for name in first}
+
+
+def close_second_derivatives(block: Callable[..., Tensor], tensors: Tensors) -> bool:
+    def penalised(block: Callable[..., Tensor]) -> Tensor:
+        x = tensors[0].clone().requires_grad_()  # type: ignore[union-attr]  # never None
+        (slope,) = torch.autograd.grad(block(x, *tensors[1:]).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(slope.square().sum(), x)
+        return second
+
+    second, want = penalised(block), penalised(theirs())
+    return bool((second - want).norm() < 1e-4 * want.norm())

@@ -29,6 +29,7 @@ __all__ = [
     "try_gradient",
     "try_stack",
     "try_wide",
+    "try_wide_gradient",
 ]
 
 _ROWS = 70
@@ -54,9 +55,7 @@ PRECISIONS: dict[Form, Precision] = {
 def kernels_of(call: Call, products: str) -> tuple[str, ...]:
     """The names of the kernels that a call runs, under which their answers are registered."""
     width = call.w1.size(1)
-    if width > WIDEST:  # with gradients all of it is the library's
-        return () if call.recorded() else (_WIDE,)
-    name = f"residual_mlp_{form_of(products)}_{tile_width(width)}"
+    name = _WIDE if width > WIDEST else f"residual_mlp_{form_of(products)}_{tile_width(width)}"
     return (name, f"{name}_gradient") if call.recorded() else (name,)
 
 
@@ -127,12 +126,32 @@ def try_gradient(width: int, how: Precision, device: torch.device) -> Tensor:
     return _errors(backward(dy.to(device), _there(call, device), how.products, (True,) * TENSORS), truth)
 
 
+def _wide_problem() -> Call:
+    return _problem(WIDEST + 64, 640, torch.float32)
+
+
 def try_wide(device: torch.device) -> Tensor:
     """The error of a block that is not fused."""
-    call = _problem(WIDEST + 64, 640, torch.float32)
+    call = _wide_problem()
     return _errors(
         [wide.run(_there(call, device), "fp32")], [residual_mlp_reference(*call.to(torch.float64))]
     )
+
+
+def try_wide_gradient(device: torch.device) -> Tensor:
+    """The errors of its gradients."""
+    call = _wide_problem()
+    with torch.inference_mode(False), torch.enable_grad():
+        truth = _gradients(call.to(torch.float64), lambda at: residual_mlp_reference(*at))
+        found = _gradients(_there(call, device), lambda at: wide.run(at, "fp32"))
+    return _errors(found, truth)
+
+
+def _gradients(call: Call, run: Callable[[Call], Tensor]) -> tuple[Tensor, ...]:
+    leaves = [None if t is None else t.clone().requires_grad_() for t in call.tensors]
+    y = run(Call(*leaves, *call[TENSORS:]))  # type: ignore[arg-type]  # as in _there
+    dy = _spread(*reversed(y.shape)).t().to(y)
+    return torch.autograd.grad(y, [t for t in leaves if t is not None], dy)
 
 
 def _refusal(device: torch.device) -> str | None:
@@ -146,7 +165,11 @@ def _answer(name: str, run: Callable[[torch.device], Tensor], count: int, allowe
 
 
 def _answers() -> list[KnownAnswer]:
-    found = [_answer(_WIDE, try_wide, 1, PRECISIONS["split"].allowed)]
+    allowed = PRECISIONS["split"].allowed
+    found = [
+        _answer(_WIDE, try_wide, 1, allowed),
+        _answer(f"{_WIDE}_gradient", try_wide_gradient, TENSORS, allowed),
+    ]
     for form, how in PRECISIONS.items():
         for width in FORWARD["h100", form]:
             name = f"residual_mlp_{form}_{width}"

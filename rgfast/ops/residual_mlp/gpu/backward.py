@@ -8,11 +8,11 @@ import triton.language as tl
 from rgfast.ops.residual_mlp.gpu.elements import activated, normalized, power_of_two, slope
 from rgfast.ops.residual_mlp.gpu.forward import affine, operands, product, row_scale, vector, weights_at
 
-__all__ = ["gradient"]
+__all__ = ["gradient", "gradient_of_rows"]
 
 
 @triton.jit
-def _gradient_of_rows(
+def gradient_of_rows(
     d0, d1, x0, x1, norm_weight, column, inside0, inside1, eps,
     NORM: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def gradient(
         x0 = tl.load(source, mask=mask0, other=0.0).to(tl.float32)
         if HALVES == 2:
             x1 = tl.load(source + HALF, mask=mask1, other=0.0).to(tl.float32)
-        n0, n1, weight0, weight1 = _gradient_of_rows(
+        n0, n1, weight0, weight1 = gradient_of_rows(
             sum0, sum1, x0, x1, norm_weight, column, inside0, inside1, eps, NORM, D, HALF, HALVES
         )
         if sums is not None:
