@@ -39,9 +39,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # Every kernel for every architecture, which takes nvcc and Triton and no GPU, and tests of kernels on the CPU at
-# every size; `make test` compiles what has changed and runs the sizes at their edges.
+# every size; `make test` compiles what has changed and runs the sizes at their edges. Every whole probe that a
+# README predicts, too, of which `make test` has one.
 gate: $(VENV)/.dev native-test
 	$(BIN)/python tests/gate/gate.py --all
+	$(BIN)/python benchmarks/gpu_readme.py --check
 	RGFAST_GATE=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure -R cuda_shim
 
 # On a machine with a GPU, under the Python that has torch there: no environment is made, nothing is downloaded.
