@@ -166,10 +166,11 @@ def stack(form: Form, d: int, rows: int, layers: int) -> float:
 
 def launches(form: Form, d: int, layers: int) -> int:
     """Of :func:`stack`."""
-    if d in STACK["h100", form]:
-        return 1 + layers * (form != "plain")
-    # A kernel and its weights made ready, or two products and what is between them.
-    return layers * (1 + (form != "plain") if d <= WIDEST else 5)
+    if d in STACK["h100", form] and layers > 1:
+        return 8  # six parameters are brought together, weights made ready, and the kernel
+    # A kernel and its weights made ready, or two products with kernels before and between, and in half
+    # precision after them.
+    return layers * (1 + (form != "plain") if d <= WIDEST else 4 + (form == "plain"))
 
 
 def both(form: Form, d: int) -> float:

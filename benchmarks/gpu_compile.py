@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -29,6 +29,7 @@ from gpu_block import NAMES, ROWS, measured, multiply, products
 from gpu_clock import LEAST_KERNEL, Clock, Row, print_beside, timed
 from torch import Tensor
 
+import rgfast.ops.residual_mlp.gpu as package
 from rgfast.ops.device import STREAM
 from rgfast.ops.residual_mlp.call import Call
 from rgfast.ops.residual_mlp.gpu import wide
@@ -112,6 +113,7 @@ class _Counted:
             if name == "descend":  # its gradient is written where it was read
                 tensors.append(args[2])
             self.clock.moved += sum(self.clock.bytes(each) for each in tensors)
+            self.clock.cost.kernels += 1
 
         class Grid:
             def __getitem__(self, grid: Any) -> Any:
@@ -125,7 +127,7 @@ def traffic_of_ours(form: Form, d: int, *, recorded: bool, rows: int = ROWS) -> 
     tensors = given(rows, d, TYPES[form], "meta", recorded=recorded)
     call = Call(*tensors, "layer", "gelu", 1.0, 1e-5, "features")
     dtypes: dict[Form, str] = {"plain": "bf16", "single": "tf32", "split": "fp32"}
-    with Traffic() as clock, _counted(clock):
+    with Traffic() as clock, counted(clock):
         y = wide.run(call, dtypes[form])
         if recorded:
             dy = torch.empty_like(y)
@@ -135,13 +137,12 @@ def traffic_of_ours(form: Form, d: int, *, recorded: bool, rows: int = ROWS) -> 
 
 
 @contextmanager
-def _counted(clock: Traffic) -> Iterator[None]:
-    import rgfast.ops.residual_mlp.gpu as package
-
-    with (
-        mock.patch.object(package, "passes", _Counted(clock), create=True),
-        mock.patch.object(wide, "is_plain", return_value=True),
-    ):
+def counted(clock: Traffic) -> Iterator[None]:
+    """Inside, ``clock`` counts launches of the block's kernels, none of which runs."""
+    with ExitStack() as stack:
+        for name in ("forward", "backward", "passes"):
+            stack.enter_context(mock.patch.object(package, name, _Counted(clock), create=True))
+        stack.enter_context(mock.patch.object(wide, "is_plain", return_value=True))
         yield
 
 

@@ -4,9 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import gpu_block
+import gpu_compile
 import pytest
 from gpu_block import Kernel, forward, together
 
+from rgfast.ops.residual_mlp.call import Call
+from rgfast.ops.residual_mlp.gpu import launch, wide
 from rgfast.ops.residual_mlp.gpu.table import Tile
 
 
@@ -76,12 +79,22 @@ def test_the_table_has_every_form_and_width():
     assert all(1.5 < each < 8 for k, each in enumerate(over_eager) if k % 5 < 3)
 
 
-def test_launches_of_a_stack():
-    """One kernel, and weights made ready for it, or a few operators for a wide layer."""
-    assert gpu_block.launches("plain", 64, 12) == 1
-    assert gpu_block.launches("split", 64, 12) == 13
-    assert gpu_block.launches("split", 256, 12) == 24
-    assert gpu_block.launches("plain", 1024, 12) == 60
+@pytest.mark.parametrize("form", ["plain", "split"])
+@pytest.mark.parametrize(("d", "depth"), [(64, 1), (64, 3), (256, 1), (320, 1)])
+def test_launches_are_those_that_run(form, d, depth):
+    dtype = gpu_compile.TYPES[form]
+    layers = [
+        Call(*gpu_compile.given(64, d, dtype, "cpu", recorded=False), "layer", "gelu", 1.0, 1e-5, "features")
+        for _ in range(depth)
+    ]
+    products = "bf16" if form == "plain" else "fp32"
+    with gpu_compile.Traffic() as clock, gpu_compile.counted(clock):
+        if d > gpu_block.WIDEST:
+            wide.run(layers[0], products)
+        else:
+            launch.forward(layers, products)
+    assert clock.cost.kernels == gpu_block.launches(form, d, depth)
+    assert clock.cost.waits == 0
 
 
 def test_figures_are_marked_as_predicted_and_are_those_of_the_readme(monkeypatch, capsys):

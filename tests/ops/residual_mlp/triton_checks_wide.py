@@ -28,12 +28,14 @@ __all__ = ["broad"]
 
 
 def check_wide_blocks() -> dict[str, float]:
-    found = over_fp32(drawn(9, 300, 70), run=wide.run)
+    found = {}
     for norm, kind, biases in (("layer", "gelu", True), ("rms", "silu", True), (None, "tanh", False)):
+        options = (norm, kind, 0.7, 1e-5, "features")
+        worst = over_fp32(drawn(9, 300, 70, norm=norm, biases=biases), options, run=wide.run)
+        found |= {f"{norm} {kind} {name}": value for name, value in worst.items()}
         for dtype, products, least in (
             (torch.float32, "fp32", 2**-22), (torch.float16, "fp16", 2**-10), (torch.float32, "fp16", 2**-11),
         ):  # fmt: skip
-            options = (norm, kind, 0.7, 1e-5, "features")
             tensors = [
                 None if t is None else t.to(dtype) for t in drawn(9, 300, 70, norm=norm, biases=biases)
             ]
@@ -101,6 +103,10 @@ def check_wide_in_the_rest_of_torch() -> dict[str, bool]:
             for key, value in same(plain, evaluated(broad("fp32"), tensors, torch.float32)).items()
         }
     found["second derivatives"] = close_second_derivatives(broad("fp32"), tensors)
+    # Views whose memory has the other sign.
+    negated = [*tensors[:2], *(torch._neg_view(-t) for t in tensors[2:])]  # type: ignore[operator]  # as above
+    with torch.no_grad():
+        found["negated"] = torch.equal(broad("fp32")(*negated), plain["y"])
     torch._dynamo.reset()
     graph = torch.compile(broad("fp32"), fullgraph=True, backend="eager")
     with torch.no_grad():

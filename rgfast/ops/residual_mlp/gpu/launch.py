@@ -137,11 +137,13 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 def _vectors(layers: Sequence[Call], name: str) -> Tensor | None:
     """One of the vectors of all layers, or None; a layer that has none where others do gets its neutral."""
     given: list[Tensor | None] = [getattr(layer, name) for layer in layers]
-    present = next((t for t in given if t is not None), None)
-    if present is None:
+    present = [t for t in given if t is not None]
+    if not present:
         return None
-    neutral = torch.full_like(present, 1.0 if name == "norm_weight" else 0.0)
-    return _stacked([neutral if t is None else t for t in given]).contiguous()
+    if len(present) < len(given):
+        neutral = torch.full_like(present[0], 1.0 if name == "norm_weight" else 0.0)
+        present = [neutral if t is None else t for t in given]
+    return _stacked(present).contiguous()
 
 
 class Ready(NamedTuple):

@@ -113,8 +113,7 @@ def _forward(call: Call, dtype: torch.dtype, *, in_place: bool) -> tuple[Tensor,
         start = torch.empty(rows, features, dtype=dtype, device=x.device) if starts else None
         normed = torch.empty(rows, features, dtype=dtype, device=x.device)
         vectors = [
-            None if t is None else t.contiguous()
-            for t in (call.norm_weight, call.norm_bias, call.b1, call.b2)
+            None if t is None else readable(t) for t in (call.norm_weight, call.norm_bias, call.b1, call.b2)
         ]
         kernels.begin[(rows,)](
             source, stride, normed, start, *vectors[:2], vectors[3], call.eps, call.residual_scale,
@@ -166,7 +165,7 @@ def _backward(
             programs = -(-rows // each)
             parts = _parts(wanted[2], programs, units, x.device)
             kernels.descend[(programs, -(-units // _BC))](
-                sums, None if call.b1 is None else call.b1.contiguous(), slopes, parts, rows, each, scale,
+                sums, None if call.b1 is None else readable(call.b1), slopes, parts, rows, each, scale,
                 H=units, ACTIVATION=call.activation, FINE=dtype == torch.float32, BM=_BM, BC=_BC, **OPTIONS,
             )  # fmt: skip
             found[2] = None if parts is None else parts.sum(0, dtype=torch.float64)
@@ -178,7 +177,7 @@ def _backward(
                 parts = _parts(any(wanted[4:]), programs, 3 * features, x.device)
                 found[0] = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
                 source, stride = as_rows(x)
-                weight = None if call.norm_weight is None else call.norm_weight.contiguous()
+                weight = None if call.norm_weight is None else readable(call.norm_weight)
                 kernels.finish[(programs,)](
                     source, stride, back, dy, found[0], parts, weight, rows, each, call.eps,
                     **_columns(call), **OPTIONS,
