@@ -182,9 +182,7 @@ def included(source: Path) -> list[Path]:
 
 
 def imported(listed: Path) -> list[Path]:
-    """A list of Triton kernels and the modules that it imports from its room's ``gpu``, theirs as well."""
-    package = f"rgfast.ops.{listed.parent.name}.gpu"
-    folder = ROOT.joinpath(*package.split("."))
+    """A list of Triton kernels and the modules that it imports from rooms' ``gpu``, theirs as well."""
     found: dict[Path, None] = {}
     waiting = [listed]
     while waiting:
@@ -192,10 +190,14 @@ def imported(listed: Path) -> list[Path]:
         if path not in found:
             found[path] = None
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and node.module == package:
-                    waiting += [folder / f"{alias.name}.py" for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-                    waiting.append(folder / f"{str(node.module).removeprefix(package + '.')}.py")
+                of = str(node.module) if isinstance(node, ast.ImportFrom) else ""
+                if re.fullmatch(r"rgfast\.ops\.\w+\.gpu", of):
+                    names = [f"{of}.{alias.name}" for alias in node.names]
+                elif re.fullmatch(r"rgfast\.ops\.\w+\.gpu\.\w+", of):
+                    names = [of]
+                else:
+                    continue
+                waiting += [ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names]
     return list(found)
 
 

@@ -12,7 +12,7 @@ from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import as_layers, as_pair, check_call, check_rows, check_same_rows
-from rgfast.ops.cka.impl import cuda, library, native
+from rgfast.ops.cka.impl import cuda, library, native, triton
 from rgfast.runtime.threads import on_one_thread
 from rgfast.validation import check_choice, check_number, check_positive_int
 
@@ -61,6 +61,7 @@ OP = Op(
     [
         native.CKA,
         cuda.CKA,
+        triton.CKA,
         library.CKA,
         Impl("reference", _reference, cost=_reference_cost),
     ],
