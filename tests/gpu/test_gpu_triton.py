@@ -1,23 +1,20 @@
-"""The Triton block on a GPU: the checks that are interpreted elsewhere, and the same bits run after run."""
+"""Triton kernels on a GPU: the checks that are interpreted elsewhere, and the same bits run after run."""
 
-import json
 import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import triton_process
 
 import rgfast
 
-CHECKS = Path(__file__).resolve().parents[1] / "ops" / "residual_mlp" / "triton_checks.py"
-NAMES = [
-    name
-    for path in sorted(CHECKS.parent.glob("triton_checks*.py"))
-    for name in re.findall(r"^def check_(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+OPS = Path(__file__).resolve().parents[1] / "ops"
+CHECKS = [
+    (room, name)
+    for room in sorted({path.parent for path in OPS.glob("*/triton_checks*.py")})
+    for name in triton_process.names_of(room)
 ]
 
 pytestmark = [
@@ -26,28 +23,19 @@ pytestmark = [
 ]
 
 
-def checked(name, folder):
-    """What a check found, in a process of its own; none but what is wrong."""
-    path = folder / f"{name}.json"
-    paths = os.pathsep.join([str(CHECKS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, CHECKS, path, name],
-        # cuBLAS asks for the second where new tensors are to start as NaN.
-        env=os.environ | {"TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": paths},
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return done.stderr
-    found = json.loads(path.read_text(encoding="utf-8"))[name]
-    return {k: v for k, v in found.items() if v is False or not v <= 1} if isinstance(found, dict) else found
-
-
 def test_what_the_interpreter_checks(tmp_path):
+    def wrong(check):
+        room, name = check
+        # cuBLAS asks for the second where new tensors are to start as NaN.
+        env = {"TRITON_INTERPRET": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        path = tmp_path / f"{room.name} {name}.json"
+        return triton_process.wrong(triton_process.checked(room, path, name, **env)[name])
+
     # Nearly all of the time goes into compiling, which a process does one kernel after the other.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        found = dict(zip(NAMES, threads.map(lambda name: checked(name, tmp_path), NAMES), strict=True))
-    assert NAMES
-    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+        found = dict(zip(CHECKS, threads.map(wrong, CHECKS), strict=True))
+    assert CHECKS
+    assert {str(check): each for check, each in found.items() if each} == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,3 +82,15 @@ def test_a_stack_is_captured_in_a_graph(d):
     x.neg_()
     graph.replay()
     assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(9, 16, 700, 130), (40, 1, 1500, 64), (3, 2, 4096, 4096)], ids=str)
+def test_cka_in_single_precision_by_name(shape, dtype):
+    made = torch.Generator("cuda").manual_seed(0)
+    x = (torch.randn(*shape, generator=made, device="cuda").cumsum(0) + 30).to(dtype)
+    for call in (rgfast.cka_matrix, rgfast.kernel_drift):
+        found, again = (call(x, precision="single", impl="triton") for _ in range(2))
+        assert torch.equal(found, again)
+        wanted = call(x, impl="library")
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6, equal_nan=True)

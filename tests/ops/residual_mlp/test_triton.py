@@ -1,6 +1,5 @@
 """The Triton block: its kernels under the interpreter, and when it is refused; the gate compiles them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_process
 from guards import fake_gpu
 
 import rgfast
@@ -25,12 +25,7 @@ from rgfast.runtime import known_answers, measured
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-CHECKS = [
-    line.split("check_")[1].split("(")[0]
-    for path in sorted(HERE.glob("triton_checks*.py"))
-    for line in path.read_text(encoding="utf-8").splitlines()
-    if line.startswith("def check_")
-]
+CHECKS = triton_process.names_of(HERE)
 
 
 def searched(folder):
@@ -42,23 +37,13 @@ def searched(folder):
 def interpreted(tmp_path_factory):
     """What each check found, of one process for all: Triton settles at import whether it interprets."""
     path = tmp_path_factory.mktemp("interpreted") / "found.json"
-    done = subprocess.run(
-        [sys.executable, HERE / "triton_checks.py", path],
-        env=os.environ | {"TRITON_INTERPRET": "1"} | searched(HERE.parent),
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(path.read_text(encoding="utf-8"))
+    return triton_process.checked(HERE, path, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(interpreted, check):
-    found = interpreted[check]
-    assert isinstance(found, dict), found
-    assert found
-    # Either whether something holds, or an error by what is allowed.
-    assert [each for each, value in found.items() if value is False or not value <= 1] == []
+    assert triton_process.wrong(interpreted[check]) == {}
 
 
 def test_there_is_something_to_interpret():

@@ -1,26 +1,14 @@
-"""What the Triton block must do, in a process of its own: import settles whether kernels are interpreted.
-
-    PYTHONPATH=tests/ops TRITON_INTERPRET=1 python tests/ops/residual_mlp/triton_checks.py FILE [NAMES]
-
-Runs every function named ``check_*`` (or those of NAMES) on CPU tensors, or on a GPU without the variable,
-and writes what each found to FILE as JSON.
-"""
+"""What the Triton block must do; ``triton_process.py`` runs it in a process of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton_checks_wide
 from guards import Waits
 from torch import Tensor
 from torch.library import opcheck
@@ -421,28 +409,3 @@ def check_offsets_beyond_32_bits() -> dict[str, bool]:
         got = forward([Call(x, *tensors[1:], *OPTIONS)], "fp16")  # type: ignore[arg-type]  # as above
         want = forward([Call(*tensors, *OPTIONS)], "fp16")  # type: ignore[arg-type]  # as above
         return {"rows far apart": torch.equal(got, want)}
-
-
-def checks() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for name, function in [*globals().items(), *vars(triton_checks_wide).items()]:
-        if name.startswith("check_"):
-            yield name.removeprefix("check_"), function
-
-
-def main() -> int:
-    found: dict[str, Any] = {}
-    chosen = sys.argv[2:]
-    for name, function in checks():
-        if chosen and name not in chosen:
-            continue
-        try:
-            found[name] = function()
-        except Exception:
-            found[name] = traceback.format_exc()
-    with contextlib.suppress(IndexError):
-        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,7 +39,7 @@ __all__ = ["at_once", "chunk", "fit", "sums", "tile_for"]
 # it computes at a time, of which they are a multiple. Both decide the order of sums, and are therefore the
 # same everywhere. Bytes of rows in two parts.
 _SCRATCH, _AT_ONCE = 36 << 20, 132
-_ROWS_BYTES = 160 << 20
+_ROWS_BYTES = 184 << 20
 
 
 class _Rows(NamedTuple):

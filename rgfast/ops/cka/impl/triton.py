@@ -15,7 +15,7 @@ from rgfast.dispatch import HandOff, Impl
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.checks import check_call
 from rgfast.ops.cka.gpu import answers
-from rgfast.ops.cka.gpu.launch import fit, sums, tile_for
+from rgfast.ops.cka.gpu.launch import at_once, fit, sums, tile_for
 from rgfast.ops.cka.gpu.table import Tile
 from rgfast.ops.cka.sums import TASKS, Sums, wanted_by
 from rgfast.ops.device import LAUNCH, STREAM, by_itself
@@ -143,11 +143,13 @@ def _tile(call: Call) -> Tile:
 
 
 def _cost(call: Call) -> float:
-    """By launches, passes over rows and over their parts, and products of tiles."""
+    """By launches, passes over rows, and products of tiles, which layers that do not fit together repeat."""
     layers, side = [x for side in call.sides for x in side], _tile(call).side
     *lead, n, _ = layers[0].shape
-    width, rows = max(x.shape[-1] for x in layers), math.prod(lead) * len(layers)
-    tiles = float(rows) * count(n, n, same=True, side=side) * side**2
+    width, rows = max(x.shape[-1] for x in layers), float(math.prod(lead) * len(layers))
+    parts = at_once(len(layers), fit([width], n, _tile(call)), near=wanted_by(call).near)
+    rows *= sum(map(len, parts)) / len(layers)
+    tiles = rows * count(n, n, same=True, side=side) * side**2
     # Rows are read and written once, in as many bytes.
     return max(60 * LAUNCH, 8.0 * rows * n * width / STREAM + 2 * tiles * (width + len(layers)) / _PRODUCTS)
 
