@@ -163,7 +163,9 @@ def cka_matrix(
     routes are exact, and neither holds an n×n kernel per layer. ``precision="single"`` lets the compiled
     kernels multiply fp32 or half data in fp32 (after centring, with sums of at most 128 products in fp32 and
     all others in fp64: errors of 1e-9, up to 5e-7 where few features carry the layer), ``"double"`` in fp64;
-    None takes the first where it pays and no digits cancel. fp64 data are always multiplied in fp64.
+    None takes the first where it pays and no digits cancel. On a GPU ``"single"`` lets the kernels in Triton
+    split numbers into two of half precision (errors of 1e-6 at most; fp64 is used where digits would cancel),
+    None only if the GPU is slow in fp64. fp64 data are always multiplied in fp64.
 
     >>> import rgfast, torch
     >>> layers = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0))

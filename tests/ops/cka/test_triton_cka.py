@@ -150,11 +150,11 @@ def test_a_planted_mistake_is_caught(monkeypatch, mistake):
     """In place of the kernels the library, one of whose sums is off."""
     from rgfast.ops.cka.impl import library
 
-    def sums(flat, wanted):
+    def sums(flat, start, positions, wanted):
         z = library._centred(flat, slice(None))
         found = library._sums(z, wanted, 4096)
         found.off[:, 0, 1] *= 1 + mistake
-        yield found, torch.ones((), dtype=torch.bool)
+        return found, torch.ones((), dtype=torch.bool)
 
     monkeypatch.setattr(answers, "sums", sums)
     monkeypatch.setattr(known_answers, "_TRIED", {})
@@ -192,7 +192,7 @@ def test_the_table_has_every_group():
 
 
 class Enough(Exception):
-    """The first part of a call was computed."""
+    """Sums of the first positions are there."""
 
 
 class Allocated(TorchDispatchMode):
@@ -216,7 +216,7 @@ class Allocated(TorchDispatchMode):
     "shape", [(25, 16, 4096, 256), (100, 1, 4096, 4096), (24, 300, 64, 128), (49, 16, 1024, 256)]
 )
 def test_less_than_256_mib_beside_the_layers(monkeypatch, shape, task):
-    """The layers of one part are let go before those of the next are made ready."""
+    """Until sums of the first positions are added up; others are computed in the same memory."""
     from rgfast.ops.cka.gpu import kernels
 
     count, *rest = shape
@@ -226,18 +226,14 @@ def test_less_than_256_mib_beside_the_layers(monkeypatch, shape, task):
         kernel = mock.MagicMock()
         kernel.__getitem__.side_effect = lambda grid, name=name: lambda *a, **k: launched.append(name)
         monkeypatch.setattr(kernels, name, kernel)
-    together, most = launch._together, []
-    with Allocated() as made:
 
-        def counted(*given):
-            made.storages = {}
-            found = together(*given)
-            kept = {x.untyped_storage()._cdata for x in call.first}
-            most.append(sum(each.nbytes() for key, each in made.storages.items() if key not in kept))
-            raise Enough(found)
+    def stop(apart, to):
+        raise Enough
 
-        monkeypatch.setattr(launch, "_together", counted)
-        with contextlib.suppress(Enough):
-            next(launch.sums([*call.first], triton.wanted_by(call)))
-    assert 0 < most[0] < 250 << 20
-    assert {"prepare", "norms", "pairs", "gather"} < set(launched)
+    monkeypatch.setattr(launch, "_gather", stop)
+    with Allocated() as made, contextlib.suppress(Enough):
+        triton._computed(call)
+    kept = {x.untyped_storage()._cdata for x in call.first}
+    most = sum(each.nbytes() for key, each in made.storages.items() if key not in kept)
+    assert 0 < most < 250 << 20
+    assert {"prepare", "norms", "pairs"} < set(launched)

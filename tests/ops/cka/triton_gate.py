@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 def entries(arch: int) -> Iterator[Entry]:
     """Every kernel of a call on an architecture."""
     group = group_of(divmod(arch, 10))
-    rows = {"high": HALF, "low": HALF, "weights": SINGLE, "tiles": "*i32"}
+    rows = {"high": HALF, "low": HALF, "weights": SINGLE, "tiles": "*i64"}
     both = {"to_high": HALF, "to_low": HALF}
     for kernel, tiles, to in ((kernels.grams, table.GRAMS, both), (kernels.near, table.NEAR, {"to": DOUBLE})):
         side, warps, stages = tiles[group]
@@ -43,7 +43,9 @@ def entries(arch: int) -> Iterator[Entry]:
     spans = table.GRAMS[group].side ** 2 // table.SPAN
     span = {"GROUP": table.GROUP, "SPAN": table.SPAN, "SPANS": spans, "STEP": table.STEP}
     parts = {"high": HALF, "low": HALF, "to": DOUBLE}
-    yield Entry("inner", kernels.inner, parts, span | {"STAGES": table.STAGES}, 4, arch)
+    for one in (True, False):
+        constants = span | {"ONE": one, "STAGES": table.STAGES}
+        yield Entry(f"inner {'one group' if one else 'groups'}", kernels.inner, parts, constants, 4, arch)
     made = {"table": "*i64", "high": HALF, "low": HALF, "squares": SINGLE, "factors": SINGLE}
     for dtype in (tl.float32, tl.bfloat16, tl.float16):
         constants = {"DTYPE": dtype, "ROWS": table.ROWS, "COLUMNS": table.COLUMNS}

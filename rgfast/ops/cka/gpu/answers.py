@@ -32,7 +32,7 @@ def problem(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 def _values(dtype: torch.dtype, near: bool, device: torch.device) -> Tensor:
     """Debiased and biased CKA, each of both layers with both."""
-    ((found, fine),) = sums(problem(dtype, device), Wanted(2, 2, near))
+    found, fine = sums(problem(dtype, device), 0, 1, Wanted(2, 2, near))
     values = torch.cat([found.ratio(True), found.ratio(False)]).flatten()
     return torch.where(fine, values, torch.nan)
 

@@ -10,6 +10,7 @@ of any magnitude nor outliers leave the range of fp16. Gram tiles are scaled by 
 which none of their entries exceeds.
 
 ``table`` has a row of five words for each layer: address, strides of positions, rows and columns, and width.
+``tiles`` has two words for each: which strips of samples.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _reciprocal(power):
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["padded", "layers", "blocks"])
+@triton.jit(do_not_specialize=["traces", "fine", "padded", "layers", "blocks"])
 def norms(
     squares, factors, weights, lengths, scales, traces, fine, padded, layers, blocks, ROWS: tl.constexpr
 ):
@@ -124,7 +125,7 @@ def norms(
         tl.store(weights + block, relative * relative * scale)
 
 
-@triton.jit(do_not_specialize=["padded", "layers"])
+@triton.jit(do_not_specialize=["to", "padded", "layers"])
 def pairs(lengths, scales, to, padded, layers, NEAR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Sums of products of squared lengths ``to[positions, layers, layers]`` of a layer with those after it:
     all of them, or the next one."""
@@ -148,23 +149,47 @@ def pairs(lengths, scales, to, padded, layers, NEAR: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
-def _strips(high, low, down, across, blocks, SIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Both parts of some columns of a layer's rows: those of a strip of samples, and of another across.
+def _multiplied(
+    high, low, down, across, blocks, SAME: tl.constexpr, SIDE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Products of a strip of samples with another one across, over some columns of a layer.
 
-    Offsets within a layer at a position take 32 bits.
+    A strip with itself, SAME, is read once. Offsets within a layer at a position take 32 bits.
     """
     sample = tl.arange(0, SIDE)
     column = tl.arange(0, COLUMNS)
     left = (down * SIDE + sample)[:, None] * (blocks * COLUMNS) + column[None, :]
-    right = (across * SIDE + sample)[None, :] * (blocks * COLUMNS) + column[:, None]
-    return tl.load(high + left), tl.load(low + left), tl.load(high + right), tl.load(low + right)
+    a = tl.load(high + left)
+    a_low = tl.load(low + left)
+    if SAME:
+        b = tl.trans(a)
+        b_low = tl.trans(a_low)
+    else:
+        right = (across * SIDE + sample)[None, :] * (blocks * COLUMNS) + column[:, None]
+        b = tl.load(high + right)
+        b_low = tl.load(low + right)
+    return product(a, a_low, b, b_low, "split")
 
 
 @triton.jit
-def _above(down, across, SIDE: tl.constexpr):
-    """Which entries of a tile are above the diagonal of the whole Gram matrix."""
+def _above(SIDE: tl.constexpr):
+    """Which entries of a tile on the diagonal of the whole Gram matrix are above it."""
     sample = tl.arange(0, SIDE)
-    return (down * SIDE + sample)[:, None] < (across * SIDE + sample)[None, :]
+    return sample[:, None] < sample[None, :]
+
+
+@triton.jit
+def _gram(
+    high, low, weights, down, across, blocks,
+    SAME: tl.constexpr, SIDE: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A layer's Gram tile of two strips of samples."""
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        at = block * COLUMNS
+        found = _multiplied(high + at, low + at, down, across, blocks, SAME, SIDE, COLUMNS)
+        total += found * tl.load(weights + block)
+    return total
 
 
 @triton.jit(do_not_specialize=["start", "positions", "padded", "blocks", "first", "count"])
@@ -180,16 +205,18 @@ def grams(
     layers = tl.num_programs(1)
     position = (start + tl.program_id(0) // count).to(tl.int64)
     tile = first + tl.program_id(0) % count
-    down = tl.load(tiles + 2 * tile)
-    across = tl.load(tiles + 2 * tile + 1)
+    down = tl.load(tiles + 2 * tile).to(tl.int32)
+    across = tl.load(tiles + 2 * tile + 1).to(tl.int32)
     place = (layer * positions + position) * padded * (blocks * COLUMNS)
     weights += (position * layers + layer) * blocks
-    total = tl.zeros([SIDE, SIDE], tl.float32)
-    for block in tl.range(0, blocks, num_stages=STAGES):
-        at = place + block * COLUMNS
-        a, a_low, b, b_low = _strips(high + at, low + at, down, across, blocks, SIDE, COLUMNS)
-        total += product(a, a_low, b, b_low, "split") * tl.load(weights + block)
-    k_high, k_low = halves_of_fp16(tl.where(_above(down, across, SIDE), total, 0.0))
+    high += place
+    low += place
+    if down == across:
+        total = _gram(high, low, weights, down, across, blocks, True, SIDE, COLUMNS, STAGES)
+        total = tl.where(_above(SIDE), total, 0.0)
+    else:
+        total = _gram(high, low, weights, down, across, blocks, False, SIDE, COLUMNS, STAGES)
+    k_high, k_low = halves_of_fp16(total)
     sample = tl.arange(0, SIDE)
     target = (tl.program_id(0).to(tl.int64) * layers + layer) * (SIDE * SIDE)
     target = target + sample[:, None] * SIDE + sample[None, :]
@@ -200,12 +227,13 @@ def grams(
 @triton.jit(do_not_specialize=["start", "positions", "layers", "count", "add"])
 def inner(
     high, low, to, start, positions, layers, count, add,
-    GROUP: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ONE: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Products of layers over ``SPAN`` entries of the tiles that ``grams`` left, ``SPANS`` of each.
 
     ``to[spans, positions, layers, layers]`` of ``count`` tiles at a position, added to what is there if
-    ``add``: GROUP layers with as many that do not come before them.
+    ``add``: GROUP layers with as many that do not come before them. With ONE group they are read once.
     """
     span = tl.program_id(0) % SPANS
     slot = (tl.program_id(0) // SPANS).to(tl.int64)
@@ -228,8 +256,12 @@ def inner(
     for at in tl.range(0, SPAN, STEP, num_stages=STAGES):
         a = tl.load(high + (from_one + at), mask=there_one, other=0.0)
         a_low = tl.load(low + (from_one + at), mask=there_one, other=0.0)
-        b = tl.load(high + (from_two + at), mask=there_two, other=0.0)
-        b_low = tl.load(low + (from_two + at), mask=there_two, other=0.0)
+        if ONE:
+            b = tl.trans(a)
+            b_low = tl.trans(a_low)
+        else:
+            b = tl.load(high + (from_two + at), mask=there_two, other=0.0)
+            b_low = tl.load(low + (from_two + at), mask=there_two, other=0.0)
         total += product(a, a_low, b, b_low, "split").to(tl.float64)
     target = to + ((part * positions + position) * layers + one)[:, None] * layers + two[None, :]
     wanted = there_one & there_two & (one[:, None] <= two[None, :])
@@ -244,6 +276,30 @@ def _products(a, b):
     return tl.sum(tl.sum(a * b, 1, keep_dims=True).to(tl.float64), 0)
 
 
+@triton.jit
+def _compared(
+    high, low, weights, to, positions, padded, blocks, down, across, first, end, layers,
+    SAME: tl.constexpr, SIDE: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Some layers' tiles one after the other, the tile of the layer before in registers."""
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    before = total
+    one = tl.arange(0, 1)
+    for step in tl.range(0, (tl.minimum(end + 1, layers) - first) * blocks, num_stages=STAGES):
+        layer = first + step // blocks
+        block = step % blocks
+        at = layer * positions * padded * (blocks * COLUMNS) + block * COLUMNS
+        found = _multiplied(high + at, low + at, down, across, blocks, SAME, SIDE, COLUMNS)
+        total += found * tl.load(weights + layer * blocks + block)
+        if block == blocks - 1:
+            if SAME:
+                total = tl.where(_above(SIDE), total, 0.0)
+            tl.store(to + layer * 2 + one, _products(total, total), mask=one + layer < end)
+            tl.store(to + layer * 2 - 1 + one, _products(total, before), mask=one + layer > first)
+            before = total
+            total = tl.zeros([SIDE, SIDE], tl.float32)
+
+
 @triton.jit(do_not_specialize=["positions", "padded", "layers", "blocks", "count", "run"])
 def near(
     high, low, weights, tiles, to, positions, padded, layers, blocks, count, run,
@@ -251,37 +307,32 @@ def near(
 ):  # fmt: skip
     """Over a Gram tile of each layer the sum of squares, and of products with the next layer's tile.
 
-    ``to[count, positions, layers, 2]``. A program goes through ``run`` layers and the one after them; the
-    tile of the layer before stays in registers.
+    ``to[count, positions, layers, 2]``. A program goes through ``run`` layers and the one after them.
     """
     position = (tl.program_id(0) // count).to(tl.int64)
     tile = tl.program_id(0) % count
-    down = tl.load(tiles + 2 * tile)
-    across = tl.load(tiles + 2 * tile + 1)
-    first = tl.program_id(1) * run
+    down = tl.load(tiles + 2 * tile).to(tl.int32)
+    across = tl.load(tiles + 2 * tile + 1).to(tl.int32)
+    first = (tl.program_id(1) * run).to(tl.int64)
     end = tl.minimum(first + run, layers)
+    place = position * padded * (blocks * COLUMNS)
     to += (tile * positions + position) * layers * 2
-    total = tl.zeros([SIDE, SIDE], tl.float32)
-    before = total
-    one = tl.arange(0, 1)
-    for step in tl.range(0, (tl.minimum(end + 1, layers) - first) * blocks, num_stages=STAGES):
-        layer = first + step // blocks
-        block = step % blocks
-        place = (layer * positions + position) * padded * (blocks * COLUMNS)
-        at = place + block * COLUMNS
-        a, a_low, b, b_low = _strips(high + at, low + at, down, across, blocks, SIDE, COLUMNS)
-        weight = tl.load(weights + (position * layers + layer) * blocks + block)
-        total += product(a, a_low, b, b_low, "split") * weight
-        if block == blocks - 1:
-            if down == across:
-                total = tl.where(_above(0, 0, SIDE), total, 0.0)
-            tl.store(to + layer * 2 + one, _products(total, total), mask=one + layer < end)
-            tl.store(to + layer * 2 - 1 + one, _products(total, before), mask=one + layer > first)
-            before = total
-            total = tl.zeros([SIDE, SIDE], tl.float32)
+    weights += position * layers * blocks
+    high += place
+    low += place
+    if down == across:
+        _compared(
+            high, low, weights, to, positions, padded, blocks, down, across, first, end, layers,
+            True, SIDE, COLUMNS, STAGES,
+        )  # fmt: skip
+    else:
+        _compared(
+            high, low, weights, to, positions, padded, blocks, down, across, first, end, layers,
+            False, SIDE, COLUMNS, STAGES,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "size"])
+@triton.jit(do_not_specialize=["to", "parts", "size"])
 def gather(apart, to, parts, size, PARTS: tl.constexpr, ENTRIES: tl.constexpr):
     """Add up ``apart[parts, size]`` in an order that their number alone decides."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)

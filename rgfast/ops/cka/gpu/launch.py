@@ -5,9 +5,9 @@ Every sum has an order that the rows of its position alone decide, so its bits a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +40,6 @@ __all__ = ["at_once", "chunk", "fit", "sums", "tile_for"]
 # same everywhere. Bytes of rows in two parts.
 _SCRATCH, _AT_ONCE = 36 << 20, 132
 _ROWS_BYTES = 184 << 20
-
-
-class _Rows(NamedTuple):
-    """Centered rows of layers in two parts, and what goes with them."""
-
-    high: Tensor
-    low: Tensor
-    weights: Tensor
-    tiles: Tensor
-    positions: int
-    padded: int
-    layers: int
-    blocks: int
-    many: int  # tiles of a layer at a position
 
 
 def tile_for(device: torch.device, *, near: bool) -> Tile:
@@ -92,19 +78,20 @@ def chunk(layers: int, tiles: int, side: int) -> tuple[int, int]:
     return max(1, fit // tiles), max(1, min(fit, tiles))
 
 
-def sums(flat: Sequence[Tensor], wanted: Wanted) -> Iterator[tuple[Sums, Tensor]]:
-    """Sums of ``flat[l][P, n, d_l]``, a few positions at a time, and whether fp32 has the digits."""
-    device, (positions, n, _), layers = flat[0].device, flat[0].shape, len(flat)
-    tile = tile_for(device, near=wanted.near)
-    most = fit([x.shape[2] for x in flat], n, tile)
+def sums(flat: Sequence[Tensor], start: int, positions: int, wanted: Wanted) -> tuple[Sums, Tensor]:
+    """Sums of ``flat[l][P, n, d_l]`` at some positions, and whether fp32 has digits for all of the layers."""
+    device, n, layers = flat[0].device, flat[0].shape[1], len(flat)
+    most = fit([x.shape[2] for x in flat], n, tile_for(device, near=wanted.near))
+    parts = at_once(layers, most, near=wanted.near)
     step = max(1, most // layers)
-    for start in range(0, positions, step):
-        here = min(step, positions - start)
-        parts = at_once(layers, most, near=wanted.near)
-        with on(device):
-            found = [_together([flat[k] for k in part], start, here, wanted, tile) for part in parts]
-        off, same, traces, fine = found[0] if len(found) == 1 else _put(parts, found, layers)
-        yield Sums(mirrored(off), mirrored(same), traces, n), fine
+    step = -(-positions // -(-positions // step))  # steps of about the same size
+    with on(device):
+        found = [
+            _Together([flat[k] for k in part], start, positions, step, near=wanted.near).sums()
+            for part in parts
+        ]
+    off, same, traces, fine = found[0] if len(found) == 1 else _put(parts, found, layers)
+    return Sums(mirrored(off), mirrored(same), traces, n), fine.all()
 
 
 _Found = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -122,57 +109,104 @@ def _put(parts: Sequence[Sequence[int]], found: Sequence[_Found], layers: int) -
         for to, values in ((off, each[0]), (same, each[1])):
             there = to[:, at[:, None], at]
             to[:, at[:, None], at] = torch.where(values.isnan(), there, values)
-    return off, same, traces, torch.stack([each[3] for each in found]).all()
+    return off, same, traces, torch.cat([each[3] for each in found], 1)
 
 
-def _together(flat: Sequence[Tensor], start: int, positions: int, wanted: Wanted, tile: Tile) -> _Found:
-    """Σ_{i≠j} K_ij M_ij and Σ K_ii M_ii in their upper triangles, traces, and whether fp32 has the digits."""
-    rows, same, traces, fine = _prepared(flat, start, positions, wanted, tile)
-    if wanted.near:
-        found = _neighbors(rows, tile)
-        off = torch.full_like(same, torch.nan)
-        off.diagonal(0, 1, 2).copy_(found[..., 0])
-        off.diagonal(1, 1, 2).copy_(found[:, :-1, 1])
-    else:
-        off = _all(rows, tile)
-    return 2.0 * off, same, traces, fine.all()
+class _Together:
+    """Sums of some layers, which are there together, a few positions at a time."""
 
+    def __init__(self, flat: Sequence[Tensor], start: int, positions: int, step: int, *, near: bool) -> None:
+        self.device, (_, self.n, _), self.layers = flat[0].device, flat[0].shape, len(flat)
+        self.start, self.positions, self.step, self.near = start, positions, step, near
+        self.type = _triton_type(flat[0].dtype)
+        self.tile = tile_for(self.device, near=near)
+        self.padded = _padded(self.n, self.tile.side)
+        self.blocks = -(-max(x.shape[2] for x in flat) // COLUMNS)
+        words = [word for x in flat for word in (x.data_ptr(), *x.stride(), x.shape[2])]
+        strips = range(self.padded // self.tile.side)
+        pairs = [strip for across in strips for down in strips[: across + 1] for strip in (down, across)]
+        both = numbers(words + pairs, self.device)
+        self.table, self.tiles, self.many = both, both[len(words) :], len(pairs) // 2
+        rows = self.layers, step, self.padded, self.blocks * COLUMNS
+        self.high, self.low = (self.empty(*rows, dtype=torch.float16) for _ in range(2))
+        each = step, self.layers, self.blocks
+        self.squares = self.empty(*each, self.padded, dtype=torch.float32)
+        self.factors, self.weights = (self.empty(*each, dtype=torch.float32) for _ in range(2))
+        self.scales = self.empty(step, self.layers, dtype=torch.float32)
+        self.lengths = self.empty(step, self.layers, self.padded)
 
-def _prepared(
-    flat: Sequence[Tensor], start: int, positions: int, wanted: Wanted, tile: Tile
-) -> tuple[_Rows, Tensor, Tensor, Tensor]:
-    """Rows, sums of products of their squared lengths, the sums of these, and what is not too small."""
-    from rgfast.ops.cka.gpu import kernels
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
-    device, (_, n, _), layers = flat[0].device, flat[0].shape, len(flat)
-    padded, blocks = _padded(n, tile.side), -(-max(x.shape[2] for x in flat) // COLUMNS)
+    def sums(self) -> _Found:
+        """Σ_{i≠j} K_ij M_ij and Σ K_ii M_ii in upper triangles, traces, and what fp32 has digits for."""
+        from rgfast.ops.cka.gpu import kernels
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        each = self.positions, self.layers
+        traces, fine = self.empty(*each), self.empty(*each, dtype=torch.int8)
+        same = torch.full((*each, self.layers), torch.nan, dtype=torch.float64, device=self.device)
+        half = self.empty(*each, 2 if self.near else self.layers)
+        for start in range(0, self.positions, self.step):
+            here = min(self.step, self.positions - start)
+            sizes = self.padded, self.layers
+            kernels.prepare[(here * self.blocks, self.layers)](
+                self.table, self.high, self.low, self.squares, self.factors,
+                self.start + start, here, self.n, *sizes, self.blocks,
+                DTYPE=self.type, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **OPTIONS,
+            )  # fmt: skip
+            kernels.norms[(here, self.layers)](
+                self.squares, self.factors, self.weights, self.lengths, self.scales,
+                traces[start:], fine[start:], *sizes, self.blocks, ROWS=LONG, **OPTIONS,
+            )  # fmt: skip
+            kernels.pairs[(here, self.layers)](
+                self.lengths, self.scales, same[start:], *sizes,
+                NEAR=self.near, GROUP=TOGETHER, ROWS=LONG, **OPTIONS,
+            )  # fmt: skip
+            (self._neighbors if self.near else self._all)(here, half[start : start + here])
+        if self.near:
+            off = torch.full_like(same, torch.nan)
+            off.diagonal(0, 1, 2).copy_(half[..., 0])
+            off.diagonal(1, 1, 2).copy_(half[:, :-1, 1])
+            half = off
+        return 2.0 * half, same, traces, fine
 
-    high, low = (empty(layers, positions, padded, blocks * COLUMNS, dtype=torch.float16) for _ in range(2))
-    squares = empty(positions, layers, blocks, padded, dtype=torch.float32)
-    factors, weights = (empty(positions, layers, blocks, dtype=torch.float32) for _ in range(2))
-    table = numbers([word for x in flat for word in (x.data_ptr(), *x.stride(), x.shape[2])], device)
-    kernels.prepare[(positions * blocks, layers)](
-        table, high, low, squares, factors, start, positions, n, padded, layers, blocks,
-        DTYPE=_triton_type(flat[0].dtype), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **OPTIONS,
-    )  # fmt: skip
-    lengths = empty(positions, layers, padded, dtype=torch.float64)
-    scales, traces = (empty(positions, layers, dtype=t) for t in (torch.float32, torch.float64))
-    fine = empty(positions, layers, dtype=torch.int8)
-    kernels.norms[(positions, layers)](
-        squares, factors, weights, lengths, scales, traces, fine, padded, layers, blocks, ROWS=LONG, **OPTIONS
-    )
-    same = torch.full((positions, layers, layers), torch.nan, dtype=torch.float64, device=device)
-    kernels.pairs[(positions, layers)](
-        lengths, scales, same, padded, layers, NEAR=wanted.near, GROUP=TOGETHER, ROWS=LONG, **OPTIONS
-    )
-    strips = padded // tile.side
-    each = [strip for across in range(strips) for down in range(across + 1) for strip in (down, across)]
-    tiles = numbers(each, device).to(torch.int32)
-    many = count(n, n, same=True, side=tile.side)
-    return _Rows(high, low, weights, tiles, positions, padded, layers, blocks, many), same, traces, fine
+    def _neighbors(self, here: int, to: Tensor) -> None:
+        """Σ_{i<j} of squares of every layer's kernel and of its products with the next ``[P, L, 2]``."""
+        from rgfast.ops.cka.gpu import kernels
+
+        apart = self.empty(self.many, here, self.layers, 2)
+        run = _run(self.many * here, self.layers, card(self.device)[1])
+        kernels.near[(self.many * here, -(-self.layers // run))](
+            self.high, self.low, self.weights, self.tiles, apart,
+            here, self.padded, self.layers, self.blocks, self.many, run,
+            SIDE=self.tile.side, COLUMNS=COLUMNS, STAGES=self.tile.stages, num_warps=self.tile.warps,
+            **OPTIONS,
+        )  # fmt: skip
+        _gather(apart, to)
+
+    def _all(self, here: int, to: Tensor) -> None:
+        """Σ_{i<j} K_ij M_ij of all layers ``[P, L, L]``, those above the diagonal."""
+        from rgfast.ops.cka.gpu import kernels
+
+        layers, side = self.layers, self.tile.side
+        most, some = chunk(layers, self.many, side)
+        spans, groups = side**2 // SPAN, count(layers, layers, same=True, side=GROUP)
+        kept = [self.empty(min(most, here) * some, layers, side**2, dtype=torch.float16) for _ in range(2)]
+        apart = self.empty(some * spans, here, layers, layers)
+        for start in range(0, here, most):
+            now = min(most, here - start)
+            for first in range(0, self.many, some):
+                tiles = min(some, self.many - first)
+                kernels.grams[(now * tiles, layers)](
+                    self.high, self.low, self.weights, self.tiles, *kept,
+                    start, here, self.padded, self.blocks, first, tiles,
+                    SIDE=side, COLUMNS=COLUMNS, STAGES=self.tile.stages, num_warps=self.tile.warps, **OPTIONS,
+                )  # fmt: skip
+                kernels.inner[(now * tiles * spans, groups)](
+                    *kept, apart, start, here, layers, tiles, int(first > 0),
+                    GROUP=GROUP, ONE=groups == 1, SPAN=SPAN, SPANS=spans, STEP=STEP, STAGES=STAGES, **OPTIONS,
+                )  # fmt: skip
+        _gather(apart, to)
 
 
 def _triton_type(dtype: torch.dtype) -> Any:
@@ -181,28 +215,12 @@ def _triton_type(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-def _gathered(apart: Tensor, *shape: int) -> Tensor:
+def _gather(apart: Tensor, to: Tensor) -> None:
     """The sum of ``apart[parts, ...]`` over its parts."""
     from rgfast.ops.cka.gpu import kernels
 
-    found = torch.empty(shape, dtype=torch.float64, device=apart.device)
-    grid = (-(-found.numel() // ENTRIES),)
-    kernels.gather[grid](apart, found, len(apart), found.numel(), PARTS=PARTS, ENTRIES=ENTRIES, **OPTIONS)
-    return found
-
-
-def _neighbors(rows: _Rows, tile: Tile) -> Tensor:
-    """Σ_{i<j} of squares of every layer's kernel and of its products with the next ``[P, L, 2]``."""
-    from rgfast.ops.cka.gpu import kernels
-
-    high, low, weights, tiles, positions, padded, layers, blocks, many = rows
-    apart = torch.empty((many, positions, layers, 2), dtype=torch.float64, device=high.device)
-    run = _run(many * positions, layers, card(high.device)[1])
-    kernels.near[(many * positions, -(-layers // run))](
-        high, low, weights, tiles, apart, positions, padded, layers, blocks, many, run,
-        SIDE=tile.side, COLUMNS=COLUMNS, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
-    )  # fmt: skip
-    return _gathered(apart, positions, layers, 2)
+    grid = (-(-to.numel() // ENTRIES),)
+    kernels.gather[grid](apart, to, len(apart), to.numel(), PARTS=PARTS, ENTRIES=ENTRIES, **OPTIONS)
 
 
 def _run(tiles: int, layers: int, multiprocessors: int) -> int:
@@ -212,32 +230,3 @@ def _run(tiles: int, layers: int, multiprocessors: int) -> int:
         return -(-tiles * runs // multiprocessors) * (-(-layers // runs) + 1)
 
     return -(-layers // min(range(1, layers + 1), key=turns))
-
-
-def _all(rows: _Rows, tile: Tile) -> Tensor:
-    """Σ_{i<j} K_ij M_ij of all layers ``[P, L, L]``, those above the diagonal."""
-    from rgfast.ops.cka.gpu import kernels
-
-    high, low, weights, tiles, positions, padded, layers, blocks, many = rows
-    most, side = chunk(layers, many, tile.side)
-    spans, groups = tile.side**2 // SPAN, count(layers, layers, same=True, side=GROUP)
-    kept = [
-        torch.empty(
-            (min(most, positions) * side, layers, tile.side**2), dtype=torch.float16, device=high.device
-        )
-        for _ in range(2)
-    ]
-    apart = torch.empty((side * spans, positions, layers, layers), dtype=torch.float64, device=high.device)
-    for start in range(0, positions, most):
-        here = min(most, positions - start)
-        for first in range(0, many, side):
-            some = min(side, many - first)
-            kernels.grams[(here * some, layers)](
-                high, low, weights, tiles, *kept, start, positions, padded, blocks, first, some,
-                SIDE=tile.side, COLUMNS=COLUMNS, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
-            )  # fmt: skip
-            kernels.inner[(here * some * spans, groups)](
-                *kept, apart, start, positions, layers, some, int(first > 0),
-                GROUP=GROUP, SPAN=SPAN, SPANS=spans, STEP=STEP, STAGES=STAGES, **OPTIONS,
-            )  # fmt: skip
-    return _gathered(apart, positions, layers, layers)

@@ -30,6 +30,8 @@ known_answers.register(*answers.ANSWERS)
 # Split products a second on an H100, by prototypes, and how many times faster than fp64 fp32 is on cards
 # where these take less time.
 _PRODUCTS, _SLOW_FP64 = 2.0e14, 8
+# Of pairs of layers at a time, in about ten tensors.
+_WORK_BYTES = 16 << 20
 # Below this, 1 - CKA lacks digits; U-centering that leaves little of a kernel raises it. Less than this
 # fraction of the squares off its diagonal is too little.
 _TINY_DRIFT, _LEAST_LEFT = 1e-4, 0.1
@@ -69,7 +71,9 @@ def _computed(call: Call) -> tuple[Tensor, Tensor]:
     flat = [x.detach().reshape(math.prod(lead), n, x.shape[-1]) for side in call.sides for x in side]
     kinds = (True, False) if call.task == "alignment" else (bool(debiased),)
     found, states = [], []
-    for some, in_range in sums(flat, wanted):
+    positions, step = len(flat[0]), max(1, _WORK_BYTES // (80 * wanted.layers**2))
+    for start in range(0, positions, step):
+        some, in_range = sums(flat, start, min(step, positions - start), wanted)
         values, sharp = [], torch.ones_like(in_range)
         for kind in kinds:
             values.append(some.ratio(kind))
@@ -79,7 +83,8 @@ def _computed(call: Call) -> tuple[Tensor, Tensor]:
                 if call.task == "drift":
                     values[-1] = drift
         found.append(torch.stack(values))
-        states.append(torch.stack([some.finite.all(), in_range, _left_over(some, kinds[0]), sharp]))
+        left = _left_over(some) if kinds[0] else torch.ones_like(in_range)
+        states.append(torch.stack([some.finite.all(), in_range, left, sharp]))
     value, state = torch.cat(found, 1), torch.stack(states).all(0)
     if call.task == "alignment":
         return value[None], state
@@ -98,9 +103,9 @@ def _drift(sums: Sums, ratio: Tensor, debiased: bool) -> tuple[Tensor, Tensor]:
     return drift, ~(drift < least).any()
 
 
-def _left_over(sums: Sums, debiased: bool) -> Tensor:
-    """Whether centering leaves enough of every kernel that has variance."""
-    own = sums.own(sums.inner(debiased))
+def _left_over(sums: Sums) -> Tensor:
+    """Whether U-centering leaves enough of every kernel that has variance."""
+    own = sums.own(sums.inner(True))
     return ~(own < _LEAST_LEFT * sums.off.diagonal(0, 1, 2)).any()
 
 
