@@ -9,8 +9,10 @@ from itertools import pairwise
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from conftest import _drift, _matrix
 from rgfast.dispatch import HandOff
@@ -251,6 +253,34 @@ def check_every_output_is_written() -> dict[str, bool]:
     finally:
         torch.use_deterministic_algorithms(False)
     return found
+
+
+def _truncated(builder: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+    """As tensor cores do: sums of 16 products are exact, and what is added to is cut to 24 bits."""
+    total = d.data.astype(np.float32)
+    for at in range(0, a.data.shape[1], 16):
+        part = a.data[:, at : at + 16].astype(np.float64) @ b.data[at : at + 16].astype(np.float64)
+        exact = total.astype(np.float64) + part
+        rounded = exact.astype(np.float32)
+        away = np.abs(rounded.astype(np.float64)) > np.abs(exact)
+        total = np.where(away, np.nextafter(rounded, np.float32(0)), rounded)
+    return type(d)(total, d.dtype.scalar)
+
+
+def check_tensor_cores_that_truncate() -> dict[str, float]:
+    """The data whose sums suffer most: wide layers, alike, and of few bits at an offset."""
+    if DEVICE != "cpu":
+        return {"there": True}
+    x, found = drawn(2, 1, 40, 300, step=0.1), {}
+    x[..., 0] += 3.0 * torch.arange(40)  # most products have one sign
+    truncated = mock.patch.object(
+        interpreter.InterpreterBuilder, "create_dot", autospec=True, side_effect=_truncated
+    )
+    with small_tiles(), truncated as emulated:
+        for name, layers in (("wide", x.float()), ("few bits", (x + 1e4).float())):
+            value, _ = aligned(layers)
+            found[name] = off(value, matrices(layers))
+    return found | {"emulated": emulated.call_count > 100}
 
 
 def check_known_answers() -> dict[str, float]:

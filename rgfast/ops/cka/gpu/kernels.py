@@ -119,7 +119,7 @@ def norms(
     scale, _ = power_of_two(largest.to(tl.float32))
     tl.store(scales + place, scale)
     tl.store(traces + place, tl.sum(total, 0) * scale)
-    tl.store(fine + place, ((least < 1e35) | (largest == 0.0)).to(tl.int8))
+    tl.store(fine + place, ((least < 5e37) | (largest == 0.0)).to(tl.int8))
     for block in range(0, blocks):
         relative = least * _reciprocal(tl.load(factors + block))
         tl.store(weights + block, relative * relative * scale)

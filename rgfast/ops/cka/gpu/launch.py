@@ -36,8 +36,8 @@ from rgfast.runtime.waiting import numbers
 __all__ = ["at_once", "chunk", "fit", "sums", "tile_for"]
 
 # Bytes of Gram tiles at a time, most of which stay in the second-level cache of an H100, and how many tiles
-# it computes at a time, of which they are a multiple. Both decide the order of sums, and are therefore the
-# same everywhere. Bytes of rows in two parts.
+# it computes at a time, of which they are a multiple. Both decide the order of sums. Bytes of rows in two
+# parts.
 _SCRATCH, _AT_ONCE = 36 << 20, 132
 _ROWS_BYTES = 184 << 20
 
