@@ -3,8 +3,8 @@
     TRITON_INTERPRET=1 python tests/ops/triton_process.py ROOM FILE [NAMES]
 
 runs every function named ``check_*`` (or those of NAMES) in ``triton_checks*.py`` of a room's folder on CPU
-tensors, or on a GPU without the variable, and writes what each found to FILE as JSON: of each thing whether it
-holds, or its error by what is allowed.
+tensors, or on a GPU without the variable, and writes what each found to FILE as JSON: of each thing whether
+it holds, or its error by what is allowed.
 """
 
 from __future__ import annotations
