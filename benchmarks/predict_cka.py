@@ -23,6 +23,7 @@ from predict_moments import (
     CLOCK,
     DMMA,
     FP64,
+    FROM_MEMORY,
     MEASURED,
     MMA,
     REGISTERS,
@@ -60,6 +61,10 @@ FROM_CACHE, CACHE_RATE = 280, 5.5e12
 MORE, KEPT = 50, 1000
 # Entries that a warp multiplies at a time.
 ENTRIES = 8
+# Clocks of a thread for a pair of layers in the end: loads that wait for each other, roots and divisions.
+FINISHED = 4000
+# Of a jackknife.
+GROUPS = 8
 
 
 def gram(*, diagonal: bool) -> Block:
@@ -73,9 +78,9 @@ def gram(*, diagonal: bool) -> Block:
     )
 
 
-def strips_of_samples(n: int) -> list[Block]:
+def strips_of_samples(n: int, groups: int = 1) -> list[Block]:
     """All Gram tiles of a layer at a position."""
-    count, side = launches.sample_tiles(n), -(-n // SIDE)
+    count, side = launches.sample_tiles(n, groups), launches._strips(n, groups) * groups
     return [gram(diagonal=True)] * side + [gram(diagonal=False)] * (count - side)
 
 
@@ -105,19 +110,30 @@ def products_of_layers(layers: int, spans: int) -> float:
     )
 
 
-def by_features(shape: Shape, *, near: bool) -> float:
+def collected(count: int, turns: int = 1) -> float:
+    """Seconds for adding up what so many tiles left, by warps that have every fourth."""
+    return turns * (LEAST_KERNEL + -(-count // launches._WARPS) * FROM_CACHE / CLOCK)
+
+
+def by_features(shape: Shape, *, near: bool, groups: int = 1) -> float:
     """Seconds of the squares of cross moments."""
     layers, positions, n, width = shape
     blocks = cross(width, layers, near=near)
-    held = resident("rgfast_cka_squares_float32")
     moved = 4.0 * layers * positions * n * width
+    if groups > 1:
+        held = resident("rgfast_cka_left_out_float32", shared=launches._LEFT_OUT_SHARED)
+        rows = n + groups * -(-n // groups // STEP) * STEP
+        # Every variant begins with a load and ends with squares.
+        ends = (1 + groups) * (2 * FROM_MEMORY + KEPT)
+        return seconds(positions, rows, blocks, held, 2 * moved, ends=ends, launch=LEAST_KERNEL)
+    held = resident("rgfast_cka_squares_float32")
     return seconds(positions, n, blocks, held, moved, ends=4 * BARRIER, launch=LEAST_KERNEL)
 
 
-def by_samples(shape: Shape, *, near: bool) -> float:
+def by_samples(shape: Shape, *, near: bool, groups: int = 1) -> float:
     """Seconds of Gram tiles and of the products of layers over them."""
     layers, positions, n, width = shape
-    blocks, count = strips_of_samples(n), launches.sample_tiles(n)
+    blocks, count = strips_of_samples(n, groups), launches.sample_tiles(n, groups)
     if near:
         held = resident("rgfast_cka_near_float32", shared=launches._NEAR_SHARED)
         runs = -(-6 * SMS // (positions * count))
@@ -125,7 +141,7 @@ def by_samples(shape: Shape, *, near: bool) -> float:
         again = layers + -(-layers // run) - 1
         return seconds(positions * again, width, blocks, held, 0.0, ends=KEPT, launch=2 * LEAST_KERNEL)
     held = resident("rgfast_cka_grams_float32", shared=launches._GRAM_SHARED)
-    some, side = launches.chunk(layers, n)
+    some, side = launches.chunk(layers, n, groups)
     some = min(some, positions)
     ends = SIDE * SIDE * 8 / CACHE + BARRIER
     found = 0.0
@@ -137,34 +153,40 @@ def by_samples(shape: Shape, *, near: bool) -> float:
                 here * layers, width, blocks[count - now :], held, 0.0, ends=ends, launch=LEAST_KERNEL
             )
             found += products_of_layers(layers, here * now * SIDE * SIDE // launches._SPAN)
-    spans = side * SIDE * SIDE // launches._SPAN
-    return found + LEAST_KERNEL + spans * FROM_CACHE / 4 / CLOCK
+    turns = -(-positions // some) * -(-count // side) if groups > 1 else 1
+    return found + collected(side, turns)
 
 
-def call_of(shape: Shape, *, near: bool) -> Call:
+def call_of(shape: Shape, *, near: bool, groups: int = 1) -> Call:
     """The call, of layers without data."""
     layers, positions, n, width = shape
     rows = tuple(torch.empty(positions, n, width, dtype=torch.float32, device="meta") for _ in range(layers))
+    if groups > 1:
+        return Call("alignment", ("layers",), rows, options=(("adjacent", near), ("groups", groups)))
     options = (("debiased", False), *(() if near else (("sample_limit", 4096),)))
     return Call("drift" if near else "matrix", ("layers",), rows, options=options)
 
 
-def whole(shape: Shape, *, near: bool, samples: bool | None = None) -> float:
+def whole(shape: Shape, *, near: bool, samples: bool | None = None, groups: int = 1) -> float:
     """Seconds of a call, by the way that it takes unless ``samples`` says which."""
     layers, positions, n, width = shape
-    call = call_of(shape, near=near)
+    call = call_of(shape, near=near, groups=groups)
     samples = kernels._takes_samples(call) if samples is None else samples
     with (
         mock.patch.object(launches.cuda, "launch") as launched,
         mock.patch.object(kernels, "_takes_samples", return_value=samples),
     ):
         around = timed(lambda: kernels._computed(call))
-    rows = 4.0 * layers * positions * n * width
-    # Means, norms, and sums of products of norms per pair.
-    passes = 2 * (LEAST_KERNEL + rows / PASS)
+    rows, variants = 4.0 * layers * positions * n * width, kernels._variants(groups)
+    # Means and norms, sums of groups and products with them, and sums of products of norms per pair.
+    passes = (2 if groups == 1 else 4) * (LEAST_KERNEL + rows / PASS)
     pairs = wanted_by(call).pairs
-    passes += LEAST_KERNEL + 16.0 * positions * pairs * n / CACHE_RATE
-    products = (by_samples if samples else by_features)(shape, near=near)
+    read = 16.0 + 32.0 * (variants - 1)
+    passes += LEAST_KERNEL + read * positions * pairs * n / CACHE_RATE
+    # Four blocks on a multiprocessor, by registers.
+    turns = -(-positions * variants // (4 * SMS))
+    passes += LEAST_KERNEL + turns * -(-pairs // launches.THREADS) * FINISHED / CLOCK
+    products = (by_samples if samples else by_features)(shape, near=near, groups=groups)
     host = around.host + LAUNCH * launched.call_count
     return max(host, passes + products + around.device) + WAIT
 
@@ -204,6 +226,16 @@ def predictions() -> list[tuple[Shape, bool, float, float, bool, float]]:
     return found
 
 
+def jackknives() -> list[tuple[Shape, bool, float, float, bool, float]]:
+    """Shape, whether neighbors, milliseconds of both ways, whether by samples, and those of a call alone."""
+    found = []
+    for shape, near, *_ in SHAPES:
+        by = (1e3 * whole(shape, near=near, samples=way, groups=GROUPS) for way in (False, True))
+        samples = kernels._takes_samples(call_of(shape, near=near, groups=GROUPS))
+        found.append((shape, near, *by, samples, 1e3 * whole(shape, near=near)))
+    return found
+
+
 def main() -> None:
     """The tables."""
     print_beside("Triton's, measured on an H100, ms", (Row(*each) for each in validation()))
@@ -216,6 +248,21 @@ def main() -> None:
         ways = " | ".join(f"{ms:.3g}" for ms in both)
         taken = "samples" if samples else "features"
         print(f"| {name} | {theirs:.3g} | {ways} | {taken} | {theirs / ours:.1f} | {wanted} |")
+    print(f"\nPREDICTED, not run on a GPU: the same, and without each of {GROUPS} groups of samples, ms\n")
+    head = (
+        f"without each of {GROUPS} groups",
+        "by features",
+        "by samples",
+        "taken",
+        "over none",
+        f"{GROUPS + 1} calls over it",
+    )
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for shape, near, *ways, samples, alone in jackknives():
+        name = f"{list(shape)}{', neighbors' if near else ''}"
+        both, ours = " | ".join(f"{ms:.3g}" for ms in ways), ways[samples]
+        taken, apart = "samples" if samples else "features", (GROUPS + 1) * alone / ours
+        print(f"| {name} | {both} | {taken} | {ours / alone:.1f} | {apart:.1f} |")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 // cross moments it is squared before it counts.
 #pragma once
 
+#include "cuda/cka_math.cuh"
 #include "cuda/moments.cuh"
 
 namespace rgfast::cuda::cka {
@@ -19,10 +20,9 @@ using moments::widened;
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kColumns = 32;  // that a block centers
-inline constexpr int kSums = 4;      // per pair of layers
 
 // rgfast/ops/cka/impl/cuda.py launches with these numbers.
-static_assert(kThreads == moments::kThreads && kWarps == 4 && kColumns == 32 && kSums == 4);
+static_assert(kThreads == moments::kThreads && kWarps == 4 && kColumns == 32 && sizeof(PairSums) == 32);
 
 // Of a rounded sum a + b, what rounding took off (Knuth).
 __host__ __device__ inline double left_over(double a, double b, double sum) {
@@ -101,31 +101,88 @@ __device__ inline double block_sum(double mine, double* shared) {
   return sum;
 }
 
-// to[positions, pairs, 4]: the squared norm of the cross moment, sum |z|^2 |w|^2, and of the pair's left
-// layer sum |z|^2 and the squared length of its mean.
+// Which samples are left out, and what is summed of them: variant 0 has all, variant g + 1 all but group g of
+// samples g, g + groups, ... Of a layer's group data at `tops` (cka_groups.cuh) there are sums of rows
+// [positions, groups, width] and products of rows with them [positions, groups, rows].
+struct Without {
+  std::int64_t groups;
+  int g;  // -1: nothing is left out
+  double left;
+
+  __device__ Without(std::int64_t count, std::int64_t variant, std::int64_t rows)
+      : groups(count),
+        g(static_cast<int>(variant) - 1),
+        left(static_cast<double>(variant == 0 ? rows : left_without(rows, count, variant - 1))) {}
+  __device__ const double* sum(const Layer& layer, std::int64_t position) const {
+    return layer.tops + (position * groups + g) * layer.width;
+  }
+  __device__ const double* products(const Layer& layer, std::int64_t positions, std::int64_t position,
+                                    std::int64_t rows) const {
+    return layer.tops + positions * groups * layer.width + (position * groups + g) * rows;
+  }
+};
+
+// Squared length of the mean of all rows, or of the sum of those that are left out.
+__device__ inline double squared_length(const double* x, std::int64_t width, double* shared) {
+  double mine = 0.0;
+  for (std::int64_t column = threadIdx.x; column < width; column += kThreads)
+    mine = fma(x[column], x[column], mine);
+  return block_sum(mine, shared);
+}
+
+// to[positions, variants, pairs] from squares[positions, variants, tiles]. By features the tiles of a pair
+// add up to the squared norm of its cross moment; by samples one number is half of the sum over different
+// samples.
+//
+// Without a group rows are moved by -m/n', m the sum of those that are left out and n' how many are left.
+// Then |z|^2 grows by d = 2 z m/n' + |m|^2/n'^2, and the row sums of a kernel are -z m. By samples the change
+// of the inner product is formed from these, so that it is as small as they are.
 __device__ inline void sums(const std::int64_t* table, std::int64_t layers, std::int64_t pairs,
-                            std::int64_t tiles, std::int64_t rows, const double* squares, double* to) {
-  const std::int64_t position = blockIdx.x, k = blockIdx.y;
+                            std::int64_t tiles, std::int64_t rows, std::int64_t groups, std::int64_t samples,
+                            const double* squares, PairSums* to) {
+  const std::int64_t position = blockIdx.x, k = blockIdx.y, variants = gridDim.z;
+  const Without without(groups, blockIdx.z, rows);
   const Pair pair = pair_at(table, layers, k);
   const Layer left = layer_at(table, pair.left), right = layer_at(table, pair.right);
-  const std::int64_t end = k + 1 < pairs ? pair_at(table, layers, k + 1).first : tiles;
+  const std::int64_t end = samples != 0    ? pair.first + 1
+                           : k + 1 < pairs ? pair_at(table, layers, k + 1).first
+                                           : tiles;
+  const std::int64_t at = position * variants + blockIdx.z;
   auto* shared = shared_memory<double>();
-  double mine[kSums] = {};
+  double product = 0.0, same = 0.0, trace = 0.0, change = 0.0;
   for (std::int64_t tile = pair.first + threadIdx.x; tile < end; tile += kThreads)
-    mine[0] += squares[position * tiles + tile];
+    product += squares[at * tiles + tile];
   const double* a = left.norms + position * rows;
   const double* b = right.norms + position * rows;
-  for (std::int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    mine[1] = fma(a[row], b[row], mine[1]);
-    mine[2] += a[row];
+  double apart = 0.0;
+  if (without.g < 0) {
+    for (std::int64_t row = threadIdx.x; row < rows; row += kThreads) {
+      same = fma(a[row], b[row], same);
+      trace += a[row];
+    }
+    apart = without.left * squared_length(left.shift + position * left.width, left.width, shared);
+  } else {
+    const double one = squared_length(without.sum(left, position), left.width, shared);
+    const double other = squared_length(without.sum(right, position), right.width, shared);
+    const double n = without.left, square = n * n;
+    const double* s = without.products(left, gridDim.x, position, rows);
+    const double* t = without.products(right, gridDim.x, position, rows);
+    for (std::int64_t row = threadIdx.x; row < rows; row += kThreads) {
+      if (static_cast<int>(row) % static_cast<int>(groups) == without.g) continue;
+      const double da = 2.0 * s[row] / n + one / square, db = 2.0 * t[row] / n + other / square;
+      same = fma(a[row] + da, b[row] + db, same);
+      trace += a[row] + da;
+      change += a[row] * db + da * (b[row] + db) + 2.0 * s[row] * t[row] / n;
+    }
+    if (threadIdx.x == 0) change -= one / n * (other / n);
+    apart = one / n;
   }
-  const double* mean = left.shift + position * left.width;
-  for (std::int64_t column = threadIdx.x; column < left.width; column += kThreads)
-    mine[3] = fma(mean[column], mean[column], mine[3]);
-  for (int s = 0; s < kSums; ++s) {
-    const double sum = block_sum(mine[s], shared);
-    if (threadIdx.x == 0) to[(position * pairs + k) * kSums + s] = sum;
-  }
+  product = block_sum(product, shared);
+  same = block_sum(same, shared);
+  trace = block_sum(trace, shared);
+  change = block_sum(change, shared);
+  if (threadIdx.x == 0)
+    to[at * pairs + k] = {samples != 0 ? 2.0 * product - change : product - same, same, trace, apart};
 }
 
 }  // namespace rgfast::cuda::cka

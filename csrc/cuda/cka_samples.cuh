@@ -33,6 +33,26 @@ inline constexpr int kInnerShared = 8 * kWarps * kGroup * kGroup;
 static_assert(kGramShared == 33792 && kNearShared == 66592 && kInnerShared == 32768);
 static_assert(kTile == 4096 && kGroup == 32 && kSpan == 512);
 
+// Samples of groups 0, 1, ... (sample i is of group i % groups) one group after the other, each in strips of
+// its own, so that a tile is of two groups. One group has all samples as they are.
+struct Order {
+  int rows, groups, strips;  // of a group
+
+  __host__ __device__ Order(std::int64_t count, std::int64_t number)
+      : rows(static_cast<int>(count)),
+        groups(static_cast<int>(number)),
+        strips(static_cast<int>(moments::strips((count + number - 1) / number))) {}
+  // The first sample of a strip, the next of which are `groups` apart, and how many it has.
+  __host__ __device__ int first(std::int64_t strip) const {
+    const int at = static_cast<int>(strip);
+    return at / strips + at % strips * kSide * groups;
+  }
+  __host__ __device__ int size(std::int64_t strip) const {
+    const int left = (rows - first(strip) + groups - 1) / groups;
+    return left < 0 ? 0 : left < kSide ? left : kSide;
+  }
+};
+
 // A thread's part of a strip of 64 samples: of two samples 32 apart four of 16 features. Four neighboring
 // lanes have 16 features of a sample.
 template <class T>
@@ -42,13 +62,14 @@ struct Part {
   bool there[2], aligned;
   T raw[2][4] = {};
 
-  __device__ Part(const Layer& layer, std::int64_t position, std::int64_t rows, std::int64_t first)
-      : apart(32 * layer.row_stride), stride(layer.feature_stride) {
-    const std::int64_t sample = first + threadIdx.x / 4;
-    from = static_cast<const T*>(layer.rows) + position * layer.position_stride + sample * layer.row_stride +
+  __device__ Part(const Layer& layer, std::int64_t position, const Order& order, std::int64_t strip)
+      : apart(32 * layer.row_stride * order.groups), stride(layer.feature_stride) {
+    const int sample = static_cast<int>(threadIdx.x) / 4, size = order.size(strip);
+    from = static_cast<const T*>(layer.rows) + position * layer.position_stride +
+           std::int64_t{order.first(strip) + sample * order.groups} * layer.row_stride +
            threadIdx.x % 4 * 4 * stride;
-    there[0] = sample < rows;
-    there[1] = sample + 32 < rows;
+    there[0] = sample < size;
+    there[1] = sample + 32 < size;
     aligned = moments::in_loads(from, layer.row_stride, stride);
   }
 
@@ -101,14 +122,10 @@ struct Place {
 // The thread's entries of a layer's tile; all threads of the block together.
 template <class T>
 __device__ __forceinline__ void gram(typename moments::Exact<T>::Sums& sums, const Layer& layer,
-                                     const Place& place, std::int64_t positions, std::int64_t rows,
+                                     const Place& place, std::int64_t positions, const Order& order,
                                      unsigned char* shared) {
   using How = moments::Exact<T>;
-  const std::int64_t down_first = place.tile.row * kSide, right_first = place.tile.column * kSide;
-  const auto size = [rows](std::int64_t first) {
-    return static_cast<int>(rows - first < kSide ? rows - first : kSide);
-  };
-  const int high = size(down_first), wide = size(right_first);
+  const int high = order.size(place.tile.row), wide = order.size(place.tile.column);
   const moments::Shape shape = moments::shape_of(place.same, high, wide, place.top, place.left);
   const bool whole =
       high >= place.top + 32 && wide >= place.left + 32 && !(place.same && place.top >= place.left);
@@ -116,7 +133,8 @@ __device__ __forceinline__ void gram(typename moments::Exact<T>::Sums& sums, con
   // The means of the thread's next four features, and how far behind them their rounding stands.
   const double* means = layer.shift + place.position * width + mine;
   const std::int64_t behind = positions * width;
-  Part<T> down(layer, place.position, rows, down_first), right(layer, place.position, rows, right_first);
+  Part<T> down(layer, place.position, order, place.tile.row),
+      right(layer, place.position, order, place.tile.column);
   const auto fetch = [&](int at) {
     down.fetch(width - at - mine);
     if (!place.same) right.fetch(width - at - mine);
@@ -173,12 +191,13 @@ __device__ __forceinline__ void each(const typename moments::Exact<T>::Sums& sum
 // to[positions of the grid, layers, apart, kTile].
 template <class T>
 __device__ void grams(const std::int64_t* table, std::int64_t positions, std::int64_t rows,
-                      std::int64_t start, std::int64_t first, std::int64_t count, std::int64_t apart,
-                      double* to) {
+                      std::int64_t groups, std::int64_t start, std::int64_t first, std::int64_t count,
+                      std::int64_t apart, double* to) {
   const std::int64_t here = blockIdx.x / count, pair = blockIdx.x % count;
   const Place place(start + here, first + pair);
   typename moments::Exact<T>::Sums sums;
-  gram<T>(sums, layer_at(table, blockIdx.y), place, positions, rows, shared_memory<unsigned char>());
+  gram<T>(sums, layer_at(table, blockIdx.y), place, positions, {rows, groups},
+          shared_memory<unsigned char>());
   double* tile = to + ((here * gridDim.y + blockIdx.y) * apart + pair) * kTile + place.first();
   each<T>(sums, place, [tile](int k, double value) { tile[k * kThreads] = value; });
 }
@@ -187,7 +206,8 @@ __device__ void grams(const std::int64_t* table, std::int64_t positions, std::in
 // layer after it. A block goes through `run` layers and the one after them.
 template <class T>
 __device__ void near(const std::int64_t* table, std::int64_t positions, std::int64_t layers,
-                     std::int64_t rows, std::int64_t tiles, std::int64_t run, double* to) {
+                     std::int64_t rows, std::int64_t groups, std::int64_t tiles, std::int64_t run,
+                     double* to) {
   const Place place(blockIdx.x / tiles, blockIdx.x % tiles);
   auto* shared = shared_memory<unsigned char>();
   auto* before = reinterpret_cast<double*>(shared + kGramShared) + place.first();
@@ -197,7 +217,7 @@ __device__ void near(const std::int64_t* table, std::int64_t positions, std::int
 #pragma unroll 1
   for (std::int64_t layer = first; layer < end + (end < layers ? 1 : 0); ++layer) {
     typename moments::Exact<T>::Sums sums;
-    gram<T>(sums, layer_at(table, layer), place, positions, rows, shared);
+    gram<T>(sums, layer_at(table, layer), place, positions, {rows, groups}, shared);
     double own = 0.0, both = 0.0;
     each<T>(sums, place, [&](int k, double value) {
       own = fma(value, value, own);

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rgfast
-from rgfast.ops.cka.api import OP
+from rgfast.ops.cka.api import OP, alignment
 
 F64 = torch.float64
 
@@ -34,3 +34,20 @@ def test_all_pairs_and_neighbors(gpu, dtype, debiased, way):
         torch.testing.assert_close(
             found, call(x, debiased=debiased, impl="reference"), rtol=0, atol=1e-12, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("way", ["features", "samples"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_without_groups_over_batches_and_tiny_drifts(gpu, dtype, way):
+    (device, shapes), made = gpu, torch.Generator().manual_seed(0)
+    _, positions, n, d = shapes[way]
+    x = (torch.randn(3, positions, n, d, generator=made, dtype=F64).cumsum(0) + 30).to(dtype)
+    x[2, 0] = x[1, 0]
+    for call in (
+        lambda layers, impl: alignment([*layers], adjacent=False, groups=2, impl=impl),
+        lambda layers, impl: rgfast.minibatch_cka(layers, batch_size=n // 3, impl=impl),
+        lambda layers, impl: rgfast.kernel_drift(layers, impl=impl),
+    ):
+        found, again = (call(x.to(device), "cuda").cpu() for _ in range(2))
+        assert torch.equal(found, again)
+        torch.testing.assert_close(found, call(x, "reference"), rtol=0, atol=1e-12)

@@ -11,7 +11,11 @@
 
 #define RGFAST_DECLARE(name)                                                                                \
   extern "C" void rgfast_cka_centers_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t); \
-  extern "C" void rgfast_cka_norms_##name(const std::int64_t*, std::int64_t, std::int64_t)
+  extern "C" void rgfast_cka_norms_##name(const std::int64_t*, std::int64_t, std::int64_t);                 \
+  extern "C" void rgfast_cka_group_sums_##name(const std::int64_t*, std::int64_t, std::int64_t,             \
+                                               std::int64_t);                                               \
+  extern "C" void rgfast_cka_group_products_##name(const std::int64_t*, std::int64_t, std::int64_t,         \
+                                                   std::int64_t)
 RGFAST_DECLARE(float64);
 RGFAST_DECLARE(float32);
 RGFAST_DECLARE(bfloat16);
@@ -22,11 +26,13 @@ namespace rgfast::test {
 
 template <class T>
 struct Centering;
-#define RGFAST_CENTERING(T, name)                              \
-  template <>                                                  \
-  struct Centering<T> {                                        \
-    static constexpr auto centers = rgfast_cka_centers_##name; \
-    static constexpr auto norms = rgfast_cka_norms_##name;     \
+#define RGFAST_CENTERING(T, name)                                            \
+  template <>                                                                \
+  struct Centering<T> {                                                      \
+    static constexpr auto centers = rgfast_cka_centers_##name;               \
+    static constexpr auto norms = rgfast_cka_norms_##name;                   \
+    static constexpr auto group_sums = rgfast_cka_group_sums_##name;         \
+    static constexpr auto group_products = rgfast_cka_group_products_##name; \
   }
 RGFAST_CENTERING(double, float64);
 RGFAST_CENTERING(float, float32);
@@ -55,10 +61,12 @@ template <class T>
 struct Layers {
   std::int64_t positions, rows, width[2], row_stride[2], feature_stride[2] = {1, 1};
   std::vector<T> x[2];
-  std::vector<double> means[2], norms[2];
+  std::int64_t groups;
+  std::vector<double> means[2], norms[2], of_groups[2];
 
-  Layers(std::int64_t p, std::int64_t n, std::int64_t d, std::int64_t e, double offset = 0.75)
-      : positions(p), rows(n), width{d, e}, row_stride{d, e} {
+  Layers(std::int64_t p, std::int64_t n, std::int64_t d, std::int64_t e, double offset = 0.75,
+         std::int64_t number = 1)
+      : positions(p), rows(n), width{d, e}, row_stride{d, e}, groups(number) {
     std::mt19937 generator(static_cast<unsigned>(n + d));
     std::normal_distribution<double> normal;
     for (int l = 0; l < 2; ++l) {
@@ -66,6 +74,7 @@ struct Layers {
       for (T& v : x[l]) narrow(offset + normal(generator), v);
       means[l].assign(static_cast<std::size_t>(2 * p * width[l]), NAN);
       norms[l].assign(static_cast<std::size_t>(p * n), NAN);
+      if (groups > 1) of_groups[l].assign(static_cast<std::size_t>(groups * p * (width[l] + n)), NAN);
     }
   }
 
@@ -79,7 +88,7 @@ struct Layers {
     for (int l = 0; l < 2; ++l)
       for (const std::int64_t w :
            {word(x[l].data()), rows * width[l], row_stride[l], feature_stride[l], width[l],
-            word(means[l].data()), word(1.0), word(norms[l].data()), std::int64_t{0}})
+            word(means[l].data()), word(1.0), word(norms[l].data()), word(of_groups[l].data())})
         words.push_back(w);
     return words;
   }
@@ -95,21 +104,38 @@ struct Layers {
     const std::int64_t blocks = (positions * rows + cuda::cka::kWarps - 1) / cuda::cka::kWarps;
     shim::launch({.grid = grid_of(blocks, 2), .block = block, .seed = seed}, Centering<T>::norms,
                  words.data(), positions, rows);
+    if (groups == 1) return;
+    shim::launch({.grid = grid_of(positions * chunks * groups, 2),
+                  .block = block,
+                  .shared = 8 * cuda::cka::kThreads,
+                  .seed = seed},
+                 Centering<T>::group_sums, words.data(), rows, chunks, groups);
+    shim::launch({.grid = grid_of(blocks, 2), .block = block, .seed = seed}, Centering<T>::group_products,
+                 words.data(), positions, rows, groups);
   }
 
-  // Rows less their mean [rows, width], and the squared length of the mean.
-  std::vector<long double> centered(int l, std::int64_t p, long double* size = nullptr) const {
-    std::vector<long double> z(static_cast<std::size_t>(rows * width[l]));
+  // Rows less their mean [rows left, width], without samples g, g + groups, ... unless g is -1. Also what
+  // `sums` tells of how far they were moved.
+  std::vector<long double> centered(int l, std::int64_t p, std::int64_t g = -1,
+                                    long double* apart = nullptr) const {
+    std::vector<std::int64_t> left;
+    for (std::int64_t r = 0; r < rows; ++r)
+      if (g < 0 || r % groups != g) left.push_back(r);
+    const auto n = static_cast<long double>(left.size());
+    std::vector<long double> z(left.size() * static_cast<std::size_t>(width[l]));
     for (std::int64_t c = 0; c < width[l]; ++c) {
       // An offset would take digits of long double, too.
       const long double first = cuda::moments::widened(at(l, p, 0, c));
-      long double mean = 0.0L;
-      for (std::int64_t r = 0; r < rows; ++r) mean += cuda::moments::widened(at(l, p, r, c)) - first;
-      mean /= static_cast<long double>(rows);
-      if (size != nullptr) *size += (first + mean) * (first + mean);
-      for (std::int64_t r = 0; r < rows; ++r)
-        z[static_cast<std::size_t>(r * width[l] + c)] =
-            (cuda::moments::widened(at(l, p, r, c)) - first) - mean;
+      long double mean = 0.0L, all = 0.0L;
+      for (const std::int64_t r : left) mean += cuda::moments::widened(at(l, p, r, c)) - first;
+      for (std::int64_t r = 0; r < rows; ++r) all += cuda::moments::widened(at(l, p, r, c)) - first;
+      mean /= n;
+      all /= static_cast<long double>(rows);
+      const long double moved = g < 0 ? first + all : mean - all;
+      if (apart != nullptr) *apart += n * moved * moved;
+      for (std::size_t k = 0; k < left.size(); ++k)
+        z[k * static_cast<std::size_t>(width[l]) + static_cast<std::size_t>(c)] =
+            (cuda::moments::widened(at(l, p, left[k], c)) - first) - mean;
     }
     return z;
   }

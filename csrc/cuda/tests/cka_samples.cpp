@@ -11,11 +11,11 @@
 #include "cuda/tests/effort.hpp"
 #include "tests/check.hpp"
 
-#define RGFAST_DECLARE(name)                                                                             \
-  extern "C" void rgfast_cka_grams_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, \
-                                          std::int64_t, std::int64_t, std::int64_t, double*);            \
-  extern "C" void rgfast_cka_near_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,  \
-                                         std::int64_t, std::int64_t, double*)
+#define RGFAST_DECLARE(name)                                                                                \
+  extern "C" void rgfast_cka_grams_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,    \
+                                          std::int64_t, std::int64_t, std::int64_t, std::int64_t, double*); \
+  extern "C" void rgfast_cka_near_##name(const std::int64_t*, std::int64_t, std::int64_t, std::int64_t,     \
+                                         std::int64_t, std::int64_t, std::int64_t, double*)
 RGFAST_DECLARE(float64);
 RGFAST_DECLARE(float32);
 RGFAST_DECLARE(bfloat16);
@@ -51,7 +51,11 @@ template <class T>
 struct Case : rgfast::test::Layers<T> {
   using rgfast::test::Layers<T>::Layers;
 
-  std::int64_t tiles() const { return strips(this->rows) * (strips(this->rows) + 1) / 2; }
+  Order order() const { return {this->rows, this->groups}; }
+  std::int64_t tiles() const {
+    const std::int64_t side = order().strips * this->groups;
+    return side * (side + 1) / 2;
+  }
 
   // [positions from `start` on, 2, apart, kTile] of `count` tiles from `first` on.
   std::vector<double> grams(std::int64_t start, std::int64_t first, std::int64_t count, std::int64_t apart,
@@ -61,8 +65,8 @@ struct Case : rgfast::test::Layers<T> {
     const std::int64_t here = this->positions - start;
     std::vector<double> out(static_cast<std::size_t>(((here * 2 - 1) * apart + count) * kTile), NAN);
     launch({.grid = grid_of(here * count, 2), .block = {kThreads, 1, 1}, .shared = kGramShared, .seed = seed},
-           Kernels<T>::grams, words.data(), this->positions, this->rows, start, first, count, apart,
-           out.data());
+           Kernels<T>::grams, words.data(), this->positions, this->rows, this->groups, start, first, count,
+           apart, out.data());
     return out;
   }
 
@@ -75,8 +79,8 @@ struct Case : rgfast::test::Layers<T> {
             .block = {kThreads, 1, 1},
             .shared = kNearShared,
             .seed = seed},
-           Kernels<T>::near, words.data(), this->positions, std::int64_t{2}, this->rows, tiles(), run,
-           out.data());
+           Kernels<T>::near, words.data(), this->positions, std::int64_t{2}, this->rows, this->groups,
+           tiles(), run, out.data());
     return out;
   }
 
@@ -90,8 +94,10 @@ struct Case : rgfast::test::Layers<T> {
     sizes.assign(kTile, 0.0L);
     for (std::int64_t r = 0; r < kSide; ++r)
       for (std::int64_t c = 0; c < kSide; ++c) {
-        const std::int64_t i = at.row * kSide + r, j = at.column * kSide + c;
-        if (i >= j || j >= this->rows) continue;
+        if ((at.row == at.column && r >= c) || r >= order().size(at.row) || c >= order().size(at.column))
+          continue;
+        const std::int64_t i = order().first(at.row) + r * this->groups,
+                           j = order().first(at.column) + c * this->groups;
         long double dot = 0.0L, one = 0.0L, other = 0.0L;
         for (std::int64_t f = 0; f < d; ++f) {
           const long double a = z[static_cast<std::size_t>(i * d + f)],
@@ -173,6 +179,26 @@ TEST(cka_grams_of_odd_shapes_in_fp32) { check_shapes<float>(); }
 TEST(cka_grams_of_half_rows) {
   check_tiles(Case<Half>(1, kFew ? 17 : 70, 33, 9));
   check_tiles(Case<Bfloat16>(1, kFew ? 17 : 70, 33, 9));
+}
+
+TEST(cka_grams_of_groups_one_after_the_other) {
+  check_tiles(Case<double>(1, 65, 5, 3, 0.75, 2));
+  if (!kFew) check_tiles(Case<float>(1, 9, 5, 3, 0.75, 4));
+}
+
+TEST(cka_order_has_every_sample_once) {
+  for (const std::int64_t rows : {4, 63, 64, 65, 130, 200})
+    for (const std::int64_t groups : {1, 2, 3, 4}) {
+      const Order order(rows, groups);
+      std::vector<int> seen(static_cast<std::size_t>(rows));
+      for (std::int64_t strip = 0; strip < order.strips * groups; ++strip)
+        for (int k = 0; k < order.size(strip); ++k) {
+          const std::int64_t sample = order.first(strip) + k * groups;
+          CHECK(sample < rows && sample % groups == strip / order.strips);
+          ++seen[static_cast<std::size_t>(sample)];
+        }
+      CHECK(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
+    }
 }
 
 TEST(cka_grams_keep_digits_at_an_offset) { check_tiles(Case<double>(1, 40, 18, 5, 1e6)); }

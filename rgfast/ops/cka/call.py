@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgfast.dispatch import is_plain
 
-__all__ = ["Call"]
+__all__ = ["Call", "Side"]
 
 Side = Tensor | tuple[Tensor, ...]
 

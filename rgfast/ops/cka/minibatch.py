@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.cka import reference
+from rgfast.ops.cka.api import OP
+from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.rows import RowStore, as_rows
-from rgfast.runtime.threads import aligned, one_thread
 from rgfast.validation import check_positive_int
 
 __all__ = ["MinibatchCKAAccumulator"]
@@ -142,8 +143,8 @@ class _Sums:
 
 
 def _sums_of(batch: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    with one_thread():
-        return reference.run("hsic_sums", [aligned(x) for x in batch])  # type: ignore[no-any-return]
+    found: Tensor = OP("auto", Call("hsic_sums", ("layers",), tuple(batch)))
+    return found[..., :-2], found[..., -2], found[..., -1].to(torch.int64)
 
 
 def _down(cross: Tensor, by: Tensor) -> Tensor:

@@ -274,8 +274,8 @@ def hsic(x: Tensor, y: Tensor, *, debiased: bool) -> Tensor:
     return scaled(scaled(value, exponent.clamp(-1000, 1000)), exponent.clamp(-1000, 1000))
 
 
-def hsic_sums(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """HSIC_1 ``[..., L, L]`` in units of 2^(2e), the square of its scale ``[..., L]``, and e ``[..., L]``."""
+def hsic_sums(layers: Sequence[Tensor]) -> Tensor:
+    """HSIC_1 in units of 2^(2e), the square of its scale, and e: ``[..., L, L + 2]`` side by side."""
     both = [centered(x) for x in layers]
     xs = [x for x, _ in both]
     n = xs[0].shape[-2]
@@ -284,7 +284,8 @@ def hsic_sums(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     values = values.reshape(*values.shape[:-1], len(xs), len(xs))
     trace = torch.stack([x.square().sum((-2, -1)) for x in xs], -1)
     exponent = torch.stack([e[..., 0, 0] for _, e in both], -1)
-    return values / (n * (n - 3)), trace.square() / (n * n * (n - 3)), exponent
+    floor = trace.square() / (n * n * (n - 3))
+    return torch.cat([values / (n * (n - 3)), floor[..., None], exponent.to(floor.dtype)[..., None]], -1)
 
 
 def squared_distances(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CKA and drift by the package's own kernels on a GPU, csrc/cuda/cka.cu, by features or by samples.
+"""CKA, drift and HSIC by the package's own kernels on a GPU, csrc/cuda/cka*, by features or by samples.
 
 Neither centered rows nor cross moments nor whole kernels of samples are stored.
 """
@@ -6,29 +6,35 @@ Neither centered rows nor cross moments nor whole kernels of samples are stored.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl
-from rgfast.ops.cka.call import Call
+from rgfast.ops.cka import reference
+from rgfast.ops.cka.answers import ANSWERS
+from rgfast.ops.cka.call import Call, Side
 from rgfast.ops.cka.checks import check_call
+from rgfast.ops.cka.impl import library
 from rgfast.ops.cka.launches import (
     SUMS,
     TILE_BYTES,
-    by_features,
-    by_samples,
+    Batches,
+    Layers,
     chunk,
-    parts_of_samples,
+    finish,
+    numbers_of_sums,
     sample_tiles,
 )
-from rgfast.ops.cka.sums import TASKS, Sums, Wanted, mirrored, wanted_by
+from rgfast.ops.cka.sums import TASKS, Wanted, wanted_by
 from rgfast.ops.device import LAUNCH, STREAM, by_itself
 from rgfast.ops.moments.tiles import CLOCK, DTYPES, EXACT, MOST_BLOCKS, MOST_SIDE, card, clocks, count
 from rgfast.runtime import cuda, measured
-from rgfast.runtime.known_answers import KnownAnswer, register, unproven
+from rgfast.runtime.known_answers import register, unproven
 from rgfast.runtime.waiting import numbers
 
 __all__ = ["CKA"]
@@ -40,28 +46,29 @@ _WORK_BYTES = 128 << 20
 # A multiprocessor's clocks for 16 entries of a layer's Gram tile that are compared with all other layers, and
 # for a tile that is compared with its neighbor; seconds between launches. Computed, not measured.
 _COMPARED, _KEPT, _TURN = 6.0, 600.0, 4e-6
-# Traces whose squares and products stay within fp64, and the squared mean over the variance up to which the
-# rounding of a mean changes a CKA by 1e-13 at most (README, "Kernels for a GPU").
-_LEAST, _MOST, _MOST_OFFSET = 1e-130, 1e150, 8e16
-# Below this, 1 - CKA of fp64 products has lost digits; U-centering that leaves little of a kernel raises it.
-_TINY_DRIFT = 1e-8
+# Of csrc/cuda/cka_math.cuh: what is wrong with sums if a trace is not finite.
+_NOT_FINITE = 1
 
 
 def run(call: Call) -> Tensor:
-    """What the task of that name returns. Raises ValueError for NaN or Inf, for which it is read, once."""
+    """What the task of that name returns. Raises ValueError for NaN or Inf, for which it is read, once.
+
+    Positions whose products leave the range of fp64, and those with drifts that 1 - CKA has no digits for,
+    are computed again by torch's products, on the device.
+    """
     _not_captured(call.device, lambda others: others(call))
+    groups = _groups(call)
+    if groups > 1 and not _worth_sharing(call):
+        return torch.cat([run(_without(call, g)) for g in range(-1, groups)])
     with torch.no_grad(), by_itself(call.device.type):
-        value, state = _computed(call)
-    finite, in_range, sharp = state.tolist()
-    if not finite:
-        check_call(call)
-    for fine, reason in (
-        (finite and in_range, "its products leave the range of fp64, or an offset leaves too few digits"),
-        (sharp, f"a drift is below {_TINY_DRIFT}, where 1 - CKA has lost digits"),
-    ):
-        if not fine:
-            raise HandOff(reason, lambda others: others(call))
-    return value
+        value, faults = _computed(call)
+        found = faults.cpu()
+        if bool(found.any()):
+            _mend(call, value, found)
+    if call.task == "alignment":
+        return value
+    lead = call.sides[0][0].shape[:-2]
+    return value.reshape(lead if call.task == "cka" else (*lead, *value.shape[1:]))
 
 
 def _not_captured(device: torch.device, finish: Callable[[Callable[[Call], Tensor]], Any]) -> None:
@@ -69,41 +76,109 @@ def _not_captured(device: torch.device, finish: Callable[[Callable[[Call], Tenso
         raise HandOff("its table and its result go through the host, which a CUDA graph does not do", finish)
 
 
+def _groups(call: Call) -> int:
+    return int(dict(call.options).get("groups", 1))
+
+
+def _without(call: Call, group: int) -> Call:
+    """The call without samples group, group + groups, ..., or of all if there is no such group."""
+    layers, groups = call.sides[0], _groups(call)
+    if group >= 0:
+        kept = [i for i in range(layers[0].shape[1]) if i % groups != group]
+        at = numbers(kept, call.device)
+        layers = tuple(x.index_select(1, at) for x in layers)
+    options = {**dict(call.options), "groups": 1}
+    return call._replace(first=layers, options=tuple(options.items()))
+
+
+class _Size(NamedTuple):
+    """Batches of samples that have the same size: how many there are, and their samples if not all."""
+
+    n: int
+    number: int
+    weight: float
+    at: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """``x[P, n, d]`` with batches as positions of their own."""
+        if self.at is not None:
+            x = x.index_select(1, self.at)
+        return x.reshape(-1, self.n, x.shape[2])
+
+
+def _sizes(call: Call) -> list[_Size]:
+    """Whose inner products are added up at a position: of all samples, or of batches of one or two sizes."""
+    n, options = call.sides[0][0].shape[-2], dict(call.options)
+    bounds = options.get("bounds", (0, n))
+    batches = list(pairwise(bounds))
+    counts = Counter(stop - start for start, stop in batches)
+    found = []
+    for size, many in sorted(counts.items()):
+        weight = 1.0
+        if call.task in ("minibatch", "hsic_sums") or (call.task == "hsic" and options["debiased"]):
+            weight /= size * (size - 3)
+        elif call.task == "hsic":
+            weight /= max(size - 1, 1) ** 2
+        at = None
+        if len(counts) > 1:
+            own = [i for start, stop in batches if stop - start == size for i in range(start, stop)]
+            at = numbers(own, call.device)
+        found.append(_Size(size, many, weight, at))
+    return found
+
+
 def _computed(call: Call) -> tuple[Tensor, Tensor]:
-    """The result, and whether data were finite, products within their range and drifts not too small."""
-    wanted, options = wanted_by(call), dict(call.options)
-    *lead, n, _ = call.sides[0][0].shape
-    flat = [x.detach().reshape(math.prod(lead), n, x.shape[-1]) for side in call.sides for x in side]
-    values, states = [], [torch.ones(3, dtype=torch.bool, device=call.device)]
-    samples = _takes_samples(call)
-    step = max(1, _WORK_BYTES // _bytes(flat, wanted, samples=samples))
-    for start in range(0, max(1, len(flat[0])), step):
-        sums, in_range = _sums([x[start : start + step] for x in flat], wanted, samples=samples)
-        states.append(torch.stack([sums.finite.all(), in_range, torch.ones_like(in_range)]))
-        if call.task == "alignment":
-            values.append(torch.stack([sums.ratio(True), sums.ratio(False)]))
-        elif call.task == "drift":
-            drift, sharp = _drift(sums, options["debiased"])
-            values.append(drift)
-            states[-1][2] = sharp
-        else:
-            values.append(sums.ratio(options["debiased"]))
-    value = torch.cat(values, 1 if call.task == "alignment" else 0)
-    state = torch.stack(states).all(0)
-    if call.task == "alignment":
-        return value[None], state
-    if wanted.first < wanted.layers:
-        value = value[:, : wanted.first, wanted.first :]
-    value = value.reshape(*lead, *value.shape[1:])
-    return (value[..., 0, 0] if call.task == "cka" else value), state
+    """The result of flattened positions, and what is wrong with each and its variants ``[P, V]``."""
+    wanted, groups, sizes = wanted_by(call), _groups(call), _sizes(call)
+    flat = _flat(call)
+    positions, variants, samples = len(flat[0]), _variants(groups), _takes_samples(call)
+    shape = _shape(call.task, wanted, positions, variants)
+    value = torch.empty(shape, dtype=torch.float64, device=call.device)
+    faults = torch.empty((positions, variants), dtype=torch.int64, device=call.device)
+    step = max(1, _WORK_BYTES // sum(_bytes(flat, wanted, size, groups, samples=samples) for size in sizes))
+    for start in range(0, positions, step):
+        some = [x[start : start + step] for x in flat] if step < positions else flat
+        batches = []
+        for size in sizes:
+            layers = Layers([size.of(x) for x in some], wanted, samples=samples, groups=groups)
+            batches.append(Batches(layers, layers.sums(), size.number, size.weight))
+        finish(call.task, batches, start, value, faults, debiased=dict(call.options).get("debiased", True))
+    return value, faults
 
 
-def _bytes(flat: list[Tensor], wanted: Wanted, *, samples: bool) -> int:
+def _flat(call: Call) -> list[Tensor]:
+    n = call.sides[0][0].shape[-2]
+    positions = math.prod(call.sides[0][0].shape[:-2])
+    return [x.detach().reshape(positions, n, x.shape[-1]) for side in call.sides for x in side]
+
+
+def _variants(groups: int) -> int:
+    return 1 + (groups if groups > 1 else 0)
+
+
+def _shape(task: str, wanted: Wanted, positions: int, variants: int) -> tuple[int, ...]:
+    layers, first = wanted.layers, wanted.first
+    if task == "alignment":
+        return variants, 2, positions, layers, layers
+    if task == "drift":
+        return positions, layers - 1
+    if task == "hsic":
+        return (positions,)
+    if task == "hsic_sums":
+        return positions, layers, layers + 2
+    return positions, first, layers - first if first < layers else layers
+
+
+def _bytes(flat: list[Tensor], wanted: Wanted, size: _Size, groups: int, *, samples: bool) -> int:
     """In work for a position, but for Gram tiles that are compared with all others."""
-    layers, n = wanted.layers, flat[0].shape[1]
-    rows = layers * n + 2 * sum(x.shape[2] for x in flat)
-    parts = parts_of_samples(layers, n, near=wanted.near) if samples else _tiles(flat, wanted)
-    return 8 * (rows + parts + (SUMS + 8) * layers**2)
+    layers, width, variants = wanted.layers, sum(x.shape[2] for x in flat), _variants(groups)
+    rows = layers * size.n + 2 * width + (variants - 1) * (layers * size.n + width)
+    if samples:
+        parts = numbers_of_sums(layers, size.n, groups, near=wanted.near)
+    else:
+        parts = variants * _tiles(flat, wanted)
+    copied = size.n * width * flat[0].element_size() if size.number > 1 or size.at is not None else 0
+    return size.number * (8 * (rows + parts + variants * SUMS * wanted.pairs) + copied)
 
 
 def _tiles(flat: list[Tensor], wanted: Wanted) -> int:
@@ -111,39 +186,51 @@ def _tiles(flat: list[Tensor], wanted: Wanted) -> int:
     return sum(count(flat[i].shape[-1], flat[j].shape[-1], same=i == j) for i, j in wanted.each())
 
 
-def _sums(flat: list[Tensor], wanted: Wanted, *, samples: bool) -> tuple[Sums, Tensor]:
-    """Sums of layers in units of about their size, and whether those were within the range."""
-    n, pairs, device = flat[0].shape[1], wanted.each(), flat[0].device
-    found = by_samples(flat, wanted) if samples else by_features(flat, pairs)
-    at = numbers([i * wanted.layers + j for i, j in pairs], device)
-    own = numbers([k for k, (i, j) in enumerate(pairs) if i == j], device)
-    trace, size = found[:, own, 2], found[:, own, 3]
-    exponent = torch.frexp(trace).exponent.long().clamp(-1000, 1000)
-    unit = ((1023 - exponent) << 52).view(torch.float64)
-    both = torch.full((len(found), 2, wanted.layers**2), torch.nan, dtype=torch.float64, device=device)
-    both[:, :, at] = found[:, :, :2].mT
-    both = both.view(len(found), 2, wanted.layers, wanted.layers)
-    off, same = mirrored(both * (unit[:, None, :, None] * unit[:, None, None])).unbind(1)
-    within = (trace > _LEAST) & (trace < _MOST) & (n * size <= _MOST_OFFSET * trace)
-    return Sums(off, same, trace * unit, n), (within | (trace == 0)).all()
+def _mend(call: Call, value: Tensor, faults: Tensor) -> None:
+    """Compute again, in place, what kernels have no digits for. Raises ValueError for NaN or Inf."""
+    if bool((faults & _NOT_FINITE).any()):
+        check_call(call)
+    positions = 2 if call.task == "alignment" else 0
+    whole = faults[:, 0] != 0
+    if bool(whole.any()):
+        at, part = _some(call, whole)
+        found = _by_torch(part)
+        value.index_copy_(
+            positions, at, found.reshape(*value.shape[:positions], len(at), *value.shape[positions + 1 :])
+        )
+    for variant in range(1, faults.shape[1]):
+        moved = (faults[:, variant] != 0) & ~whole
+        if bool(moved.any()):
+            at, part = _some(call, moved)
+            value[variant].index_copy_(1, at, run(_without(part, variant - 1))[0])
 
 
-def _drift(sums: Sums, debiased: bool) -> tuple[Tensor, Tensor]:
-    """1 - CKA of neighbors ``[P, L-1]``, and whether all have their digits."""
-    drift = (1.0 - sums.ratio(debiased).diagonal(1, 1, 2)).clamp(min=0.0)
-    whole = sums.inner(False).diagonal(0, 1, 2) / sums.own(sums.inner(debiased))
-    least = _TINY_DRIFT * torch.maximum(whole[:, 1:], whole[:, :-1])
-    return drift, ~(drift < least).any()
+def _some(call: Call, chosen: Tensor) -> tuple[Tensor, Call]:
+    """Where positions are ``chosen``, and the call of these alone."""
+    at = numbers(chosen.nonzero()[:, 0].tolist(), call.device)
+    flat = iter([x.index_select(0, at) for x in _flat(call)])
+
+    def side(given: Side) -> Side:
+        return next(flat) if isinstance(given, Tensor) else tuple(next(flat) for _ in given)
+
+    second = call.second
+    return at, call._replace(first=side(call.first), second=None if second is None else side(second))
+
+
+def _by_torch(call: Call) -> Tensor:
+    """By the library, whose drifts are from differences of layers, or the reference for what it lacks."""
+    if call.task in TASKS:
+        return library.run(call)
+    options = {name: value for name, value in call.options if name != "precision"}
+    found: Tensor = reference.run(call.task, *(call.first, call.second)[: len(call.names)], **options)
+    return found
 
 
 def _can_run(call: Call) -> str | None:
-    if call.task not in TASKS:
-        return f"only CKA and drift of linear kernels have kernels for a GPU, not {call.task!r}"
+    if call.task not in (*TASKS, "hsic", "minibatch", "hsic_sums"):
+        return f"only measures of linear kernels have kernels for a GPU, not {call.task!r}"
     if call.recorded():
         return "a gradient is wanted"
-    options = dict(call.options)
-    if options.get("groups", 1) > 1:
-        return "samples are not left out by groups"
     layers = [x for side in call.sides for x in side]
     dtypes = {x.dtype for x in layers}
     if len(dtypes) > 1:
@@ -152,8 +239,11 @@ def _can_run(call: Call) -> str | None:
     n, wanted = layers[0].shape[-2], wanted_by(call)
     if n > _MOST_ROWS:
         return f"it sums up to {_MOST_ROWS} samples, not {n}"
-    if wanted.pairs > MOST_SIDE or _tiles(layers, wanted) > MOST_BLOCKS:
-        return f"a grid has {MOST_BLOCKS} blocks of a position at most, and {MOST_SIDE} of pairs of layers"
+    if max(wanted.pairs, _variants(_groups(call))) > MOST_SIDE or _tiles(layers, wanted) > MOST_BLOCKS:
+        return (
+            f"a grid has {MOST_BLOCKS} blocks of a position at most, and {MOST_SIDE} of pairs of layers or "
+            "of groups"
+        )
     return cuda.device_refusal(call.device)
 
 
@@ -162,47 +252,68 @@ def _takes_samples(call: Call) -> bool:
 
     With more features than samples Σ K_ii M_ii is most of a squared norm, and what is left lacks digits.
     """
-    layers = [x for side in call.sides for x in side]
-    n, width = layers[0].shape[-2], max(x.shape[-1] for x in layers)
+    width, (_, n) = max(x.shape[-1] for side in call.sides for x in side), _problem(call)
     if n > dict(call.options).get("sample_limit", 4096):
         return False
-    features, samples = _seconds(call)
+    features, samples = _seconds(call, _groups(call))
     return width > n or samples < features
 
 
+def _problem(call: Call) -> tuple[int, int]:
+    """Positions, with batches of samples as some of their own, and samples of the largest."""
+    *lead, n, _ = call.sides[0][0].shape
+    bounds = dict(call.options).get("bounds", (0, n))
+    return math.prod(lead) * (len(bounds) - 1), max(stop - start for start, stop in pairwise(bounds))
+
+
 def _kernels(call: Call) -> list[str]:
-    name = DTYPES[call.sides[0][0].dtype]
-    names = [f"rgfast_cka_{kind}" for kind in (f"centers_{name}", f"norms_{name}", "sums")]
+    name, groups = DTYPES[call.sides[0][0].dtype], _groups(call) > 1
+    kinds = [f"centers_{name}", f"norms_{name}", "sums", "finish"]
+    if groups:
+        kinds += [f"group_sums_{name}", f"group_products_{name}"]
     if not _takes_samples(call):
-        return [*names, f"rgfast_cka_squares_{name}"]
-    if wanted_by(call).near:
-        return [*names, f"rgfast_cka_near_{name}", "rgfast_moments_gather"]
-    return [*names, f"rgfast_cka_grams_{name}", "rgfast_cka_inner", "rgfast_moments_gather"]
+        kinds.append(f"left_out_{name}" if groups else f"squares_{name}")
+    elif wanted_by(call).near:
+        kinds += [f"near_{name}", "collect"]
+    else:
+        kinds += [f"grams_{name}", "inner", "collect"]
+    return [f"rgfast_cka_{kind}" for kind in kinds]
 
 
-def _seconds(call: Call) -> tuple[float, float]:
+def _seconds(call: Call, groups: int = 1) -> tuple[float, float]:
     """About how long products of features and of samples take, in turns on the multiprocessors."""
     layers = [x for side in call.sides for x in side]
-    *lead, n, _ = layers[0].shape
-    wanted, positions = wanted_by(call), math.prod(lead)
+    wanted, (positions, n) = wanted_by(call), _problem(call)
     architecture, multiprocessors, ratio = card(call.device)
     each = EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
-    features = clocks(positions * _tiles(layers, wanted), n, multiprocessors, each)
-    tiles = positions * sample_tiles(n)
+    # Those of each group are multiplied once more.
+    rows = n + (groups * -(-n // groups // 16) * 16 if groups > 1 else 0)
+    features = clocks(positions * _tiles(layers, wanted), rows, multiprocessors, each)
+    tiles = positions * sample_tiles(n, groups)
     samples = sum(clocks(tiles, x.shape[-1], multiprocessors, each) for x in layers)
     if wanted.near:
         return features / CLOCK, (samples + _KEPT * tiles * len(layers) / multiprocessors) / CLOCK
     samples += _COMPARED * TILE_BYTES // 128 * tiles * len(layers) / multiprocessors
-    some, side = chunk(len(layers), n)
-    turns = -(-positions // some) * -(-sample_tiles(n) // side)
-    return features / CLOCK, samples / CLOCK + _TURN * turns
+    some, side = chunk(len(layers), n, groups)
+    turns = -(-positions // some) * -(-sample_tiles(n, groups) // side)
+    return features / CLOCK, samples / CLOCK + _TURN * turns * (1 if groups == 1 else 2)
+
+
+def _worth_sharing(call: Call) -> bool:
+    """Whether all variants without a group at once take less time than one by one, and not much memory."""
+    groups, samples, flat = _groups(call), _takes_samples(call), _flat(call)
+    (size,) = _sizes(call)
+    if _bytes(flat, wanted_by(call), size, groups, samples=samples) > _WORK_BYTES:
+        return False
+    alone = _seconds(call)[samples] + 20 * LAUNCH
+    return _seconds(call, groups)[samples] < (1 + groups) * alone
 
 
 def _cost(call: Call) -> float:
-    """By launches, two passes over rows, and products."""
-    layers = [x for side in call.sides for x in side]
-    passes = 2 * sum(x.numel() * x.element_size() for x in layers) / STREAM
-    return max(40 * LAUNCH, passes + _seconds(call)[_takes_samples(call)])
+    """By launches, passes over rows, and products."""
+    layers, groups = [x for side in call.sides for x in side], _groups(call)
+    passes = (2 if groups == 1 else 4) * sum(x.numel() * x.element_size() for x in layers) / STREAM
+    return max(20 * LAUNCH, passes + _seconds(call, groups)[_takes_samples(call)])
 
 
 CKA = Impl(
@@ -216,40 +327,4 @@ CKA = Impl(
     unproven=lambda call: unproven(call.device, *_kernels(call)),
 )
 
-
-def _answer(dtype: torch.dtype, n: int, width: int, near: bool | None) -> Callable[[torch.device], Tensor]:
-    """All sums of two layers of small numbers, none rounded: by features if ``near`` is None."""
-
-    def run(device: torch.device) -> Tensor:
-        _not_captured(device, lambda _: None)
-        rows = torch.arange(n, dtype=torch.float64, device=device)[:, None]
-        columns = torch.arange(width, dtype=torch.float64, device=device)
-        x = ((7 * rows + 3 * columns + rows * columns) % 5 - 2)[None].to(dtype)
-        layers = [x, x[..., width - 7 : width - 2]]
-        if near is None:
-            return by_features(layers, [(0, 0), (0, 1), (1, 1)])
-        return by_samples(layers, Wanted(2, 2, near))
-
-    return run
-
-
-_BY_FEATURES = (
-    *(4245242.66015625 - 461727.53576660156, 461727.53576660156, 3396.1875, 52.181640625),
-    *(314297.16796875 - 34194.75769042969, 34194.75769042969, 3396.1875, 52.181640625),
-    *(23280.56640625 - 2532.9742431640625, 2532.9742431640625, 251.5625, 4.013671875),
-)
-_BY_SAMPLES = (
-    *(5509385.005540371, 144712.89491128922, 3856.6328125, 16.00286865234375),
-    *(1456776.1930799484, 38507.23770618439, 3856.6328125, 16.00286865234375),
-    *(388059.1680049896, 10263.250207901001, 1027.890625, 4.0008544921875),
-)
-for _dtype, _name in DTYPES.items():
-    _names = [f"rgfast_cka_{kind}_{_name}" for kind in ("squares", "centers", "norms")]
-    if _dtype == torch.float64:
-        _names.append("rgfast_cka_sums")
-    register(KnownAnswer((*_names,), _answer(_dtype, 32, 67, None), _BY_FEATURES))
-    _names = [f"rgfast_cka_grams_{_name}"]
-    if _dtype == torch.float64:
-        _names.append("rgfast_cka_inner")
-    register(KnownAnswer((*_names,), _answer(_dtype, 128, 19, False), _BY_SAMPLES))
-    register(KnownAnswer((f"rgfast_cka_near_{_name}",), _answer(_dtype, 128, 19, True), _BY_SAMPLES))
+register(*ANSWERS)
