@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgfast.ops.similarity.rows import centered
 
-__all__ = ["Factor", "factor", "products", "rotations"]
+__all__ = ["Factor", "factor", "inner", "products", "rotations"]
 
 _NO_VARIANCE = 1e-13
 
@@ -35,7 +35,7 @@ def factor(x: Tensor, measure: str, debiased: bool = False) -> Factor:
         if z.shape[1] > len(z):
             z = torch.linalg.qr(z.mT, mode="r").R.mT.contiguous()  # the same Gram, and so the same values
         return Factor(z, norms, torch.where(trace > 0, trace.sqrt(), torch.nan))
-    own = _inner((z.mT @ z).square().sum(), norms @ norms, trace * trace, len(z), debiased)
+    own = inner((z.mT @ z).square().sum(), norms @ norms, trace * trace, len(z), debiased)
     varies = own > _NO_VARIANCE * trace.square() / len(z)
     return Factor(z, norms, torch.where(varies, own.sqrt(), torch.nan))
 
@@ -50,7 +50,7 @@ def products(first: list[Factor], second: Factor, orders: Tensor, debiased: bool
     for row, order in zip(out, orders, strict=True):
         squares = (side @ second.z[order]).square().sum(1)
         whole = torch.stack([part.sum() for part in torch.split(squares, widths)])
-        row.copy_(_inner(whole, norms @ second.norms[order], traces, n, debiased))
+        row.copy_(inner(whole, norms @ second.norms[order], traces, n, debiased))
     return out / (sizes * second.size)
 
 
@@ -64,7 +64,7 @@ def rotations(first: list[Factor], second: Factor, orders: Tensor) -> Tensor:
     return out.clamp_max(1.0)
 
 
-def _inner(whole: Tensor, same: Tensor, traces: Tensor, n: int, debiased: bool) -> Tensor:
+def inner(whole: Tensor, same: Tensor, traces: Tensor, n: int, debiased: bool) -> Tensor:
     """⟨K, L⟩ of (U-)centered kernels from ‖zᵀw‖², Σ|z|²|w|² and the product of traces."""
     if not debiased:
         return whole

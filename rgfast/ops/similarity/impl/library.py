@@ -10,20 +10,25 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl
 from rgfast.ops.device import by_itself
+from rgfast.ops.similarity import slabs
 from rgfast.ops.similarity.call import Call
 from rgfast.ops.similarity.factors import factor, products, rotations
 from rgfast.ops.similarity.kernels import alignments, gram, rank_matrix, stacked
 from rgfast.ops.similarity.neighbors import neighbors, overlaps
 from rgfast.ops.similarity.rows import widened
+from rgfast.runtime.waiting import waits_for
 
 __all__ = ["SIMILARITY"]
 
 # What prepared layers of the first side may take together; there is always one, and one of the second side.
 _PREPARED_BYTES = 1 << 30
+# The same for CKA on a GPU, where few samples are no reason to hold more than others may need.
+_PREPARED_ON_DEVICE = 32 << 20
 # CKA by n×n kernels up to this many samples: beyond, features are no more than a few times slower.
 _MOST_SAMPLES = 8192
-# A reordered entry of a kernel costs as much as so many products.
-_REORDERED = 24
+# A reordered entry of a kernel costs as much as so many products; on a GPU, by sectors of its second-level
+# cache at an H100's rates, computed.
+_REORDERED, _REORDERED_ON_DEVICE = 24, 170
 
 
 class _Prepared(NamedTuple):
@@ -33,6 +38,8 @@ class _Prepared(NamedTuple):
     second: Callable[[Tensor], Any]
     compare: Callable[[Any, Any, Tensor], Tensor]
     layer_bytes: int
+    bytes_at_a_time: int = _PREPARED_BYTES
+    given: bool = False  # whether it takes rows as they are, not widened
 
 
 def _run(call: Call) -> Tensor:
@@ -43,12 +50,13 @@ def _run(call: Call) -> Tensor:
     orders = call.orders.to(call.device)
     with torch.no_grad(), by_itself(call.device.type):
         how = _prepared(call, n)
-        step = max(1, _PREPARED_BYTES // how.layer_bytes)
+        step = max(1, how.bytes_at_a_time // how.layer_bytes)
+        read = torch.Tensor.detach if how.given else widened
         for e in range(shape[1]):
             for start in range(0, len(first), step):
-                left = how.first(widened(x[e]) for x in first[start : start + step])
+                left = how.first(read(x[e]) for x in first[start : start + step])
                 for j, y in enumerate(second):
-                    found = how.compare(left, how.second(widened(y[e])), orders)
+                    found = how.compare(left, how.second(read(y[e])), orders)
                     out[:, e, start : start + step, j] = found
     return out.reshape(len(orders), *lead, *shape[2:])
 
@@ -81,13 +89,25 @@ def _prepared(call: Call, n: int) -> _Prepared:
             rotations,
             8 * n * min(n, widest),
         )
-    debiased = options["debiased"]
+    debiased, on_device = options["debiased"], waits_for(call.device)
     if n > _MOST_SAMPLES or _features_pay(call, n):
         return _Prepared(
             lambda layers: [factor(x, "cka", debiased) for x in layers],
             lambda y: factor(y, "cka", debiased),
-            lambda left, right, orders: products(left, right, orders, debiased),
+            lambda left, right, orders: (slabs.products if on_device else products)(
+                left, right, orders, debiased
+            ),
             8 * n * widest,
+            _PREPARED_ON_DEVICE if on_device else _PREPARED_BYTES,
+        )
+    if on_device:
+        return _Prepared(
+            slabs.rows,
+            lambda y: slabs.kernel(y, debiased),
+            lambda left, right, orders: slabs.alignments(left, right, orders, debiased),
+            8 * n,
+            _PREPARED_ON_DEVICE,
+            given=True,
         )
     return _Prepared(
         lambda layers: stacked((gram(x, debiased) for x in layers), n),
@@ -102,7 +122,8 @@ def _features_pay(call: Call, n: int) -> bool:
     widths = sum(x.shape[-1] for x in call.first)
     wide = max(x.shape[-1] for x in (*call.first, *call.second))
     mean = sum(y.shape[-1] for y in call.second) / len(call.second)
-    return wide <= n and widths * mean < n * (len(call.first) + _REORDERED) / 2
+    reordered = _REORDERED_ON_DEVICE if waits_for(call.device) else _REORDERED
+    return wide <= n and widths * mean < n * (len(call.first) + reordered) / 2
 
 
 def _cost(call: Call) -> float:
