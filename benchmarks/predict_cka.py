@@ -42,7 +42,9 @@ from rgfast.ops.cka import launches
 from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.impl import cuda as kernels
 from rgfast.ops.cka.sums import wanted_by
-from rgfast.ops.device import LAUNCH, STREAM, WAIT
+from rgfast.ops.device import LAUNCH, STREAM, WAIT, cache_bytes
+from rgfast.ops.similarity import call as similarity
+from rgfast.ops.similarity.impl import library
 
 Shape = tuple[int, int, int, int]  # layers, positions, samples, features
 
@@ -54,8 +56,8 @@ SHAPES: list[tuple[Shape, bool, float, str]] = [
     ((49, 16, 1024, 256), True, 1.9, "neighbors_by_features"),
     ((24, 1, 256, 512), False, 1.0, "cka_at_one_position"),
 ]
-# Clocks until a load from the second-level cache, and its bytes per second. Assumed.
-FROM_CACHE, CACHE_RATE = 280, 5.5e12
+# Clocks until a load from the second-level cache, its bytes per second and least load. Assumed.
+FROM_CACHE, CACHE_RATE, SECTOR = 280, 5.5e12, 32
 # Instructions of a warp, counted in the machine code for sm_90: for 16 features of a Gram tile beyond those
 # of a moment's, and for a tile that is kept and compared with the one before.
 MORE, KEPT = 50, 1000
@@ -63,8 +65,9 @@ MORE, KEPT = 50, 1000
 ENTRIES = 8
 # Clocks of a thread for a pair of layers in the end: loads that wait for each other, roots and divisions.
 FINISHED = 4000
-# Of a jackknife.
-GROUPS = 8
+# Of a jackknife, and orders of samples of a null, for two representations [n, d].
+GROUPS, ORDERS = 8, 200
+NULLS = [(1024, 64), (1024, 512), (4096, 256), (4096, 1024), (4096, 2048)]
 
 
 def gram(*, diagonal: bool) -> Block:
@@ -236,6 +239,31 @@ def jackknives() -> list[tuple[Shape, bool, float, float, bool, float]]:
     return found
 
 
+def nulls() -> list[tuple[int, int, str, float, float]]:
+    """n, d, the way, milliseconds of a value with its null, and of as many calls."""
+    found = []
+    for n, d in NULLS:
+        x = torch.empty(n, d, dtype=torch.float32, device="meta")
+        orders = torch.empty(1 + ORDERS, n, dtype=torch.int64, device="meta")
+        call = similarity.Call("cka", (x,), (x,), orders, (("debiased", True),))
+        features = library._features_pay(call, n)
+        cost = timed(lambda call=call: library.SIMILARITY.run(call))
+        # Of a kernel every entry that is looked up moves a sector of the cache, or of memory.
+        rate = CACHE_RATE if 8 * n * n <= cache_bytes(call.device) else STREAM
+        looked_up = 0.0 if features else (1 + ORDERS) * n * n / 2 * SECTOR / rate
+        both = 1e3 * (max(cost.host, cost.device + looked_up) + WAIT)
+        found.append(
+            (
+                n,
+                d,
+                "features" if features else "kernels",
+                both,
+                (1 + ORDERS) * 1e3 * whole((2, 1, n, d), near=False),
+            )
+        )
+    return found
+
+
 def main() -> None:
     """The tables."""
     print_beside("Triton's, measured on an H100, ms", (Row(*each) for each in validation()))
@@ -263,6 +291,11 @@ def main() -> None:
         both, ours = " | ".join(f"{ms:.3g}" for ms in ways), ways[samples]
         taken, apart = "samples" if samples else "features", (GROUPS + 1) * alone / ours
         print(f"| {name} | {both} | {taken} | {ours / alone:.1f} | {apart:.1f} |")
+    print(f"\nPREDICTED, not run on a GPU: CKA in {1 + ORDERS} orders of samples, by the library, ms\n")
+    head = f"[n, d], {ORDERS} orders", "by", "ms", f"{1 + ORDERS} calls", "times faster"
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for n, d, by, ours, calls in nulls():
+        print(f"| {[n, d]} | {by} | {ours:.3g} | {calls:.3g} | {calls / ours:.1f} |")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("count", "n", "d"), [(1, 4096, 64), (8, 4096, 256), (1, 4096, 4096), (2, 1024, 2048)]
+    ("count", "n", "d"), [(1, 4096, 64), (8, 4096, 256), (1, 4096, 4096), (1, 4096, 1024), (2, 1024, 2048)]
 )
 def test_less_than_256_mib_beside_the_layers(count, n, d):
     layers = tuple(torch.empty(1, n, d, device="meta") for _ in range(count))
@@ -134,6 +134,6 @@ def test_when_features_pay():
         x = torch.empty(1, n, d, device="meta")
         return library._features_pay(Call("cka", (x,), (x,), torch.empty(2, n)), n)
 
-    assert pay(256, 1024)
-    assert not pay(512, 1024)
+    assert [pay(d, 1024) for d in (256, 512)] == [True, False]
+    assert [pay(d, 4096) for d in (1024, 2048)] == [True, False]
     assert not pay(65, 64)

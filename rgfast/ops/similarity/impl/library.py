@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl
-from rgfast.ops.device import by_itself
+from rgfast.ops.device import by_itself, cache_bytes
 from rgfast.ops.similarity import slabs
 from rgfast.ops.similarity.call import Call
 from rgfast.ops.similarity.factors import factor, products, rotations
@@ -26,9 +26,9 @@ _PREPARED_BYTES = 1 << 30
 _PREPARED_ON_DEVICE = 32 << 20
 # CKA by n×n kernels up to this many samples: beyond, features are no more than a few times slower.
 _MOST_SAMPLES = 8192
-# A reordered entry of a kernel costs as much as so many products; on a GPU, by sectors of its second-level
-# cache at an H100's rates, computed.
-_REORDERED, _REORDERED_ON_DEVICE = 24, 170
+# A reordered entry of a kernel costs as much as so many products. On a GPU it is a sector of the second-level
+# cache, or of memory where the kernel is larger than that; computed by an H100's rates.
+_REORDERED, _FROM_CACHE, _FROM_MEMORY = 24, 360, 530
 
 
 class _Prepared(NamedTuple):
@@ -122,7 +122,9 @@ def _features_pay(call: Call, n: int) -> bool:
     widths = sum(x.shape[-1] for x in call.first)
     wide = max(x.shape[-1] for x in (*call.first, *call.second))
     mean = sum(y.shape[-1] for y in call.second) / len(call.second)
-    reordered = _REORDERED_ON_DEVICE if waits_for(call.device) else _REORDERED
+    reordered = _REORDERED
+    if waits_for(call.device):
+        reordered = _FROM_CACHE if 8 * n * n <= cache_bytes(call.device) else _FROM_MEMORY
     return wide <= n and widths * mean < n * (len(call.first) + reordered) / 2
 
 
