@@ -1,9 +1,10 @@
-"""What must not happen where work is queued on a device: reads and copies, on the CPU and on a fake GPU."""
+"""What must not happen where work is queued on a device: reads, copies, and too many bytes."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CUDA, META = int(DeviceType.CUDA), int(DeviceType.Meta)
 
@@ -48,6 +50,27 @@ class Waits(TorchDispatchMode):
         elif self.found:
             self.after += 1
         return function(*args, **kwargs)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were there at a time, of those that were made inside."""
+
+    def __init__(self, given: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.most = 0
+        self.given = {x.untyped_storage()._cdata for x in given}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in {*self.live, *self.given}:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.live.values()))
+        return found
 
 
 def _device_guard() -> None:

@@ -1,12 +1,8 @@
 """Nulls of CKA as a GPU gets them, run on this processor, against the measure of reordered samples."""
 
-import weakref
-
 import guards
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rgfast
 from rgfast.ops.similarity import slabs
@@ -95,26 +91,6 @@ def test_nothing_is_read(way):
     assert [name for name in watch.found if "between devices" not in name] == []
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors that were there at a time, of those that were made inside."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.live, self.most = {}, 0
-        self.given = {x.untyped_storage()._cdata for x in given}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage._cdata not in {*self.live, *self.given}:
-                    self.live[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.most = max(self.most, sum(self.live.values()))
-        return found
-
-
 @pytest.mark.parametrize(
     ("count", "n", "d"), [(1, 4096, 64), (8, 4096, 256), (1, 4096, 4096), (1, 4096, 1024), (2, 1024, 2048)]
 )
@@ -122,7 +98,7 @@ def test_less_than_256_mib_beside_the_layers(count, n, d):
     layers = tuple(torch.empty(1, n, d, device="meta") for _ in range(count))
     orders = torch.empty(41, n, dtype=torch.int64, device="meta")
     call = Call("cka", layers, layers[:1], orders, (("debiased", True),))
-    with Peak([*layers, orders]) as peak:
+    with guards.Peak([*layers, orders]) as peak:
         library.SIMILARITY.run(call)
     assert 0 < peak.most < 256 << 20
 
