@@ -84,9 +84,7 @@ def _without(call: Call, group: int) -> Call:
     """The call without samples group, group + groups, ..., or of all if there is no such group."""
     layers, groups = call.sides[0], _groups(call)
     if group >= 0:
-        kept = [i for i in range(layers[0].shape[1]) if i % groups != group]
-        at = numbers(kept, call.device)
-        layers = tuple(x.index_select(1, at) for x in layers)
+        layers = tuple(library.without(x, group, groups) for x in layers)
     options = {**dict(call.options), "groups": 1}
     return call._replace(first=layers, options=tuple(options.items()))
 
@@ -121,8 +119,8 @@ def _sizes(call: Call) -> list[_Size]:
             weight /= max(size - 1, 1) ** 2
         at = None
         if len(counts) > 1:
-            own = [i for start, stop in batches if stop - start == size for i in range(start, stop)]
-            at = numbers(own, call.device)
+            starts = numbers([start for start, stop in batches if stop - start == size], call.device)
+            at = (starts[:, None] + torch.arange(size, dtype=torch.int64, device=call.device)).flatten()
         found.append(_Size(size, many, weight, at))
     return found
 
@@ -190,14 +188,12 @@ def _mend(call: Call, value: Tensor, faults: Tensor) -> None:
     """Compute again, in place, what kernels have no digits for. Raises ValueError for NaN or Inf."""
     if bool((faults & _NOT_FINITE).any()):
         check_call(call)
-    positions = 2 if call.task == "alignment" else 0
+    along = 2 if call.task == "alignment" else 0
     whole = faults[:, 0] != 0
     if bool(whole.any()):
         at, part = _some(call, whole)
-        found = _by_torch(part)
-        value.index_copy_(
-            positions, at, found.reshape(*value.shape[:positions], len(at), *value.shape[positions + 1 :])
-        )
+        shape = *value.shape[:along], len(at), *value.shape[along + 1 :]
+        value.index_copy_(along, at, _by_torch(part).reshape(shape))
     for variant in range(1, faults.shape[1]):
         moved = (faults[:, variant] != 0) & ~whole
         if bool(moved.any()):

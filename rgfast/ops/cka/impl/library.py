@@ -19,7 +19,7 @@ from rgfast.ops.cka.checks import check_call
 from rgfast.ops.cka.sums import TASKS, Sums, Wanted, mirrored, wanted_by
 from rgfast.ops.device import by_itself, by_name_on_cpu, memory_bytes, seconds
 
-__all__ = ["CKA", "run"]
+__all__ = ["CKA", "run", "without"]
 
 # Sums of so many products are cut in so many parts.
 _LONG, _CUTS = 1 << 16, 64
@@ -43,7 +43,7 @@ def _computed(call: Call) -> tuple[Tensor, Tensor]:
     flat = [x.detach().reshape(math.prod(lead), n, x.shape[-1]) for side in call.sides for x in side]
     if call.task == "alignment":
         groups = options["groups"]
-        rest = [[_without(x, g, groups) for x in flat] for g in range(groups if groups > 1 else 0)]
+        rest = [[without(x, g, groups) for x in flat] for g in range(groups if groups > 1 else 0)]
         found = [_alignment(part, wanted) for part in (flat, *rest)]
         return torch.stack([value for value, _ in found]), torch.stack([good for _, good in found]).all()
     layers, debiased = len(flat), options["debiased"]
@@ -62,7 +62,7 @@ def _computed(call: Call) -> tuple[Tensor, Tensor]:
     return (out[..., 0, 0] if call.task == "cka" else out), finite.all()
 
 
-def _without(x: Tensor, group: int, groups: int) -> Tensor:
+def without(x: Tensor, group: int, groups: int) -> Tensor:
     """``x[P, n, d]`` without samples group, group + groups, ..."""
     n = x.shape[1]
     kept = torch.arange(n - len(range(group, n, groups)), dtype=torch.int64, device=x.device)
