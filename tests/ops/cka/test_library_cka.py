@@ -6,8 +6,9 @@ import torch
 
 import rgfast
 from rgfast import ImplUnavailable
+from rgfast.ops.cka import batched
 from rgfast.ops.cka.api import OP, alignment
-from rgfast.ops.cka.impl import library
+from rgfast.ops.cka.call import Call
 from rgfast.ops.cka.sums import Wanted
 
 F64 = torch.float64
@@ -126,16 +127,16 @@ def test_by_features_beyond_the_limit_and_by_samples_give_the_same(monkeypatch):
     x = stream(3, 2, 20, 30)
     limited = rgfast.cka_matrix(x, sample_limit=10, impl="library")
     routes = []
-    original = library._by_samples
-    monkeypatch.setattr(library, "_by_samples", lambda *args: routes.append(1) or original(*args))
+    original = batched._by_samples
+    monkeypatch.setattr(batched, "_by_samples", lambda *args: routes.append(1) or original(*args))
     torch.testing.assert_close(rgfast.cka_matrix(x, impl="library"), limited, rtol=0, atol=1e-12)
-    monkeypatch.setattr(library, "_seconds", lambda *_: (1.0, 0.0))
+    monkeypatch.setattr(batched, "product_seconds", lambda *_: (1.0, 0.0))
     by_samples = rgfast.cka_matrix(x, impl="library")
     assert routes
     torch.testing.assert_close(by_samples, limited, rtol=0, atol=1e-12)
-    monkeypatch.setattr(library, "_LONG", 100)  # sums are cut in gcd(400, 64) parts
+    monkeypatch.setattr(batched, "_LONG", 100)  # sums are cut in gcd(400, 64) parts
     torch.testing.assert_close(rgfast.cka_matrix(x, impl="library"), limited, rtol=0, atol=1e-12)
-    monkeypatch.setattr(library, "_WORK_BYTES", 8 * 3 * 20 * 30)
+    monkeypatch.setattr(batched, "_WORK_BYTES", 8 * 3 * 20 * 30)
     torch.testing.assert_close(rgfast.cka_matrix(x, impl="library"), limited, rtol=0, atol=1e-12)
 
 
@@ -144,7 +145,7 @@ def test_by_features_beyond_the_limit_and_by_samples_give_the_same(monkeypatch):
     [(7, 1024, 64, False, 0), (25, 1024, 256, False, 1), (49, 1024, 256, True, 0), (24, 256, 512, False, 1)],
 )
 def test_the_cheaper_route_is_the_one_that_was_measured_so(layers, n, width, near, cheaper):
-    times = library._seconds(16, n, width, Wanted(layers, layers, near))
+    times = batched.product_seconds(16, n, width, Wanted(layers, layers, near))
     assert times.index(min(times)) == cheaper
 
 
@@ -206,7 +207,7 @@ def test_on_a_fake_gpu_auto_takes_it():
             "drift": (("debiased", False),),
             "alignment": (("adjacent", False), ("groups", 3)),
         }.items():
-            value, finite = library._computed(library.Call(task, ("layers",), tuple(x), options=options))
+            value, finite = batched._computed(Call(task, ("layers",), tuple(x), options=options))
             assert value.device.type == finite.device.type == "cuda"
     assert told.chosen == "library"
     assert hsic.chosen == "reference"
@@ -218,4 +219,4 @@ def test_on_a_fake_gpu_auto_takes_it():
 def _call(x):
     with guards.fake_gpu():
         layers = tuple(torch.empty(3, 40, 8, device="cuda") for _ in range(4))
-    return library.Call("matrix", ("layers",), layers)
+    return Call("matrix", ("layers",), layers)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import HandOff, Impl
-from rgfast.ops.cka import reference
+from rgfast.ops.cka import batched
 from rgfast.ops.cka.answers import ANSWERS
 from rgfast.ops.cka.call import Call, Side
 from rgfast.ops.cka.checks import check_call
-from rgfast.ops.cka.impl import library
 from rgfast.ops.cka.launches import (
     SUMS,
     TILE_BYTES,
@@ -54,7 +53,8 @@ def run(call: Call) -> Tensor:
     """What the task of that name returns. Raises ValueError for NaN or Inf, for which it is read, once.
 
     Positions whose products leave the range of fp64, and those with drifts that 1 - CKA has no digits for,
-    are computed again by torch's products, on the device.
+    are computed again by torch's batched products, on the device; HSIC and batches of samples that leave the
+    range are handed to another implementation.
     """
     _not_captured(call.device, lambda others: others(call))
     groups = _groups(call)
@@ -84,7 +84,7 @@ def _without(call: Call, group: int) -> Call:
     """The call without samples group, group + groups, ..., or of all if there is no such group."""
     layers, groups = call.sides[0], _groups(call)
     if group >= 0:
-        layers = tuple(library.without(x, group, groups) for x in layers)
+        layers = tuple(batched.without(x, group, groups) for x in layers)
     options = {**dict(call.options), "groups": 1}
     return call._replace(first=layers, options=tuple(options.items()))
 
@@ -191,9 +191,12 @@ def _mend(call: Call, value: Tensor, faults: Tensor) -> None:
     along = 2 if call.task == "alignment" else 0
     whole = faults[:, 0] != 0
     if bool(whole.any()):
+        if call.task not in TASKS:
+            reason = "its products leave the range of fp64, or an offset leaves too few digits"
+            raise HandOff(reason, lambda others: others(call))
         at, part = _some(call, whole)
         shape = *value.shape[:along], len(at), *value.shape[along + 1 :]
-        value.index_copy_(along, at, _by_torch(part).reshape(shape))
+        value.index_copy_(along, at, batched.run(part).reshape(shape))
     for variant in range(1, faults.shape[1]):
         moved = (faults[:, variant] != 0) & ~whole
         if bool(moved.any()):
@@ -211,15 +214,6 @@ def _some(call: Call, chosen: Tensor) -> tuple[Tensor, Call]:
 
     second = call.second
     return at, call._replace(first=side(call.first), second=None if second is None else side(second))
-
-
-def _by_torch(call: Call) -> Tensor:
-    """By the library, whose drifts are from differences of layers, or the reference for what it lacks."""
-    if call.task in TASKS:
-        return library.run(call)
-    options = {name: value for name, value in call.options if name != "precision"}
-    found: Tensor = reference.run(call.task, *(call.first, call.second)[: len(call.names)], **options)
-    return found
 
 
 def _can_run(call: Call) -> str | None:
