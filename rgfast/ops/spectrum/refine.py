@@ -166,7 +166,7 @@ class LibraryStages:
         self._leading, self._vectors = self._settled, tall.new_zeros(len(tall), tall.shape[2], 0)
 
     def __call__(self, live: Any, stage: int) -> Stage:
-        live = torch.as_tensor(live)
+        live = torch.as_tensor(live, dtype=torch.int64, device=self._live.device)
         at = torch.searchsorted(self._live, live)
         part, vectors = self._part[at], self._vectors[at]
         if stage:

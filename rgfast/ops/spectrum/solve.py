@@ -89,7 +89,8 @@ class Solved:
     def write(self, index: slice, sigma: Any, error: Any, exponent: Any, rank_limit: Any) -> None:
         """Overwrite all but the path of the matrices at `index`, by arrays or by tensors of the device."""
         for name, value in zip(_FIELDS, (sigma, error, exponent, rank_limit), strict=False):
-            getattr(self, name)[index] = torch.as_tensor(value)
+            own = getattr(self, name)
+            own[index] = torch.as_tensor(value, dtype=own.dtype, device=own.device)
 
     def of(self, index: Tensor | slice) -> Solved:
         """The matrices at `index`, or where it is true; those of a slice share memory."""
