@@ -14,9 +14,12 @@ With ``--kernels`` a probe is predicted by the package's kernels, too: those of 
 take them (`predict_moments.py`), of eigenvalues where there is one for the size (`gpu_spectrum.py`), and a
 ``ResidualStack`` of the Triton block (`gpu_block.py`). None of them was ever run on a GPU.
 
+Weights come to the host for their digest while the forwards run: only what of that takes longer counts.
+
 Left out, and named: operators without a model of their time. Left out: what Python does between operators
-(``--python`` times that of reading a result, here), the digest of weights once they are on the host, and the
-copy of the moments to the host, which is made when a result is saved or merged.
+(``--python`` times that of reading a result, here), the digest of weights once they are on the host, by other
+processors there than the one that queues the forwards, and the copy of the moments to the host, which is made
+when a result is saved or merged.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,9 +45,9 @@ from torch import Tensor
 
 import rgfast
 from rgfast.bench.probe import ON_A_GPU, Case, last
-from rgfast.ops.device import LAUNCH, TRANSFER, WAIT
+from rgfast.ops.device import LAUNCH, TRANSFER
 from rgfast.ops.spectrum.impl import library as spectra
-from rgfast.probing import checkpoint, watch
+from rgfast.probing import watch
 from rgfast.probing.plan import make_plan
 from rgfast.probing.spec import ProbeSpec
 
@@ -154,7 +156,7 @@ def validation() -> list[Row]:
 @dataclass(frozen=True)
 class Predicted:
     """A whole probe and its parts: the bare eager forward, the probed one, reading the result without the
-    eigenvalues, and in seconds these, and bringing the weights to the host for their digest."""
+    eigenvalues, and in seconds these, and bringing the weights to the host after the last forward."""
 
     name: str
     eager: Cost
@@ -301,7 +303,7 @@ def _predicted(
         reading = timed(probe.result, width)
     spectrum = sum(times * solved(*matrices, ours=ours) for matrices, times in solving.items())
     weights = sum(Clock(width).numel(x) * x.element_size() for x in probe.model.state_dict().values())
-    digest = weights / TRANSFER + math.ceil(weights / checkpoint._TRANSFER) * WAIT
+    digest = max(0.0, weights / TRANSFER - forwards.seconds)
     return Predicted(name, timed(bare, width), forwards, reading, spectrum, digest)
 
 

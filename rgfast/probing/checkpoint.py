@@ -12,8 +12,9 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,11 +24,15 @@ from rgfast.files import leftovers, write_stream
 from rgfast.probing.capture.batches import batch_items
 from rgfast.probing.offloaded import brought
 from rgfast.probing.sharding import class_of, whole
+from rgfast.runtime.copies import flat_bytes
 from rgfast.validation import from_array
 
 __all__ = [
+    "PART",
+    "UNREADABLE",
     "batch_digest",
     "clear_stale",
+    "digest_of",
     "fingerprint",
     "is_model",
     "known_fingerprint",
@@ -41,8 +46,10 @@ __all__ = [
 # Version 1, of 0.1, was of moments only.
 FORMAT, VERSION = "rgfast.checkpoint", 2
 _HEADER = "header"
-_PART = 1 << 22  # bytes of a tensor that are digested by themselves
+PART = 1 << 22  # bytes of a tensor that are digested by themselves
 _TRANSFER = 64 << 20  # bytes of tensors that come from a device at once
+# What reading weights raises that cannot be read.
+UNREADABLE = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
 
 def write(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -104,19 +111,23 @@ def model_digest(model: nn.Module) -> str:
     to the host or to disk, from where each is read by itself. Those on a device come to the host, where
     processors have instructions for it, many in one transfer.
     """
-    digest = hashlib.blake2b(class_of(model).__qualname__.encode(), digest_size=16)
     state = model.state_dict()
-    data_of = _data(
-        whole(brought(model, name, value)) for name, value in state.items() if isinstance(value, Tensor)
-    )
+    tensors = (whole(brought(model, name, value)) for name, value in state.items() if _is_tensor(value))
+    return digest_of(model, state, _data(tensors))
+
+
+def digest_of(model: nn.Module, state: Mapping[str, Any], data: Iterable[Sequence[memoryview]]) -> str:
+    """:func:`model_digest` of a model's ``state``; ``data`` are the bytes of its tensors, of some at a time,
+    none of them cut but at multiples of ``PART``."""
+    digest = hashlib.blake2b(class_of(model).__qualname__.encode(), digest_size=16)
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
+        cut = ([x[k : k + PART] for x in some for k in range(0, len(x), PART)] for some in data)
+        parts = chain.from_iterable(threads.map(_part_digest, some) for some in cut)
         for name, value in state.items():
             digest.update(name.encode())
-            if isinstance(value, Tensor):
-                data = next(data_of)
+            if _is_tensor(value):
                 digest.update(_kind(value))
-                parts = (data[at : at + _PART] for at in range(0, len(data), _PART))
-                for part in threads.map(_part_digest, parts):
+                for part in islice(parts, -(-value.numel() * value.element_size() // PART)):
                     digest.update(part)
     return digest.hexdigest()
 
@@ -137,7 +148,7 @@ def fingerprint(model: nn.Module) -> str | None:
     """:func:`model_digest` for comparing results, None for weights that cannot be read."""
     try:
         return model_digest(model)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+    except UNREADABLE:
         return None
 
 
@@ -164,34 +175,37 @@ def batch_digest(batch: Any) -> str:
 
 def _update(digest: hashlib.blake2b, value: Tensor) -> None:
     digest.update(_kind(value))
-    digest.update(next(_data([value])))
+    for some in _data([value]):
+        for data in some:
+            digest.update(data)
 
 
 def _kind(value: Tensor) -> bytes:
     return f"{value.dtype}{tuple(value.shape)}".encode()
 
 
-def _data(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
+
+
+def _data(tensors: Iterable[Tensor]) -> Iterator[list[memoryview]]:
     """The elements of each; neighbors on a device come together, since every transfer is waited for."""
     together: list[Tensor] = []
     size = 0
-    for value in tensors:
-        flat = value.detach().contiguous().reshape(-1)
-        flat = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+    for flat in map(flat_bytes, tensors):
         if together and (flat.device != together[0].device or size + len(flat) > _TRANSFER):
-            yield from _on_host(together)
+            yield _on_host(together)
             together, size = [], 0
         together.append(flat)
         size += len(flat)
-    yield from _on_host(together)
+    yield _on_host(together)
 
 
-def _on_host(together: Sequence[Tensor]) -> Iterator[memoryview]:
+def _on_host(together: Sequence[Tensor]) -> list[memoryview]:
     if len(together) > 1 and together[0].device.type != "cpu":
         whole = torch.cat(list(together)).cpu()
         together = torch.split(whole, [len(flat) for flat in together])
-    for flat in together:
-        yield flat.cpu().numpy().data if len(flat) else memoryview(b"")
+    return [flat.cpu().numpy().data for flat in together if len(flat)]
 
 
 def _part_digest(part: memoryview) -> bytes:

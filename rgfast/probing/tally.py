@@ -13,6 +13,7 @@ from torch import nn
 from rgfast.ops.fast import takes_rows
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
+from rgfast.probing.beside import Beside, on_gpus
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import agree, all_reduce
@@ -85,6 +86,8 @@ class Tally:
         self._save: Callable[[], None] | None = None
         self._save_due = False
         self._weights: str | None = None
+        self._beside: Beside | None = None
+        self._unhashed = False  # until the first forward
         self._sharded = is_sharded(model)
         self._read_once = self._sharded or is_offloaded(model)
         # Ranks that run every forward together agree after one of them, all at the same time.
@@ -92,12 +95,30 @@ class Tally:
 
     def open(self) -> None:
         """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward, and
-        what earlier results have left on devices."""
+        what earlier results have left on devices. Those on GPUs wait for :meth:`began`."""
         bring()
-        if not self._begun:
+        if self._begun:
+            return
+        self._unhashed = self._ranks is None and not self._read_once and on_gpus(self._model)
+        if not self._unhashed:
             self._weights = checkpoints.fingerprint(self._model)
             if self._weights is None and self._spec.checkpoint is not None:
                 self._digest()  # which says so
+
+    def began(self) -> None:
+        """A forward begins. Weights on GPUs come to the host beside the first one, or before it in training,
+        which is going to change them."""
+        if self._unhashed:
+            self._unhashed = False
+            if self._model.training:
+                self._weights = checkpoints.fingerprint(self._model)
+            else:
+                self._beside = Beside(self._model)
+
+    def stop(self) -> None:
+        """The forwards have failed."""
+        if self._beside is not None:
+            self._beside.stop()
 
     @property
     def plan(self) -> Plan | None:
@@ -143,7 +164,7 @@ class Tally:
 
     def _announce_last_note(self, plan: Plan) -> dict[str, Any]:
         """Say what is measured, and the last note; the provenance."""
-        self._announce(plan, f"{plan.what}, {plan.notes[-1]}", weights=self._fingerprint())
+        self._announce(plan, f"{plan.what}, {plan.notes[-1]}")
         return self._provenance
 
     def foreseen(self, batch: Any, sequences: int) -> Foreseen:
@@ -251,7 +272,7 @@ class Tally:
         if rows is not None:
             if self._moments is None:
                 said = f"{rows.plan.what}, {rows.plan.notes[-1]}"
-                self._announce(rows.plan, said, weights=self._fingerprint())
+                self._announce(rows.plan, said)
             self._rows = rows
         early, self._early = self._early, []
         for one in early:
@@ -300,6 +321,7 @@ class Tally:
     def result(self, *, last: bool) -> ProbeResult:
         """The measures of all that was seen; ``last`` makes it the last exchange with the other ranks."""
         self._look()
+        self._join_weights()
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
@@ -332,6 +354,7 @@ class Tally:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
         self._look()
+        self._join_weights()
         if self._ranks is not None and self._spec.owner == "layers" and not self._early and not self._due:
             self._join()
         if self.plan is None:
@@ -399,6 +422,7 @@ class Tally:
             summing.load(arrays, self._device())
             self._moments = summing
         self._provenance = {**header["provenance"], "weights": self._digest()}
+        self._unhashed = False
 
     def _restore_rows(
         self, plan: Plan, notes: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]
@@ -492,7 +516,7 @@ class Tally:
         ranks = self._ranks
         found = plan_or_shares(first, self._spec, self._names, 1 if ranks is None else ranks.size)
         if isinstance(found, Plan):
-            self._announce(found, str(found), weights=self._fingerprint())
+            self._announce(found, str(found))
             return self._summing(found, masked=first.masked)
         assert ranks is not None
         self._announce_last_note(found.plan)
@@ -524,7 +548,15 @@ class Tally:
     def _fingerprint(self) -> str | None:
         return self._weights or checkpoints.fingerprint(self._model)
 
-    def _announce(self, plan: Plan, text: str, **found: Any) -> None:
+    def _join_weights(self) -> None:
+        """Put the fingerprint that was taken beside the forwards where it belongs, or the one of now where
+        weights have changed since."""
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            self._weights = beside.digest() or checkpoints.fingerprint(self._model)
+            self._provenance["weights"] = self._weights
+
+    def _announce(self, plan: Plan, text: str) -> None:
         if self._say:
             print(f"probe: {text}", flush=True)
         ranks = {} if self._ranks is None else {"ranks": self._ranks.size}
@@ -535,7 +567,7 @@ class Tally:
             measures=list(self._spec.measures),
             **{name: asked[name] for name in _READ if name in asked},
             **ranks,
-            **found,
+            weights=None if self._beside is not None else self._fingerprint(),  # it is put there later
         )
 
 

@@ -194,6 +194,8 @@ class Probe:
             elif self._ranks is not None and value is not None:
                 self._ranks.fail(value)
         finally:
+            if value is not None:
+                self._tally.stop()
             self._watcher.close()
             self._axes.close()
             self._whole = None
@@ -333,6 +335,7 @@ class Probe:
                 "have the same stage)"
             )
         self._whole = None
+        self._tally.began()
         self._entries.begin(args, kwargs)
 
     @_without_grad

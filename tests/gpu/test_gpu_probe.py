@@ -6,6 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import rgfast
+from rgfast.probing.checkpoint import model_digest
 from rgfast.runtime import waiting
 
 F64 = torch.float64
@@ -69,6 +70,19 @@ def test_every_view_and_measure_is_the_cpus_within_their_bounds(device, kind):
     for name in here.measures:
         got, want = values_of(there, name), values_of(here, name)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9, equal_nan=True, msg=f"{kind} {name}")
+
+
+def test_the_fingerprint_of_weights_is_the_cpus(device):
+    model, x = Blocks().to(device).eval(), batch("plain")["x"].to(device)
+    with rgfast.Probe(model, layers=LAYERS, progress=False) as probe, torch.no_grad():
+        model(x)
+        assert probe.result().provenance["weights"] == model_digest(Blocks())
+    with rgfast.Probe(model, layers=LAYERS, progress=False) as probe, torch.no_grad():
+        model(x)
+        model.blocks[0].weight.mul_(2.0)
+        found = probe.result().provenance["weights"]
+    on_cpu = torch.device(device).type == "cpu"  # read when the block was entered
+    assert found == model_digest(Blocks() if on_cpu else model.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
