@@ -47,7 +47,6 @@ import rgfast
 from rgfast.bench.probe import ON_A_GPU, Case, last
 from rgfast.ops.device import LAUNCH, TRANSFER
 from rgfast.ops.spectrum.impl import library as spectra
-from rgfast.probing import watch
 from rgfast.probing.plan import make_plan
 from rgfast.probing.spec import ProbeSpec
 
@@ -212,16 +211,18 @@ def predict(
         )
 
 
-def predict_own(depth: int, length: int, width: int, n: int, batch: int = 256) -> Predicted:
+def predict_own(depth: int, length: int, width: int, n: int) -> Predicted:
     """That of a ``ResidualStack`` of the Triton block by the package's kernels, in fp32, over the bare eager
-    forward of a plain stack."""
+    forward of a plain stack, in batches of one array as :func:`rgfast.probe` cuts them."""
     plain = Case.make("default", depth, length, STAND_IN, n, "cpu")
     own = Case.make("own", depth, length, STAND_IN, n, "cpu")
-    batches = plain.x.split(batch)
     with as_on_a_gpu(width, ours=True) as solving:
+        probe = rgfast.Probe(own.model, progress=False, route="moments")
+        size = probe.batch_size(meta(n, length, width))
+        batches = plain.x.split(size)
         found = _predicted(
             f"{(depth, length, width, n)}",
-            rgfast.Probe(own.model, progress=False, route="moments"),
+            probe,
             width,
             solving,
             lambda run: [run(part) for part in batches],
@@ -229,9 +230,9 @@ def predict_own(depth: int, length: int, width: int, n: int, batch: int = 256) -
             ours=True,
         )
     # Blocks are compiled on the CPU too, so that none of torch's operators were counted for them.
-    tile = min(batch, watch._TILE_ELSEWHERE)
-    launches = n // tile * gpu_block.launches("split", width, depth)
-    seconds = n // tile * gpu_block.stack("split", width, tile * length, depth)
+    tiles = [len(part) for part in batches]  # a batch is one tile at most
+    launches = len(tiles) * gpu_block.launches("split", width, depth)
+    seconds = sum(gpu_block.stack("split", width, tile * length, depth) for tile in tiles)
     forwards = dataclasses.replace(
         found.forwards,
         host=found.forwards.host + launches * LAUNCH,

@@ -114,7 +114,7 @@ def plan(
     if sequences is None:
         sequences = _count(batches)
     check_positive_int(sequences, "sequences")
-    first = next((batch for batch in iterate(batches, spec.batch_size) if batch_rows(batch)), None)
+    first = next((batch for batch in iterate(batches, spec.sequences_at_once) if batch_rows(batch)), None)
     if first is None:
         raise ValueError("batches must hold at least one sequence, got none")
     given = [x for x in (*batch_items(first), *model.parameters()) if isinstance(x, Tensor)]

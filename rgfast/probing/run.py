@@ -46,7 +46,9 @@ def probe(
             theirs (all by ``"auto"``), and ``axes``, ``output`` and ``control`` are refused. Their ids are
             ``result.dataset.sequence_id``. Of several ranks that give the same ones each reads a part.
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
-            which is cut into pieces of ``batch_size``. A batch is a mapping (what ``forward`` takes by name
+            which is cut into pieces of ``batch_size`` (by default 256; of a :class:`ResidualStack` on a GPU
+            and an array up to 1,024 times ``groups``, as far as a quarter of ``memory`` holds their rows at
+            all layers). A batch is a mapping (what ``forward`` takes by name
             is passed; the whole mapping, if ``forward`` takes a single argument of another name), a tuple
             (as many items as ``forward`` requires, and a padding mask among the others) or a tensor.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
@@ -184,7 +186,7 @@ def probe(
             )
         ids = model.ids
         model, spec = as_replayed(model, spec)
-        batches = model.batches(spec.batch_size)
+        batches = model.batches(spec.sequences_at_once)
     with ExitStack() as stack:
         if spec.control == "random_weights":
             model = stack.enter_context(random_weights(model, spec.control_seed))
@@ -225,7 +227,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
     replayed = watched.model if isinstance(watched.model, SavedActivations) else None
     watched.tally.expected = sequences_of(batches) if replayed is None else replayed.sequences
     quiet = bool(rank) or not spec.shows_progress
-    pieces = iterate(batches, spec.batch_size)
+    pieces = iterate(batches, watched.batch_size(batches))
     if spec.control == "shuffled_tokens":
         pieces = _shuffled(pieces, watched.model, spec, rank)
     with tqdm(unit="position", desc="probe", disable=quiet, leave=False) as bar:

@@ -45,6 +45,7 @@ OWNERS = ("auto", "ranks", "layers")
 
 # With targets and a single group, R² is taken over as many folds.
 _FOLDS = 5
+_BATCH = 256
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -85,7 +86,7 @@ class ProbeOptions(WatchOptions, total=False):
 
     checkpoint: str | Path | None
     checkpoint_every: int
-    batch_size: int
+    batch_size: int | None
     control: Control
     control_seed: int
     keep: str | Path | None
@@ -124,7 +125,7 @@ class ProbeSpec:
     progress: bool | None = None
     memory: str | int = "4GiB"
     views: Sequence[str] | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
     refine: bool | None = None
     route: Route = "auto"
     placements: PlacementsSpec = None
@@ -138,7 +139,7 @@ class ProbeSpec:
     keep_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "checkpoint_every", "groups"):
+        for name in ("checkpoint_every", "groups", *(["batch_size"] if self.batch_size is not None else [])):
             check_positive_int(getattr(self, name), name)
         check_choice(self.route, "route", ROUTES)
         check_choice(self.owner, "owner", OWNERS)
@@ -200,6 +201,11 @@ class ProbeSpec:
     def memory_bytes(self) -> int:
         """``memory`` as a number of bytes."""
         return parse_memory(self.memory)
+
+    @property
+    def sequences_at_once(self) -> int:
+        """``batch_size``, or its default where nothing speaks for another."""
+        return _BATCH if self.batch_size is None else self.batch_size
 
     @property
     def compared(self) -> Pairs:

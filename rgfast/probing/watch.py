@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rgfast.probing.batching import batch_size, tile_size
 from rgfast.probing.capture.activations import Activation
 from rgfast.probing.capture.axes import Axes, laid_out
 from rgfast.probing.capture.entries import Entries
@@ -26,7 +27,6 @@ from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.capture.watcher import Seen, Watcher
 from rgfast.probing.distributed import open_ranks, unwrapped
 from rgfast.probing.in_step import InStep
-from rgfast.probing.offloaded import runs_on
 from rgfast.probing.plan import Plan
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.ranks import Ranks
@@ -39,7 +39,6 @@ from rgfast.probing.tally import Tally
 from rgfast.probing.unread import Unread
 from rgfast.runtime import known_answers
 from rgfast.runtime.streams import Home, capturing, stream_of
-from rgfast.runtime.waiting import waits_for
 from rgfast.streaming import pair_keys
 
 if TYPE_CHECKING:
@@ -50,9 +49,6 @@ __all__ = ["Probe", "opened"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Sequences of a stack that hands over tiles that are taken through all its layers at once: as many rows per
-# position as an accumulator sums in one product at least, on the CPU and where a product is a launch.
-_TILE, _TILE_ELSEWHERE = 128, 1024
 # Ops whose kernels for GPUs run beside forwards or after them.
 _ROOMS = ("cka", "moments", "spectrum")
 
@@ -142,14 +138,13 @@ class Probe:
         )
         self._placed = Placed(spec.placements, self.model, self._taps, self._ranks)
         self._tally = Tally(self.model, spec, self._taps, targets, self._ranks, self._unread, say=say)
-        device = runs_on(self.model)
-        tile = _TILE if device is None or not waits_for(device) else _TILE_ELSEWHERE
+        self._spec = spec
         self._watcher = Watcher(
             self.model,
             self._taps,
             self,
             Outputs(spec.output, self._taps, self._unread),
-            tile=tile * spec.groups,
+            tile=tile_size(self.model, spec.groups),
             tiles=not spec.reads_layers and not sharded,  # as many forwards of a block as there are tiles
         )
         self._whole: RowBatch | None = None
@@ -247,6 +242,13 @@ class Probe:
     def note(self, **entries: Any) -> None:
         """Give the next forward entries that the model itself does not take, for ``mask``."""
         self._entries.note(entries)
+
+    def batch_size(self, batches: Any) -> int:
+        """Sequences of a batch, if ``batches`` is one array or mapping.
+
+        :meta private:
+        """
+        return batch_size(self._spec, self.model, self._taps, batches)
 
     def run(self, batch: Any) -> Any:
         """The output of the model on one batch, called as :func:`probe` does; an empty batch gives None."""

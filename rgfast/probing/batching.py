@@ -1,0 +1,50 @@
+"""How many sequences of a whole array are a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from rgfast.probing.capture.batches import is_array
+from rgfast.probing.capture.layers import Tap
+from rgfast.probing.capture.watcher import tile_streamer
+from rgfast.probing.offloaded import runs_on
+from rgfast.probing.sharding import is_sharded
+from rgfast.probing.spec import ProbeSpec
+from rgfast.runtime.waiting import waits_for
+
+__all__ = ["batch_size", "tile_size"]
+
+# Sequences of a stack that hands over tiles that are taken through all its layers at once: as many rows per
+# position as an accumulator sums in one product at least, on the CPU and where a product is a launch.
+_TILE, _TILE_ELSEWHERE = 128, 1024
+# Of the memory of a probe, what the rows of a tile at all layers may take beside its state.
+_SHARE = 4
+
+
+def tile_size(model: nn.Module, groups: int) -> int:
+    """Sequences of a tile."""
+    device = runs_on(model)
+    return groups * (_TILE if device is None or not waits_for(device) else _TILE_ELSEWHERE)
+
+
+def batch_size(spec: ProbeSpec, model: nn.Module, taps: Sequence[Tap], batches: Any) -> int:
+    """What was asked for, or the default.
+
+    That is a tile for a stack that hands over tiles of an array of its rows where every operator is a launch:
+    a block's kernel for fewer rows leaves most of a GPU idle. Fewer are taken if their rows at all layers
+    need more than a quarter of ``memory``.
+    """
+    device, usual = runs_on(model), spec.sequences_at_once
+    if spec.batch_size is not None or device is None or not waits_for(device):
+        return usual
+    if not is_array(batches) or batches.ndim not in (2, 3) or tile_streamer({"": model}, taps) is None:
+        return usual
+    if spec.reads_layers or is_sharded(model):  # its layers are not watched in tiles
+        return usual
+    each: int = len(taps) * math.prod(batches.shape[1:]) * next(model.parameters()).element_size()
+    fitting = spec.memory_bytes // _SHARE // max(1, each)
+    return max(usual, min(tile_size(model, spec.groups), fitting))
