@@ -19,7 +19,8 @@ from rgfast.ops.device import LAUNCH, STREAM, TRANSFER, WAIT
 
 __all__ = ["STAND_IN", "VIEW", "Clock", "Cost", "Row", "print_beside", "timed", "uncounted"]
 
-STAND_IN = 37
+# No number of layers or rows that stands beside it is a multiple of it, or of it and one or two more.
+STAND_IN = 53
 # Measured on an H100: fp32 products (SIMT) and half-precision ones, fp64 ones by the width of a tile, passes
 # over memory that compute something, and the rows of a LayerNorm, which gets a thread block each (eager block
 # at D = 64 and 128).
@@ -155,9 +156,13 @@ class Clock(TorchDispatchMode):
     def numel(self, x: Tensor) -> float:
         """Elements in memory: a dimension of stride 0 has one."""
         count = 1.0
-        for n, stride in zip(x.shape, x.stride(), strict=True):
-            count *= self.size(n) if stride or n <= 1 else 1
+        for n, stride in zip(self.shape(x), x.stride(), strict=True):
+            count *= n if stride or n <= 1 else 1
         return count
+
+    def shape(self, x: Tensor) -> list[int]:
+        """The real one. Only the last two dimensions are of features."""
+        return [self.size(n) if k >= x.dim() - 2 else n for k, n in enumerate(x.shape)]
 
     def bytes(self, tensors: Any) -> float:
         """Of all tensors in a tree; what is given twice is read once."""
@@ -194,12 +199,12 @@ class Clock(TorchDispatchMode):
         if name == "native_layer_norm":
             return max(moved / PASS, self.numel(args[0]) / self.size(args[0].shape[-1]) * NORM)
         if name.startswith("_scaled_dot_product"):
-            *batch, length, width = (self.size(n) for n in args[0].shape)
+            *batch, length, width = self.shape(args[0])
             return 4.0 * math.prod(batch) * length * self.size(args[1].shape[-2]) * width / ATTENTION
         if name not in MULTIPLY:
             return moved / PASS
         left, right = args[MULTIPLY[name] : MULTIPLY[name] + 2]
-        *batch, m, k = (self.size(n) for n in left.shape)
+        *batch, m, k = self.shape(left)
         n = self.size(right.shape[-1])
         count = batch[0] if batch else 1
         if left.dtype != torch.float64:

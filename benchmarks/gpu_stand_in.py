@@ -59,10 +59,10 @@ def _torch_with_batches() -> Iterator[None]:
 
 def _real(call: Products, width: int) -> Products:
     """The call at the real width, of tensors without data."""
-    size = Clock(width).size
+    shape = Clock(width).shape
 
     def empty(x: Tensor) -> Tensor:
-        return torch.empty([size(n) for n in x.shape], dtype=x.dtype, device="meta")
+        return torch.empty(shape(x), dtype=x.dtype, device="meta")
 
     with uncounted():
         rows, shifts = ([empty(x) for x in some] for some in (call.rows, call.shifts))
@@ -127,7 +127,7 @@ def as_on_a_gpu(
         (waiting, "_EVERYWHERE", True),
         (measures, "_elsewhere", lambda args: True),
         (products, "_APART", 0 if width >= products._APART else 1 << 30),
-        (products, "_add", lambda total, left, right, here: add(total, left, right, False)),
+        (products, "_add", lambda *args, here, fresh: add(*args, here=False, fresh=fresh)),
         (products, "positions_at_once", at_once),
         (products, "_fits_together", lambda call: fits(_real(call, width))),
         (algebra, "_SMALL", int(algebra._SMALL * narrower)),

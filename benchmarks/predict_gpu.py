@@ -7,8 +7,8 @@ run on stand-ins of its tensors, operator by operator, and each operator is give
 products and launch take by rates measured on an H100. First the same model of time is held against what was
 measured there. Rows that are off by more than a quarter are marked.
 
-A probe's stand-in has the depth, positions and sequences of the real one and a width of 37. Wherever a size
-is a multiple of 37, 38 or 39, it stands for that multiple of the real width, or of one or two columns more.
+A probe's stand-in has the depth, positions and sequences of the real one and a width of 53. Wherever a size
+is a multiple of 53, 54 or 55, it stands for that multiple of the real width, or of one or two columns more.
 
 With ``--kernels`` a probe is predicted by the package's kernels, too: those of moments where `auto` would
 take them (`predict_moments.py`), of eigenvalues where there is one for the size (`gpu_spectrum.py`), and a

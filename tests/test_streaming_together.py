@@ -148,6 +148,60 @@ def test_a_constant_column_pools_to_no_variance(monkeypatch):
     assert all((pooled.scatter(layer)[-1] == 0).all() for layer in range(4))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_of_no_rows_take_no_memory_on_a_device(masked, monkeypatch):
+    """Nor a launch for every pair: what first rows come to is put where there was nothing."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    acc = MomentAccumulator(pending_bytes=1)
+    sums = type(acc._sums).empty([3, 3], [(0, 0), (0, 1), (1, 1)], 2, [torch.device("cpu")] * 2)
+    assert {x.untyped_storage().nbytes() for x in (*sums.moment.values(), *sums.shift)} == {8}
+    assert all((x == 0).all() for x in (*sums.moment.values(), *sums.shift))
+    keep = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+    rows = [torch.arange(24.0, dtype=F64).view(2, 4, 3) ** k for k in (1, 2)]
+    for _ in range(2):
+        sums.add(rows, keep)
+    monkeypatch.setattr(waiting, "_EVERYWHERE", False)
+    here = type(sums).empty([3, 3], [(0, 0), (0, 1), (1, 1)], 2, [torch.device("cpu")] * 2)
+    for _ in range(2):
+        here.add(rows, keep)
+    sums.settle([float(x) for value in sums.asked() for x in value.reshape(-1)])
+    for i, j in here.moment:
+        got, want = (one.product(i, j, centred=False, scaled=False) for one in (sums, here))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0.0, equal_nan=True)
+    assert torch.equal(sums.count(), here.count())
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-9, 1.0, 1e36])
+def test_a_device_does_not_look_for_the_unit_of_narrow_rows(scale, monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    rows = drawn(0, (3,), scale)
+    there = MomentAccumulator()
+    for some in ([x[:, :25] for x in rows], [x[:, 25:] for x in rows]):
+        there.update(some, finite=True, narrow=True).flush()
+    assert not there._sums.late
+    assert there._sums.unread == {0, 1, 2, 3}
+    monkeypatch.setattr(waiting, "_EVERYWHERE", False)
+    here = MomentAccumulator().update(rows)
+    for layer in range(4):
+        torch.testing.assert_close(there.scatter(layer), here.scatter(layer), rtol=1e-10, atol=0.0)
+        assert there.exponent(layer) == pytest.approx(here.exponent(layer), abs=4)
+
+
+def test_wide_rows_among_narrow_ones_have_their_unit_looked_for(monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    rows = drawn(0, (3,), 1e-200)
+    there = MomentAccumulator()
+    there.update([x[:, :20] for x in rows], finite=True, narrow=True)
+    there.update([x[:, 20:] for x in rows], finite=True)
+    assert not there._sums.narrow
+    monkeypatch.setattr(waiting, "_EVERYWHERE", False)
+    here = MomentAccumulator().update(rows)
+    for layer in range(4):
+        torch.testing.assert_close(
+            there.scatter(layer, scaled=True), here.scatter(layer, scaled=True), rtol=1e-10, atol=0.0
+        )
+
+
 def test_exponents_of_layers_on_a_device_are_each_ones_own(monkeypatch):
     """Layers of several sizes, one of them zero, in a narrow and a wide dtype."""
     monkeypatch.setattr(waiting, "_EVERYWHERE", True)

@@ -118,18 +118,25 @@ class MomentAccumulator:
         return self._sums.nbytes + self._block.nbytes
 
     def update(
-        self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None = None, *, finite: bool = False
+        self,
+        layers: Sequence[Tensor] | Tensor,
+        mask: Tensor | None = None,
+        *,
+        finite: bool = False,
+        narrow: bool = False,
     ) -> MomentAccumulator:
         """Itself, with the rows of one batch added.
 
         ``layers[l]`` is ``[*, rows, d_l]`` of any float dtype; all share ``*`` and rows. ``mask[*, rows]``
         (bool) keeps the rows where it is True; None keeps all. Rows that are not kept may hold anything.
-        ``finite=True`` says that the caller has looked for NaN and infinity.
+        ``finite=True`` says that the caller has looked for NaN and infinity, ``narrow=True`` that fp64 rows
+        are within fp32's range, so that a device need not look for their unit.
         Raises TypeError or ValueError for wrong kinds or shapes and :class:`NonFiniteError` for NaN or
         infinity in a row that counts; after an error nothing of the batch has been added.
         """
         flat, keep = self._checked(layers, mask, finite)
         self._sums.place([x.device for x in flat])
+        self._sums.narrow = narrow and (self._sums.narrow or not (self._sums.summed or self._block.filled))
         rows, at = flat[0].shape[1], 0
         while at < rows:
             self._few = None

@@ -69,6 +69,7 @@ class Sums:
     factors: TriangularFactors | None
     settled: bool = False  # whether it is known without looking that all positions have begun
     summed: bool = False  # whether a block was added
+    narrow: bool = False  # whether fp64 rows are within fp32's range
     late: dict[int, Tensor] = field(default_factory=dict)
     unread: set[int] = field(default_factory=set)
 
@@ -83,21 +84,22 @@ class Sums:
     ) -> Sums:
         """Those of no rows on these devices, for the pairs ``keys``, with triangular factors of the layers
         ``factored``."""
-        f64 = torch.float64
+        zero: dict[torch.device, Tensor] = {}
+
+        def zeros(device: torch.device, *shape: int) -> Tensor:
+            if not waits_for(device):
+                return torch.zeros(shape, dtype=torch.float64, device=device)
+            if device not in zero:
+                zero[device] = torch.zeros((), dtype=torch.float64, device=device)
+            return zero[device].expand(shape)  # the first rows bring memory
+
         return cls(
             widths=tuple(widths),
             begun=torch.zeros(positions, dtype=torch.bool, device=devices[0]),
             exponents=[None] * len(widths),
-            shift=[
-                torch.zeros(positions, d, dtype=f64, device=at)
-                for d, at in zip(widths, devices, strict=False)
-            ],
+            shift=[zeros(at, positions, d) for d, at in zip(widths, devices, strict=False)],
             moment={
-                (i, j): torch.zeros(
-                    (positions, widths[i] + 2, widths[j] + 2),
-                    dtype=f64,
-                    device=place_of_both(devices[i], devices[j]),
-                )
+                (i, j): zeros(place_of_both(devices[i], devices[j]), positions, widths[i] + 2, widths[j] + 2)
                 for i, j in keys
             },
             factors=TriangularFactors(factored, widths, positions, devices[0]) if factored else None,
@@ -118,7 +120,8 @@ class Sums:
         b = rows[0].shape[1]
         rows = self._in_units(rows, keep)
         self._settle_shift(rows, keep)
-        for device, moment in self._by_device().items():
+        for device in {total.device: None for total in self.moment.values()}:
+            moment, fresh = self._to_add_to(device)
             layers = sorted({layer for key in moment for layer in key})
             new = {layer: k for k, layer in enumerate(layers)}
             moments.add_products(
@@ -127,6 +130,7 @@ class Sums:
                 [sent(self.shift[layer], device) for layer in layers],
                 keep=None if keep is None else sent(keep, device),
                 exponents=[self.exponent(layer) for layer in layers],
+                fresh=fresh,
             )
         if self.factors is not None:
             for layer in self.factors.followed:
@@ -136,12 +140,16 @@ class Sums:
         if self.factors is not None:
             self.factors.advance(b)
 
-    def _by_device(self) -> dict[torch.device, dict[tuple[int, int], Tensor]]:
-        """The moments on each device."""
-        parts: dict[torch.device, dict[tuple[int, int], Tensor]] = {}
-        for key, total in self.moment.items():
-            parts.setdefault(total.device, {})[key] = total
-        return parts
+    def _to_add_to(self, device: torch.device) -> tuple[dict[tuple[int, int], Tensor], bool]:
+        """The moments on a device, in memory of their own, and whether nothing was put there yet."""
+        there = {key: total for key, total in self.moment.items() if total.device == device}
+        bare = [key for key, total in there.items() if not total.is_contiguous()]
+        fresh = len(bare) == len(there)
+        for key in bare:
+            make = torch.empty_like if fresh else torch.zeros_like
+            there[key] = make(there[key], memory_format=torch.contiguous_format)
+        self.moment |= there
+        return there, fresh
 
     def _in_units(self, rows: Sequence[Tensor], keep: Tensor | None) -> list[Tensor]:
         """The rows of every layer, of which the exponent is known from now on, or is on the device."""
@@ -154,7 +162,7 @@ class Sums:
             if not waits_for(x.device):
                 self.exponents[layer] = scale_exponent(x, keep)
                 continue
-            if layer not in self.unread and x.dtype == torch.float64:
+            if layer not in self.unread and x.dtype == torch.float64 and not self.narrow:
                 if x.device not in new:
                     new[x.device] = torch.full((), NONE, dtype=torch.int64, device=x.device)
                 self.late[layer] = new[x.device]
@@ -371,15 +379,31 @@ class Sums:
         if keep is not None:
             new = new & keep.any(1)
         if any(waits_for(x.device) for x in rows):  # which positions are new is not known here
-            for layer, x in enumerate(rows):
-                shift, kept = self.shift[layer], None if keep is None else sent(keep, x.device)
-                # Means of all rows cost as much as their products: a later position's shift is its first row.
-                found = moments.first_row(x, kept) if self.summed else moments.first_mean(x, kept)
-                shift.copy_(torch.where(sent(new, x.device)[:, None], found, shift))
+            self._settle_some(rows, keep, new)
             return
+        self.shift = [shift.contiguous() for shift in self.shift]  # with memory, if it has none yet
         for at in in_parts(new, rows, _WORK_BYTES):
             for layer, x in enumerate(rows):
                 self.shift[layer][at] = moments.first_mean(x[at], None if keep is None else keep[at])
+
+    def _settle_some(self, rows: Sequence[Tensor], keep: Tensor | None, new: Tensor) -> None:
+        """Shift of those positions that are ``new``, layers of one kind in few launches.
+
+        Means of all rows cost as much as their products: a later position's shift is its first row.
+        """
+        alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+        for layer, x in enumerate(rows):
+            alike.setdefault((x.device, x.dtype, x.shape[2]), []).append(layer)
+        for (device, *_), layers in alike.items():
+            some, kept = [rows[layer] for layer in layers], None if keep is None else sent(keep, device)
+            if self.summed:
+                found = moments.first_rows(some, kept)
+            else:
+                found = torch.stack([moments.first_mean(x, kept) for x in some])
+            before = torch.stack([self.shift[layer] for layer in layers])
+            shifts = torch.where(sent(new, device)[:, None], found, before)
+            for layer, shift in zip(layers, shifts.unbind(), strict=True):
+                self.shift[layer] = shift
 
     def _add_to_factor(self, layer: int, rows: Tensor, keep: Tensor | None) -> None:
         """In chunks of positions, so that work space is bounded."""

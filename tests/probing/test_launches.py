@@ -45,7 +45,7 @@ def of_model(depth):
 def test_reading_takes_as_many_launches_whatever_the_depth():
     shallow, deep = launched(3), launched(9)
     assert shallow == deep
-    assert sum(shallow.values()) <= 260
+    assert sum(shallow.values()) <= 262
     assert shallow["_linalg_eigh"] == 1
 
 
@@ -62,13 +62,13 @@ def test_reading_is_read_in_few_transfers():
 
 
 @pytest.mark.parametrize(
-    ("forward", "small", "each"), [(5, True, 6), (FULL - 1, True, 6), (FULL - 1, False, 25)]
+    ("forward", "small", "each"), [(5, True, 6), (FULL - 1, True, 6), (FULL - 1, False, 23)]
 )
 def test_a_forward_takes_few_launches_for_a_layer(forward, small, each, monkeypatch):
     """Of a layer's rows: two copies of them, NaN or not, the mean over positions, and in place of what tells
     a copy from a layer that is written to, which a GPU needs once, another copy. Where they are summed up, by
-    torch's products, all layers take as many launches as one while they are small. Others have their means,
-    the sums of both views of one layer and two, and a unit of fp64 each by itself."""
+    torch's products, all layers take as many launches as one while they are small. Others have their means
+    and the sums of both views of one layer and two each by itself."""
     if not small:
         monkeypatch.setattr(library, "_TOGETHER", 0)
         monkeypatch.setattr(algebra, "_SMALL", 0)

@@ -4,9 +4,9 @@ from rgfast.ops.moments.api import (
     add_positions,
     add_products,
     first_mean,
-    first_row,
+    first_rows,
     pair_products,
     shifted,
 )
 
-__all__ = ["add_positions", "add_products", "first_mean", "first_row", "pair_products", "shifted"]
+__all__ = ["add_positions", "add_products", "first_mean", "first_rows", "pair_products", "shifted"]

@@ -12,7 +12,7 @@ from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
 from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
 from rgfast.ops.moments.impl import cuda, library, native
-from rgfast.ops.moments.reference import first_row, shifted
+from rgfast.ops.moments.reference import first_rows, shifted
 from rgfast.runtime.threads import no_autocast, one_thread
 from rgfast.runtime.waiting import waits_for
 from rgfast.validation import as_real_tensor, check_choice
@@ -24,7 +24,7 @@ __all__ = [
     "add_positions",
     "add_products",
     "first_mean",
-    "first_row",
+    "first_rows",
     "pair_products",
     "shifted",
 ]
@@ -35,7 +35,9 @@ Precision = Literal["double", "single"]
 
 def _reference(call: Products) -> None:
     with one_thread(), no_autocast(call.device.type):
-        reference.add_products(call.sums, call.rows, call.shifts, call.keep, call.exponents, call.extra)
+        reference.add_products(
+            call.sums, call.rows, call.shifts, call.keep, call.exponents, call.extra, fresh=call.fresh
+        )
 
 
 def _reference_cost(impl: Impl) -> Callable[[Any], float]:
@@ -108,6 +110,7 @@ def add_products(
     exponents: Sequence[int] | None = None,
     extended: bool = True,
     precision: Precision = "double",
+    fresh: bool = False,
     impl: ImplName = "auto",
 ) -> None:
     """Adds z_iᵀ z_j to ``sums[i, j][P, d_i + 2, d_j + 2]`` in place, with ``z = [y, |y|², 1]`` per row.
@@ -117,6 +120,7 @@ def add_products(
     anything.
     ``sums`` are fp64, contiguous, with i ≤ j; (i, i) stays symmetric. All arithmetic is fp64.
     ``extended=False`` leaves the last two columns out: ``sums[i, j][P, d_i, d_j] += y_iᵀ y_j``.
+    ``fresh=True`` takes sums as zeros, whatever is in them.
     ``precision="single"`` lets kernels on a GPU multiply numbers split into two fp16 numbers each: an entry
     then errs by at most 2^-16 Σ |z_i||z_j|, usually by 1e-7 of that, and per row by 2^-38 of the longest row.
     Squares of rows must be within fp64's range.
@@ -133,7 +137,8 @@ def add_products(
     """
     check_choice(precision, "precision", ("double", "single"))
     extra = 2 if extended else 0
-    OP(impl, _checked(sums, rows, shifts, keep, exponents, extra)._replace(precision=precision))
+    call = _checked(sums, rows, shifts, keep, exponents, extra)
+    OP(impl, call._replace(precision=precision, fresh=fresh))
 
 
 def pair_products(

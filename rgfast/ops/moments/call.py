@@ -14,7 +14,8 @@ __all__ = ["PairSums", "Pairs", "Positions", "Products"]
 class Products(NamedTuple):
     """z_iᵀ z_j of `rows[l][P, b, d_l]` less `shifts`, to be added to `sums[i, j]`; see `add_products`.
 
-    `extra` columns of z, two or none, stand behind those of y.
+    `extra` columns of z, two or none, stand behind those of y. `fresh` sums hold nothing yet: products take
+    the place of whatever is in them.
     """
 
     sums: Mapping[tuple[int, int], Tensor]
@@ -24,6 +25,7 @@ class Products(NamedTuple):
     exponents: Sequence[int]
     extra: int = 2
     precision: str = "double"
+    fresh: bool = False
 
     @property
     def device(self) -> torch.device:

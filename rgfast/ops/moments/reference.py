@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rgfast.ops.moments.call import PairSums
 
-__all__ = ["add_positions", "add_products", "first_mean", "first_row", "pair_products", "shifted"]
+__all__ = ["add_positions", "add_products", "first_mean", "first_rows", "pair_products", "shifted"]
 
 _WORK_BYTES = 64 << 20
 
@@ -50,12 +50,17 @@ def add_products(
     keep: Tensor | None,
     exponents: Sequence[int],
     extra: int = 2,
+    *,
+    fresh: bool = False,
 ) -> None:
     """``sums[i, j] += z_iᵀ z_j`` in chunks of positions, so that work space is bounded.
 
     Factors and product are new tensors whose layout follows from the shapes: on one thread of a CPU the
     library then sees the same alignment whatever tensors the caller passes.
     """
+    if fresh:
+        for total in sums.values():
+            total.zero_()
     positions, b = rows[0].shape[:2]
     chunk = max(1, _WORK_BYTES // max(1, 8 * b * sum(x.shape[2] + 2 for x in rows)))
     for start in range(0, positions, chunk):
@@ -90,12 +95,12 @@ def first_mean(rows: Tensor, keep: Tensor | None) -> Tensor:
     return first[:, 0] + off.sum(1) / keep.sum(1, keepdim=True).to(torch.float64)
 
 
-def first_row(rows: Tensor, keep: Tensor | None) -> Tensor:
-    """The first of the rows ``[P, b, d]`` that is kept at every position ``[P, d]``, in fp64."""
+def first_rows(rows: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+    """The first row of ``[P, b, d]`` of every layer that is kept at each position ``[L, P, d]``, in fp64."""
     if keep is None:
-        return rows[:, 0].to(torch.float64)
-    at = keep.to(torch.uint8).argmax(1)
-    return rows.gather(1, at[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0].to(torch.float64)
+        return torch.stack([x[:, 0] for x in rows]).to(torch.float64)
+    at = keep.to(torch.uint8).argmax(1)[:, None, None].expand(-1, 1, rows[0].shape[2])
+    return torch.stack([x.gather(1, at)[:, 0] for x in rows]).to(torch.float64)
 
 
 def pair_products(

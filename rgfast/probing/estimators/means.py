@@ -22,13 +22,15 @@ def means_of(layers: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> tuple[
         if keep is None or keep.shape[1] != x.shape[1]:
             rows.append(_mean(x))
             continue
-        wide = x.to(torch.float64)
         counted = keep.any(1)
         some = counted if some is None else some & counted
         keep = sent(keep, x.device)
         number = keep.sum(1, keepdim=True)
-        with one_thread():
-            total = aligned(wide.masked_fill(~keep[..., None], 0.0)).sum(1)
+        if waits_for(x.device):
+            total = x.masked_fill(~keep[..., None], 0.0).sum(1, dtype=torch.float64)  # widened on the way
+        else:
+            with one_thread():
+                total = aligned(x.to(torch.float64).masked_fill(~keep[..., None], 0.0)).sum(1)
         rows.append(total / number.clamp_min(1))
     return rows, some
 

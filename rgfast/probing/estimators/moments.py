@@ -113,7 +113,8 @@ class Moments:
         if held.kind == "mean_pooled":
             keeps = [batch.keeps[layer] for layer in held.layers]
             rows, some = means_of(layers, keeps + [keep] * (len(layers) - len(keeps)))
-            accumulator.update(rows, some, finite=True)
+            narrow = all(x.dtype != torch.float64 for x in layers)
+            accumulator.update(rows, some, finite=True, narrow=narrow)
         elif held.kind == "flattened":
             whole = None if keep is None else keep.all(1)
             accumulator.update([x.flatten(1) for x in layers], whole, finite=True)

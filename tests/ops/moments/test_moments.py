@@ -9,6 +9,9 @@ import torch
 import rgfast
 from rgfast.ops.moments import add_products, first_mean, shifted
 from rgfast.ops.moments.api import OP
+from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.impl import library
+from rgfast.runtime import waiting
 
 F64 = torch.float64
 WIDTHS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 97]
@@ -113,6 +116,36 @@ def test_sums_without_the_last_columns(impl):
         assert_close(sums[0, j], torch.ones(2, 64, d, dtype=F64), want[:, :64, :d], size[:, :64, :d], 40)
     with pytest.raises(ValueError, match=r"sums\[0, 0\] must have shape \(2, 66, 66\), got \(2, 64, 64\)"):
         add_products(sums, [x, y], shifts, impl=impl)
+
+
+@pytest.mark.parametrize(("b", "width"), [(0, 3), (70, 130), (1100, 3)])
+@pytest.mark.parametrize("impl", ["native", "cuda", "library", "reference"], indirect=True)
+def test_fresh_sums_hold_products_alone(impl, b, width):
+    """Of few rows and of so many that a GPU's kernels cut them, and of layers that are cut by the library."""
+    x, shift = drawn(2, b, width).float(), [drawn(2, width, seed=1), drawn(2, 4, seed=2)]
+    rows, keep = [x, drawn(2, b, 4, seed=3).float()], torch.rand(2, b, generator=torch.Generator()) < 0.7
+    shapes = {(0, 0): (width, width), (0, 1): (width, 4), (1, 1): (4, 4)}
+
+    def summed(value, fresh):
+        sums = {key: torch.full((2, d + 2, e + 2), value, dtype=F64) for key, (d, e) in shapes.items()}
+        add_products(sums, rows, shift, keep=keep, fresh=fresh, impl=impl)
+        return sums
+
+    want, found = summed(0.0, False), summed(math.nan, True)
+    for key, total in found.items():
+        assert torch.equal(total, want[key])
+
+
+def test_fresh_sums_of_layers_that_are_multiplied_at_once(monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    rows, shifts = [drawn(3, 40, 6, seed=k) for k in range(3)], [drawn(3, 6, seed=9)] * 3
+    sums = {(i, j): torch.full((3, 8, 8), math.nan, dtype=F64) for i in range(3) for j in (i, i + 1) if j < 3}
+    assert library._fits_together(Products(sums, rows, shifts, None, [0] * 3))
+    add_products(sums, rows, shifts, fresh=True, impl="library")
+    want = {key: torch.zeros(3, 8, 8, dtype=F64) for key in sums}
+    add_products(want, rows, shifts, impl="reference")
+    for key, total in sums.items():
+        torch.testing.assert_close(total, want[key], rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_to_add(impl):

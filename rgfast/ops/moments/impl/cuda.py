@@ -71,7 +71,7 @@ def _run(call: Products) -> None:
     """As `reference.add_products`."""
     units = [math.ldexp(1.0, -exponent) for exponent in call.exponents]
     pairs = [(i, j, total) for (i, j), total in call.sums.items()]
-    _multiply(call, units, pairs, call.keep, add=True, split=_splits(call))
+    _multiply(call, units, pairs, call.keep, add=not call.fresh, split=_splits(call))
 
 
 def _run_pairs(call: Pairs) -> PairSums:

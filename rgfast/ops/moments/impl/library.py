@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def _run(call: Products) -> None:
                 for layer in (i, j):
                     if layer not in wide:
                         wide[layer] = _extended(call, layer, part, dropped, spare)
-                total, here = call.sums[i, j][part], kind == "cpu"
-                _multiply(total, wide[i], wide[j], call.extra, same=i == j, here=here)
+                total, add = call.sums[i, j][part], partial(_add, here=kind == "cpu", fresh=call.fresh)
+                _multiply(total, wide[i], wide[j], call.extra, add, same=i == j)
                 for layer in {i, j}:
                     if last[layer] == at:
                         spare.append(wide.pop(layer))
@@ -82,7 +83,8 @@ def _run_together(call: Products) -> None:
             left, right = z[: layers - apart].flatten(0, 1), z[apart:].flatten(0, 1)
             found = torch.bmm(left.mT, right).view(layers - apart, positions, *z.shape[3:], z.shape[3])
             totals = [call.sums[layer, layer + apart] for layer in range(layers - apart)]
-            torch._foreach_add_(totals, list(found.unbind()))
+            put = torch._foreach_copy_ if call.fresh else torch._foreach_add_
+            put(totals, list(found.unbind()))
 
 
 def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, spare: list[Tensor]) -> Tensor:
@@ -113,24 +115,28 @@ def _extended(call: Products, layer: int, part: slice, dropped: Tensor | None, s
     return z
 
 
-def _multiply(total: Tensor, left: Tensor, right: Tensor, extra: int, *, same: bool, here: bool) -> None:
+def _multiply(
+    total: Tensor, left: Tensor, right: Tensor, extra: int, add: Callable[..., None], *, same: bool
+) -> None:
     d, e = left.shape[2] - extra, right.shape[2] - extra
     if not extra or min(d, e) < _APART:
-        _add(total, left, right, here)
+        add(total, left, right)
         return
-    _add(total[:, :d, :e], left[..., :d], right[..., :e], here)
-    _add(total[:, :, e:], left, right[..., e:], here)
+    add(total[:, :d, :e], left[..., :d], right[..., :e])
+    add(total[:, :, e:], left, right[..., e:])
     if same:
         total[:, d:, :e] = total[:, :d, e:].mT
     else:
-        _add(total[:, d:, :e], left[..., d:], right[..., :e], here)
+        add(total[:, d:, :e], left[..., d:], right[..., :e])
 
 
-def _add(total: Tensor, left: Tensor, right: Tensor, here: bool) -> None:
-    if here:  # the caller's sums may lie anywhere, and the library's bits depend on where
+def _add(total: Tensor, left: Tensor, right: Tensor, *, here: bool, fresh: bool) -> None:
+    if not here:
+        total.baddbmm_(left.mT, right, beta=0.0 if fresh else 1.0)
+    elif fresh:
+        total.copy_(torch.bmm(left.mT, right))
+    else:  # the caller's sums may lie anywhere, and the library's bits depend on where
         total += torch.bmm(left.mT, right)
-    else:
-        total.baddbmm_(left.mT, right)
 
 
 def first_mean(rows: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ _CALL, _PRODUCTS = 2e-5, 35e9
 def _run(call: Products) -> None:
     """As `reference.add_products`; the bits depend on values and instruction set alone."""
     rows, sums = call.rows, call.sums
+    if call.fresh:
+        for total in sums.values():
+            total.zero_()
     shifts = [shift.contiguous() for shift in call.shifts]
     keep = None if call.keep is None else call.keep.contiguous()
     b = rows[0].shape[1]
