@@ -43,7 +43,9 @@ def _in_memory_order(x: Tensor) -> Tensor:
 def count_nonfinite(x: Tensor, keep: Tensor | None) -> Tensor:
     """How many values of ``x[B, T, d]`` are not finite at every position ``[T]``, in rows that ``keep[B, T]``
     keeps, as floating-point numbers. Nothing is read on the host."""
-    bad = x - x  # zero of a number, NaN of others
+    # Zero of a number, NaN of others, in few bytes.
+    narrow = x.dtype if x.dtype.itemsize == 2 else torch.float16
+    bad = torch.sub(x, x, out=torch.empty_like(x, dtype=narrow))
     if keep is not None:
         bad.masked_fill_(~keep[..., None], 0.0)
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rgfast.probing.capture.activations import find_tensor, unnested
@@ -104,8 +106,8 @@ class Watcher:
         self._runs: dict[int, int] = {}
         self._order: list[tuple[int, int]] = []
         self._copied, self._first = {*range(len(taps))}, True
-        # Whether the first forward wrote to a layer's output without a trace, on the way from its device.
-        self._differ: dict[int, list[Later]] = {}
+        # Whether the first forward wrote to layers' outputs without a trace, on the way from their device.
+        self._differ: list[tuple[list[int], Later]] = []
         self._tiles_began = False
         self._eager: Callable[[], Any] | None = None
         self._paused = False
@@ -230,11 +232,16 @@ class Watcher:
         if self._first:
             # Tensors of inference mode do not tell, nor do any that are written to through .data or numpy.
             silent = {k for (k, _), x in held.items() if x.original.is_inference()}
+            differ: dict[torch.device, list[tuple[int, Tensor]]] = {}
             for (k, _), x in held.items():
                 if k not in written | silent and not x.original.is_nested:
-                    self._differ.setdefault(k, []).append(Later((local(x.value) != local(x.original)).any()))
+                    found = (local(x.value) != local(x.original)).any()
+                    differ.setdefault(found.device, []).append((k, found))
+            for each in differ.values():
+                self._differ.append(([k for k, _ in each], Later(torch.stack([x for _, x in each]))))
             unseen = {*range(len(self._taps))} - {k for k, _ in held}
-            self._copied, self._first = written | silent | unseen | {*self._differ}, False
+            unknown = {k for layers, _ in self._differ for k in layers}
+            self._copied, self._first = written | silent | unseen | unknown, False
         elif written - self._copied:
             names = ", ".join(self._taps[k].name for k in sorted(written - self._copied))
             raise RuntimeError(
@@ -244,9 +251,11 @@ class Watcher:
 
     def _stop_copying(self, written: set[int]) -> None:
         """Copy no longer what, as far as that is known by now, the model left alone in its first forward."""
-        for k in [k for k, differ in self._differ.items() if all(one.ready() for one in differ)]:
-            if not any(one.value.any() for one in self._differ.pop(k)) and k not in written:
-                self._copied.discard(k)
+        if self._differ and all(later.ready() for _, later in self._differ):
+            unknown = {k for layers, _ in self._differ for k in layers}
+            differ = {k for layers, later in self._differ for k in np.array(layers)[later.value].tolist()}
+            self._copied -= unknown - differ - written
+            self._differ.clear()
 
     def _enter_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._tiles_began:
