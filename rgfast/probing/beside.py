@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -40,27 +41,27 @@ class Beside:
         self._model, self._stop = model, False
         self._found: str | None = None
         self._thread: threading.Thread | None = None
-        try:
-            state = model.state_dict(keep_vars=True)
-        except UNREADABLE:
-            return
-        self._before = [*_marks(state)]
+        state = _state(model)
+        self._before = _marks(state)
         # While they live, no other tensor lies where they do.
         self._weights = [x.detach() for x in state.values() if isinstance(x, Tensor)]
         own = {id(x) for x in chain(model.parameters(), model.buffers())}
-        if all(id(x) in own and _is_plain(x) for x in state.values() if isinstance(x, Tensor)):
+        if not state or not all(
+            id(x) in own and _is_plain(x) for x in state.values() if isinstance(x, Tensor)
+        ):
+            return
+        with suppress(RuntimeError):  # of CUDA, or of a thread that cannot be had
             copies = Copies(dict.fromkeys(x.device for x in self._weights))
-            arguments = dict(state), copies
-            self._thread = threading.Thread(target=self._take, args=arguments, name="rgfast-weights")
-            self._thread.start()
+            thread = threading.Thread(target=self._take, args=(state, copies), name="rgfast-weights")
+            thread.start()
+            self._thread = thread
 
     def digest(self) -> str | None:
         """The digest; None if weights have changed since, or could not be copied."""
         if self._thread is None:
             return None
         self._thread.join()
-        same = self._before == [*_marks(self._model.state_dict(keep_vars=True))]
-        return self._found if same else None
+        return self._found if self._before == _marks(_state(self._model)) else None
 
     def stop(self) -> None:
         """End the thread; there will be no digest."""
@@ -82,13 +83,23 @@ class Beside:
             yield pieces
 
 
-def _marks(state: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+def _state(model: nn.Module) -> dict[str, Any]:
+    """The model's entries themselves; none if they cannot be read."""
+    try:
+        return dict(model.state_dict(keep_vars=True))
+    except UNREADABLE:
+        return {}
+
+
+def _marks(state: dict[str, Any]) -> list[tuple[Any, ...]]:
     """By what entries are told from those of another time."""
+    found: list[tuple[Any, ...]] = []
     for name, x in state.items():
         if isinstance(x, Tensor) and _is_plain(x):
-            yield name, id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride()
+            found.append((name, id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride()))
         else:
-            yield name, id(x) if isinstance(x, Tensor) else None
+            found.append((name, id(x) if isinstance(x, Tensor) else None))
+    return found
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -143,7 +143,7 @@ class Sums:
     def _to_add_to(self, device: torch.device) -> tuple[dict[tuple[int, int], Tensor], bool]:
         """The moments on a device, in memory of their own, and whether nothing was put there yet."""
         there = {key: total for key, total in self.moment.items() if total.device == device}
-        bare = [key for key, total in there.items() if not total.is_contiguous()]
+        bare = [key for key, total in there.items() if not any(total.stride())]
         fresh = len(bare) == len(there)
         for key in bare:
             make = torch.empty_like if fresh else torch.zeros_like
