@@ -120,8 +120,8 @@ class Sums:
         b = rows[0].shape[1]
         rows = self._in_units(rows, keep)
         self._settle_shift(rows, keep)
-        for device in {total.device: None for total in self.moment.values()}:
-            moment, fresh = self._to_add_to(device)
+        fresh = set() if self.summed else self._with_memory()
+        for device, moment in self._by_device().items():
             layers = sorted({layer for key in moment for layer in key})
             new = {layer: k for k, layer in enumerate(layers)}
             moments.add_products(
@@ -130,7 +130,7 @@ class Sums:
                 [sent(self.shift[layer], device) for layer in layers],
                 keep=None if keep is None else sent(keep, device),
                 exponents=[self.exponent(layer) for layer in layers],
-                fresh=fresh,
+                fresh=device in fresh,
             )
         if self.factors is not None:
             for layer in self.factors.followed:
@@ -140,16 +140,21 @@ class Sums:
         if self.factors is not None:
             self.factors.advance(b)
 
-    def _to_add_to(self, device: torch.device) -> tuple[dict[tuple[int, int], Tensor], bool]:
-        """The moments on a device, in memory of their own, and whether nothing was put there yet."""
-        there = {key: total for key, total in self.moment.items() if total.device == device}
-        bare = [key for key, total in there.items() if not any(total.stride())]
-        fresh = len(bare) == len(there)
-        for key in bare:
-            make = torch.empty_like if fresh else torch.zeros_like
-            there[key] = make(there[key], memory_format=torch.contiguous_format)
-        self.moment |= there
-        return there, fresh
+    def _by_device(self) -> dict[torch.device, dict[tuple[int, int], Tensor]]:
+        """The moments on each device."""
+        parts: dict[torch.device, dict[tuple[int, int], Tensor]] = {}
+        for key, total in self.moment.items():
+            parts.setdefault(total.device, {})[key] = total
+        return parts
+
+    def _with_memory(self) -> set[torch.device]:
+        """Give memory to moments that have none yet; on the devices returned all hold anything."""
+        bare = {key: total for key, total in self.moment.items() if not any(total.stride())}
+        held = {total.device for key, total in self.moment.items() if key not in bare}
+        for key, total in bare.items():
+            make = torch.zeros_like if total.device in held else torch.empty_like
+            self.moment[key] = make(total, memory_format=torch.contiguous_format)
+        return {total.device for total in bare.values()} - held
 
     def _in_units(self, rows: Sequence[Tensor], keep: Tensor | None) -> list[Tensor]:
         """The rows of every layer, of which the exponent is known from now on, or is on the device."""
