@@ -239,7 +239,8 @@ def predict_own(depth: int, length: int, width: int, n: int) -> Predicted:
         device=found.forwards.device + seconds,
         kernels=found.forwards.kernels + launches,
     )
-    return dataclasses.replace(found, forwards=forwards)
+    left = found.digest - (forwards.seconds - found.forwards.seconds)
+    return dataclasses.replace(found, forwards=forwards, digest=max(0.0, left))
 
 
 def predict_gpt2(

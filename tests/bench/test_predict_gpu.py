@@ -297,6 +297,11 @@ def test_a_stack_of_our_blocks_has_their_time(monkeypatch):
     stack = script.gpu_block.stack
     monkeypatch.setattr(script.gpu_block, "stack", lambda *shape: stack(*shape) + 1.0)
     assert script.predict_own(2, 4, 64, 256).forwards.device == pytest.approx(own.forwards.device + 1.0)
+    monkeypatch.setattr(script, "TRANSFER", 1e6)
+    slow = script.predict_own(2, 4, 64, 256)
+    assert slow.digest == 0.0  # the blocks take longer
+    monkeypatch.setattr(script.gpu_block, "stack", stack)
+    assert script.predict_own(2, 4, 64, 256).digest > 0.0
 
 
 def test_every_table_is_there_that_was_asked_for(monkeypatch):
