@@ -204,7 +204,9 @@ def kernel(n: int, size: int) -> Shape:
     return Shape(
         where,
         size,
-        chosen.rows if where == "lanes" else chosen.rows // 32,
+        {"lanes": chosen.rows, "registers": -(-chosen.rows // 32), "shared": 2 * -(-chosen.rows // 64)}[
+            where
+        ],
         chosen.block // 32,
         registers(chosen.name),
         chosen.shared_bytes(n, dtype),

@@ -9,8 +9,9 @@ by more than a quarter are marked.
 
 A part of a kernel has clocks of the chain of operations that wait for each other, clocks that keep a
 multiprocessor busy, and bytes of the device's memory. What is busy is mostly the way to memory, for a clock
-per line of 128 bytes that a warp touches. A panel is read by rows: prototypes, whose rows were far apart,
-touched 32 lines for 16 bytes of each lane. In tiles these are 16, and 4 where a warp takes a whole tile.
+per line of 128 bytes that a warp touches. Rows of a panel are read by threads: prototypes, whose rows were
+far apart, touched 32 lines for 16 bytes of each lane. In tiles these are 16, and 4 where a warp takes a whole
+tile.
 """
 
 from __future__ import annotations
@@ -55,8 +56,14 @@ FAR, CACHED, MMA, SMALLER_MMA, MMA_BUSY = 700, 270, 35, 20, 16
 # (which passed vectors through shared memory) and of ours, as compiled.
 STEP = {"prototype": (906, 143), "package": (921, 152)}
 REFLECTING = 5 * SHUFFLED[8] + 2 * EXCHANGED + 2 * LOAD + 2 * SHUFFLED[8] + REFLECTOR[8] + 5 * FUSED[8]
-# T of a panel's reflectors, by one warp.
-FACTOR = 120 * (LOAD + FUSED[8]) + 16 * EXCHANGED
+# T of a panel's reflectors, by one warp, of which prototypes waited for every load.
+FACTOR = {
+    "prototype": 120 * (LOAD + FUSED[8]) + 16 * EXCHANGED,
+    "package": 120 * FUSED[8] + 16 * (LOAD + FUSED[8]),
+}
+# Lines of 16 x 16 entries: the matrix in and out, V and W, V of the next, what turns the block (shuffles),
+# what its columns get in and out of shared memory, and registers that were spilled.
+BLOCK_LINES = 16 + 16 + 32 + 16 + 16 + 16 + 16 + 9
 
 
 class Part(NamedTuple):
@@ -81,21 +88,14 @@ def below(n: int) -> list[int]:
     return list(range(padded(n) - WIDTH, 0, -WIDTH))
 
 
-def panel(m: int, most: int, tiles: bool, alone: bool = False) -> Part:
-    """Reflectors of 16 columns by `most` threads, or a kernel `alone` has fewer for few rows."""
-    if tiles:  # columns in shared memory, read twice and written once
-        warps, rows = 8, -(-m // 256)
-        shared = (2 * 17 + 2 + 8 + 4 * 8) * m / 32 + 30 * warps
-        arithmetic = (24 * m / 32 + 30 * warps) * 2 / 4
-        lines = (4 + 8 + 4 + 16 + 3) * m
-    else:  # a row or two of each thread in registers
-        rows = 2 if m > most else 1
-        warps = most // 32 if not alone else max(2, -(-m // (32 * rows)))
-        shared = 23 * warps
-        arithmetic = (16 * rows + 8 * (3 + rows) + 26) * warps * 2 / 4
-        lines = (8 + 16 + 8 + 8) * m
-    column = max(shared, arithmetic, 2 * 20 * warps) + 10 * warps
-    chain = WIDTH * (REFLECTING + warps / 2 * FUSED[8]) + FACTOR + 2 * FAR + WIDTH * 60 * rows
+def panel(m: int, most: int, alone: bool) -> Part:
+    """The prototypes' reflectors, by `most` threads, or a kernel `alone` has fewer for few rows."""
+    rows = 2 if m > most else 1
+    warps = most // 32 if not alone else max(2, -(-m // (32 * rows)))
+    arithmetic = (16 * rows + 8 * (3 + rows) + 26) * warps * 2 / 4
+    column = max(23 * warps, arithmetic, 2 * 20 * warps) + 10 * warps
+    lines = (8 + 16 + 8 + 8) * m
+    chain = WIDTH * (REFLECTING + warps / 2 * FUSED[8]) + FACTOR["prototype"] + 2 * FAR + WIDTH * 60 * rows
     return Part(chain, WIDTH * column + lines, (WIDTH + 64) * 8 * m)
 
 
@@ -108,30 +108,53 @@ def triangle(m: int, warps: int) -> Part:
     return Part(chain, sum(blocks) * max(lines, 16 * MMA_BUSY), m * m * 8.0)
 
 
-def whole(m: int) -> Part:
-    """The package's: tiles of 16 x 8 of all of the matrix, the next one loaded ahead."""
-    rounds = -(-m // (16 * 8)) * m / 8
-    tile = CACHED / 2 + 2 * MMA + SMALLER_MMA + LOAD
-    lines = 2 * 4 + 2 * 4 + 8 * 4 / 2 + 2 * 4
-    return Part(rounds * tile, m * m / 128 * max(lines, 3 * MMA_BUSY), m * m * 16.0)
+def finish(m: int) -> Part:
+    """The prototypes' W of U, V and T."""
+    chain = m / 4 * FUSED[8] + 4 * EXCHANGED + WIDTH * (2 * LOAD + FUSED[8]) + 2 * FAR
+    return Part(chain, (8 + 8 + 16 + 4 + 8 + 3) * m, 6 * WIDTH * 8 * m)
 
 
-def finish(m: int, tiles: bool) -> Part:
-    """W of U, V and T."""
-    small = 3 * EXCHANGED + WIDTH * (2 * LOAD + FUSED[8])
-    if tiles:
-        chain = m / 4 * (LOAD + FUSED[8]) + small + WIDTH * (LOAD + 2 * FUSED[8]) * m / 256 + 2 * FAR
-        return Part(chain, (24 + 8 + 9 + 4) * m, 3 * WIDTH * 8 * m)
-    return Part(
-        m / 4 * FUSED[8] + small + EXCHANGED + 2 * FAR, (8 + 8 + 16 + 4 + 8 + 3) * m, 6 * WIDTH * 8 * m
-    )
-
-
-def begin(n: int) -> Part:
-    """Reads the package's matrix twice, scales it, and writes both of its triangles by tiles."""
+def our_begin(n: int, warps: int) -> Part:
+    """Reads the package's matrix and writes its lower triangle by tiles."""
     rows = padded(n)
-    chain = 2 * (rows / 8) * max(1.0, rows / 256) * FAR
-    return Part(chain, rows * rows * (0.5 + 8 / 32 + 2 * 2 / 32), 8.0 * n * n + 8.0 * rows * rows)
+    chain = rows / warps * max(1.0, rows / 256) * FAR
+    return Part(chain, rows * rows / 2 * (3 + 4) / 32 + 2 * rows, 4.0 * n * n + 4.0 * rows * rows)
+
+
+def our_panel(m: int, warps: int) -> Part:
+    """The package's: brought up to date 16 rows at a time, one or two rows of each thread in registers."""
+    rows = 2 if m > 32 * warps else 1
+    arithmetic = (20 * rows + 8 * (3 + rows) + 26) * warps * 2 / 4
+    column = max((15 + warps) * warps, arithmetic, 2 * 20 * warps) + 10 * warps
+    lines = (32 + 16 + 64) / 16 * (m + WIDTH) + (1 + 1 + 4) * m
+    chain = -(-(m + WIDTH) // (16 * warps)) * (FAR + 4 * MMA)
+    chain += WIDTH * (REFLECTING + warps / 2 * FUSED[8]) + FACTOR["package"] + FAR + WIDTH * 60 * rows
+    return Part(chain, WIDTH * column + lines, (WIDTH + 64) * 8 * m)
+
+
+def strips(m: int, warps: int) -> list[int]:
+    """How many columns of 16 the warps go through together, once for every 16 rows of each."""
+    return list(range((m // 16 - 1) % warps + 1, m // 16 + 1, warps))
+
+
+def our_products(m: int, warps: int) -> Part:
+    """The package's: blocks of 16 x 16 of the lower triangle, each used for both of its places."""
+    blocks, steps = m // 16 * (m // 16 + 1) // 2, sum(strips(m, warps))
+    tile = CACHED / 2 + LOAD + 2 * MMA + SHUFFLED[8] + 2 * SMALLER_MMA
+    barriers = 1 if warps < 16 else 2
+    step = 2 * tile + barriers * EXCHANGED + max(CACHED, LOAD + warps * FUSED[8])
+    chain = steps * step + len(strips(m, warps)) * (FAR + LOAD)
+    busy = blocks * max(BLOCK_LINES, 8 * MMA_BUSY) + steps * 8 * (4 + 4) + m // 16 * (32 + 16)
+    return Part(chain, busy, blocks * 256 * 16.0)
+
+
+def our_finish(m: int, warps: int) -> Part:
+    """The package's W."""
+    chain = -(-m // (8 * warps)) * (CACHED + 2 * SMALLER_MMA) + 4 * EXCHANGED + warps * FUSED[8]
+    chain += WIDTH * (SHUFFLED[8] + LOAD + 2 * FUSED[8]) + -(-m // (16 * warps)) * (CACHED + 2 * MMA) + FAR
+    small = 8 * (32 + 32 + 64) + (64 + 16 + 64) * warps
+    lines = ((8 + 16) / 8 + max(16 + 16 + 16, 4 * MMA_BUSY) / 16) * m
+    return Part(chain, lines + small, 3 * WIDTH * 8 * m)
 
 
 def waves(batch: int, blocks: int) -> Iterator[int]:
@@ -146,23 +169,45 @@ def prototype_band(n: int, batch: int, most: int, warps: int, split: int, stream
     seconds = 0.0
     for m in below(n):
         for part, over in (
-            (panel(m, most, False, alone=streams > 0), 1),
+            (panel(m, most, alone=streams > 0), 1),
             (triangle(m, warps * split), split),
-            (finish(m, False), 1),
+            (finish(m), 1),
         ):
             together = max(1.0, batch * over / PROCESSORS) / over
             seconds += part.seconds(together, batch) + (GRAPHED if streams else 0.0)
     return seconds
 
 
+def our_parts(n: int, warps: int) -> dict[str, list[Part]]:
+    """Of the package's kernel, one after another."""
+    rows = below(n)
+    return {
+        "begin": [our_begin(n, warps)],
+        "panels": [our_panel(m, warps) for m in rows],
+        "products": [our_products(m, warps) for m in rows],
+        "W": [our_finish(m, warps) for m in rows],
+    }
+
+
 def band(n: int, batch: int) -> float:
-    """Seconds of the package's kernel: a block per matrix, two to a multiprocessor by their registers."""
-    _, threads, shared = STAGES.launches(n, torch.float64)[0]
-    blocks = fitting("rgfast_spectrum_band_f64", threads, shared)
-    parts = [begin(n), *(each for m in below(n) for each in (panel(m, 256, True), whole(m), finish(m, True)))]
-    return sum(
-        part.seconds(math.ceil(now / PROCESSORS), now) for now in waves(batch, blocks) for part in parts
-    )
+    """Seconds of the package's kernel: a block per matrix."""
+    return sum(sum(seconds) for seconds in band_by_part(n, batch).values())
+
+
+def band_by_part(n: int, batch: int) -> dict[str, tuple[float, float, float]]:
+    """Seconds of the parts of the package's kernel: of their chains, busy, and of their bytes."""
+    name, threads, shared = STAGES.launches(n, torch.float64)[0]
+    found = {}
+    for what, parts in our_parts(n, threads // 32).items():
+        chain, busy, moved = (sum(part[k] for part in parts) for k in range(3))
+        lots = list(waves(batch, fitting(name, threads, shared)))
+        together = sum(math.ceil(now / PROCESSORS) for now in lots)
+        found[what] = (
+            len(lots) * FITTED_CHAIN * chain / CLOCK,
+            together * FITTED_BUSY * busy / CLOCK,
+            batch * moved / LOADED,
+        )
+    return found
 
 
 def fitting(name: str, threads: int, shared: int) -> int:
@@ -197,24 +242,18 @@ def chase(n: int, batch: int) -> float:
 
 
 def counts(n: int, batch: int) -> float:
-    """Seconds of the package's kernel: a count of each of 512 threads for the table, the others by rows."""
+    """Seconds of the package's kernel, a block for every 128 eigenvalues."""
     name, threads, shared = STAGES.launches(n, torch.float64)[2]
-    seconds = 0.0
-    for now in waves(batch, fitting(name, threads, shared)):
-        together = math.ceil(now / PROCESSORS)
-
-        def count(working: int, together: int = together) -> float:
-            busy = together * math.ceil(working / 32) / 4 * ROW_BUSY[8]
-            return padded(n) * max(ROW_WAIT[8], busy) + AROUND_COUNT
-
-        rounds = -(-n // threads)
-        seconds += (count(threads) + (COUNTS[8] - 1) * rounds * count(-(-n // rounds))) / CLOCK
-    return seconds
+    parts, clocks = -(-n // threads), 0.0
+    for now in waves(batch * parts, fitting(name, threads, shared)):
+        warps = math.ceil(now / PROCESSORS) * threads / 32
+        clocks += padded(n) * max(ROW_WAIT[8], warps / 4 * ROW_BUSY[8]) + AROUND_COUNT
+    return COUNTS[8] * clocks / CLOCK
 
 
 def predicted(n: int, batch: int, size: int) -> float:
     """Seconds that a batch takes by the package's kernels, one spectrum."""
-    seconds = LAUNCH
+    seconds = LAUNCH + GRAPHED + batch * n * 16.0 / LOADED  # and puts values in order
     most = at_once(n)
     while batch > 0:
         now = min(batch, most)

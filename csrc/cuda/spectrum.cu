@@ -21,12 +21,12 @@
 #define RGFAST_LANES(name, T, lanes, blocks, shared)                                                \
   static_assert(sizeof(rgfast::cuda::spectrum::LaneSpace<T, lanes>) * (128 / (lanes)) == (shared)); \
   RGFAST_KERNEL(name, T, 128, blocks, rgfast::cuda::spectrum::solve_in_lanes<T, lanes>)
-#define RGFAST_REGISTERS(name, T, chunks, blocks, shared)                                 \
-  static_assert(sizeof(rgfast::cuda::spectrum::RegisterSpace<T, chunks, 4>) == (shared)); \
-  RGFAST_KERNEL(name, T, 128, blocks, rgfast::cuda::spectrum::solve_in_registers<T, chunks, 4>)
-#define RGFAST_SHARED(name, T, chunks, shared)                                          \
-  static_assert(sizeof(rgfast::cuda::spectrum::SharedSpace<T, chunks, 8>) == (shared)); \
-  RGFAST_KERNEL(name, T, 256, 1, rgfast::cuda::spectrum::solve_in_shared<T, chunks, 8>)
+#define RGFAST_REGISTERS(name, T, chunks, warps, blocks, shared)                              \
+  static_assert(sizeof(rgfast::cuda::spectrum::RegisterSpace<T, chunks, warps>) == (shared)); \
+  RGFAST_KERNEL(name, T, 32 * (warps), blocks, rgfast::cuda::spectrum::solve_in_registers<T, chunks, warps>)
+#define RGFAST_SHARED(name, T, chunks, warps, blocks, shared)                               \
+  static_assert(sizeof(rgfast::cuda::spectrum::SharedSpace<T, chunks, warps>) == (shared)); \
+  RGFAST_KERNEL(name, T, 32 * (warps), blocks, rgfast::cuda::spectrum::solve_in_shared<T, chunks, warps>)
 
 RGFAST_LANES(lanes8_f64, double, 8, 4, 8192)
 RGFAST_LANES(lanes16_f64, double, 16, 4, 6144)
@@ -35,16 +35,18 @@ RGFAST_LANES(lanes8_f32, float, 8, 8, 3584)
 RGFAST_LANES(lanes16_f32, float, 16, 6, 3584)
 RGFAST_LANES(lanes32_f32, float, 32, 5, 3584)
 
-RGFAST_REGISTERS(registers64_f64, double, 2, 4, 11872)
-RGFAST_REGISTERS(registers96_f64, double, 3, 3, 16736)
-RGFAST_REGISTERS(registers128_f64, double, 4, 2, 21600)
-RGFAST_REGISTERS(registers64_f32, float, 2, 7, 6464)
-RGFAST_REGISTERS(registers96_f32, float, 3, 5, 8896)
-RGFAST_REGISTERS(registers128_f32, float, 4, 3, 11328)
+RGFAST_REGISTERS(registers128_f64, double, 4, 4, 2, 21600)
+RGFAST_REGISTERS(registers64_f32, float, 2, 2, 10, 4656)
+RGFAST_REGISTERS(registers96_f32, float, 3, 4, 5, 8896)
+RGFAST_REGISTERS(registers256_f32, float, 8, 8, 1, 30816)
 
-// The packed matrix follows, of 4 (n g - 2 g (g - 1)) entries, g = ceil(n / 4).
-RGFAST_SHARED(shared192_f64, double, 6, 33440)
-RGFAST_SHARED(shared256_f32, float, 8, 22624)
+// The packed matrix follows, of 4 (n g - 2 g (g - 1)) entries, g = ceil(n / 4). Four blocks of 102 fp64 rows
+// fit a multiprocessor of an H100, and two of 218 fp32 rows.
+RGFAST_SHARED(shared64_f64, double, 2, 2, 9, 5696)
+RGFAST_SHARED(shared102_f64, double, 4, 4, 4, 13408)
+RGFAST_SHARED(shared128_f32, float, 4, 4, 6, 7232)
+RGFAST_SHARED(shared192_f32, float, 6, 8, 3, 14688)
+RGFAST_SHARED(shared218_f32, float, 8, 8, 2, 18528)
 
 #undef RGFAST_KERNEL
 #undef RGFAST_LANES

@@ -118,21 +118,22 @@ __device__ __forceinline__ void chase(const Task<double>& task, double* workspac
   }
 }
 
-constexpr int kCountWarps = 16, kCountRows = 1024;
+constexpr int kCountWarps = 4, kCountRows = 1024;
 
 struct CountSpace {
   Row<double> rows[kCountRows];
   Count<double> table[32 * kCountWarps];
   double scratch[BlockTeam<double, kCountWarps>::kScratch];
-  double so_far;
 };
 
-// The eigenvalues of what `chase` left: as `eigenvalue` has it, with more of them than threads.
+// The eigenvalues of what `chase` left, by a thread each. Neighbors that are as close as the tolerance may be
+// in the wrong order.
 __device__ __forceinline__ void count_all(const Task<double>& task, double* workspace) {
   constexpr int kThreads = 32 * kCountWarps;
   auto& space = *shared_memory<CountSpace>();
   const Workspace work(workspace, blockIdx.x, task.n);
   const int n = task.n, thread = static_cast<int>(threadIdx.x), padded = padded_rows<double>(n);
+  const int k = static_cast<int>(blockIdx.y) * kThreads + thread;
   const BlockTeam<double, kCountWarps> team{thread, space.scratch};
 #pragma unroll 1
   for (int round = 0; round < (task.means == nullptr ? 1 : 2); ++round) {
@@ -156,23 +157,14 @@ __device__ __forceinline__ void count_all(const Task<double>& task, double* work
       space.rows[i] = i < n ? scaled_row(diagonal(i), coupling(i), unit.down, i == 0) : padding_row<double>();
     __syncthreads();
     space.table[thread] = count_below(space.rows, padded, table_point(thread, kThreads, unit.bound));
-    if (thread == 0) space.so_far = -Limits<double>::infinity;
     __syncthreads();
-    double* to = (round == 0 ? task.values : task.raw) + static_cast<std::int64_t>(blockIdx.x) * n;
-#pragma unroll 1
-    for (int k = thread; k - thread < n; k += kThreads) {
-      double value = space.so_far;
-      if (k < n)
-        value = larger(value, find_eigenvalue(space.rows, padded, k,
-                                              from_table(space.table, kThreads, n, k, unit.bound)));
-      value = team.so_far(value);
-      __syncthreads();
-      if (thread == kThreads - 1) space.so_far = value;
-      value = bound > 0 ? value * power_of_two<double>(unit.exponent) * power_of_two<double>(scale.exponent)
-                        : 0.0;
-      if (k < n) to[k] = scale.finite ? value : Limits<double>::nothing;
-      __syncthreads();
-    }
+    if (k >= n) continue;
+    double value =
+        find_eigenvalue(space.rows, padded, k, from_table(space.table, kThreads, n, k, unit.bound));
+    value =
+        bound > 0 ? value * power_of_two<double>(unit.exponent) * power_of_two<double>(scale.exponent) : 0.0;
+    double* to = round == 0 ? task.values : task.raw;
+    to[static_cast<std::int64_t>(blockIdx.x) * n + k] = scale.finite ? value : Limits<double>::nothing;
   }
 }
 

@@ -12,11 +12,16 @@ namespace rgfast::cuda::spectrum {
 template <class T, int Chunks, int Warps>
 struct SharedSpace {
   static constexpr int kRows = 32 * Chunks;
-  Row<T> rows[kRows];
-  Count<T> table[32 * Warps];
   alignas(16) T now[kRows];
   T last[kRows], update[kRows];
-  T by_row[Warps][kRows], by_column[kRows], product[kRows];
+  union {  // sums of the reduction, then the eigenvalues' own
+    T by_row[Warps][kRows];
+    Row<T> rows[kRows];
+  };
+  union {
+    T sums[2][kRows];  // by column, and of all
+    Count<T> table[32 * Warps];
+  };
   T column[2][kRows];
   T diagonal[kRows], coupling[kRows];
   T scratch[BlockTeam<T, Warps>::kScratch];
@@ -86,7 +91,7 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
   Steps<T, Chunks> steps(task.start());
 #pragma unroll 1
   for (int k = task.start();; ++k) {
-    const auto product = [&](int i) { return space.product[i]; };
+    const auto product = [&](int i) { return space.sums[1][i]; };
     if (!steps.advance(k, n, lane, product, space.column[k & 1], warp == 0, space.diagonal, space.coupling))
       break;
     steps.template publish_own<Warps>(k, lane, warp, space.now, space.last, space.update);
@@ -143,7 +148,7 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
         }
       }
       const T sum = shared_out<4, 32>(by_column, lane);
-      if (lane % 8 == 0) space.by_column[4 * g + lane / 8] = sum;
+      if (lane % 8 == 0) space.sums[0][4 * g + lane / 8] = sum;
     }
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
@@ -152,10 +157,10 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
     }
     __syncthreads();
     for (int i = k + 1 + thread; i < n; i += 32 * Warps) {
-      T sum = space.by_column[i];
+      T sum = space.sums[0][i];
 #pragma unroll
       for (int from = 0; from < Warps; ++from) sum += space.by_row[from][i];
-      space.product[i] = sum;
+      space.sums[1][i] = sum;
     }
     __syncthreads();
   }

@@ -5,6 +5,8 @@ from pathlib import Path
 import gpu_spectrum_sizes as script
 import pytest
 
+from rgfast.ops.spectrum.impl import cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,13 +19,24 @@ def test_no_size_takes_longer_than_the_library(bits, batch):
 
 
 def test_time_grows_by_steps_where_the_next_kernel_begins():
-    begins = {kernel.rows + 1 for kernels in script.KERNELS.values() for kernel in kernels}
-    assert [n for n, _ in script.jumps(400, 64)] == [17, 33, 65, 129, 193]
-    assert max(ratio for _, ratio in script.jumps(400, 64)) < 2.05
-    for bits in (64, 32):
+    kernels = {kernel.rows + 1 for kernels in script.KERNELS.values() for kernel in kernels}
+    begins = kernels | {209}  # from which on a block of `chase` less fits a multiprocessor
+    assert [n for n, _ in script.jumps(400, 64)] == [17, 33, 65, 103, 129, 209]
+    assert max(ratio for _, ratio in script.jumps(400, 64)) < 1.75
+    for bits, most in ((64, 3.2), (32, 2.8)):
         found = dict(script.jumps(2048, bits))
-        assert {*found} - {214} <= begins  # from 214 rows on one block less fits a multiprocessor
-        assert max(found.values()) < 4
+        assert {*found} <= begins
+        assert max(found.values()) < most
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+def test_the_room_chooses_by_what_is_predicted(bits):
+    dtype = script.DTYPES[bits]
+    assert script.times(bits) == cuda._TIMES[dtype]
+    for n in (1, 5, 12, 20, 33, 50, 80, 102, 103, 110, 140, 200, 230, 257, 300, 512, 800, 1024):
+        for count in (1, 30, 132, 400, 2048):
+            predicted = 1e-6 * count * script.predicted(n, count, bits)
+            assert 0.5 < cuda._solving(count, n, dtype) / predicted < 2
 
 
 def test_a_figure_is_drawn(tmp_path):

@@ -30,10 +30,11 @@ def blocks(n):
 
 
 def test_blocks_fit_by_registers_and_shared_memory():
-    assert blocks(200) == [2, 4, 1]
-    assert blocks(384) == [2, 2, 1]
-    assert blocks(512) == [2, 1, 1]
-    assert blocks(1024) == [1, 1, 1]
+    assert blocks(200) == [4, 4, 5]
+    assert blocks(256) == [4, 3, 5]
+    assert blocks(384) == [2, 2, 5]
+    assert blocks(512) == [2, 1, 5]
+    assert blocks(1024) == [1, 1, 5]
 
 
 @pytest.mark.parametrize("n", [193, 256, 1000])
@@ -48,16 +49,26 @@ def test_time_follows_from_what_is_counted(n, monkeypatch):
     assert script.predicted(n, 64, 4) > script.predicted(n, 64, 8)
     before = script.band(n, 132)
     monkeypatch.setattr(script, "LOADED", 1e9)  # memory that slow is all that counts
-    passes = 16 * sum(m * m for m in script.below(n)) * 132 / 1e9
+    passes = 8 * sum(m * m for m in script.below(n)) * 132 / 1e9
     assert script.band(n, 132) > passes > before
 
 
 def test_products_are_counted_by_tiles():
     assert script.below(33) == [32, 16]
-    assert script.whole(256).busy == pytest.approx(4 * script.whole(128).busy)
-    assert script.triangle(512, 8).chain > script.triangle(512, 16).chain
-    assert script.whole(128).busy >= 128 * 128 / 128 * 3 * script.MMA_BUSY
-    assert script.whole(512).bytes == 2 * script.triangle(512, 8).bytes
+    assert script.strips(16, 4) == [1]
+    assert script.strips(96, 4) == [2, 6]  # two blocks of rows, then four more
+    assert script.strips(128, 8) == [8]
+    ours, theirs = script.our_products(512, 8), script.triangle(512, 8)
+    assert ours.bytes == 16 * 256 * (32 * 33 // 2)
+    assert ours.busy >= 32 * 33 // 2 * 8 * script.MMA_BUSY
+    assert ours.chain > script.our_products(512, 16).chain
+    assert theirs.chain > script.triangle(512, 16).chain
+
+
+def test_parts_add_up():
+    for n in (200, 512, 1000):
+        assert script.band(n, 64) == pytest.approx(sum(map(sum, script.band_by_part(n, 64).values())))
+    assert script.our_panel(256, 4).chain > script.our_panel(128, 4).chain
 
 
 def test_the_readme_has_the_table():

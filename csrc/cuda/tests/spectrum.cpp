@@ -20,17 +20,18 @@
 RGFAST_SPECTRUM_KERNEL(lanes8_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes16_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes32_f64, double);
-RGFAST_SPECTRUM_KERNEL(registers64_f64, double);
-RGFAST_SPECTRUM_KERNEL(registers96_f64, double);
+RGFAST_SPECTRUM_KERNEL(shared64_f64, double);
+RGFAST_SPECTRUM_KERNEL(shared102_f64, double);
 RGFAST_SPECTRUM_KERNEL(registers128_f64, double);
-RGFAST_SPECTRUM_KERNEL(shared192_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes8_f32, float);
 RGFAST_SPECTRUM_KERNEL(lanes16_f32, float);
 RGFAST_SPECTRUM_KERNEL(lanes32_f32, float);
 RGFAST_SPECTRUM_KERNEL(registers64_f32, float);
 RGFAST_SPECTRUM_KERNEL(registers96_f32, float);
-RGFAST_SPECTRUM_KERNEL(registers128_f32, float);
-RGFAST_SPECTRUM_KERNEL(shared256_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared128_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared192_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared218_f32, float);
+RGFAST_SPECTRUM_KERNEL(registers256_f32, float);
 #undef RGFAST_SPECTRUM_KERNEL
 
 namespace {
@@ -56,20 +57,21 @@ std::vector<Kernel<double>> kernels() {
   return {{8, rgfast_spectrum_lanes8_f64, 128, 16, 8192, false},
           {16, rgfast_spectrum_lanes16_f64, 128, 8, 6144, false},
           {32, rgfast_spectrum_lanes32_f64, 128, 4, 6144, false},
-          {64, rgfast_spectrum_registers64_f64, 128, 1, 11872, false},
-          {96, rgfast_spectrum_registers96_f64, 128, 1, 16736, false},
-          {128, rgfast_spectrum_registers128_f64, 128, 1, 21600, false},
-          {192, rgfast_spectrum_shared192_f64, 256, 1, 33440, true}};
+          {64, rgfast_spectrum_shared64_f64, 64, 1, 5696, true},
+          {102, rgfast_spectrum_shared102_f64, 128, 1, 13408, true},
+          {128, rgfast_spectrum_registers128_f64, 128, 1, 21600, false}};
 }
 template <>
 std::vector<Kernel<float>> kernels() {
   return {{8, rgfast_spectrum_lanes8_f32, 128, 16, 3584, false},
           {16, rgfast_spectrum_lanes16_f32, 128, 8, 3584, false},
           {32, rgfast_spectrum_lanes32_f32, 128, 4, 3584, false},
-          {64, rgfast_spectrum_registers64_f32, 128, 1, 6464, false},
+          {64, rgfast_spectrum_registers64_f32, 64, 1, 4656, false},
           {96, rgfast_spectrum_registers96_f32, 128, 1, 8896, false},
-          {128, rgfast_spectrum_registers128_f32, 128, 1, 11328, false},
-          {256, rgfast_spectrum_shared256_f32, 256, 1, 22624, true}};
+          {128, rgfast_spectrum_shared128_f32, 128, 1, 7232, true},
+          {192, rgfast_spectrum_shared192_f32, 256, 1, 14688, true},
+          {218, rgfast_spectrum_shared218_f32, 256, 1, 18528, true},
+          {256, rgfast_spectrum_registers256_f32, 256, 1, 30816, false}};
 }
 
 constexpr double kSamples = 50;
@@ -137,15 +139,15 @@ std::vector<int> up_to(int n) {
 // For the gate every size there is, else those at the edges of every kernel.
 TEST(eigenvalues_at_every_size) {
   const bool every = everything();
-  const std::vector<int> edges = kFew ? std::vector<int>{1, 8, 9, 17, 33, 65, 97}
-                                      : std::vector<int>{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128};
-  check_sizes<double>(every ? up_to(130) : edges, every ? 4 : 2);
+  const std::vector<int> edges = kFew ? std::vector<int>{1, 8, 9, 17, 33, 65, 103}
+                                      : std::vector<int>{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 97, 102, 103};
+  check_sizes<double>(every ? up_to(128) : edges, every ? 4 : 2);
   check_sizes<float>(every ? up_to(130) : edges, every ? 4 : 2);
-  check_sizes<double>({129}, 1);
   check_sizes<float>({129}, 1);
-  if (!every) return;
-  check_sizes<double>({150, 190, 191, 192}, 3);
-  check_sizes<float>({150, 191, 192, 193, 200, 255, 256}, 2);
+  if (kFew) return;
+  check_sizes<double>({128}, 1);
+  check_sizes<float>({96, 128, 193, 219}, 1);
+  if (every) check_sizes<float>({150, 191, 192, 193, 200, 218, 219, 255, 256}, 2);
 }
 
 TEST(eigenvalues_of_every_family) {

@@ -11,7 +11,9 @@
   extern "C" void rgfast_spectrum_##name##_f64(const double* matrices, const double* means, std::int64_t n, \
                                                std::int64_t batch, double samples, double* values,          \
                                                double* raw, double* workspace)
+RGFAST_STAGE(band_narrow);
 RGFAST_STAGE(band);
+RGFAST_STAGE(band_wide);
 RGFAST_STAGE(chase);
 RGFAST_STAGE(chase_far);
 RGFAST_STAGE(count);
@@ -31,9 +33,12 @@ struct Solved {
   Each<double> values, raw;
 };
 
-// Buffers of the exact size, which begin as NaN. `far` has the band in the device's memory whatever its size.
+// Which kernels: by rows, or those of more rows.
+enum class Which { kByRows, kWider, kWidest };
+
+// Buffers of the exact size, which begin as NaN.
 Solved solve(const Each<double>& matrices, const Each<double>& means, int n, std::uint64_t seed = 1,
-             bool far = false) {
+             Which which = Which::kByRows) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   std::vector<double> all, all_means;
   for (const auto& matrix : matrices) all.insert(all.end(), matrix.begin(), matrix.end());
@@ -41,9 +46,9 @@ Solved solve(const Each<double>& matrices, const Each<double>& means, int n, std
   std::vector<double> values(matrices.size() * static_cast<std::size_t>(n), nan), raw(all_means.size(), nan);
   std::vector<double> workspace(matrices.size() * static_cast<std::size_t>(workspace_doubles(n)), nan);
   const auto rows = static_cast<std::size_t>(whole_panels(n)), flags = 4 * static_cast<std::size_t>(n);
-  const auto run = [&](auto kernel, unsigned threads, std::size_t shared) {
+  const auto run = [&](auto kernel, unsigned threads, std::size_t shared, unsigned parts = 1) {
     rgfast::shim::Launch how;
-    how.grid = {static_cast<unsigned>(matrices.size())};
+    how.grid = {static_cast<unsigned>(matrices.size()), parts};
     how.block = {threads};
     how.shared = shared;
     how.seed = seed;
@@ -52,13 +57,24 @@ Solved solve(const Each<double>& matrices, const Each<double>& means, int n, std
                          std::int64_t{n}, static_cast<std::int64_t>(matrices.size()), kSamples, values.data(),
                          means.empty() ? nullptr : raw.data(), workspace.data());
   };
-  run(rgfast_spectrum_band_f64, 256, 13824 + 128 * (rows + 8));
-  const auto chasing = 32 * static_cast<unsigned>(std::clamp(n / 48, 4, 12));
-  if (far || n > 512)
+  const std::size_t panel = 128 * (rows + 8);
+  const bool far = which == Which::kWidest || n > 512;
+  if (far)
+    run(rgfast_spectrum_band_wide_f64, 512, 34816 + panel);
+  else if (which == Which::kWider || n > 272)
+    run(rgfast_spectrum_band_f64, 256, 34816 + panel);
+  else
+    run(rgfast_spectrum_band_narrow_f64, 128, 18432 + panel);
+  const auto chasing = 32 * static_cast<unsigned>(std::clamp(n / 56, 3, 12));
+  if (far)
     run(rgfast_spectrum_chase_far_f64, chasing, flags);
   else
     run(rgfast_spectrum_chase_f64, chasing, 256 * rows + flags);
-  run(rgfast_spectrum_count_f64, 512, 24848);
+  run(rgfast_spectrum_count_f64, 128, 18496, static_cast<unsigned>(n + 127) / 128);
+  for (auto* all_values : {&values, &raw})  // as stages.py puts them in order
+    for (std::size_t i = 1; i < all_values->size(); ++i)
+      if (i % static_cast<std::size_t>(n) != 0)
+        (*all_values)[i] = std::max((*all_values)[i], (*all_values)[i - 1]);
   Solved solved;
   for (std::size_t i = 0; i < matrices.size(); ++i) {
     const auto from = static_cast<std::ptrdiff_t>(i) * n;
@@ -84,11 +100,11 @@ void check_sizes(const std::vector<int>& sizes, std::size_t most) {
 
 // The kernels do not mind small ones, of which there can be many.
 TEST(stages_solve_matrices_of_every_size) {
-  if (kFew) return check_sizes({1, 17, 40}, 1);
-  check_sizes({1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 50, 65}, 1);
+  if (kFew) return check_sizes({1, 17, 81}, 1);
+  check_sizes({1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 50, 81}, 1);
   check_sizes({37}, 100);
   if (!everything()) return;
-  check_sizes({47, 64, 79, 193, 200, 256, 257, 300}, 2);
+  check_sizes({47, 64, 79, 191, 192, 193, 200, 256, 257, 272, 273, 300}, 2);
   check_sizes({512}, 2);
   check_sizes({1024}, 1);
   check_sizes({197}, 100);
@@ -154,7 +170,11 @@ TEST(stages_have_the_same_bits_in_any_batch_and_order) {
     for (unsigned i = 0; i < 3; ++i) matrices.push_back(lower<double>(gaussian(n, i), n));
     const auto values = solve(matrices, {}, n).values;
     CHECK(solve(matrices, {}, n, 77).values == values);
-    CHECK(solve(matrices, {}, n, 5, true).values == values);
+    for (const Which which : {Which::kWider, Which::kWidest}) {
+      const auto wider = solve(matrices, {}, n, 5, which).values;
+      CHECK(solve(matrices, {}, n, 78, which).values == wider);
+      for (std::size_t i = 0; i < matrices.size(); ++i) CHECK(error(matrices[i], n, wider[i]) <= 1);
+    }
     CHECK(solve({matrices[2], matrices[0]}, {}, n).values[1] == values[0]);
   }
 }

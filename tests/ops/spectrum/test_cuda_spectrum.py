@@ -17,7 +17,7 @@ from rgfast.ops.spectrum.call import Rows, Symmetric
 from rgfast.ops.spectrum.impl import cuda as room
 from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.selection import EIGVALSH, SPECTRUM
-from rgfast.ops.spectrum.stages import STAGES
+from rgfast.ops.spectrum.stages import BANDS, STAGES
 from rgfast.runtime import known_answers, measured
 
 F64, F32 = torch.float64, torch.float32
@@ -72,7 +72,7 @@ def test_a_kernel_is_tried_by_launches_of_the_table(gpu, kernel, dtype):
 
 def test_the_sources_have_the_kernels_of_the_table(gpu):
     found = {name for name in gpu.kernels() if name.startswith("rgfast_spectrum_")}
-    stages = {name for far in (False, True) for name, _, _ in STAGES.launches(40, F64, far)}
+    stages = {name for band in BANDS for name, _, _ in STAGES.launches(40, F64, band.rows)}
     assert found == {kernel.name for kernel, _ in KERNELS} | stages
 
 
@@ -221,15 +221,15 @@ def test_larger_matrices_are_refused(gpu, dtype):
 
 
 def test_a_gpu_with_less_shared_memory_takes_smaller_matrices(gpu):
-    gpu.set(shared=166_912)  # of an A100
+    gpu.set(shared=101_376)  # of smaller cards
     refused = {
-        d: EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F64).expand(d, d)))
-        for d in (128, 180, 181, 192)
+        d: EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F32).expand(d, d)))
+        for d in (192, 201, 202, 256)
     }
-    assert refused[128] is None
-    assert refused[180] is None
-    assert "needs 167392 bytes of shared memory per block, and cuda:0 (sm_90) has 166912" in refused[181]
-    assert "needs 183968 bytes" in refused[192]
+    assert refused[192] is None
+    assert refused[201] is None
+    assert "needs 101760 bytes of shared memory per block, and cuda:0 (sm_90) has 101376" in refused[202]
+    assert refused[256] is None
 
 
 def test_single_precision_is_the_reference_s(gpu):
@@ -268,31 +268,37 @@ def test_auto_takes_it_where_it_was_measured(gpu, tmp_path, monkeypatch):
     measured._standing.cache_clear()
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_stages_take_batches_in_parts(gpu, far, monkeypatch):
+@pytest.mark.parametrize("band", BANDS, ids=lambda band: band.name)
+def test_stages_take_batches_in_parts(gpu, band, monkeypatch):
     a = symmetric(3, 19)
     means = drawn(3, 19)
-    values, raw = STAGES.launch(a, means, 3.0, far=far)
+    values, raw = STAGES.launch(a, means, 3.0, like=band.rows)
     assert error(values, a) <= 1
     assert error(raw, a + 3.0 * means[:, :, None] * means[:, None]) <= 1
     monkeypatch.setattr(stages, "_WORK", 8 * 2 * stages.workspace_doubles(19) + 7)
     gpu.log()
-    again = STAGES.launch(a, means, 3.0, far=far)
+    again = STAGES.launch(a, means, 3.0, like=band.rows)
     assert torch.equal(again[0], values)
     assert torch.equal(again[1], raw)
-    chase = "chase_far" if far else "chase"
+    chase = "chase_far" if band.rows > 512 else "chase"
     launched = [(each["kernel"], each["grid"][0]) for each in gpu.log("cuLaunchKernelEx")]
     parts = [2, 1]
     assert launched == [
-        (f"rgfast_spectrum_{name}_f64", b) for b in parts for name in ("band", chase, "count")
+        (f"rgfast_spectrum_{name}_f64", b) for b in parts for name in (band.name, chase, "count")
     ]
     monkeypatch.setattr(stages, "_WORK", 1)  # one at a time, whatever it takes
-    assert torch.equal(STAGES.launch(a, means, 3.0, far=far)[0], values)
+    assert torch.equal(STAGES.launch(a, means, 3.0, like=band.rows)[0], values)
+
+
+def test_a_block_counts_128_eigenvalues(gpu):
+    a = torch.eye(130, dtype=F64)[None] * torch.arange(130.0, dtype=F64)
+    assert torch.equal(STAGES.launch(a)[0].round(), a[0].diagonal()[None])
+    assert [each["grid"] for each in gpu.log("cuLaunchKernelEx")] == [[1, 1, 1], [1, 1, 1], [1, 2, 1]]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32])
 def test_stages_solve_larger_matrices(gpu, dtype):
-    d = 193 if dtype == F64 else 257
+    d = 129 if dtype == F64 else 257
     a = symmetric(2, d, dtype=dtype) if dtype == F64 else symmetric(1, d, dtype=dtype)
     if dtype == F64:
         a[1, 7, 3] = torch.nan
@@ -304,7 +310,7 @@ def test_stages_solve_larger_matrices(gpu, dtype):
 
 
 def test_ranks_of_wider_data_are_solved_in_stages(gpu):
-    x = drawn(1, 220, 194)
+    x = drawn(1, 150, 130)
     found = rgfast.rank_measures(x, impl="cuda")
     assert gpu.log("cuLaunchKernelEx")[-1]["kernel"] == "rgfast_spectrum_count_f64"
     want = rgfast.rank_measures(x, impl="reference")
@@ -313,20 +319,28 @@ def test_ranks_of_wider_data_are_solved_in_stages(gpu):
 
 
 @pytest.mark.parametrize(
-    ("d", "chase", "warps"),
-    [(193, "chase", 4), (512, "chase", 10), (513, "chase_far", 10), (1024, "chase_far", 12)],
+    ("d", "band", "chase", "warps"),
+    [
+        (129, "band_narrow", "chase", 3),
+        (272, "band_narrow", "chase", 4),
+        (273, "band", "chase", 4),
+        (512, "band", "chase", 9),
+        (513, "band_wide", "chase_far", 9),
+        (1024, "band_wide", "chase_far", 12),
+    ],
 )
-def test_stages_depend_on_rows(gpu, d, chase, warps):
+def test_stages_depend_on_rows(gpu, d, band, chase, warps):
     assert room.kernel_for(d, F64) is STAGES
     launches = STAGES.launches(d, F64)
     assert [name for name, _, _ in launches] == [
-        f"rgfast_spectrum_{name}_f64" for name in ("band", chase, "count")
+        f"rgfast_spectrum_{name}_f64" for name in (band, chase, "count")
     ]
-    assert [block for _, block, _ in launches] == [256, 32 * warps, 512]
+    threads = {"band_narrow": 128, "band": 256, "band_wide": 512}[band]
+    assert [block for _, block, _ in launches] == [threads, 32 * warps, 128]
     gpu.set(shared=101_376)  # of smaller cards; an A100's 166,912 are enough for all
     assert all(shared <= 166_912 for _, _, shared in STAGES.launches(d, F64))
     refusal = EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F64).expand(d, d)))
-    assert (refusal is None) == (d in (193, 513))
+    assert (refusal is None) == (d < 300)
 
 
 def test_a_workspace_has_the_size_that_kernels_expect():
@@ -335,7 +349,7 @@ def test_a_workspace_has_the_size_that_kernels_expect():
 
 
 def test_stages_are_tried_first(gpu):
-    names = {name for far in (False, True) for name, _, _ in STAGES.launches(40, F64, far)}
+    names = {name for band in BANDS for name, _, _ in STAGES.launches(40, F64, band.rows)}
     assert all(known_answers.unproven(gpu.device, name) is None for name in names)
     assert {each["kernel"] for each in gpu.log("cuLaunchKernelEx")} == names
 
