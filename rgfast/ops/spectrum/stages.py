@@ -106,4 +106,4 @@ class Stages(NamedTuple):
         return values.to(dtype), raw.to(dtype)
 
 
-STAGES = Stages(1024, 37)
+STAGES = Stages(BANDS[-1].rows, 81)
