@@ -1,4 +1,4 @@
-// Eigenvalues of matrices of 33 to 128 rows: a block per matrix, whose lower triangle stays in registers.
+// Eigenvalues by a block per matrix, whose lower triangle stays in registers.
 //
 // A warp has groups of four columns, in turns; a lane rows 32 apart. One barrier per step: sums over columns
 // and over rows go through shared memory, in two buffers that alternate.

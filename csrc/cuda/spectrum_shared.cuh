@@ -1,4 +1,4 @@
-// Eigenvalues of larger matrices: a block per matrix, whose lower triangle is packed in shared memory.
+// Eigenvalues by a block per matrix, whose lower triangle is packed in shared memory.
 //
 // Groups of four columns go to the warps in turns, each with its rows from the diagonal on, two or four
 // entries of a row side by side so that a lane moves 16 bytes and lanes are neighbors.

@@ -1,7 +1,7 @@
 // Eigenvalues of larger fp64 matrices in stages, one launch each, on the same workspace of
 // `batch workspace_doubles(n)`: `band`, then `chase` (`chase_far`, where a band has no room in shared
-// memory), then `count`. Arguments and NaN are those of spectrum.cu; of values
-// that are as close as rounding the order may be wrong.
+// memory), then `count`. Arguments and NaN are those of spectrum.cu.
+// Values that are as close as rounding may be in the wrong order.
 //
 // Grid: a block per matrix, of `count` for every 128 rows along y. Threads (of `chase`: at most) and bytes of
 // shared memory are listed beside each; rgfast/ops/spectrum/stages.py has the same.
