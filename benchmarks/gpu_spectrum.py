@@ -215,11 +215,13 @@ def kernel(n: int, size: int) -> Shape:
     )
 
 
-def predicted(n: int, batch: int, size: int) -> float:
-    """Seconds that a batch takes by the package's kernel: one launch, one spectrum."""
+def predicted(n: int, batch: int, size: int, spectra: int = 1) -> float:
+    """Seconds that a batch takes by the package's kernel: one launch, one spectrum or two of a reduction, in
+    which a reflector more brings the mean to the first unit vector."""
     shape = kernel(n, size)
     read = batch * n * n * size / LOADED
-    solved = shape.reducing(n, batch) + shape.counting(n, batch, COUNTS[size])
+    reducing = shape.reducing(n, batch) * (1 + (spectra - 1) * 1.5 / n)  # its share of the n² / 3 of them all
+    solved = reducing + spectra * shape.counting(n, batch, COUNTS[size])
     return LAUNCH + BEGIN + max(read, solved)
 
 

@@ -251,13 +251,15 @@ def counts(n: int, batch: int) -> float:
     return COUNTS[8] * clocks / CLOCK
 
 
-def predicted(n: int, batch: int, size: int) -> float:
-    """Seconds that a batch takes by the package's kernels, one spectrum."""
-    seconds = LAUNCH + GRAPHED + batch * n * 16.0 / LOADED  # and puts values in order
+def predicted(n: int, batch: int, size: int, spectra: int = 1) -> float:
+    """Seconds that a batch takes by the package's kernels, one spectrum or two of a reduction."""
+    seconds = LAUNCH + GRAPHED + spectra * batch * n * 16.0 / LOADED  # and puts values in order
     most = at_once(n)
     while batch > 0:
         now = min(batch, most)
-        seconds += band(n, now) + chase(n, now) + counts(n, now) + 2 * GRAPHED
+        seconds += band(n, now) + chase(n, now) + spectra * counts(n, now) + 2 * GRAPHED
+        # The reflector of the mean reads the matrix twice and writes it once.
+        seconds += (spectra - 1) * 24.0 * n * n * now / LOADED
         if size == 4:
             seconds += GRAPHED + 12.0 * n * n * now / LOADED
         batch -= now

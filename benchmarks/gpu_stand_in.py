@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,39 +14,42 @@ import gpu_spectrum
 import gpu_spectrum_stages
 import predict_moments
 import torch
-from gpu_clock import STAND_IN, VIEW, Clock, uncounted
+from gpu_clock import LEAST_KERNEL, PASS, STAND_IN, VIEW, Clock, uncounted
 from torch import Tensor
 
+from rgfast.dispatch import Impl
 from rgfast.ops.cka.api import OP as CKA
 from rgfast.ops.device import LAUNCH
+from rgfast.ops.moments.api import CENTERED, PAIRS, POOLED, POSITIONS
 from rgfast.ops.moments.api import OP as MOMENTS
-from rgfast.ops.moments.api import PAIRS, POSITIONS
-from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.call import Centered, Moved, Products, Uncentered
 from rgfast.ops.moments.impl import cuda as kernels
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum import measures
-from rgfast.ops.spectrum.call import Symmetric
+from rgfast.ops.spectrum.call import Both, Ranks, Symmetric, Values
+from rgfast.ops.spectrum.impl import cuda as eigen
 from rgfast.ops.spectrum.impl import library as spectra
-from rgfast.ops.spectrum.impl.cuda import kernel_for
-from rgfast.ops.spectrum.selection import EIGVALSH, GRAM, SPECTRUM
+from rgfast.ops.spectrum.rank_kernel import KERNEL
+from rgfast.ops.spectrum.selection import BOTH, EIGVALSH, GRAM, SPECTRUM, TABLE
 from rgfast.ops.spectrum.stages import Stages
 from rgfast.probing import measured as measured_views
 from rgfast.probing import plan
-from rgfast.runtime import waiting
+from rgfast.runtime import cuda, waiting
 from rgfast.streaming import MomentAccumulator, Together, algebra, sizes
 
-__all__ = ["as_on_a_gpu", "solved"]
+__all__ = ["as_on_a_gpu", "launches_alone", "solved"]
 
 GPU = torch.device("cuda")
 
 
-def solved(count: int, d: int, *, ours: bool = False) -> float:
+def solved(count: int, d: int, both: int = 1, *, ours: bool = False) -> float:
     """Seconds of the eigenvalues of so many matrices where torch has batches, or by a kernel if there is one
-    for them."""
-    kernel = kernel_for(d, torch.float64) if ours else None
+    for them, which then may find two spectra for each (``both`` is 2)."""
+    kernel = eigen.kernel_for(d, torch.float64) if ours else None
     if kernel is not None:
         staged = isinstance(kernel, Stages)
-        return (gpu_spectrum_stages if staged else gpu_spectrum).predicted(d, count, 8)
+        return (gpu_spectrum_stages if staged else gpu_spectrum).predicted(d, count, 8, both)
+    assert both == 1
     with _torch_with_batches():
         return spectra.solving(count, d, torch.float64, GPU)
 
@@ -82,13 +85,55 @@ def _summed_by_kernels(call: Products, width: int) -> None:
         products.MOMENTS.run(call)
 
 
+def _centered_by_a_kernel(call: Uncentered, width: int) -> Centered:
+    """Sums about means by the package's kernel, which reads all moments once, after a table was sent."""
+    d, each = Clock(width).size(call.widths[0]), sum(call.positions)
+    written = len(call.shifts) * d * (d + 3) / 2
+    seconds = 8.0 * each * (len(call.sums) * (d + 2) ** 2 + written) / PASS
+    with uncounted(host=2 * LAUNCH + 3 * VIEW, device=max(seconds, LEAST_KERNEL), kernels=2):
+        found: Centered = products.CENTERED.run(call)
+    return found
+
+
+def _pooled_by_kernels(call: Moved, width: int) -> Tensor:
+    """Sums of all positions by the package's kernels, of which the first reads all moments once."""
+    positions, d, _ = call.sizes
+    d = Clock(width).size(d)
+    seconds = 8.0 * len(call.sums) * positions * (d + 2) ** 2 / PASS
+    with uncounted(
+        host=3 * LAUNCH + 3 * VIEW, device=max(seconds, LEAST_KERNEL) + 2 * LEAST_KERNEL, kernels=3
+    ):
+        found: Tensor = products.POOLED.run(call)
+    return found
+
+
 def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
     """Eigenvalues by the package's kernel, or the library's where there is none for the size."""
-    kernel = kernel_for(_side(call.a, width), torch.float64)
+    kernel = eigen.kernel_for(_side(call.a, width), torch.float64)
     launches = 0 if kernel is None else 3 if isinstance(kernel, Stages) else 1
     with uncounted(host=launches * LAUNCH, kernels=launches) if launches else contextlib.nullcontext():
         values: Tensor = spectra.EIGVALSH.run(call)
     return values
+
+
+def _both_by_a_kernel(call: Both, width: int, counted: Counter[tuple[int, ...]]) -> Tensor:
+    """The same of both spectra."""
+    kernel = eigen.kernel_for(_side(call.a, width), torch.float64)
+    if kernel is None:
+        found: Tensor = BOTH.impls["in one batch"].run(call)
+        return found
+    launches = 4 if isinstance(kernel, Stages) else 2  # one puts both below each other
+    with uncounted(host=launches * LAUNCH, kernels=launches):
+        raw = torch.baddbmm(call.a, call.mean[:, :, None], call.mean[:, None])
+        found = torch.linalg.eigvalsh(torch.stack([call.a, raw]))
+    counted[len(call.a), _side(call.a, width), 2] += 1
+    return found
+
+
+def _table_by_a_kernel(run: Callable[[Values], Ranks], call: Values) -> Ranks:
+    """All rank measures by the package's kernel; the diagonals that it reads are copied before."""
+    with uncounted(host=2 * LAUNCH + 2 * VIEW, device=2 * LEAST_KERNEL, kernels=2):
+        return run(call)
 
 
 def _side(a: Tensor, width: int) -> int:
@@ -96,14 +141,36 @@ def _side(a: Tensor, width: int) -> int:
 
 
 @contextlib.contextmanager
+def launches_alone() -> Iterator[None]:
+    """Sums about means and of all positions, both spectra and rank measures go the way of the package's
+    kernels, whose launches do nothing: what is left is the host's part. To be entered in
+    :func:`as_on_a_gpu`."""
+
+    def launch(kernel: str, *arguments: Any, device: torch.device) -> None:
+        if kernel == KERNEL:
+            arguments[-1].fill_(1.0)
+
+    ops = (CENTERED, kernels.CENTERED), (POOLED, kernels.POOLED), (BOTH, eigen.BOTH), (TABLE, eigen.TABLE)
+    with contextlib.ExitStack() as stack:
+        for where, name, value in (
+            (cuda, "launch", launch),
+            (cuda, "capturing", lambda device: False),
+            *((op, "impls", {"cuda": Impl("cuda", impl.run)}) for op, impl in ops),
+            *((op, "_chosen", {}) for op, _ in ops),
+        ):
+            stack.enter_context(mock.patch.object(where, name, value))
+        yield
+
+
+@contextlib.contextmanager
 def as_on_a_gpu(
     width: int, pending: int = plan._PENDING_BYTES, *, ours: bool = False
-) -> Iterator[Counter[tuple[int, int]]]:
+) -> Iterator[Counter[tuple[int, ...]]]:
     """The library's implementations are all there are, or those of the package's kernels (``ours``), no
     forward looks at values, and views, blocks of rows and products are cut as they would be at their real
     ``width``, with ``pending`` bytes of rows held back. Yields how often so many matrices of so many rows
-    were solved at once."""
-    counted: Counter[tuple[int, int]] = Counter()
+    were solved at once, with a third number 2 if both spectra were found for each."""
+    counted: Counter[tuple[int, ...]] = Counter()
     narrower = STAND_IN / width
     original, cut, add = spectra.eigenvalues, products.positions_at_once, products._add
     fits = products._fits_together
@@ -137,16 +204,27 @@ def as_on_a_gpu(
         (plan, "_PENDING_BYTES", int(pending * narrower)),
         (sizes, "_AT_ONCE", int(sizes._AT_ONCE * narrower**2)),
     ]
-    for op in (MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
+    for op in (CENTERED, POOLED, MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
         library = dataclasses.replace(
             op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
         )
         if ours and op is MOMENTS:
             library = dataclasses.replace(library, run=partial(_summed_by_kernels, width=width))
+        elif ours and op is CENTERED:
+            library = dataclasses.replace(library, run=partial(_centered_by_a_kernel, width=width))
+        elif ours and op is POOLED:
+            library = dataclasses.replace(library, run=partial(_pooled_by_kernels, width=width))
         elif ours and op is EIGVALSH:
             library = dataclasses.replace(library, run=partial(_solved_by_a_kernel, width=width))
         changes += [(op, "impls", {"library": library, "reference": op.impls["reference"]})]
         changes += [(op, "_chosen", {})]
+    if ours:
+        table = Impl("by a kernel", partial(_table_by_a_kernel, TABLE.impls["library"].run))
+        changes += [(TABLE, "impls", TABLE.impls | {"by a kernel": table}), (TABLE, "_chosen", {})]
+        run = partial(_both_by_a_kernel, width=width, counted=counted)
+        alone = Impl("by a kernel", run)
+        changes += [(BOTH, "impls", BOTH.impls | {"by a kernel": alone})]
+        changes += [(BOTH, "_chosen", {})]
     with contextlib.ExitStack() as stack:
         for where, name, value in changes:
             stack.enter_context(mock.patch.object(where, name, value))

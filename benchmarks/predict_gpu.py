@@ -25,6 +25,7 @@ when a result is saved or merged.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -40,7 +41,7 @@ import gpu_block
 import torch
 import torch.nn.functional as F
 from gpu_clock import STAND_IN, Clock, Cost, Row, print_beside, timed
-from gpu_stand_in import as_on_a_gpu, solved
+from gpu_stand_in import as_on_a_gpu, launches_alone, solved
 from torch import Tensor
 
 import rgfast
@@ -292,7 +293,7 @@ def _predicted(
     name: str,
     opened: rgfast.Probe,
     width: int,
-    solving: Counter[tuple[int, int]],
+    solving: Counter[tuple[int, ...]],
     feed: Callable[[Callable[[Any], Any]], object],
     bare: Callable[[], object],
     *,
@@ -317,17 +318,22 @@ def padded(n: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 30_000, (n, length), generator=draw), "attention_mask": keep}
 
 
-def python(depth: int, length: int, n: int, rounds: int = 20) -> tuple[float, float]:
+def python(
+    depth: int, length: int, n: int, rounds: int = 20, *, kernels: bool = False
+) -> tuple[float, float]:
     """Seconds of one thread of this machine's CPU that reading a result takes, and making its dataset when it
     is asked for, at least: of operators of almost no size in place of a GPU's and without eigenvalues, so
-    that it is what Python and the launches take, and a little more."""
+    that it is what Python and the launches take, and a little more. With ``kernels`` by the package's, of
+    whose launches what the driver takes is left out."""
     read, made = [], []
 
     def diagonal(a: Tensor) -> Tensor:
         return a.diagonal(dim1=-2, dim2=-1).sort(-1).values
 
     case = Case.make("default", depth, length, 2, n, "cpu")
-    with as_on_a_gpu(64), mock.patch.object(spectra, "eigenvalues", diagonal):
+    alone = launches_alone() if kernels else contextlib.nullcontext()
+    # No rows are few where two features stand for two.
+    with as_on_a_gpu(2 if kernels else 64), mock.patch.object(spectra, "eigenvalues", diagonal), alone:
         for _ in range(rounds):
             views = ("position", "pooled", "mean_pooled")
             with rgfast.Probe(case.model, progress=False, route="moments", views=views) as probe:
@@ -393,7 +399,7 @@ def main() -> None:
         print("|---|---|---|")
         torch.set_num_threads(1)
         for depth, length, _, n in ON_A_GPU[: args.shapes]:
-            read, made = (1e3 * seconds for seconds in python(depth, length, n))
+            read, made = (1e3 * seconds for seconds in python(depth, length, n, kernels=args.kernels))
             print(f"| {(depth, length, n)} | {read:.1f} | {made:.1f} |", flush=True)
         return
     print_beside("measured on an H100", validation())

@@ -2,5 +2,8 @@
 #include "cka.cu"
 #include "fill.cu"
 #include "moments.cu"
+#include "moments_centered.cu"
+#include "moments_pooled.cu"
 #include "spectrum.cu"
+#include "spectrum_ranks.cu"
 #include "spectrum_stages.cu"

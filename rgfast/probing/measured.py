@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -71,37 +71,30 @@ def on_host(found: Measured) -> Measured:
 
 
 def of_spectra(
-    centred: Solved, raw: Solved | None, constant: Tensor, both: Solved | None = None
+    centred: Solved, raw: Solved | None, constant: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All ranks ``[N]`` of centred spectra and those of rows as they are, and bounds; without ``raw`` NaN.
 
-    ``constant[N]`` says where nothing varies but rows are not zero. If there are ``both`` below each other,
-    a measure is taken of them at once.
+    ``constant[N]`` says where nothing varies but rows are not zero.
     """
-    rows, values, bounds = len(constant), {}, {}
-    whole = None if both is None else both.sigma.clone()
-    upper = centred.sigma if whole is None else whole[:rows]
-    lower = None if raw is None else raw.sigma.clone() if whole is None else whole[rows:]
+    values, bounds = {}, {}
+    lower = None if raw is None else raw.sigma.clone()
     if lower is not None:
         # n μ μᵀ has rank one, which eigenvalues would only say to rounding.
         lower[:, 1:].masked_fill_(constant[:, None], 0.0)
-    halves: dict[Callable[[Any], Tensor], Sequence[Tensor]] = {}
-
-    def of(function: Callable[[Any], Tensor], whole: Any, part: Any, *, half: bool) -> Tensor:
-        if whole is None:
-            return function(part)
-        if function not in halves:
-            halves[function] = torch.split(function(whole), rows)
-        return halves[function][half]
-
     for measure in _of_kind("rank"):
         half = measure.needs == "uncentred"
-        solved, sigma = (raw, lower) if half else (centred, upper)
-        nothing = torch.full_like(centred.sigma[:, 0], torch.nan) if solved is None else None
-        values[measure.name] = of(measure.of, whole, sigma, half=half) if nothing is None else nothing
+        solved, sigma = (raw, lower) if half else (centred, centred.sigma)
+        if solved is None or sigma is None:
+            nothing = torch.full_like(centred.sigma[:, 0], torch.nan)
+            values[measure.name] = nothing
+            if measure.bound is not None:
+                bounds[measure.name] = nothing
+            continue
+        values[measure.name] = measure.of(sigma)
         if measure.bound is not None:
-            bound = of(measure.bound, both, solved, half=half) if nothing is None else nothing
-            bounds[measure.name] = bound.masked_fill(constant, 0.0) if half and nothing is None else bound
+            bound = measure.bound(solved)
+            bounds[measure.name] = bound.masked_fill(constant, 0.0) if half else bound
     return values, bounds
 
 

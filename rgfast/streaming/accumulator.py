@@ -429,6 +429,9 @@ class MomentAccumulator:
 
 def settle(accumulators: Sequence[MomentAccumulator]) -> None:
     """Read, in one transfer, all that was left on the device while rows came."""
+    accumulators = [each for each in accumulators if each._block.filled or not each._sums.at_rest]
+    if not accumulators:
+        return
     asked = [accumulator.asked for accumulator in accumulators]
     values = iter(read([value for some in asked for value in some]))
     for accumulator, some in zip(accumulators, asked, strict=True):

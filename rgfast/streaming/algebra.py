@@ -15,7 +15,6 @@ __all__ = [
     "NONE",
     "centred_cross",
     "centred_norm_product",
-    "centred_sums",
     "centred_trace",
     "common_exponent",
     "exponent_of",
@@ -135,8 +134,8 @@ def rescaled(moment: Tensor, left: float, right: float) -> Tensor:
 
 def recentred(moment: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The sums of ``[x + left, |x + left|², 1]`` and ``[y + right, …]`` from those of x and y: Tᵀ M T'."""
-    moved = _move_columns(moment, right)
-    return _move_columns(moved.transpose(1, 2), left).transpose(1, 2)
+    columns = _move_columns(moment, right)
+    return _move_columns(columns.transpose(1, 2), left).transpose(1, 2)
 
 
 def _move_columns(moment: Tensor, delta: Tensor) -> Tensor:
@@ -144,18 +143,9 @@ def _move_columns(moment: Tensor, delta: Tensor) -> Tensor:
     body, square, one = moment[..., :d], moment[..., d], moment[..., d + 1]
     out = torch.empty(moment.shape, dtype=moment.dtype, device=moment.device)
     torch.addcmul(body, one[..., None], delta[:, None], out=out[..., :d])
-    if waits_for(moment.device):
-        out[..., d] = _norms_moved(moment, delta)
-    else:
-        out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
+    out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
     out[..., d + 1] = one
     return out
-
-
-def _norms_moved(moment: Tensor, delta: Tensor) -> Tensor:
-    """Σ z |y + delta|² ``[P, d_i + 2]`` of the rows' z, in few launches."""
-    norms = torch.addcmul(moment[..., -2], delta.square().sum(-1, keepdim=True), moment[..., -1])
-    return torch.baddbmm(norms[..., None], moment[..., :-2], delta[..., None], alpha=2.0)[..., 0]
 
 
 def centred_cross(moment: Tensor) -> Tensor:
@@ -182,22 +172,6 @@ def centred_norm_product(moment: Tensor) -> Tensor:
     with_y = moment[:, -2, -2] + 2 * (moment[:, -2, :-2] * f).sum(1) + ff * sum_a
     with_x = 2 * (moment[:, :-2, -2] * e).sum(1) + 4 * xy + 2 * ff * ex
     return with_y + with_x + ee * (sum_b + 2 * fy + ff * n)
-
-
-def centred_sums(moment: Tensor, *, products: bool) -> tuple[Tensor, ...]:
-    """‖Σ x_c y_cᵀ‖² ``[P]``, Σ|x_c|² (where x and y are one layer's) and, if asked for, Σ|x_c|²|y_c|²: as
-    the functions above, in few launches."""
-    count = moment[:, -1, -1, None]
-    e, f = -moment[:, :-2, -1] / count, -moment[:, -1, :-2] / count
-    cross = torch.addcmul(moment[:, :-2, :-2], e[:, :, None], moment[:, -1, None, :-2])
-    norm = torch.linalg.vector_norm(cross, dim=(1, 2)).square_()
-    square = e.square().sum(1)
-    trace = torch.addcmul(moment[:, -2, -1], square, count[:, 0], value=-1.0)
-    if not products:
-        return norm, trace
-    rows = _norms_moved(moment, f)  # Σ z|y_c|²
-    product = torch.addcmul(rows[:, -2], square, rows[:, -1])[:, None, None]
-    return norm, trace, torch.baddbmm(product, e[:, None], rows[:, :-2, None], alpha=2.0)[:, 0, 0]
 
 
 def times_power(x: Tensor, exponent: int) -> Tensor:

@@ -38,11 +38,8 @@ def pooled(sums: Sums, factored: Sequence[int]) -> Sums:
         moves, positions = _joined_moves(sums, one, count), len(count)
         for keys in alike(sums.moment, sums.widths, positions):
             # A launch takes longer than what it does for a pair.
-            whole = torch.cat([sums.moment[key] for key in keys])
-            left, right = (torch.cat([moves[key[side]] for key in keys]) for side in (0, 1))
-            moved = recentred(whole, left, right)
-            found = moved.view(len(keys), positions, *moved.shape[1:]).sum(1, keepdim=True).contiguous()
-            one.moment |= zip(keys, found.unbind(), strict=True)
+            left, right = ([moves[key[side]] for key in keys] for side in (0, 1))
+            one.moment |= zip(keys, sums.pooled(keys, left, right), strict=True)
     else:
         moves = _moves(sums, one, count)
         for (i, j), moment in sums.moment.items():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops import moments
+from rgfast.ops.moments import Centered
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.algebra import (
@@ -42,7 +43,7 @@ from rgfast.streaming.algebra import (
 )
 from rgfast.streaming.factors import TriangularFactors
 
-__all__ = ["Sums"]
+__all__ = ["Centered", "Sums", "centered"]
 
 _WORK_BYTES = 64 << 20
 
@@ -70,6 +71,7 @@ class Sums:
     settled: bool = False  # whether it is known without looking that all positions have begun
     summed: bool = False  # whether a block was added
     narrow: bool = False  # whether fp64 rows are within fp32's range
+    at_rest: bool = False  # whether nothing came since :meth:`settle`
     late: dict[int, Tensor] = field(default_factory=dict)
     unread: set[int] = field(default_factory=set)
 
@@ -117,6 +119,7 @@ class Sums:
 
     def add(self, rows: Sequence[Tensor], keep: Tensor | None) -> None:
         """Add one block ``[P, b, d_l]``, each layer's rows on the device of its sums."""
+        self.at_rest = False
         b = rows[0].shape[1]
         rows = self._in_units(rows, keep)
         self._settle_shift(rows, keep)
@@ -217,11 +220,13 @@ class Sums:
             if self.factors is not None:
                 self.factors.rescale(scale)
         self.place([self.begun.device] * len(self.widths))
+        self.at_rest = True
 
     def place(self, devices: Sequence[torch.device]) -> None:
         """Have every layer's sums on the device of its rows."""
         if [shift.device for shift in self.shift] == list(devices):
             return
+        self.at_rest = False
         self.begun = sent(self.begun, devices[0])
         self.shift = [sent(shift, device) for shift, device in zip(self.shift, devices, strict=True)]
         for (i, j), moment in self.moment.items():
@@ -294,6 +299,14 @@ class Sums:
     def keeps(self, i: int, j: int) -> bool:
         """Whether the products of two layers are there."""
         return (i, j) in self.moment or (j, i) in self.moment
+
+    def pooled(
+        self, keys: Sequence[tuple[int, int]], left: Sequence[Tensor], right: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The moments ``[1, d_i + 2, d_j + 2]`` of all positions together of pairs of the same widths, whose
+        shifts are moved by ``left[k]`` and ``right[k]`` ``[P, d]``."""
+        found = moments.pooled([self.moment[key] for key in keys], left, right)
+        return found[:, None].unbind()
 
     def cross(self, i: int, j: int) -> Tensor:
         """Σ x_c y_cᵀ ``[P, d_i, d_j]``, in the layers' units."""
@@ -423,3 +436,13 @@ class Sums:
             z[..., 0] = 1.0 if kept is None else kept.to(torch.float64)
             moments.shifted(rows[part], self.shift[layer][part], kept, self.exponent(layer), out=z[..., 1:])
             self.factors.update(layer, z, part)
+
+
+def centered(parts: Sequence[Sums], keys: Sequence[tuple[int, int]], layers: Sequence[int] = ()) -> Centered:
+    """Sums about means of pairs of the same widths at the positions of all parts, which have the same units;
+    with matrices of ``layers``, of which the first pairs are."""
+    return moments.centered(
+        [[part.moment[key] for part in parts] for key in keys],
+        shifts=[[part.shift[layer] for part in parts] for layer in layers],
+        units=[math.ldexp(1.0, -parts[0].exponent(layer)) for layer in layers],
+    )

@@ -17,8 +17,9 @@ from torch.nn import functional
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
 from rgfast.streaming.accumulator import MomentAccumulator
-from rgfast.streaming.algebra import centred_cross, centred_sums, in_order
+from rgfast.streaming.algebra import in_order
 from rgfast.streaming.sizes import alike, at_once
+from rgfast.streaming.sums import Centered, centered
 
 __all__ = ["KernelSums", "Together"]
 
@@ -29,6 +30,7 @@ class KernelSums:
 
     ``norms[K, P]`` are ‖Σ x_c y_cᵀ‖² of every pair, ``products[K, P]`` Σ|x_c|²|y_c|² (None if not asked for)
     and ``traces[L, P]`` Σ|x_c|² of every layer, all in units of 2^``exponents[l]``; ``count[P]`` is int64.
+    ``read`` says that they are in the host's memory, wherever they were summed.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -37,6 +39,7 @@ class KernelSums:
     products: Tensor | None
     traces: Tensor
     exponents: tuple[int, ...]
+    read: bool = False
 
 
 class Together:
@@ -51,6 +54,7 @@ class Together:
         counts = [sums.count() for sums in self._sums]
         self.count = (counts[0] if len(counts) == 1 else torch.cat(counts)).to(torch.int64)
         self._apart = not waits_for(self.count.device)
+        self._centered: dict[tuple[tuple[int, int], ...], Tensor] = {}  # sums [4, K, P] of pairs
         self._few = (
             [rows for part in parts if (rows := part.few) is not None]
             if all(self.few(part) for part in parts)
@@ -90,25 +94,22 @@ class Together:
                 yield at[start : start + step]
 
     def scatters(self, layers: Sequence[int], *, centred: bool) -> Tensor:
-        """Σ x_c x_cᵀ, or Σ x xᵀ, ``[K · P, d, d]`` of layers of one width, in their units."""
-        if not self._apart:
-            return self.both_scatters(layers, raw=not centred)[0][-1]
+        """Σ x_c x_cᵀ, or Σ x xᵀ, ``[K · P, d, d]`` of layers of one width, in their units; of one part."""
         (sums,) = self._sums
         found = [sums.product(layer, layer, centred=centred, scaled=True) for layer in layers]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def both_scatters(self, layers: Sequence[int], *, raw: bool = True) -> tuple[Tensor, Tensor]:
-        """Σ x_c x_cᵀ and, if asked for, Σ x xᵀ, ``[2, K · P, d, d]``, the second made from the first, and
-        :meth:`accumulated`."""
-        moment = self._joined([(layer, layer) for layer in layers])
-        product = centred_cross(moment)
-        both = product.new_empty(1 + raw, *product.shape)
-        torch.add(product, product.mT, out=both[0]).mul_(0.5)
-        if raw:
-            count = moment[:, -1, -1, None]
-            mean = self._shifts(layers) + moment[:, :-2, -1] / count
-            torch.addcmul(both[0], (mean * count)[:, :, None], mean[:, None], out=both[1])
-        return both, moment[:, -2, -1]
+    def centered(self, layers: Sequence[int]) -> Centered:
+        """The sums of layers of one width about their means, with matrices, in their units. What
+        :meth:`kernels` needs of them and of their pairs is kept, as far as these fit the memory as well."""
+        some, width = {*layers}, self.widths[layers[0]]
+        keys = [(layer, layer) for layer in layers]
+        pairs = [(i, j) for i, j in self.pairs if i in some and j in some]
+        if len(keys) + len(pairs) <= at_once(width, width, len(self.count)):
+            keys += pairs
+        found = centered(self._sums, keys, layers)
+        self._centered[tuple(keys)] = found.sums
+        return found
 
     def kernels_of_few(self, layers: Sequence[int], *, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
         """X_c X_cᵀ and, if asked for, X Xᵀ of :meth:`few` rows of layers of one width ``[2, K · P, b, b]``,
@@ -157,25 +158,18 @@ class Together:
             traces = torch.stack([sums.trace(layer) for layer in range(len(self.widths))])
             product = torch.stack([sums.norm_product(*key) for key in keys]) if products else None
         else:
-            norms, traces, *others = self._of_pairs(keys, products)
-            traces, product = traces[: len(self.widths)], others[0] if others else None
+            norms, found, traces, _ = self._of_pairs(keys)
+            product, traces = found if products else None, traces[: len(self.widths)]
         return KernelSums(tuple(keys), self.count, norms, product, traces, self.exponents)
 
-    def _of_pairs(self, keys: Sequence[tuple[int, int]], products: bool) -> Sequence[Tensor]:
-        """Norms, traces (of layers with themselves) and products ``[K, P]`` of pairs."""
-        order: list[tuple[int, int]] = []
-        parts = []
-        for some in alike(keys, self.widths, len(self.count)):
-            found = torch.stack(centred_sums(self._joined(some), products=products))
-            parts.append(found.view(-1, len(some), len(self.count)))
-            order += some
+    def _of_pairs(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+        """Norms, products, traces (of layers with themselves) and what was accumulated ``[4, K, P]``."""
         numbered = {key: k for k, key in enumerate(keys)}
-        return in_order(parts, [numbered[key] for key in order], 1).unbind()
-
-    def _joined(self, keys: Sequence[tuple[int, int]]) -> Tensor:
-        """The sums of these pairs ``[K · P, d + 2, e + 2]``."""
-        found = [sums.moment[key] for key in keys for sums in self._sums]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        known = {key for some in self._centered for key in some}
+        for some in alike([key for key in keys if key not in known], self.widths, len(self.count)):
+            self._centered[tuple(some)] = centered(self._sums, some).sums
+        order = [numbered[key] for some in self._centered for key in some]
+        return in_order(list(self._centered.values()), order, 1)
 
     def _units(self, layers: Sequence[int]) -> Tensor | None:
         """What brings layers into their units ``[K, 1, 1]``, None if that is nothing."""
@@ -184,11 +178,3 @@ class Together:
             return None
         powers = torch.from_numpy(np.exp2([-float(exponent) for exponent in exponents]))
         return sent(powers, self.count.device)[:, None, None]
-
-    def _shifts(self, layers: Sequence[int]) -> Tensor:
-        """``[K · P, d]`` in the layers' units."""
-        found = torch.cat([sums.shift[layer] for layer in layers for sums in self._sums])
-        units = self._units(layers)
-        if units is None:
-            return found
-        return (found.view(len(layers), -1, found.shape[1]) * units).view(found.shape)

@@ -187,8 +187,9 @@ def test_a_gpt2_is_predicted():
     assert "(predicted)" in found.row()
 
 
-def test_the_python_of_a_reading_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["predict_gpu.py", "--python", "--shapes", "1"])
+@pytest.mark.parametrize("more", [[], ["--kernels"]])
+def test_the_python_of_a_reading_is_timed(more, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict_gpu.py", "--python", "--shapes", "1", *more])
     monkeypatch.setattr(script, "ON_A_GPU", ((2, 4, 64, 32),))
     script.main()
     line = capsys.readouterr().out.splitlines()[-1]
@@ -268,6 +269,18 @@ def test_eigenvalues_by_a_kernel_where_there_is_one(stand_in):
     assert script.solved(400, 64, ours=True) < script.solved(400, 64)
     assert script.solved(400, 512, ours=True) == stand_in.gpu_spectrum_stages.predicted(512, 400, 8)
     assert script.solved(4, 2048, ours=True) == script.solved(4, 2048)
+
+
+def test_kernels_read_a_probe_in_fewer_launches():
+    """And find both spectra of half as many matrices."""
+    shape = (2, 4, 64, 256)
+    ours, library = (script.predict(*shape, ours=kernels) for kernels in (True, False))
+    assert ours.reading.kernels < 0.4 * library.reading.kernels
+    assert ours.reading.device < library.reading.device
+    each = (3 * (4 + 2), 64), (3, 4 * script.STAND_IN)  # the latter of all positions side by side
+    assert ours.spectra == pytest.approx(sum(script.solved(*some, 2, ours=True) for some in each))
+    one = sum(script.solved(*some, ours=True) for some in each)
+    assert one < ours.spectra < 2 * one
 
 
 def test_operators_are_not_counted_where_something_else_is(clock):

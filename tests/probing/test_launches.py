@@ -57,8 +57,8 @@ def test_reading_is_read_in_few_transfers():
                 probe.run(batch_of(k, CASE))
         with watch:
             probe.result()
-    # What was wrong, units, whether eigenvalues are numbers, and all that is made of them and of the sums.
-    assert sorted(watch.found) == ["_local_scalar_dense", *["_to_copy from meta to cpu"] * 3]
+    # What was wrong, units, and all that is made of sums and eigenvalues.
+    assert watch.found == ["_to_copy from meta to cpu"] * 3
 
 
 @pytest.mark.parametrize(

@@ -295,18 +295,18 @@ def test_the_route_is_taken_unasked_where_anything_but_the_reference_takes_rows(
 
 def count_matrices(monkeypatch):
     """A list that every call of a solver appends its number of matrices to, twice that of both spectra."""
-    calls, alone, together = [], moment_measures.solved_moment, moment_measures.solved_together
+    calls, alone, both = [], moment_measures.solved_moment, moment_measures.centered_values
 
     def counted(scatter, *args):
         calls.append(len(scatter))
         return alone(scatter, *args)
 
-    def counted_together(products, *args):
-        calls.append(len(products.flatten(0, 1)))
-        return together(products, *args)
+    def counted_both(a, *args):
+        calls.append(2 * len(a))
+        return both(a, *args)
 
     monkeypatch.setattr(moment_measures, "solved_moment", counted)
-    monkeypatch.setattr(moment_measures, "solved_together", counted_together)
+    monkeypatch.setattr(moment_measures, "centered_values", counted_both)
     return calls
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.ops.cka.api import cka_matrix, kernel_drift
 from rgfast.ops.cka.rows import RowStore, as_rows
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import numbers
+from rgfast.runtime.waiting import numbers, waits_for
 from rgfast.streaming import KernelSums, MomentAccumulator, Together
 from rgfast.validation import check_choice, check_positive_int
 
@@ -230,19 +232,37 @@ def cka_from_moments(moments: MomentAccumulator, *, debiased: bool) -> tuple[Ten
 
 def cka_of_sums(sums: KernelSums, *, debiased: bool) -> tuple[Tensor, Tensor]:
     """As :func:`cka_from_moments`, of sums that are read, with products if ``debiased``."""
-    n, trace = sums.count.to(torch.float64), sums.traces
-    left, right = (numbers([pair[side] for pair in sums.pairs], n.device) for side in (0, 1))
-    found = sums.norms
+    assert sums.products is not None or not debiased
+    n, device = sums.count.to(torch.float64), sums.count.device
+    given = n, sums.traces, sums.norms, sums.products if sums.products is not None and debiased else n
+    sides = [[pair[side] for pair in sums.pairs] for side in (0, 1)]
+    if not sums.read and waits_for(device):
+        found: tuple[Tensor, Tensor] = _cka(torch, given, [numbers(side, device) for side in sides], debiased)
+        return found
+    # NumPy does the same to every number, and takes less time for few.
+    with np.errstate(all="ignore"):
+        values, lacking = _cka(np, [x.numpy() for x in given], [np.array(side) for side in sides], debiased)
+    return torch.from_numpy(values), torch.from_numpy(lacking)
+
+
+def _cka(xp: Any, given: Sequence[Any], sides: Sequence[Any], debiased: bool) -> tuple[Any, Any]:
+    """Of counts, traces, norms and products, and the layers of pairs: arrays of the library ``xp``."""
+    (n, trace, norms, products), (left, right) = given, sides
+    found = norms
     if debiased:
-        assert sums.products is not None
-        found = found - n / (n - 2) * sums.products
+        found = found - n / (n - 2) * products
         found = found + trace[left] * trace[right] / ((n - 1) * (n - 2))
-    values = torch.full((len(n), len(trace), len(trace)), torch.nan, dtype=torch.float64, device=n.device)
+    values = _nothing(xp, (len(n), len(trace), len(trace)), n)
     values[:, left, right] = values[:, right, left] = found.T
     own = found[: len(trace)].T
     enough = n >= (4 if debiased else 1)
-    varies = (own > _NO_VARIANCE * trace.T.square() / n[:, None]) & enough[:, None]
-    own = torch.where(varies, own, 1.0)
+    varies = (own > _NO_VARIANCE * xp.square(trace.T) / n[:, None]) & enough[:, None]
+    own = xp.where(varies, own, 1.0)
     # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
-    values = values / (own[:, :, None] * own[:, None, :]).sqrt()
-    return torch.where(varies[:, :, None] & varies[:, None, :], values, torch.nan), ~varies
+    values = values / xp.sqrt(own[:, :, None] * own[:, None, :])
+    return xp.where(varies[:, :, None] & varies[:, None, :], values, xp.nan), ~varies
+
+
+def _nothing(xp: Any, shape: tuple[int, ...], like: Any) -> Any:
+    """NaN, fp64."""
+    return np.full(shape, np.nan) if xp is np else like.new_full(shape, torch.nan)

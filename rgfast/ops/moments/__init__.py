@@ -3,10 +3,23 @@
 from rgfast.ops.moments.api import (
     add_positions,
     add_products,
+    centered,
     first_mean,
     first_rows,
     pair_products,
+    pooled,
     shifted,
 )
+from rgfast.ops.moments.call import Centered
 
-__all__ = ["add_positions", "add_products", "first_mean", "first_rows", "pair_products", "shifted"]
+__all__ = [
+    "Centered",
+    "add_positions",
+    "add_products",
+    "centered",
+    "first_mean",
+    "first_rows",
+    "pair_products",
+    "pooled",
+    "shifted",
+]

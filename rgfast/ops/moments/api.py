@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
-from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
+from rgfast.ops.moments.call import Centered, Moved, Pairs, PairSums, Positions, Products, Uncentered
 from rgfast.ops.moments.impl import cuda, library, native
 from rgfast.ops.moments.reference import first_rows, shifted
 from rgfast.runtime.threads import no_autocast, one_thread
@@ -18,14 +18,18 @@ from rgfast.runtime.waiting import waits_for
 from rgfast.validation import as_real_tensor, check_choice
 
 __all__ = [
+    "CENTERED",
     "OP",
     "PAIRS",
+    "POOLED",
     "POSITIONS",
     "add_positions",
     "add_products",
+    "centered",
     "first_mean",
     "first_rows",
     "pair_products",
+    "pooled",
     "shifted",
 ]
 
@@ -82,6 +86,38 @@ POSITIONS = Op(
         Impl(
             "reference", lambda call: reference.add_positions(*call), cost=_reference_cost(library.POSITIONS)
         ),
+    ],
+    part_of="moments",
+)
+
+
+def _centered_reference(call: Uncentered) -> Centered:
+    with one_thread(), no_autocast(call.device.type):
+        return reference.centered(call)
+
+
+CENTERED = Op(
+    "centered sums",
+    [
+        cuda.CENTERED,
+        library.CENTERED,
+        Impl("reference", _centered_reference, cost=lambda call: 3.0 * library.CENTERED.cost(call)),
+    ],
+    part_of="moments",
+)
+
+
+def _pooled_reference(call: Moved) -> Tensor:
+    with one_thread(), no_autocast(call.device.type):
+        return reference.pooled(call)
+
+
+POOLED = Op(
+    "pooled sums",
+    [
+        cuda.POOLED,
+        library.POOLED,
+        Impl("reference", _pooled_reference, cost=lambda call: 3.0 * library.POOLED.cost(call)),
     ],
     part_of="moments",
 )
@@ -171,6 +207,54 @@ def pair_products(
     (4.0, 16.0, 8.0)
     """
     found: PairSums = PAIRS(impl, Pairs(totals, rows, shifts, units, owns, moves))
+    return found
+
+
+def centered(
+    sums: Sequence[Sequence[Tensor]],
+    *,
+    shifts: Sequence[Sequence[Tensor]] = (),
+    units: Sequence[float] = (),
+    impl: ImplName = "auto",
+) -> Centered:
+    """Sums of the rows about their means, by which layers are measured, from what `add_products` summed.
+
+    ``sums[k][part]`` ``[P, d + 2, e + 2]`` are those of pair k, of any number of parts of P positions each,
+    the same for every pair. Of the first of them, layers with themselves, ``shifts[k][part]`` ``[P, d]`` may
+    be what their rows were less, in units of which ``units[k]`` (default: 1) make those of the sums: then
+    their matrices and means are returned, too. See :class:`rgfast.ops.moments.call.Centered`.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import add_products, centered
+    >>> x, total = torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 3, 3, dtype=torch.float64)
+    >>> shift = torch.zeros(1, 1, dtype=torch.float64)
+    >>> add_products({(0, 0): total}, [x], [shift])
+    >>> found = centered([[total]], shifts=[[shift]])
+    >>> float(found.matrix), round(float(found.mean) ** 2, 12)  # Σ(x − 2)², and 2 · 2²
+    (2.0, 8.0)
+    """
+    if shifts and not units:
+        units = [1.0] * len(shifts)
+    found: Centered = CENTERED(impl, Uncentered(sums, shifts, units))
+    return found
+
+
+def pooled(
+    sums: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor], *, impl: ImplName = "auto"
+) -> Tensor:
+    """Sums ``[K, d + 2, e + 2]`` of the rows of all positions together, from those of every position.
+
+    ``sums[k][P, d + 2, e + 2]`` are those of pair k, as `add_products` makes them, of rows less the shifts of
+    their positions; ``left[k][P, d]`` and ``right[k][P, e]`` are these less one for all positions.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import add_products, pooled
+    >>> x, total = torch.tensor([[[1.0]], [[4.0]]]), torch.zeros(2, 3, 3, dtype=torch.float64)
+    >>> add_products({(0, 0): total}, [x], [x[:, 0].double()])  # rows are their positions' shifts
+    >>> pooled([total], [x[:, 0].double()], [x[:, 0].double()])[0, 0]  # Σx², Σx³, Σx
+    tensor([17., 65.,  5.], dtype=torch.float64)
+    """
+    found: Tensor = POOLED(impl, Moved(sums, left, right))
     return found
 
 

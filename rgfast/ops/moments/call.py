@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PairSums", "Pairs", "Positions", "Products"]
+__all__ = ["Centered", "Moved", "PairSums", "Pairs", "Positions", "Products", "Uncentered"]
 
 
 class Products(NamedTuple):
@@ -118,3 +118,73 @@ class PairSums(NamedTuple):
     left_sums: Tensor
     moved_right: Tensor
     moved_left: Tensor
+
+
+class Uncentered(NamedTuple):
+    """Sums of K pairs of layers of the same widths, in one or several parts; see `centered`.
+
+    `sums[k][part]` is `[P, d + 2, e + 2]`. First come layers with themselves whose matrices are wanted too,
+    as many as have `shifts[k][part]` `[P, d]`, which `units[k]` bring into the units of their sums.
+    """
+
+    sums: Sequence[Sequence[Tensor]]
+    shifts: Sequence[Sequence[Tensor]] = ()
+    units: Sequence[float] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums[0][0].device
+
+    @property
+    def positions(self) -> list[int]:
+        """Of every part."""
+        return [part.shape[0] for part in self.sums[0]]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of both layers of a pair."""
+        return self.sums[0][0].shape[1] - 2, self.sums[0][0].shape[2] - 2
+
+    def shape_class(self) -> Hashable:
+        return self.device.type, len(self.sums), tuple(self.positions), self.widths, len(self.shifts)
+
+
+class Centered(NamedTuple):
+    """Sums of rows about their means, of K pairs of layers at the P positions of all parts, fp64.
+
+    `sums[4, K, P]` are ‖Σ x_c y_cᵀ‖², Σ|x_c|²|y_c|², and of layers with themselves Σ|x_c|², Σ|x − shift|².
+    Of the L layers whose matrices are wanted, `matrix[L · P, d, d]` is Σ x_c x_cᵀ, of which the lower
+    triangle is set, and `mean[L · P, d]` the mean times the root of the count: Σ x xᵀ is `matrix` + `mean`
+    `mean`ᵀ. All are zero if nothing was counted.
+    """
+
+    sums: Tensor
+    matrix: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def accumulated(self) -> Tensor:
+        """Σ|x − shift|² `[L · P]` of the layers whose matrices are wanted."""
+        wanted = 0 if self.mean is None else len(self.mean)
+        return self.sums[3].flatten()[:wanted]
+
+
+class Moved(NamedTuple):
+    """Sums of K pairs of layers of the same widths, to be moved and added up over positions; see `pooled`."""
+
+    sums: Sequence[Tensor]
+    left: Sequence[Tensor]
+    right: Sequence[Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums[0].device
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Positions, and features of both layers."""
+        positions, high, wide = self.sums[0].shape
+        return positions, high - 2, wide - 2
+
+    def shape_class(self) -> Hashable:
+        return self.device.type, len(self.sums), self.sizes

@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rgfast.ops.moments.call import PairSums
+from rgfast.ops.moments.call import Centered, Moved, PairSums, Uncentered
 
-__all__ = ["add_positions", "add_products", "first_mean", "first_rows", "pair_products", "shifted"]
+__all__ = [
+    "add_positions",
+    "add_products",
+    "centered",
+    "first_mean",
+    "first_rows",
+    "pair_products",
+    "pooled",
+    "shifted",
+]
 
 _WORK_BYTES = 64 << 20
 
@@ -129,4 +138,39 @@ def pair_products(
         if e is not None and f is not None:
             found.moved_right[k, :, : v.shape[2]] = (cross * e[:, :, None]).sum(1)
             found.moved_left[k, :, : u.shape[2]] = (cross * f[:, None]).sum(2)
+    return found
+
+
+def centered(call: Uncentered) -> Centered:
+    """As `rgfast.ops.moments.centered` has it, every pair and part by itself: Tᵀ M T of `[x, |x|², 1]`."""
+    numbers, matrices, means = [], [], []
+    for k, parts in enumerate(call.sums):
+        for part, moment in enumerate(parts):
+            count = moment[:, -1, -1, None]
+            left, right = (
+                -column / count.clamp_min(1.0) for column in (moment[:, :-2, -1], moment[:, -1, :-2])
+            )
+            found = torch.bmm(_moving(left).mT, torch.bmm(moment, _moving(right)))
+            norm = found[:, :-2, :-2].square().sum((1, 2))
+            numbers.append(torch.stack([norm, found[:, -2, -2], found[:, -2, -1], moment[:, -2, -1]]))
+            if k < len(call.shifts):
+                matrices.append(found[:, :-2, :-2])
+                mean = torch.where(count > 0, call.shifts[k][part] * call.units[k] - left, 0.0)
+                means.append(mean * count.sqrt())
+    sums = torch.cat(numbers, 1).view(4, len(call.sums), -1)
+    return Centered(sums, torch.cat(matrices), torch.cat(means)) if call.shifts else Centered(sums)
+
+
+def pooled(call: Moved) -> Tensor:
+    """As `rgfast.ops.moments.pooled` has it, pair by pair: Σ Tᵀ M T' over positions."""
+    moves = zip(call.sums, call.left, call.right, strict=True)
+    return torch.stack([(_moving(a).mT @ (moment @ _moving(b))).sum(0) for moment, a, b in moves])
+
+
+def _moving(delta: Tensor) -> Tensor:
+    """T of a move by ``delta[P, d]``: ``[x + delta, |x + delta|², 1]`` is ``[x, |x|², 1] T``."""
+    d = delta.shape[1]
+    found = torch.eye(d + 2, dtype=delta.dtype, device=delta.device).repeat(len(delta), 1, 1)
+    found[:, :d, d], found[:, d + 1, :d] = 2 * delta, delta
+    found[:, d + 1, d] = delta.square().sum(1)
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgfast.dispatch import is_plain
 
-__all__ = ["Again", "Doubtful", "Groups", "Measure", "Rows", "Symmetric"]
+__all__ = ["Again", "Both", "Doubtful", "Groups", "Measure", "Ranks", "Rows", "Symmetric", "Values"]
 
 
 class Measure(NamedTuple):
@@ -132,3 +132,60 @@ class Symmetric(NamedTuple):
     def shape_class(self) -> Hashable | None:
         a = self.a
         return (a.device.type, a.dtype, a.shape) if is_plain(a) else None
+
+
+class Both(NamedTuple):
+    """Eigenvalues `[2, b, d]` of `a[b, d, d]`, by the lower triangle, and of a + mean meanᵀ, `mean[b, d]`."""
+
+    a: Tensor
+    mean: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.a.device
+
+    @property
+    def side(self) -> int:
+        """Rows of a matrix."""
+        return self.a.shape[-1]
+
+    def shape_class(self) -> Hashable | None:
+        a = self.a
+        return (a.device.type, a.dtype, a.shape) if is_plain(a) else None
+
+
+class Values(NamedTuple):
+    """Eigenvalues of b moments of the same samples, to be measured.
+
+    `values[kinds · b, m]`, ascending, are those of centered rows, and if there are two kinds below them those
+    of raw ones; `variance[kinds · b, d]`, d ≥ m, are sums of squares of all features, `accumulated[b]`
+    Σ|x − shift|² and `samples[b]` (int64) their number. `by_features` if the moments are sums over features.
+    """
+
+    values: Tensor
+    variance: Tensor
+    accumulated: Tensor
+    samples: Tensor
+    by_features: bool = False
+    tol: float = 1e-7
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def kinds(self) -> int:
+        """1 or 2."""
+        return len(self.values) // len(self.samples) if len(self.samples) else 1
+
+    def shape_class(self) -> Hashable:
+        return self.device.type, self.values.shape, self.variance.shape
+
+
+class Ranks(NamedTuple):
+    """Singular values of centered rows `sigma[b, d]`, descending, and rows of a `table[10, b]`: measures and
+    bounds, NaN for fewer than two samples, and 1 where all eigenvalues were finite (`rank_kernel.py` has the
+    order)."""
+
+    sigma: Tensor
+    table: Tensor

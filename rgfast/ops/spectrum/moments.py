@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rgfast.ops.spectrum.baseline import isotropic_baseline
-from rgfast.ops.spectrum.call import Symmetric
+from rgfast.ops.spectrum.call import Both, Symmetric, Values
 from rgfast.ops.spectrum.impl import library
 from rgfast.ops.spectrum.measures import (
     effective_rank_of,
@@ -20,13 +19,21 @@ from rgfast.ops.spectrum.measures import (
     participation_ratio_of,
     stable_rank_of,
 )
+from rgfast.ops.spectrum.ranks import solved
 from rgfast.ops.spectrum.results import RankMeasures
-from rgfast.ops.spectrum.selection import EIGVALSH
+from rgfast.ops.spectrum.selection import BOTH, EIGVALSH
 from rgfast.ops.spectrum.solve import PATHS, Solved, from_eigenvalues
 from rgfast.runtime.waiting import read, sent, waits_for
 from rgfast.validation import as_floats, as_real_tensor, as_tensor, check_choice, check_number
 
-__all__ = ["rank_measures_from_moment", "singular_values_from_moment", "solved_moment", "solved_together"]
+__all__ = [
+    "centered_values",
+    "rank_measures_from_moment",
+    "sample_values",
+    "singular_values_from_moment",
+    "solved_moment",
+    "solved_values",
+]
 
 Centering = Literal["mean", "none"]
 
@@ -122,33 +129,30 @@ def solved_moment(
     return _solved(scatter, count, centering, accumulated, "auto")
 
 
-def solved_together(
-    products: Tensor, n: Tensor, accumulated: Tensor, variances: Tensor | None = None
-) -> Solved:
-    """`solved_moment` of centered moments and, if there are two, of the raw ones, `products[2, b, d, d]`,
-    below each other.
+def centered_values(a: Tensor, n: Tensor, accumulated: Tensor, mean: Tensor | None) -> Values:
+    """Of centered moments `a[b, d, d]`, whose lower triangles are read, and if their means are given of the
+    raw ones, a + mean mean^T. `mean[b, d]` is that of n `[b]` samples times the root of n."""
+    variance = a.diagonal(dim1=-2, dim2=-1)
+    if mean is None:
+        return Values(EIGVALSH("auto", Symmetric(a)), variance, accumulated, n)
+    values = BOTH("auto", Both(a, mean)).flatten(0, 1)
+    variance = torch.cat([variance, torch.addcmul(variance, mean, mean)])
+    return Values(values, variance, accumulated, n)
 
-    They are of the same samples. Their eigenvalues are found in one call: a batch takes a device little
-    longer than half of it. With the sums of squares of every feature, `variances[2, b, d]`, products are
-    those of samples, not more than d.
-    """
-    kinds, lead, side = len(products), products.shape[:2], products.shape[-1]
-    _, counts = _checked(products, n.expand(lead), "mean", values=False)
+
+def sample_values(products: Tensor, variances: Tensor, n: Tensor, accumulated: Tensor) -> Values:
+    """Of products of centered samples, not more than features, and if there are two of raw ones,
+    `products[kinds, b, m, m]` of the same n `[b]` of them, with the sums of squares of every feature
+    `variances[kinds, b, d]`."""
     values = EIGVALSH("auto", Symmetric(products.flatten(0, 1)))
-    if values.device.type != "cpu":
-        library.finite(values)
-    samples = counts
-    if variances is None:
-        variances = products.diagonal(dim1=-2, dim2=-1)
-    else:
-        d = variances.shape[-1]
-        values = functional.pad(values, (d - side, 0))
-        samples = torch.full_like(counts, d)
-    variance = variances.flatten(0, 1)
-    trace: Tensor = _sum(variance)
-    torch.maximum(trace[: len(n)], accumulated, out=trace[: len(n)])
-    freedom = torch.cat([n - 1, n][:kinds])
-    return _within(values, trace, freedom, variance, samples)
+    return Values(values, variances.flatten(0, 1), accumulated, n, by_features=True)
+
+
+def solved_values(call: Values) -> Solved:
+    """`solved_moment` of centered moments and, if there are two kinds, of the raw ones below them."""
+    if call.device.type != "cpu":
+        library.finite(call.values)
+    return solved(call)
 
 
 def _measured(

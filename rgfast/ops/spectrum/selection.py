@@ -7,17 +7,20 @@ accumulated trace `[b]`, exponent `[b]`, rank limit `[b]`) as described in `refe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rgfast.dispatch import Impl, Op
-from rgfast.ops.device import TRANSFER, WAIT
-from rgfast.ops.spectrum import reference
-from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.device import LAUNCH, STREAM, TRANSFER, WAIT
+from rgfast.ops.spectrum import ranks, reference
+from rgfast.ops.spectrum.call import Both, Ranks, Rows, Symmetric, Values
 from rgfast.ops.spectrum.impl import cuda, library, native
+from rgfast.ops.spectrum.rank_kernel import table_cost
 from rgfast.runtime.threads import no_autocast, on_one_thread, one_thread
 
-__all__ = ["EIGVALSH", "GRAM", "RANKS", "SPECTRUM"]
+__all__ = ["BOTH", "EIGVALSH", "GRAM", "RANKS", "SPECTRUM", "TABLE"]
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -102,6 +105,29 @@ EIGVALSH = Op(
         Impl("reference", _reference_eigvalsh, cost=library.EIGVALSH.cost),
     ],
 )
+
+
+def _in_one_batch(call: Both) -> Tensor:
+    """A batch of all takes a device little longer than half of it."""
+    a, mean = call.a, call.mean
+    both = a.new_empty(2, *a.shape)
+    both[0] = a
+    torch.addcmul(a, mean[:, :, None], mean[:, None], out=both[1])
+    values: Tensor = EIGVALSH("auto", Symmetric(both))
+    return values
+
+
+def _in_one_batch_cost(call: Both) -> float:
+    """Of twice the matrices, which are written first."""
+    a = call.a
+    return 3 * LAUNCH + 5 * a.nbytes / STREAM + EIGVALSH.cost(Symmetric(a.expand(2, *a.shape)))
+
+
+BOTH = Op(
+    "both eigvalsh",
+    [cuda.BOTH, Impl("in one batch", _in_one_batch, cost=_in_one_batch_cost, route=True)],
+    part_of="eigvalsh",
+)
 GRAM = Op("gram", [native.GRAM, library.GRAM, Impl("reference", _reference_gram, cost=_gram_cost)])
 SPECTRUM = Op(
     "spectrum",
@@ -121,3 +147,22 @@ SPECTRUM = Op(
     ],
 )
 RANKS = Op("effective ranks", [native.RANKS], part_of="spectrum")
+
+
+def _by_itself(run: Callable[[Values], Ranks]) -> Callable[[Values], Ranks]:
+    def outside_autocast(call: Values) -> Ranks:
+        with no_autocast(call.device.type):
+            return run(call)
+
+    return outside_autocast
+
+
+TABLE = Op(
+    "rank table",
+    [
+        cuda.TABLE,
+        Impl("library", _by_itself(ranks.together), cost=lambda call: table_cost(call, 90)),
+        Impl("reference", _by_itself(ranks.by_kind), cost=lambda call: table_cost(call, 120)),
+    ],
+    part_of="spectrum",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,12 +12,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from rgfast.ops.cka.streaming import cka_of_sums
+from rgfast.ops.spectrum.call import Values
 from rgfast.ops.spectrum.factors import solved_factor
 from rgfast.ops.spectrum.measures import times_power
-from rgfast.ops.spectrum.moments import solved_moment, solved_together
+from rgfast.ops.spectrum.moments import (
+    centered_values,
+    sample_values,
+    solved_moment,
+    solved_values,
+)
+from rgfast.ops.spectrum.ranks import BOUNDED, MEASURED, check
+from rgfast.ops.spectrum.selection import TABLE
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, on_host, parted
-from rgfast.probing.measures import Kernels
+from rgfast.probing.measures import Kernels, named
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import numbers, read, sent, waits_for
 from rgfast.streaming import KernelSums, MomentAccumulator, Together, in_order
@@ -93,39 +101,55 @@ def _measured(
     tables: list[Tensor] = []  # [measures, K, P]
     places: list[Tensor | None] = []  # [K, P], None: nowhere
     sigmas: list[Tensor] = []  # [K, P, d]
+    finite: list[Tensor] = []  # [K · P], where eigenvalues were not looked at
+    names: tuple[str, ...] = ()
+    bounded: tuple[str, ...] = ()
+    there = again is None and waits_for(count.device)
     # On the CPU the number of matrices decides how they are solved, and so the last bits of each.
-    at_once = layers if again is None and waits_for(count.device) else 1
-    for some in sums.at_once(at_once):
+    for some in sums.at_once(layers if there else 1):
         shape = len(some), len(count)
         factored = moments if refine and any(layer in moments.factored for layer in some) else None
-        centred, raw, both, at = _solved(sums, some, factored, again, uncentred)
-        constant = centred.sigma[:, 0] == 0
-        if raw is not None:
-            constant &= raw.sigma[:, 0] > 0
-        values, bounds = of_spectra(centred, raw, constant, both)
-        tables.append(torch.stack([*values.values(), *bounds.values()]).view(-1, *shape))
-        places.append(None if at is None else at.view(shape))
+        if there and factored is None and named("rank") == MEASURED:
+            found = TABLE("auto", _values(sums, some, uncentred))
+            tables.append(found.table[:-1].view(-1, *shape))
+            finite.append(found.table[-1])
+            places.append(None)
+            names, bounded, sigma = MEASURED, BOUNDED, found.sigma
+        else:
+            centred, raw, at = _solved(sums, some, factored, again, uncentred)
+            constant = centred.sigma[:, 0] == 0
+            if raw is not None:
+                constant &= raw.sigma[:, 0] > 0
+            values, bounds = of_spectra(centred, raw, constant)
+            tables.append(torch.stack([*values.values(), *bounds.values()]).view(-1, *shape))
+            places.append(None if at is None else at.view(shape))
+            names, bounded, sigma = tuple(values), tuple(bounds), centred.sigma
         if spectra:
-            sigmas.append(centred.sigma.view(*shape, -1))
+            sigmas.append(sigma.view(*shape, -1))
         order += some
     table = in_order(tables, order, 1)
+    if finite and not leaving:
+        check(torch.cat(read(finite)))
     # Sums over whole matrices are cut by the number of threads; eigenvalues above are not.
     with one_thread():
         of_pairs = sums.kernels(products=True)
         if leaving:
             assert of_pairs.products is not None
-            count, table, norms, products, traces, *sigmas = read(
-                [count, table, of_pairs.norms, of_pairs.products, of_pairs.traces, *sigmas]
+            count, table, norms, products, traces, *rest = read(
+                [count, table, of_pairs.norms, of_pairs.products, of_pairs.traces, *finite, *sigmas]
             )
-            of_pairs = KernelSums(of_pairs.pairs, count, norms, products, traces, of_pairs.exponents)
+            finite, sigmas = rest[: len(finite)], rest[len(finite) :]
+            of_pairs = KernelSums(of_pairs.pairs, count, norms, products, traces, of_pairs.exponents, True)
         debiased, biased = (
             cka_of_sums(of_pairs, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
         )
         pairs = of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
+    if finite and leaving:
+        check(torch.cat(finite))
     known = count >= 2
     table = torch.where(known, table, torch.nan)
-    bounds = dict(zip(bounds, table[len(values) :].unbind(), strict=True))
-    values = dict(zip(values, table[: len(values)].unbind(), strict=True)) | pairs
+    bounds = dict(zip(bounded, table[len(names) :].unbind(), strict=True))
+    values = dict(zip(names, table[: len(names)].unbind(), strict=True)) | pairs
     nowhere = torch.zeros(layers, len(count), dtype=torch.bool, device=count.device)
     if any(at is not None for at in places):
         masks = [nowhere[: x.shape[1]] if at is None else at for at, x in zip(places, tables, strict=True)]
@@ -145,8 +169,8 @@ def _spectrum(sigmas: Sequence[Tensor], exponents: Sequence[int], known: Tensor)
         units = exponents[first : first + len(sigma)]
         if any(units):
             sigma = times_power(sigma, numbers(units, sigma.device)[:, None, None])
-        sigma = torch.where(known[:, None], sigma, torch.nan)
-        found.append(functional.pad(sigma, (0, most - sigma.shape[2]), value=torch.nan))
+        sigma, lacking = torch.where(known[:, None], sigma, torch.nan), most - sigma.shape[2]
+        found.append(functional.pad(sigma, (0, lacking), value=torch.nan) if lacking else sigma)
         first += len(units)
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -161,27 +185,20 @@ def _solved(
     factored: MomentAccumulator | None,
     again: Again | None,
     uncentred: bool,
-) -> tuple[Solved, Solved | None, Solved | None, Tensor | None]:
-    """Spectra of centred and of raw rows of layers of one width, each in its unit, both below each other if
-    they were solved so, and where the singular values of the former were too small for moments, so that they
-    are those of the factor that was kept, or of the rows (of one layer)."""
+) -> tuple[Solved, Solved | None, Tensor | None]:
+    """Spectra of centred and of raw rows of layers of one width, each in its unit, and where the singular
+    values of the former were too small for moments, so that they are those of the factor that was kept, or of
+    the rows (of one layer)."""
     count = sums.count.repeat(len(layers))
-    empty = (count == 0)[:, None, None]
     centred: Solved
-    raw = both = None
-    if sums.of_few or (uncentred and waits_for(count.device)):
-        variances = None
-        if sums.of_few:
-            products, variances, summed = sums.kernels_of_few(layers, raw=uncentred)
-            variances = variances.masked_fill_(empty[..., 0], 0.0)
-        else:
-            products, summed = sums.both_scatters(layers)
-        # Zero where nothing was counted.
-        solved = solved_together(products.masked_fill_(empty, 0.0), count, summed, variances)
-        centred = solved.of(slice(len(count)))
+    raw = None
+    if waits_for(count.device):
+        both = solved_values(_values(sums, layers, uncentred))
+        centred = both.of(slice(len(count)))
         if uncentred:
-            raw, both = solved.of(slice(len(count), None)), solved
+            raw = both.of(slice(len(count), None))
     else:
+        empty = (count == 0)[:, None, None]
         summed = sums.accumulated(layers)
         whole = sums.scatters(layers, centred=True).masked_fill_(empty, 0.0)
         centred = solved_moment(whole, count, "mean", summed)
@@ -189,11 +206,24 @@ def _solved(
             whole = sums.scatters(layers, centred=False).masked_fill_(empty, 0.0)
             raw = solved_moment(whole, count, "none")
     if factored is None and again is None:
-        return centred, raw, both, None
+        return centred, raw, None
     at = _refined(centred, sums, layers, "mean", factored, again)
     if raw is not None:
         _refined(raw, sums, layers, "none", factored, again)
-    return centred, raw, None, at
+    return centred, raw, at
+
+
+def _values(sums: Together, layers: Sequence[int], uncentred: bool) -> Values:
+    """Eigenvalues of both kinds of rows, where launches are what takes time. Sums of no rows are zero."""
+    count = sums.count.repeat(len(layers))
+    if not sums.of_few:
+        found = sums.centered(layers)
+        assert found.matrix is not None
+        return centered_values(found.matrix, count, found.accumulated, found.mean if uncentred else None)
+    empty = (count == 0)[:, None]
+    products, variances, summed = sums.kernels_of_few(layers, raw=uncentred)
+    products, variances = products.masked_fill_(empty[..., None], 0.0), variances.masked_fill_(empty, 0.0)
+    return sample_values(products, variances, count, summed)
 
 
 def _refined(
@@ -230,14 +260,23 @@ def _refined(
 def _changes(sums: KernelSums) -> Tensor:
     """‖K_{l+1} − K_l‖ / ‖K_l‖ of centred kernels ``[L-1, P]``, which unlike the drift sees scale."""
     layers, device = len(sums.traces), sums.count.device
-    out = torch.full((layers - 1, len(sums.count)), torch.nan, dtype=torch.float64, device=device)
     kept = [(k, i) for k, (i, j) in enumerate(sums.pairs) if j == i + 1]
-    if not kept:
-        return out
-    at = numbers([i for _, i in kept], device)
-    powers = [math.ldexp(1.0, 2 * (sums.exponents[i + 1] - sums.exponents[i])) for _, i in kept]
-    scale = sent(torch.from_numpy(np.array(powers)), device)[:, None]
-    a, b, ab = sums.norms[at], sums.norms[at + 1], sums.norms[numbers([k for k, _ in kept], device)]
-    square = (a + b * scale**2 - 2 * ab * scale).clamp_min(0.0)
-    out[at] = torch.where(a > 0, (square / a).sqrt(), torch.nan)
-    return out
+    at, between = [i for _, i in kept], [k for k, _ in kept]
+    powers = np.array([math.ldexp(1.0, 2 * (sums.exponents[i + 1] - sums.exponents[i])) for i in at])
+    if sums.read or not waits_for(device):
+        norms, out = sums.norms.numpy(), np.full((layers - 1, len(sums.count)), np.nan)
+        with np.errstate(all="ignore"):
+            out[at] = _change(np, norms[at], norms[np.array(at, int) + 1], norms[between], powers[:, None])
+        return torch.from_numpy(out)
+    found = sums.norms.new_full((layers - 1, len(sums.count)), torch.nan)
+    if kept:
+        here, scale = numbers(at, device), sent(torch.from_numpy(powers), device)[:, None]
+        of_pairs = sums.norms[numbers(between, device)]
+        found[here] = _change(torch, sums.norms[here], sums.norms[here + 1], of_pairs, scale)
+    return found
+
+
+def _change(xp: Any, a: Any, b: Any, ab: Any, scale: Any) -> Any:
+    """Of ‖K_l‖², ‖K_{l+1}‖² and ⟨K_l, K_{l+1}⟩, arrays of the library ``xp``."""
+    square = (a + b * scale**2 - 2 * ab * scale).clip(0.0)
+    return xp.where(a > 0, xp.sqrt(square / a), xp.nan)

@@ -13,10 +13,12 @@ from torch.linalg import LinAlgError
 import rgfast
 from rgfast import ImplUnavailable
 from rgfast.ops.spectrum import stages
-from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.spectrum.call import Both, Rows, Symmetric
 from rgfast.ops.spectrum.impl import cuda as room
 from rgfast.ops.spectrum.impl import library
-from rgfast.ops.spectrum.selection import EIGVALSH, SPECTRUM
+from rgfast.ops.spectrum.moments import centered_values, solved_values
+from rgfast.ops.spectrum.rank_kernel import KERNEL
+from rgfast.ops.spectrum.selection import BOTH, EIGVALSH, SPECTRUM
 from rgfast.ops.spectrum.stages import BANDS, STAGES
 from rgfast.runtime import known_answers, measured
 
@@ -26,7 +28,7 @@ KERNELS = [(kernel, dtype) for dtype, kernels in room.KERNELS.items() for kernel
 
 @pytest.fixture
 def gpu(emulated_gpu):
-    emulated_gpu.admit(EIGVALSH, SPECTRUM)
+    emulated_gpu.admit(BOTH, EIGVALSH, SPECTRUM)
     return emulated_gpu
 
 
@@ -73,7 +75,7 @@ def test_a_kernel_is_tried_by_launches_of_the_table(gpu, kernel, dtype):
 def test_the_sources_have_the_kernels_of_the_table(gpu):
     found = {name for name in gpu.kernels() if name.startswith("rgfast_spectrum_")}
     stages = {name for band in BANDS for name, _, _ in STAGES.launches(40, F64, band.rows)}
-    assert found == {kernel.name for kernel, _ in KERNELS} | stages
+    assert found == {kernel.name for kernel, _ in KERNELS} | stages | {KERNEL}
 
 
 @pytest.mark.parametrize("dtype", [F64, F32])
@@ -360,3 +362,55 @@ def test_its_time_grows_with_rows_and_matrices():
 
     assert cost(16, 400) < cost(32, 400) < cost(64, 400) < cost(128, 400) < cost(192, 400) < cost(1000, 400)
     assert cost(64, 1) < cost(64, 400) < cost(64, 4000)
+
+
+@pytest.mark.parametrize("d", [1, 8, 21, 40, 193])
+def test_both_spectra_of_moments(gpu, d):
+    x = drawn(2, 2 * d, d, seed=d)
+    a, mean = x.mT @ x, 9 * drawn(2, d, seed=d + 1)
+    mean[1] = 0.0
+    half = a.tril() + torch.full_like(a, torch.nan).triu(1)
+    with rgfast.record() as log:
+        values, raw = BOTH("cuda", Both(half, mean))
+    assert [(each.op, each.impl) for each in log] == [("eigvalsh", "cuda")]
+    assert error(values, a) <= 1
+    assert error(raw, torch.baddbmm(a, mean[:, :, None], mean[:, None])) <= 1
+    together = BOTH("auto", Both(half, mean))  # as one batch of matrices
+    torch.testing.assert_close(together, torch.stack([values, raw]), rtol=0, atol=1e-11 * float(raw.amax()))
+
+
+def test_auto_finds_both_where_a_row_stands(gpu, monkeypatch):
+    call = Both(symmetric(2, 9), drawn(2, 9))
+    assert BOTH.select("auto", call).name == "in one batch"
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    monkeypatch.setattr(BOTH, "_chosen", {})
+    assert BOTH.select("auto", call).name == "cuda"
+    assert BOTH.impls["cuda"].cost(call) < BOTH.impls["in one batch"].cost(call)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("kind", ["plain", "decaying", "rank one", "constant column", "one value"])
+def test_singular_values_of_moments_are_within_their_bounds(gpu, monkeypatch, kind, offset):
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    n, d = 60, 12
+    x = drawn(n, d, seed=3)
+    if kind == "decaying":
+        x *= 0.1 ** torch.arange(d)
+    elif kind == "rank one":
+        x = x[:, :1] * x[:1] + 1e-9 * x
+    elif kind == "constant column":
+        x[:, 3] = 7.0
+    elif kind == "one value":
+        x = x[:1].expand(n, d).clone()
+    x += offset
+    centred = x - x.mean(0)
+    a, count = (centred.T @ centred)[None], torch.tensor([n])
+    if kind == "one value":
+        a.zero_()
+    trace = a.diagonal(dim1=1, dim2=2).sum(1)
+    found = solved_values(centered_values(a, count, trace, n**0.5 * x.mean(0)[None]))
+    assert found.rank_limit.tolist() == [{"constant column": d - 1, "one value": 0}.get(kind, d), d]
+    for row, truth_of in enumerate((centred, x)):
+        true = torch.linalg.svdvals(truth_of)
+        error = (found.sigma[row] - true).abs() if row or kind != "one value" else found.sigma[row]
+        assert bool((error <= found.error[row] + 1e-14 * true[0]).all())

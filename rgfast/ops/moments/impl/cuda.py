@@ -5,6 +5,7 @@ Every sum has a fixed order that the rows of its position alone decide, so its b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -16,6 +17,14 @@ from torch import Tensor
 from rgfast.dispatch import HandOff, Impl
 from rgfast.ops.device import LAUNCH, STREAM, by_itself
 from rgfast.ops.moments.call import Pairs, PairSums, Products
+from rgfast.ops.moments.centering import (
+    CENTERING,
+    centered,
+    centering_answer,
+    centering_cost,
+    centering_refusal,
+)
+from rgfast.ops.moments.pooling import POOLING, pooled, pooling_answer, pooling_cost, pooling_refusal
 from rgfast.ops.moments.tiles import (
     CLOCK,
     DTYPES,
@@ -33,7 +42,7 @@ from rgfast.runtime import cuda, measured
 from rgfast.runtime.known_answers import KnownAnswer, register, unproven
 from rgfast.runtime.waiting import numbers
 
-__all__ = ["MOMENTS", "PAIRS", "SINGLE_ERROR", "SINGLE_LEAST"]
+__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "SINGLE_ERROR", "SINGLE_LEAST"]
 
 # With precision="single" an entry errs by up to SINGLE_ERROR of the sum of |z_i||z_j|, and per row by
 # SINGLE_LEAST of the product of the largest numbers that either can have (README, "Split products").
@@ -263,6 +272,20 @@ def _impl(run: Callable[[Any], Any]) -> Impl:
 
 MOMENTS = _impl(_run)
 PAIRS = _impl(_run_pairs)
+CENTERED = dataclasses.replace(
+    MOMENTS,
+    run=centered,
+    can_run=centering_refusal,
+    cost=centering_cost,
+    unproven=lambda call: unproven(call.device, CENTERING),
+)
+POOLED = dataclasses.replace(
+    MOMENTS,
+    run=pooled,
+    can_run=pooling_refusal,
+    cost=pooling_cost,
+    unproven=lambda call: unproven(call.device, *POOLING),
+)
 
 
 def _answer(dtype: torch.dtype, b: int, width: int, *, split: bool) -> Callable[[torch.device], Tensor]:
@@ -307,3 +330,4 @@ register(
         (-9017.5, -10428.375),
     )
 )
+register(centering_answer(), pooling_answer())

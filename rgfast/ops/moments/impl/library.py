@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl
 from rgfast.ops.device import by_itself, by_name_on_cpu, cache_bytes, seconds
-from rgfast.ops.moments.call import Pairs, PairSums, Positions, Products
-from rgfast.runtime.waiting import waits_for
+from rgfast.ops.moments.call import Centered, Moved, Pairs, PairSums, Positions, Products, Uncentered
+from rgfast.ops.moments.moved import moved, norms_moved
+from rgfast.runtime.waiting import sent, waits_for
 
-__all__ = ["MOMENTS", "PAIRS", "POSITIONS", "first_mean", "positions_at_once"]
+__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "POSITIONS", "first_mean", "positions_at_once"]
 
 # Widened rows of all layers in work at a time: most of them, and so few that a launch takes longer than what
 # it does.
@@ -253,3 +254,58 @@ def _positions_cost(call: Positions) -> float:
 
 
 POSITIONS = Impl("library", _add_positions, cost=_positions_cost, by_name_only=by_name_on_cpu)
+
+
+def _centered(call: Uncentered) -> Centered:
+    """Of all pairs and parts at once."""
+    with by_itself(call.device.type):
+        moment = _joined(call.sums)
+        count = moment[:, -1, -1, None]
+        some = count.clamp_min(1.0)  # sums of no rows are zero
+        e, f = -moment[:, :-2, -1] / some, -moment[:, -1, :-2] / some
+        matrix = torch.addcmul(moment[:, :-2, :-2], e[:, :, None], moment[:, -1, None, :-2])
+        norm = torch.linalg.vector_norm(matrix, dim=(1, 2)).square_()
+        square = e.square().sum(1)
+        trace = torch.addcmul(moment[:, -2, -1], square, count[:, 0], value=-1.0)
+        rows = norms_moved(moment, f)  # Σ z|y_c|²
+        product = torch.addcmul(rows[:, -2], square, rows[:, -1])[:, None, None]
+        product = torch.baddbmm(product, e[:, None], rows[:, :-2, None], alpha=2.0)[:, 0, 0]
+        sums = torch.stack([norm, product, trace, moment[:, -2, -1]]).view(4, len(call.sums), -1)
+        if not call.shifts:
+            return Centered(sums)
+        shifts = _joined(call.shifts)
+        if any(unit != 1.0 for unit in call.units):
+            units = sent(torch.tensor(call.units, dtype=torch.float64, device="cpu"), call.device)
+            shifts = (shifts.view(len(units), -1, shifts.shape[1]) * units[:, None, None]).view(shifts.shape)
+        own = len(shifts)
+        return Centered(sums, matrix[:own], (shifts - e[:own]) * count[:own].sqrt())
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    found = [x for some in parts for x in some]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _centered_cost(call: Uncentered) -> float:
+    d, e = call.widths
+    moments = 8.0 * len(call.sums) * sum(call.positions) * (d + 2) * (e + 2)
+    return seconds(20, 6.0 * moments)
+
+
+CENTERED = Impl("library", _centered, cost=_centered_cost)
+
+
+def _pooled(call: Moved) -> Tensor:
+    """Of all pairs at once."""
+    with by_itself(call.device.type):
+        left, right = (torch.cat(list(moves)) for moves in (call.left, call.right))
+        of_all = moved(torch.cat(list(call.sums)), left, right)
+        return of_all.view(len(call.sums), -1, *of_all.shape[1:]).sum(1).contiguous()
+
+
+def _pooled_cost(call: Moved) -> float:
+    positions, d, e = call.sizes
+    return seconds(16, 72.0 * len(call.sums) * positions * (d + 2) * (e + 2))
+
+
+POOLED = Impl("library", _pooled, cost=_pooled_cost)

@@ -7,6 +7,7 @@ entry that is not finite has NaN for eigenvalues.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl, Unproven
 from rgfast.ops.device import LAUNCH, between
-from rgfast.ops.spectrum import products
-from rgfast.ops.spectrum.call import Rows, Symmetric
+from rgfast.ops.spectrum import products, rank_kernel
+from rgfast.ops.spectrum.call import Both, Rows, Symmetric
 from rgfast.ops.spectrum.stages import BANDS, STAGES, Stages
 from rgfast.runtime import cuda, known_answers, measured
 from rgfast.runtime.known_answers import KnownAnswer
 
-__all__ = ["EIGVALSH", "KERNELS", "SPECTRUM", "Kernel", "kernel_for"]
+__all__ = ["BOTH", "EIGVALSH", "KERNELS", "SPECTRUM", "TABLE", "Kernel", "kernel_for"]
 
 Launch = Callable[[Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
@@ -188,6 +189,12 @@ def _eigvalsh(call: Symmetric) -> Tensor:
     return values.reshape(a.shape[:-1])
 
 
+def _both(call: Both) -> Tensor:
+    kernel = kernel_for(call.side, call.a.dtype)
+    assert kernel is not None
+    return torch.stack(kernel.launch(call.a, call.mean, 1.0))
+
+
 def _spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `reference.gram_spectrum` returns: moments by torch's products, both spectra solved at once."""
     kernel = kernel_for(call.side, torch.float64)
@@ -208,6 +215,16 @@ EIGVALSH = Impl(
     missing=cuda.missing,
     by_name_only=lambda call: measured.refusal("eigvalsh", "cuda", call.device),
     unproven=lambda call: _unproven(call.side, call.a.dtype, call.device),
+)
+BOTH = dataclasses.replace(
+    EIGVALSH, run=_both, cost=lambda call: _solving(len(call.a), call.side, call.a.dtype)
+)
+TABLE = dataclasses.replace(
+    EIGVALSH,
+    run=rank_kernel.launched,
+    can_run=lambda call: cuda.device_refusal(call.device),
+    cost=lambda call: rank_kernel.table_cost(call, 3),
+    unproven=lambda call: known_answers.unproven(call.device, rank_kernel.KERNEL),
 )
 SPECTRUM = Impl(
     "cuda",
@@ -263,6 +280,7 @@ def _answers() -> Iterator[KnownAnswer]:
         new = [each for each in launches if each[0] not in known]
         known.update(name for name, _, _ in new)
         yield _answer(STAGES, torch.float64, new, partial(STAGES.launch, like=band.rows))
+    yield KnownAnswer((rank_kernel.KERNEL,), rank_kernel.tried, rank_kernel.ANSWER, 1e-11)
 
 
 known_answers.register(*_answers())
