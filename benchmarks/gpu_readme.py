@@ -27,7 +27,7 @@ README = Path(__file__).resolve().parents[1] / "rgfast" / "ops" / "moments" / "R
 HALF, OWN = (None,) * 4 + (6.0,), (1.5, 1.0, 1.0, None, None)
 GPT2 = "GPT-2 12 × 768 in bf16, [64, 512] tokens with padding"
 HEAD = [
-    *("fp32, (L, T, d, n)", "bare forward", "library: forward", "reading", "spectra", "weights"),
+    *("fp32, (L, T, d, n)", "bare forward", "library: forward", "reading", "spectra"),
     *("whole / bare", "wanted", "kernels: forward", "reading", "spectra", "whole / bare", "wanted"),
 ]
 
@@ -44,7 +44,6 @@ def parts(name: str, both: list[Predicted], wanted: list[float]) -> list[str]:
     cells = [name, milliseconds(library.bare)]
     for found, aim in zip(both, wanted, strict=True):
         times = [found.forwards.seconds, found.reading.seconds, found.spectra]
-        times += [found.digest] if found is library else []
         cells += [*map(milliseconds, times), f"{found.share:.1f} (predicted)", f"{aim:g}"]
     return cells
 

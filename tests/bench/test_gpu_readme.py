@@ -32,7 +32,7 @@ def test_the_readme_has_every_whole_probe():
     assert [row[0] for row in whole] == [*shapes, script.GPT2]
     assert {len(row) for row in whole} == {len(script.HEAD)}
     assert [len(row) for row in shares] == [6, 6, 6]
-    assert [row[7] for row in whole[:-1]] == [f"{aim:g}" for aim in script.predict_gpu.WANTED[False]]
+    assert [row[6] for row in whole[:-1]] == [f"{aim:g}" for aim in script.predict_gpu.WANTED[False]]
 
 
 def test_tables_are_written_in_the_place_of_the_old(monkeypatch, tmp_path, capsys):
