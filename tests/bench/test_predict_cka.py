@@ -50,6 +50,13 @@ def test_the_readme_has_what_is_predicted(monkeypatch, capsys):
             assert float(row[k]) == pytest.approx(float(other[k]), rel=0.07)
 
 
+def test_the_readme_has_how_much_faster_than_pytorch_cka():
+    shape, times = script.over_pytorch_cka()
+    assert shape == (7, 64, 1024, 64)
+    said = re.search(r"\*\*(\d+) times as fast as pytorch-cka", README.read_text(encoding="utf-8"))
+    assert times == pytest.approx(float(said[1]), rel=0.07)
+
+
 def test_auto_leaves_to_the_library_what_it_is_faster_at():
     from rgfast.ops.cka.impl import library
 
