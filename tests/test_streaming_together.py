@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from rgfast.ops import moments
 from rgfast.runtime import waiting
 from rgfast.streaming import MomentAccumulator, Together, algebra, sizes
+from rgfast.streaming.sums import Sums
 
 F64 = torch.float64
 WIDTHS = (5, 7, 5, 7)
@@ -168,6 +170,24 @@ def test_sums_of_no_rows_take_no_memory_on_a_device(masked, monkeypatch):
         got, want = (one.product(i, j, centred=False, scaled=False) for one in (sums, here))
         torch.testing.assert_close(got, want, rtol=1e-12, atol=0.0, equal_nan=True)
     assert torch.equal(sums.count(), here.count())
+
+
+def test_first_rows_that_fail_leave_nothing_in_sums(monkeypatch):
+    """Memory that was taken for them holds anything."""
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **how: torch.full_like(x, 12345.0, **how))
+    sums = Sums.empty([3], [(0, 0)], 2, [torch.device("cpu")])
+    rows, real = [torch.arange(24.0, dtype=F64).view(2, 4, 3)], moments.add_products
+
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(moments, "add_products", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        sums.add(rows, None)
+    monkeypatch.setattr(moments, "add_products", real)
+    sums.add(rows, None)
+    assert sums.count().tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-9, 1.0, 1e36])

@@ -91,6 +91,24 @@ def test_a_model_elsewhere_gets_its_batch_there(mixing):
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in net.parameters())
 
 
+@pytest.mark.parametrize("mixing", ["mixer", "none"])
+def test_the_loss_of_a_model_elsewhere_is_that_on_the_cpu(mixing, monkeypatch):
+    class Elsewhere:
+        type = "elsewhere"
+
+    net = MaskedTokenModel(16, 6, 8, 2, mixing=mixing, generator=seeded_generator(0, "weights"))
+    tokens = MarkovChain.from_correlation_length(1).sample(8, 6, seeded_generator(0, "tokens"))
+    mask = TrainingConfig().draw_mask(8, 6, seeded_generator(0, "masks"))
+    given = net, tokens.masked_fill(mask, 16), mask, tokens
+    here = training._loss(*given)
+    to = torch.Tensor.to
+    monkeypatch.setattr(training, "_device", lambda model: Elsewhere)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *where, **how: x if Elsewhere in where else to(x, *where, **how)
+    )
+    torch.testing.assert_close(training._loss(*given), here, rtol=1e-6, atol=0)
+
+
 def test_training_captures_and_permuted_targets_do_not():
     config = TrainingConfig(steps=300, batch=128, lr=1e-2, warmup=20, log_every=300)
     learnt = train(model(), chain(2.0), config, seed=0)

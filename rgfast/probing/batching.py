@@ -36,10 +36,11 @@ def batch_size(spec: ProbeSpec, model: nn.Module, taps: Sequence[Tap], batches: 
 
     That is a tile for a stack that hands over tiles of an array of its rows where every operator is a launch:
     a block's kernel for fewer rows leaves most of a GPU idle. Fewer are taken if their rows at all layers
-    need more than a quarter of ``memory``.
+    need more than a quarter of ``memory``, and the usual number with a checkpoint, which counts batches and
+    goes on anywhere.
     """
     device, usual = runs_on(model), spec.sequences_at_once
-    if spec.batch_size is not None or device is None or not waits_for(device):
+    if spec.batch_size is not None or spec.checkpoint is not None or device is None or not waits_for(device):
         return usual
     if not is_array(batches) or batches.ndim not in (2, 3) or tile_streamer({"": model}, taps) is None:
         return usual

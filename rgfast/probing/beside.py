@@ -57,17 +57,20 @@ class Beside:
             self._thread = thread
 
     def digest(self) -> str | None:
-        """The digest; None if weights have changed since, or could not be copied."""
+        """The digest; None if weights have changed since, or could not be copied. To be asked for once."""
         if self._thread is None:
             return None
         self._thread.join()
-        return self._found if self._before == _marks(_state(self._model)) else None
+        same = self._before == _marks(_state(self._model))
+        self._weights = []
+        return self._found if same else None
 
     def stop(self) -> None:
         """End the thread; there will be no digest."""
         self._stop = True
         if self._thread is not None:
             self._thread.join()
+        self._thread, self._weights = None, []
 
     def _take(self, state: dict[str, Any], copies: Copies) -> None:
         try:

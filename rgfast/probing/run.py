@@ -48,9 +48,9 @@ def probe(
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
             which is cut into pieces of ``batch_size`` (by default 256; of a :class:`ResidualStack` on a GPU
             and an array up to 1,024 times ``groups``, as far as a quarter of ``memory`` holds their rows at
-            all layers). A batch is a mapping (what ``forward`` takes by name
-            is passed; the whole mapping, if ``forward`` takes a single argument of another name), a tuple
-            (as many items as ``forward`` requires, and a padding mask among the others) or a tensor.
+            all layers, without a checkpoint). A batch is a mapping (what ``forward`` takes by name is passed;
+            the whole mapping, if ``forward`` takes a single argument of another name), a tuple (as many items
+            as ``forward`` requires, and a padding mask among the others) or a tensor.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
             name of a stack of blocks, names, indices, globs or regular expressions, see
             :func:`rgfast.probing.capture.layers.resolve`. ``"sublayers"`` (``"sublayers:NAME"`` for a named

@@ -115,9 +115,11 @@ class Tally:
             else:
                 self._beside = Beside(self._model)
 
-    def stop(self) -> None:
-        """The forwards have failed."""
-        if self._beside is not None:
+    def close(self, *, failed: bool) -> None:
+        """No forward follows: weights may change from now on."""
+        if not failed:
+            self._join_weights()
+        elif self._beside is not None:
             self._beside.stop()
 
     @property
@@ -551,10 +553,10 @@ class Tally:
     def _join_weights(self) -> None:
         """Put the fingerprint that was taken beside the forwards where it belongs, or the one of now where
         weights have changed since."""
-        beside, self._beside = self._beside, None
-        if beside is not None:
-            self._weights = beside.digest() or checkpoints.fingerprint(self._model)
+        if self._beside is not None:
+            self._weights = self._beside.digest() or checkpoints.fingerprint(self._model)
             self._provenance["weights"] = self._weights
+            self._beside = None
 
     def _announce(self, plan: Plan, text: str) -> None:
         if self._say:

@@ -190,13 +190,15 @@ class Probe:
                 self._ranks.fail(value)
         finally:
             if value is not None:
-                self._tally.stop()
+                self._tally.close(failed=True)
             self._watcher.close()
             self._axes.close()
             self._whole = None
             for module, training in self._modes:
                 module.training = training
             torch.set_grad_enabled(self._grad)
+        if value is None:
+            self._tally.close(failed=False)
 
     def _end_in_step(self, in_step: InStep, error: BaseException | None) -> None:
         """Take part in what forwards of the other ranks are left, and tell them of an error.

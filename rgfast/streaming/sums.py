@@ -123,7 +123,21 @@ class Sums:
         b = rows[0].shape[1]
         rows = self._in_units(rows, keep)
         self._settle_shift(rows, keep)
-        fresh = set() if self.summed else self._with_memory()
+        bare = {} if self.summed else {key: x for key, x in self.moment.items() if not any(x.stride())}
+        try:
+            self._add_products(rows, keep, self._with_memory(bare))
+        except BaseException:
+            self.moment.update(bare)  # what has memory now may hold anything
+            raise
+        if self.factors is not None:
+            for layer in self.factors.followed:
+                self._add_to_factor(layer, rows[layer], keep)
+        self.begun |= True if keep is None else keep.any(1)
+        self.settled, self.summed = self.settled or keep is None, True
+        if self.factors is not None:
+            self.factors.advance(b)
+
+    def _add_products(self, rows: Sequence[Tensor], keep: Tensor | None, fresh: set[torch.device]) -> None:
         for device, moment in self._by_device().items():
             layers = sorted({layer for key in moment for layer in key})
             new = {layer: k for k, layer in enumerate(layers)}
@@ -135,13 +149,6 @@ class Sums:
                 exponents=[self.exponent(layer) for layer in layers],
                 fresh=device in fresh,
             )
-        if self.factors is not None:
-            for layer in self.factors.followed:
-                self._add_to_factor(layer, rows[layer], keep)
-        self.begun |= True if keep is None else keep.any(1)
-        self.settled, self.summed = self.settled or keep is None, True
-        if self.factors is not None:
-            self.factors.advance(b)
 
     def _by_device(self) -> dict[torch.device, dict[tuple[int, int], Tensor]]:
         """The moments on each device."""
@@ -150,9 +157,8 @@ class Sums:
             parts.setdefault(total.device, {})[key] = total
         return parts
 
-    def _with_memory(self) -> set[torch.device]:
+    def _with_memory(self, bare: Mapping[tuple[int, int], Tensor]) -> set[torch.device]:
         """Give memory to moments that have none yet; on the devices returned all hold anything."""
-        bare = {key: total for key, total in self.moment.items() if not any(total.stride())}
         held = {total.device for key, total in self.moment.items() if key not in bare}
         for key, total in bare.items():
             make = torch.zeros_like if total.device in held else torch.empty_like

@@ -39,6 +39,11 @@ def sizes(model, batches, **options):
     return seen, result.dataset
 
 
+def test_a_checkpoint_counts_batches_of_the_usual_size(elsewhere, tmp_path):
+    seen, _ = sizes(stack(), X, checkpoint=tmp_path / "state")
+    assert seen == [256] * 9 + [196]
+
+
 def test_a_stack_on_a_gpu_has_batches_of_whole_tiles(elsewhere):
     seen, tiles = [], []
     model = stack()

@@ -136,7 +136,7 @@ def test_a_probe_takes_it_beside_its_forwards(gpu, alone):
     with probing(model) as probe, torch.no_grad():
         for _ in range(2):
             model(torch.randn(10, 5))
-    gpu.go.set()
+        gpu.go.set()
     assert probe.result().provenance["weights"] == want
     assert probe.result().provenance["weights"] == want
     assert alone == []
@@ -156,7 +156,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("late", [False, True])
-def test_weights_that_change_are_read_as_they_are_when_it_is_asked_for(gpu, alone, change, late):
+def test_weights_that_change_are_read_as_they_are_when_forwards_end(gpu, alone, change, late):
     model = Small().eval()
     if not late:
         gpu.go.clear()
@@ -165,10 +165,48 @@ def test_weights_that_change_are_read_as_they_are_when_it_is_asked_for(gpu, alon
         if late:
             probe._tally._beside._thread.join()
         CHANGES[change](model)
-    gpu.go.set()
+        gpu.go.set()
     found = probe.result().provenance["weights"]
     assert len(alone) == 1
     assert found == checkpoint.model_digest(model) != checkpoint.model_digest(Small())
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "behind its version"])
+def test_weights_may_change_after_the_forwards(gpu, alone, change, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART", PART)
+    monkeypatch.setattr(beside, "_PINNED", PART)
+    model = Small().eval()
+    want = checkpoint.model_digest(model)
+    alone.clear()
+    gpu.go.clear()
+    with probing(model) as probe, torch.no_grad():
+        model(torch.randn(10, 5))
+        threading.Timer(0.05, gpu.go.set).start()
+    if change in CHANGES:
+        CHANGES[change](model)
+    else:
+        for p in model.parameters():
+            p.data.copy_(2 * p)
+    assert probe.result().provenance["weights"] == want
+    assert alone == []
+
+
+def test_an_interrupt_while_it_is_waited_for_loses_nothing(gpu, alone, monkeypatch):
+    model = Small().eval()
+    want = checkpoint.model_digest(model)
+    alone.clear()
+    with probing(model) as probe, torch.no_grad():
+        model(torch.randn(10, 5))
+        with monkeypatch.context() as patched:
+            patched.setattr(Beside, "digest", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                probe.result()
+        assert probe.result().provenance["weights"] == want
+    assert alone == []
+
+
+def interrupted(self):
+    raise KeyboardInterrupt
 
 
 def test_what_is_not_saved_may_change(gpu, alone):
@@ -205,8 +243,8 @@ def test_forwards_that_fail_end_the_thread(gpu, monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    thread = probe._tally._beside._thread
-    assert not thread.is_alive()
+    assert not [each for each in threading.enumerate() if each.name == "rgfast-weights"]
+    assert not probe._tally._beside._weights
     assert probe.result().provenance["weights"] == checkpoint.model_digest(model)
 
 

@@ -167,7 +167,8 @@ def _measured(
 
     def look(values: Tensor) -> None:
         nonlocal counts
-        finite, counts = read([torch.isfinite(values).all(), count])
+        # The upper triangle is not read by solvers.
+        finite, counts = read([torch.isfinite(values).all() & torch.isfinite(scatter).all(), count])
         _refuse_negative(counts)
         if not finite:
             _refuse_nonfinite(scatter)
