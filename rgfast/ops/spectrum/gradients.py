@@ -58,7 +58,7 @@ def eigenvalue_gradient(a: Tensor, grad: Tensor) -> Tensor:
     weight = grad.double().reshape(matrices.shape[:-1])
     result = torch.empty_like(matrices, memory_format=torch.contiguous_format)
     with by_itself(a.device.type):
-        for part in _parts(matrices):
+        for part in _parts(matrices) if a.numel() else ():
             lower, _ = reference.scaled(matrices[part].tril())
             vectors = torch.linalg.eigh(lower).eigenvectors
             result[part] = (vectors * weight[part, None]) @ vectors.mT

@@ -109,6 +109,15 @@ def test_samples_are_multiplied_if_that_is_faster_or_features_are_more(shape, op
     assert kernels._takes_samples(call_of(*shape, **options)) is samples
 
 
+@pytest.mark.parametrize("n", [64, 256, 512])
+def test_the_way_does_not_depend_on_the_number_of_positions(n):
+    """A position would have other bits in another call."""
+    for layers in (2, 12, 40):
+        for d in (20, 100, 200):
+            ways = {kernels._takes_samples(call_of(layers, positions, n, d)) for positions in (1, 4, 40, 400)}
+            assert len(ways) == 1
+
+
 def test_the_kernels_of_each_way():
     names = {
         kind: kernels._kernels(call)
@@ -124,8 +133,10 @@ def test_the_kernels_of_each_way():
     assert names["all"] == named(*shared, "grams_float32", "inner", "collect")
     layers = tuple(torch.empty(1, 40, 9, device="meta") for _ in range(2))
     call = Call("alignment", ("layers",), layers, options=(("adjacent", False), ("groups", 2)))
+    # Some may be left out one by one, in either way.
     groups = ["group_sums_float32", "group_products_float32", "left_out_float32"]
-    assert kernels._kernels(call) == named(*shared, *groups)
+    alone = ["squares_float32", "grams_float32", "inner", "collect"]
+    assert kernels._kernels(call) == named(*shared, *groups, *alone)
 
 
 def named(*kinds):

@@ -12,6 +12,7 @@ from guards import fake_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rgfast.ops.cka import batched
 from rgfast.ops.cka import call as call_module
 from rgfast.ops.cka.api import OP
 from rgfast.ops.cka.call import Call
@@ -148,11 +149,10 @@ def test_kernels_are_tried_before(h100, call, name):
 @pytest.mark.parametrize("mistake", [0.0, 1e-5])
 def test_a_planted_mistake_is_caught(monkeypatch, mistake):
     """In place of the kernels the library, one of whose sums is off."""
-    from rgfast.ops.cka.impl import library
 
     def sums(flat, start, positions, wanted):
-        z = library._centred(flat, slice(None))
-        found = library._sums(z, wanted, 4096)
+        z = batched._centred(flat, slice(None))
+        found = batched._sums(z, wanted, 4096)
         found.off[:, 0, 1] *= 1 + mistake
         return found, torch.ones((), dtype=torch.bool)
 
@@ -213,7 +213,8 @@ class Allocated(TorchDispatchMode):
 @needs_triton
 @pytest.mark.parametrize("task", ["drift", "matrix"])
 @pytest.mark.parametrize(
-    "shape", [(25, 16, 4096, 256), (100, 1, 4096, 4096), (24, 300, 64, 128), (49, 16, 1024, 256)]
+    "shape",
+    [(25, 16, 4096, 256), (100, 1, 4096, 4096), (24, 300, 64, 128), (49, 16, 1024, 256), (50, 64, 512, 64)],
 )
 def test_less_than_256_mib_beside_the_layers(monkeypatch, shape, task):
     """Until sums of the first positions are added up; others are computed in the same memory."""

@@ -185,11 +185,23 @@ def check_layers_without_variance_are_nan() -> dict[str, Any]:
     }
 
 
+def check_four_samples() -> dict[str, float]:
+    """Of which U-centering leaves least."""
+    found = {}
+    with small_tiles():
+        for seed, width in ((0, 8), (2, 64), (5, 64), (8, 64), (13, 32)):
+            layers = drawn(2, 1, 4, width, seed).float()
+            value, state = aligned(layers)
+            trusted = [kind for kind in (0, 1) if kind or state[2]]
+            found[f"{width}, {seed}"] = off(value[trusted], matrices(layers)[trusted])
+    return found
+
+
 def check_what_is_left_to_others() -> dict[str, bool]:
     fine, found = drawn(2, 2, 12, 5).float(), {}
     cases: dict[str, tuple[Tensor, str]] = {
         "a layer of two": (torch.stack([fine[0], fine[1] * 1e-41]), "its data leave the range of fp32"),
-        "one outlier": (fine.clone(), "U-centering leaves less than 0.1 of a kernel"),
+        "one outlier": (fine.clone(), "U-centering leaves less than 0.25 of a kernel"),
         "NaN": (fine.clone(), "layers must be finite, got 1 NaN or Inf values in layer 1 at position 1"),
         "Inf": (fine.clone(), "layers must be finite, got 1 NaN or Inf values in layer 1 at position 1"),
         "huge": (fine.clone(), "its data leave the range of fp32"),

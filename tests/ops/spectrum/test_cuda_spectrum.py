@@ -106,6 +106,7 @@ def test_any_strides_and_no_batch(gpu):
     buffer[:, 1:11, 3:13] = a
     assert torch.equal(rgfast.eigvalsh(buffer[:, 1:11, 3:13], impl="cuda"), want)
     assert rgfast.eigvalsh(a[:0], impl="cuda").shape == (0, 10)
+    assert BOTH("cuda", Both(a[:0], a[:0, 0])).shape == (2, 0, 10)
 
 
 def test_only_the_lower_triangle_is_read(gpu):

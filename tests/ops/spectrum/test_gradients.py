@@ -132,6 +132,13 @@ def test_gradcheck_of_eigenvalues(shape, impl):
     torch.autograd.gradcheck(lambda b: rgfast.eigvalsh(b + b.mT, impl=impl), a)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 0), (0, 3, 3)])
+def test_eigenvalues_of_nothing_have_a_gradient(shape):
+    a = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    rgfast.eigvalsh(a).sum().backward()
+    assert a.grad.shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_of_eigenvalues(dtype):
     a = (symmetric(3, 6) * torch.tensor([1.0, 1e-150, 1e18]).double()[:, None, None]).to(dtype)

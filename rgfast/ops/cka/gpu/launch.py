@@ -56,6 +56,16 @@ def fit(widths: Sequence[int], n: int, tile: Tile) -> int:
     return _ROWS_BYTES // (4 * _padded(n, tile.side) * _padded(max(widths), COLUMNS))
 
 
+def _bytes(widths: Sequence[int], n: int, tile: Tile, *, near: bool) -> int:
+    """Of the rows of layers at a position, and of what their Gram tiles are summed up to."""
+    layers, strips = len(widths), _padded(n, tile.side) // tile.side
+    rows = 4 * layers * _padded(n, tile.side) * _padded(max(widths), COLUMNS)
+    tiles = strips * (strips + 1) // 2
+    if near:
+        return rows + 8 * tiles * layers * 2
+    return rows + 8 * chunk(layers, tiles, tile.side)[1] * (tile.side**2 // SPAN) * layers**2
+
+
 def at_once(layers: int, most: int, *, near: bool) -> list[list[int]]:
     """Layers that are computed together if no more than ``most`` can be: every pair that is wanted is in one.
 
@@ -81,9 +91,10 @@ def chunk(layers: int, tiles: int, side: int) -> tuple[int, int]:
 def sums(flat: Sequence[Tensor], start: int, positions: int, wanted: Wanted) -> tuple[Sums, Tensor]:
     """Sums of ``flat[l][P, n, d_l]`` at some positions, and whether fp32 has digits for all of the layers."""
     device, n, layers = flat[0].device, flat[0].shape[1], len(flat)
-    most = fit([x.shape[2] for x in flat], n, tile_for(device, near=wanted.near))
+    tile = tile_for(device, near=wanted.near)
+    most = fit([x.shape[2] for x in flat], n, tile)
     parts = at_once(layers, most, near=wanted.near)
-    step = max(1, most // layers)
+    step = max(1, _ROWS_BYTES // _bytes([flat[k].shape[2] for k in parts[0]], n, tile, near=wanted.near))
     step = -(-positions // -(-positions // step))  # steps of about the same size
     with on(device):
         found = [

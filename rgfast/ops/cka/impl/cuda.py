@@ -45,6 +45,8 @@ _WORK_BYTES = 128 << 20
 # A multiprocessor's clocks for 16 entries of a layer's Gram tile that are compared with all other layers, and
 # for a tile that is compared with its neighbor; seconds between launches. Computed, not measured.
 _COMPARED, _KEPT, _TURN = 6.0, 600.0, 4e-6
+# For so many positions the way is chosen.
+_POSITIONS = 16
 # Of csrc/cuda/cka_math.cuh: what is wrong with sums if a trace is not finite.
 _NOT_FINITE = 1
 
@@ -59,7 +61,8 @@ def run(call: Call) -> Tensor:
     _not_captured(call.device, lambda others: others(call))
     groups = _groups(call)
     if groups > 1 and not _worth_sharing(call):
-        return torch.cat([run(_without(call, g)) for g in range(-1, groups)])
+        flat = call._replace(first=tuple(_flat(call)))
+        return torch.cat([run(_without(flat, g)) for g in range(-1, groups)])
     with torch.no_grad(), by_itself(call.device.type):
         value, faults = _computed(call)
         found = faults.cpu()
@@ -240,20 +243,21 @@ def _can_run(call: Call) -> str | None:
 def _takes_samples(call: Call) -> bool:
     """Whether samples are multiplied: up to the limit, if that takes less time or features are more.
 
-    With more features than samples Σ K_ii M_ii is most of a squared norm, and what is left lacks digits.
+    With more features than samples Σ K_ii M_ii is most of a squared norm, and what is left lacks digits. How
+    many positions there are does not decide: a position has the same bits in any call.
     """
     width, (_, n) = max(x.shape[-1] for side in call.sides for x in side), _problem(call)
     if n > dict(call.options).get("sample_limit", 4096):
         return False
-    features, samples = _seconds(call, _groups(call))
+    features, samples = _seconds(call, _groups(call), _POSITIONS)
     return width > n or samples < features
 
 
 def _problem(call: Call) -> tuple[int, int]:
-    """Positions, with batches of samples as some of their own, and samples of the largest."""
-    *lead, n, _ = call.sides[0][0].shape
+    """Batches of samples at a position, which are positions of their own, and samples of the largest."""
+    n = call.sides[0][0].shape[-2]
     bounds = dict(call.options).get("bounds", (0, n))
-    return math.prod(lead) * (len(bounds) - 1), max(stop - start for start, stop in pairwise(bounds))
+    return len(bounds) - 1, max(stop - start for start, stop in pairwise(bounds))
 
 
 def _kernels(call: Call) -> list[str]:
@@ -261,19 +265,22 @@ def _kernels(call: Call) -> list[str]:
     kinds = [f"centers_{name}", f"norms_{name}", "sums", "finish"]
     if groups:
         kinds += [f"group_sums_{name}", f"group_products_{name}"]
-    if not _takes_samples(call):
-        kinds.append(f"left_out_{name}" if groups else f"squares_{name}")
-    elif wanted_by(call).near:
-        kinds += [f"near_{name}", "collect"]
-    else:
-        kinds += [f"grams_{name}", "inner", "collect"]
+        kinds.append(f"left_out_{name}")
+    # Of groups some may be left out one by one, each in the way that its samples ask for.
+    if groups or not _takes_samples(call):
+        kinds.append(f"squares_{name}")
+    if groups or _takes_samples(call):
+        kinds += [f"near_{name}"] if wanted_by(call).near else [f"grams_{name}", "inner"]
+        kinds.append("collect")
     return [f"rgfast_cka_{kind}" for kind in kinds]
 
 
-def _seconds(call: Call, groups: int = 1) -> tuple[float, float]:
-    """About how long products of features and of samples take, in turns on the multiprocessors."""
+def _seconds(call: Call, groups: int, positions: int) -> tuple[float, float]:
+    """About how long products of features and of samples take at so many positions, in turns on the
+    multiprocessors."""
     layers = [x for side in call.sides for x in side]
-    wanted, (positions, n) = wanted_by(call), _problem(call)
+    wanted, (batches, n) = wanted_by(call), _problem(call)
+    positions *= batches
     architecture, multiprocessors, ratio = card(call.device)
     each = EXACT.get(architecture, 512.0 * ratio)  # 128 fp32 products a clock
     # Those of each group are multiplied once more.
@@ -295,15 +302,16 @@ def _worth_sharing(call: Call) -> bool:
     (size,) = _sizes(call)
     if _bytes(flat, wanted_by(call), size, groups, samples=samples) > _WORK_BYTES:
         return False
-    alone = _seconds(call)[samples] + 20 * LAUNCH
-    return _seconds(call, groups)[samples] < (1 + groups) * alone
+    alone = _seconds(call, 1, _POSITIONS)[samples] + 20 * LAUNCH
+    return _seconds(call, groups, _POSITIONS)[samples] < (1 + groups) * alone
 
 
 def _cost(call: Call) -> float:
     """By launches, passes over rows, and products."""
     layers, groups = [x for side in call.sides for x in side], _groups(call)
     passes = (2 if groups == 1 else 4) * sum(x.numel() * x.element_size() for x in layers) / STREAM
-    return max(20 * LAUNCH, passes + _seconds(call, groups)[_takes_samples(call)])
+    products = _seconds(call, groups, math.prod(layers[0].shape[:-2]))
+    return max(20 * LAUNCH, passes + products[_takes_samples(call)])
 
 
 CKA = Impl(

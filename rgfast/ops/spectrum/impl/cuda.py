@@ -55,6 +55,8 @@ class Kernel(NamedTuple):
         b, d = a.shape[:2]
         values = torch.empty((b, d), dtype=a.dtype, device=a.device)
         raw = values if means is None else torch.empty_like(values)
+        if not b:
+            return values, raw
         cuda.launch(
             self.name,
             (-(-b // self.per_block), 1, 1),
