@@ -10,13 +10,22 @@ WHEELS := dist
 # What an installed package is built from; Python files are used where they lie.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: reproduce test lint native-test fuzz bench gate gpu-check docs wheel clean
+# About half of the Python tests, by time; the other half is everything else.
+HALF := benchmarks $(addprefix tests/,bench chains cuda experiments flow gate ops oracle packaging report)
+
+.PHONY: reproduce test lint native-test fuzz half-test rest-test bench gate gpu-check docs wheel clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/rgfast reproduce --preset quick
 
-test: $(VENV)/.dev lint native-test fuzz
-	$(BIN)/python -m pytest
+# With `-j 2` two of these run at a time.
+test: lint native-test fuzz half-test rest-test
+
+half-test: $(VENV)/.dev
+	MAKEFLAGS= $(BIN)/python -m pytest $(HALF)
+
+rest-test: $(VENV)/.dev
+	MAKEFLAGS= $(BIN)/python -m pytest $(addprefix --ignore=,$(HALF))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

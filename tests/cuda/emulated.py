@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import os
 import shutil
 import subprocess
@@ -36,9 +37,12 @@ def build() -> Path:
         cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
         "-DRGFAST_TESTS=ON", "-DRGFAST_CUDA_ARCHS=none", f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip
-    for words in (configure, [cmake, "--build", folder, "--target", "rgfast_fake_cuda"]):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in two processes
+        for words in (configure, [cmake, "--build", folder, "--target", "rgfast_fake_cuda"]):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=500, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder / "librgfast_fake_cuda.so"
 
 
