@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocated import Allocated
 
 import rgfast
 from rgfast.ops.cka import launches
@@ -143,21 +142,6 @@ def named(*kinds):
     return [f"rgfast_cka_{kind}" for kind in kinds]
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors that are made, as if none were freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor):
-                self.storages[x.untyped_storage()._cdata] = x.untyped_storage()
-        return found
-
-
 CALLS = {
     "all": lambda shape: call_of(*shape),
     "neighbors": lambda shape: call_of(*shape, near=True),
@@ -186,8 +170,7 @@ def test_less_than_256_mib_beside_the_layers(monkeypatch, shape, kind, samples):
     monkeypatch.setattr(kernels, "finish", stop)
     with Allocated() as made, pytest.raises(StopIteration):
         kernels._computed(call)
-    kept = {x.untyped_storage()._cdata for x in call.first}
-    bytes_made = sum(each.nbytes() for key, each in made.storages.items() if key not in kept)
+    bytes_made = made.bytes_beside(call.first)
     assert 0 < bytes_made < 256 << 20
     assert "rgfast_cka_sums" in launched
 

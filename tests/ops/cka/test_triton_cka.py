@@ -8,9 +8,8 @@ from unittest import mock
 import pytest
 import torch
 import triton_process
+from allocated import Allocated
 from guards import fake_gpu
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rgfast.ops.cka import batched
 from rgfast.ops.cka import call as call_module
@@ -195,21 +194,6 @@ class Enough(Exception):
     """Sums of the first positions are there."""
 
 
-class Allocated(TorchDispatchMode):
-    """Storages of all tensors that are made, as if none were freed."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor):
-                self.storages[x.untyped_storage()._cdata] = x.untyped_storage()
-        return found
-
-
 @needs_triton
 @pytest.mark.parametrize("task", ["drift", "matrix"])
 @pytest.mark.parametrize(
@@ -234,7 +218,6 @@ def test_less_than_256_mib_beside_the_layers(monkeypatch, shape, task):
     monkeypatch.setattr(launch, "_gather", stop)
     with Allocated() as made, contextlib.suppress(Enough):
         triton._computed(call)
-    kept = {x.untyped_storage()._cdata for x in call.first}
-    most = sum(each.nbytes() for key, each in made.storages.items() if key not in kept)
+    most = made.bytes_beside(call.first)
     assert 0 < most < 250 << 20
     assert {"prepare", "norms", "pairs"} < set(launched)
