@@ -29,6 +29,7 @@ from rgfast.ops.spectrum import measures
 from rgfast.ops.spectrum.call import Both, Ranks, Symmetric, Values
 from rgfast.ops.spectrum.impl import cuda as eigen
 from rgfast.ops.spectrum.impl import library as spectra
+from rgfast.ops.spectrum.impl.cuda import kernel_for
 from rgfast.ops.spectrum.rank_kernel import KERNEL
 from rgfast.ops.spectrum.selection import BOTH, EIGVALSH, GRAM, SPECTRUM, TABLE
 from rgfast.ops.spectrum.stages import Stages
@@ -45,7 +46,7 @@ GPU = torch.device("cuda")
 def solved(count: int, d: int, both: int = 1, *, ours: bool = False) -> float:
     """Seconds of the eigenvalues of so many matrices where torch has batches, or by a kernel if there is one
     for them, which then may find two spectra for each (``both`` is 2)."""
-    kernel = eigen.kernel_for(d, torch.float64) if ours else None
+    kernel = kernel_for(d, torch.float64) if ours else None
     if kernel is not None:
         staged = isinstance(kernel, Stages)
         return (gpu_spectrum_stages if staged else gpu_spectrum).predicted(d, count, 8, both)
@@ -109,7 +110,7 @@ def _pooled_by_kernels(call: Moved, width: int) -> Tensor:
 
 def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
     """Eigenvalues by the package's kernel, or the library's where there is none for the size."""
-    kernel = eigen.kernel_for(_side(call.a, width), torch.float64)
+    kernel = kernel_for(_side(call.a, width), torch.float64)
     launches = 0 if kernel is None else 3 if isinstance(kernel, Stages) else 1
     with uncounted(host=launches * LAUNCH, kernels=launches) if launches else contextlib.nullcontext():
         values: Tensor = spectra.EIGVALSH.run(call)
@@ -118,7 +119,7 @@ def _solved_by_a_kernel(call: Symmetric, width: int) -> Tensor:
 
 def _both_by_a_kernel(call: Both, width: int, counted: Counter[tuple[int, ...]]) -> Tensor:
     """The same of both spectra."""
-    kernel = eigen.kernel_for(_side(call.a, width), torch.float64)
+    kernel = kernel_for(_side(call.a, width), torch.float64)
     if kernel is None:
         found: Tensor = BOTH.impls["in one batch"].run(call)
         return found
