@@ -11,7 +11,7 @@ WHEELS := dist
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 # About half of the Python tests, by time; the other half is everything else.
-HALF := benchmarks $(addprefix tests/,bench chains commands comparing cuda docs experiments flow gate monitor ops \
+HALF := $(addprefix tests/,bench chains commands comparing cuda docs experiments flow gate monitor ops \
   oracle packaging report)
 
 .PHONY: reproduce test lint native-test fuzz half-test rest-test bench gate gpu-check docs wheel clean
