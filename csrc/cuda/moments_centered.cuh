@@ -5,7 +5,7 @@
 // linear in M is not: Σ|y_c|² z of each row's z is a product of M and the mean of y.
 #pragma once
 
-#include "cuda/common/device.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace rgfast::cuda::moments {
 
@@ -30,12 +30,6 @@ __device__ inline Uncentered uncentered_at(const std::int64_t* table, std::int64
   const std::int64_t* word = table + k * kCenteredWords;
   return {reinterpret_cast<const double*>(word[0]), reinterpret_cast<const double*>(word[1]), word[2],
           word[3], __longlong_as_double(word[4])};
-}
-
-__device__ __forceinline__ double sum_of_warp(double mine) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) mine += __shfl_xor_sync(kFullWarp, mine, step);
-  return mine;
 }
 
 // The sum over all threads of the block, for all of them.

@@ -4,7 +4,7 @@
 //
 // A block takes 32 rows of a pair's x at all positions and every column of y, four rows a warp. What all rows
 // or columns add to - the last two of either - is left in parts, which the second kernel adds in their order.
-#include "cuda/common/device.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace rgfast::cuda::moments {
 
@@ -29,12 +29,6 @@ __device__ inline Pooled pooled_at(const std::int64_t* table, std::int64_t k) {
   const std::int64_t* word = table + k * kPooledWords;
   return {reinterpret_cast<const double*>(word[0]), reinterpret_cast<const double*>(word[1]),
           reinterpret_cast<const double*>(word[2]), reinterpret_cast<double*>(word[3])};
-}
-
-__device__ __forceinline__ double sum_of_lanes(double mine) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) mine += __shfl_xor_sync(kFullWarp, mine, step);
-  return mine;
 }
 
 // The entries of rows and columns of features. out[i, e] gets what M and right give Σ x_i |y + right|^2,
@@ -81,10 +75,10 @@ __device__ inline void pool(const std::int64_t* table, std::int64_t positions, s
   }
 #pragma unroll
   for (int r = 0; r < kPoolEach; ++r) {
-    const double all = sum_of_lanes(dot[r]);
+    const double all = sum_of_warp(dot[r]);
     if (lane == 0 && first + r < d) pair.out[(first + r) * stride + e] = all;
   }
-  corner = sum_of_lanes(corner);
+  corner = sum_of_warp(corner);
   if (lane == 0) shared[warp] = corner;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -122,12 +116,12 @@ __device__ inline void pool_ends(const std::int64_t* table, std::int64_t positio
       right_norms = fma(right, squares[j], right_norms);
       right_square = fma(right, right, right_square);
     }
-    with_left = sum_of_lanes(with_left);
-    left_square = sum_of_lanes(left_square);
-    left_norms = sum_of_lanes(left_norms);
-    with_right = sum_of_lanes(with_right);
-    right_square = sum_of_lanes(right_square);
-    right_norms = sum_of_lanes(right_norms);
+    with_left = sum_of_warp(with_left);
+    left_square = sum_of_warp(left_square);
+    left_norms = sum_of_warp(left_norms);
+    with_right = sum_of_warp(with_right);
+    right_square = sum_of_warp(right_square);
+    right_norms = sum_of_warp(right_norms);
     if (lane != 0) continue;
     double* to = shared + p * kOfPosition;
     const double of_x = squares[e + 1], of_y = last[e], count = last[e + 1];
