@@ -104,7 +104,7 @@ TEST(stages_solve_matrices_of_every_size) {
   check_sizes({1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 50, 81}, 1);
   check_sizes({37}, 100);
   if (!everything()) return;
-  check_sizes({47, 64, 79, 191, 192, 193, 200, 256, 257, 272, 273, 300}, 2);
+  check_sizes({47, 64, 79, 129, 130, 191, 192, 193, 200, 256, 257, 272, 273, 300}, 2);
   check_sizes({512}, 2);
   check_sizes({1024}, 1);
   check_sizes({197}, 100);
