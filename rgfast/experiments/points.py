@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,6 +136,8 @@ def in_parallel(jobs: int | None, tasks: Sequence[Any]) -> Iterator[Any]:
         # Workers need both trackers, and starting one lifts the shield from what is started after it.
         loky_tracker.ensure_running()
         resource_tracker.ensure_running()
+    atexit.unregister(_join_feeders)
+    atexit.register(_join_feeders)
     results: Any = None
     try:
         with shielded():
@@ -160,6 +164,17 @@ def parallel(jobs: int | None, tasks: int) -> joblib.Parallel:
     early = backend.supports_return_generator or isinstance(backend, SequentialBackend)
     ready = "generator_unordered" if early else "list"
     return joblib.Parallel(n_jobs=min(jobs, max(1, tasks)), return_as=ready, batch_size=1)
+
+
+def _join_feeders() -> None:
+    """Wait for the threads that feed tasks to loky's workers, which loky has told to end, but leaves.
+
+    Such a thread may hold a queue last. Where it is stopped with the interpreter, between unlinking a
+    semaphore of the queue and saying so, the tracker warns of a leak.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":
+            thread.join(timeout=5)
 
 
 def _compute(point: Point, work: Work, files: Path) -> None:

@@ -127,6 +127,38 @@ def test_a_study_of_several_processes(number, code, word, tmp_path):
     assert [path.name for path in (out / "points").iterdir() if path.name.startswith(".")] == []
 
 
+STOPPED_EARLY = """
+import threading, time
+import joblib
+from joblib.externals.loky.backend import queues, resource_tracker
+from rgfast.experiments.points import in_parallel
+
+def feed(*args, feed=queues.Queue._feed):
+    feed(*args)
+    time.sleep(0.5)  # so that this thread has the last reference to the queue
+
+def unregister(*args, unregister=resource_tracker.unregister):
+    if threading.current_thread().daemon:
+        print("unlinked by a daemon thread")
+        time.sleep(0.5)
+    unregister(*args)
+
+queues.Queue._feed = feed
+resource_tracker.unregister = unregister
+results = in_parallel(2, [joblib.delayed(time.sleep)(0.01 * 3**point) for point in range(10)])
+next(results)
+results.close()
+"""
+
+
+def test_the_thread_that_feeds_workers_ends_first():
+    """Stopped within its cleaning up, it would leave semaphores that a tracker says are leaked."""
+    with started(code=STOPPED_EARLY) as process:
+        out, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (0, "")
+    assert "unlinked by a daemon thread" in out
+
+
 SLOW = """
 import sys, time
 from rgfast import cli
