@@ -27,6 +27,11 @@ def test_tests_are_counted_with_their_sentences(tmp_path):
         assert nothing["failed"] == {"all": "no test ran"}
 
 
+def test_what_tests_import_is_found_by_the_checks_own_configuration(tmp_path):
+    found = steps.run_tests(300, tmp_path, ("-m", "gpu", "--collect-only"), "test_gpu_triton.py")
+    assert found["failed"] == {"all": "no test ran"}  # and none could not be collected
+
+
 def checkout(monkeypatch, folder, **files):
     (folder / "tests/gpu").mkdir(parents=True)
     (folder / "tests/gpu/pytest.ini").write_text((ROOT / "tests/gpu/pytest.ini").read_text())
