@@ -31,9 +31,8 @@ def test_all_pairs_and_neighbors(gpu, dtype, debiased, way):
     for call in (rgfast.cka_matrix, rgfast.kernel_drift):
         found, again = (call(there, debiased=debiased, impl="cuda").cpu() for _ in range(2))
         assert torch.equal(found, again)
-        torch.testing.assert_close(
-            found, call(x, debiased=debiased, impl="reference"), rtol=0, atol=1e-12, equal_nan=True
-        )
+        wanted = call(there, debiased=debiased, impl="reference").cpu()  # on the CPU it takes half a minute
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("way", ["features", "samples"])
@@ -48,6 +47,6 @@ def test_without_groups_over_batches_and_tiny_drifts(gpu, dtype, way):
         lambda layers, impl: rgfast.minibatch_cka(layers, batch_size=n // 3, impl=impl),
         lambda layers, impl: rgfast.kernel_drift(layers, impl=impl),
     ):
-        found, again = (call(x.to(device), "cuda").cpu() for _ in range(2))
+        found, again, wanted = (call(x.to(device), impl).cpu() for impl in ("cuda", "cuda", "reference"))
         assert torch.equal(found, again)
-        torch.testing.assert_close(found, call(x, "reference"), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
