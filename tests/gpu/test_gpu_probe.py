@@ -1,8 +1,11 @@
 """The probe on a device: every view against the CPU and the truth, the same bits, no wait in a forward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import rgfast
@@ -123,8 +126,9 @@ def test_what_is_not_finite_is_said(device):
 
 
 def waits(events, within):
-    """Names of what made the host wait inside ranges of that name."""
-    ranges = [(e.time_range.start, e.time_range.end) for e in events if e.name == within]
+    """Names of what made the host wait inside ranges of that name, which a device has as well, but later."""
+    host = [e for e in events if e.name == within and e.device_type == DeviceType.CPU]
+    ranges = [(e.time_range.start, e.time_range.end) for e in host]
     assert ranges
     found = []
     for event in events:
@@ -133,6 +137,21 @@ def waits(events, within):
         if waiting and any(low <= start <= high for low, high in ranges):
             found.append(event.name)
     return found
+
+
+def test_what_comes_while_a_device_is_behind_is_not_in_the_hosts_range():
+    def event(name, device, start, end):
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end)
+        )
+
+    events = [
+        event("a forward", DeviceType.CPU, 0, 10),
+        event("cudaStreamSynchronize", DeviceType.CPU, 5, 6),
+        event("a forward", DeviceType.CUDA, 8, 30),
+        event("cudaDeviceSynchronize", DeviceType.CPU, 20, 31),
+    ]
+    assert waits(events, "a forward") == ["cudaStreamSynchronize"]
 
 
 def traced(device, probe, run):
