@@ -33,8 +33,8 @@ from typing import Any
 from gpu_steps import SANITIZERS, build, environment, nvcc, run_tests, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the probe and its tests import; matplotlib and the rest are not needed here.
-MODULES = ("torch", "numpy", "scipy", "pandas", "xarray", "h5netcdf", "h5py", "safetensors", "tqdm")
+# What the probe and its tests import; matplotlib, h5netcdf and the rest are not needed here.
+MODULES = ("torch", "numpy", "scipy", "pandas", "xarray", "safetensors", "tqdm")
 TOOLS_IN_PYTHON = ("pybind11", "pytest")
 DONE, FAILED, MISSING, NO_GPU = 0, 1, 2, 3
 # Seconds at most; the benchmark gets what is left.

@@ -10,9 +10,7 @@ import io
 import os
 from pathlib import Path
 
-import h5netcdf
 import xarray as xr
-from xarray.backends import H5NetCDFStore
 
 from rgfast.files import write_bytes
 
@@ -24,6 +22,9 @@ def write_netcdf(path: str | Path, dataset: xr.Dataset, **groups: xr.Dataset) ->
 
     Takes as much memory as the file. Errors are those of :func:`rgfast.files.write_stream`.
     """
+    import h5netcdf  # here, so that measuring asks for no HDF5
+    from xarray.backends import H5NetCDFStore
+
     buffer = io.BytesIO()
     with h5netcdf.File(buffer, "w") as file:
         dataset.dump_to_store(H5NetCDFStore(file))
