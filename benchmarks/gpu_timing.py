@@ -121,7 +121,7 @@ def _timed(log: Log, phase: str, name: str, contest: Contest, device: str, secon
             print(suite.row_line(row), flush=True)
     except WrongResult as error:
         log.state["gate"].append({**asdict(error.check), "good": False})
-    except RuntimeError as error:  # of the driver, of torch, or for want of memory
+    except Exception as error:  # of the driver, of torch, of Triton's compiler, or for want of memory
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
     return None
 

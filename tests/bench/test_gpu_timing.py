@@ -11,6 +11,10 @@ from rgfast.bench.timing import Checked, Contest
 from rgfast.runtime import measured
 
 
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
 @pytest.fixture
 def small(monkeypatch):
     """A benchmark of three cases, the last of which is wrong, and of one that raises."""
@@ -26,7 +30,7 @@ def small(monkeypatch):
 
     def broken(device, size):
         def check(x, impl):
-            raise RuntimeError("an illegal memory access\nand what torch says of it")
+            raise OutOfResources("out of resource: shared memory\nand what one can do")
 
         yield Contest("broken", lambda: 1, lambda x, impl: int, check, {})
 
@@ -41,7 +45,7 @@ def test_the_benchmark_writes_as_it_goes_and_names_what_is_wrong(small, tmp_path
     found = json.loads((tmp_path / "timing.json").read_text())
     assert [row["case"] for row in found["rows"]] == ["first", "second"]
     assert [check["name"] for check in found["gate"]] == ["it is off"]
-    assert found["failed"] == {"moments: broken, rivals": "RuntimeError: an illegal memory access"}
+    assert found["failed"] == {"moments: broken, rivals": "OutOfResources: out of resource: shared memory"}
     assert found["not_run"] == []
     assert not log.green
 
