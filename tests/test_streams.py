@@ -9,6 +9,7 @@ from torch import nn
 
 import rgfast
 from rgfast.probing import first
+from rgfast.probing.capture import positions
 from rgfast.probing.estimators.moments import Moments
 from rgfast.runtime import memory, streams, waiting
 from rgfast.runtime.streams import Home
@@ -70,6 +71,16 @@ def test_on_one_stream_nothing_waits(cuda):
         with home.reading([(cuda.activation, streams.stream_of(cuda.activation))]):
             cuda.log.append("read")
     assert cuda.log == ["on main", "read"] * 2
+
+
+def test_positions_are_sent_once_by_every_stream(cuda, monkeypatch):
+    monkeypatch.setattr(positions, "numbers", lambda values, device: torch.tensor(values, dtype=torch.int64))
+    positions._index_of.cache_clear()
+    first = positions.index_of((0, 2), CUDA)
+    assert positions.index_of((0, 2), CUDA) is first
+    cuda.now = Stream("side", cuda.log)
+    assert positions.index_of((0, 2), CUDA) is not first
+    positions._index_of.cache_clear()
 
 
 def test_activations_of_another_stream_are_waited_for_and_kept(cuda):

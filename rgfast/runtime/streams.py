@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Home", "capturing", "stream_of"]
+__all__ = ["Home", "capturing", "current", "stream_of"]
 
 
 def capturing() -> bool:
@@ -23,9 +23,14 @@ def capturing() -> bool:
     return begun and torch.cuda.is_current_stream_capturing()
 
 
+def current(device: torch.device) -> Any:
+    """The stream that operators on ``device`` are queued on now; None if it has none."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def stream_of(x: Tensor) -> Any:
-    """The stream that operators on the device of ``x`` are queued on now; None if it has none."""
-    return torch.cuda.current_stream(x.device) if x.device.type == "cuda" else None
+    """:func:`current` of the device of ``x``."""
+    return current(x.device)
 
 
 class Home:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rgfast.probing.capture.rows import RowBatch
+from rgfast.runtime.streams import current
 from rgfast.runtime.waiting import numbers, sent, waits_for
 
 __all__ = ["Origin", "columns_of", "from_first_token", "index_of"]
@@ -64,7 +65,14 @@ def columns_of(positions: Sequence[int], keep: Tensor) -> Tensor:
     return torch.where(wanted < 0, last + 1 + wanted, wanted)
 
 
-@functools.lru_cache(maxsize=256)
 def index_of(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    """``positions`` as a tensor on ``device``, which goes there once and not with every batch."""
+    """``positions`` as a tensor on ``device``, which goes there once and not with every batch.
+
+    Once by every stream: what is queued on another one does not wait until it is there.
+    """
+    return _index_of(positions, device, current(device))
+
+
+@functools.lru_cache(maxsize=256)
+def _index_of(positions: tuple[int, ...], device: torch.device, stream: Any) -> Tensor:
     return numbers(positions, device)
