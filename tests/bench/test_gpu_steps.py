@@ -180,6 +180,19 @@ def test_what_a_sanitizer_sees_is_counted(sanitizer, tmp_path, says, errors, tol
     assert (tmp_path / "memcheck.log").read_text().splitlines() == says
 
 
+def test_races_by_flags_that_racecheck_does_not_follow_are_left_out(sanitizer, tmp_path):
+    race = "========= Error: Race reported between Write access at {0}+0x1a0 and Read access at {0}+0x90"
+    flags = [race.format("rgfast_spectrum_chase_f64"), race.format("rgfast_spectrum_chase_far_f64")]
+    lines = [*flags, race.format("rgfast_cka_sums"), RACES, "every kernel ANSWERED"]
+    sanitizer("\n".join(f'echo "{line}"' for line in lines))
+    found = steps.sanitize(60, tmp_path, "racecheck")
+    assert found["errors"] == 1
+    assert found["told"].endswith(
+        "; 2 of rgfast_spectrum_chase, whose flags it does not follow, are left out"
+    )
+    assert steps.sanitize(60, tmp_path, "memcheck")["errors"] == 3
+
+
 @pytest.mark.parametrize(
     ("option", "words"), [("--kernel-regex", "--kernel-regex kns=rgfast "), ("--other", "")]
 )
