@@ -29,10 +29,10 @@ ON_DEVICES += [(name, place) for name in ("default", "padded") for place in ("on
 class Blocks(nn.Module):
     """Blocks with a device each, where they take their input."""
 
-    def __init__(self, devices, dtype):
+    def __init__(self, devices, dtype, bias=True):
         super().__init__()
         torch.manual_seed(3)
-        self.blocks = nn.ModuleList(Block(device, dtype) for device in devices)
+        self.blocks = nn.ModuleList(Block(device, dtype, bias) for device in devices)
 
     def forward(self, x, attention_mask=None, hidden=None):
         for block in self.blocks:
@@ -41,11 +41,12 @@ class Blocks(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, device, dtype):
+    def __init__(self, device, dtype, bias):
         super().__init__()
-        plain = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        plain = nn.Linear(WIDTH, WIDTH, bias=bias, dtype=dtype)
         self._device = torch.device(device)
-        self.weight, self.bias = (self._placed(p.detach()) for p in (plain.weight, plain.bias))
+        self.weight = self._placed(plain.weight.detach())
+        self.bias = self._placed(plain.bias.detach()) if bias else None
 
     def _placed(self, x):
         x = x if self._device.type == "cpu" else There(x, self._device)
@@ -64,16 +65,16 @@ def devices(*modes):
         yield
 
 
-def opened(places, dtype=torch.float32, **options):
+def opened(places, dtype=torch.float32, bias=True, **options):
     options = {"layers": [f"blocks.{k}" for k in range(3)], "route": "moments"} | options
-    return rgfast.Probe(Blocks(places, dtype), progress=False, **options)
+    return rgfast.Probe(Blocks(places, dtype, bias), progress=False, **options)
 
 
 def probed(case, places, watch=None, given="host"):
     """The result of a probe of blocks at these places, of whose forwards ``watch`` saw every operator."""
     options = {"route": "moments"} | {name: value for name, value in case.items() if name not in OWN}
     with devices():
-        with opened(places, case.get("dtype", torch.float64), **options) as probe:
+        with opened(places, case.get("dtype", torch.float64), "scale" not in case, **options) as probe:
             for k in range(BATCHES):
                 batch = batch_of(k, case)
                 if given == "device":
