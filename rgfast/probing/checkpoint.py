@@ -39,6 +39,7 @@ __all__ = [
     "model_digest",
     "read",
     "read_header",
+    "refuse_another",
     "runs_of",
     "write",
 ]
@@ -102,6 +103,16 @@ def runs_of(names: Sequence[str], seen: Any) -> list[str]:
     if not isinstance(seen, list) or {*names} != {re.sub(r"#\d+$", "", str(name)) for name in seen}:
         return list(names)
     return [str(name) for name in seen]
+
+
+def refuse_another(was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise ValueError if the options ``asked`` for are not those that a checkpoint ``was`` made with."""
+    for name in dict.fromkeys((*asked, *was)):
+        if was.get(name) != asked.get(name):
+            raise ValueError(
+                f"checkpoint is of another probe: {name} was {was.get(name)}, now {asked.get(name)}; "
+                "delete it to start anew"
+            )
 
 
 def model_digest(model: nn.Module) -> str:

@@ -13,18 +13,19 @@ from torch import nn
 from rgfast.ops.fast import takes_rows
 from rgfast.probing import checkpoint as checkpoints
 from rgfast.probing.assemble import assemble
-from rgfast.probing.beside import Beside, on_gpus
 from rgfast.probing.capture.layers import Tap
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.distributed import agree, all_reduce
+from rgfast.probing.early import Early
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.estimators.rows import Rows
 from rgfast.probing.estimators.samples import enough, worthwhile
-from rgfast.probing.first import FirstBatch, first_of
+from rgfast.probing.fingerprint import Fingerprint
+from rgfast.probing.first import FirstBatch
 from rgfast.probing.foreseeing import rows_or_moments
 from rgfast.probing.later import bring
-from rgfast.probing.offloaded import is_offloaded, runs_on
+from rgfast.probing.offloaded import runs_on
 from rgfast.probing.owners import Gathered, Owners
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
@@ -32,7 +33,6 @@ from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.sharding import is_sharded
 from rgfast.probing.shares import first_number, plan_or_shares
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
@@ -43,8 +43,6 @@ from rgfast.streaming import pair_keys
 
 __all__ = ["Tally"]
 
-# Forwards to wait for a layer that does not run in every one.
-_PATIENCE = 16
 _OWNED = "checkpoint is of another owner= of the layers' moments; take the one it was made with, or delete it"
 # Options that say how batches and layers were read.
 _READ = ("mask", "rows", "padding", "origin", "axes", "output", "placements")
@@ -77,7 +75,7 @@ class Tally:
         self._moments: Moments | Owners | None = None
         self._why_moments = ""
         self._too_big: ValueError | None = None
-        self._early: list[RowBatch] = []
+        self._early = Early()
         self._rows: HoldsRows | None = None
         self._first_batch: FirstBatch | None = None
         self._summed: tuple[Moments | Gathered | None, dict[str, Any]] | None = None
@@ -85,42 +83,27 @@ class Tally:
         self.expected: int | None = None  # how many sequences come, if that is known
         self._save: Callable[[], None] | None = None
         self._save_due = False
-        self._weights: str | None = None
-        self._beside: Beside | None = None
-        self._unhashed = False  # until the first forward
-        self._sharded = is_sharded(model)
-        self._read_once = self._sharded or is_offloaded(model)
+        self._weights = Fingerprint(model)
         # Ranks that run every forward together agree after one of them, all at the same time.
-        self._due = self._sharded and ranks is not None
+        self._due = self._weights.sharded and ranks is not None
 
     def open(self) -> None:
         """Forwards will follow. Reads the weights for their fingerprint, which would hold up a forward, and
         what earlier results have left on devices. Those on GPUs wait for :meth:`began`."""
         bring()
-        if self._begun:
-            return
-        self._unhashed = self._ranks is None and not self._read_once and on_gpus(self._model)
-        if not self._unhashed:
-            self._weights = checkpoints.fingerprint(self._model)
-            if self._weights is None and self._spec.checkpoint is not None:
-                self._digest()  # which says so
+        if not self._begun:
+            self._weights.open(alone=self._ranks is None, needed=self._spec.checkpoint is not None)
 
     def began(self) -> None:
-        """A forward begins. Weights on GPUs come to the host beside the first one, or before it in training,
-        which is going to change them."""
-        if self._unhashed:
-            self._unhashed = False
-            if self._model.training:
-                self._weights = checkpoints.fingerprint(self._model)
-            else:
-                self._beside = Beside(self._model)
+        """A forward begins."""
+        self._weights.began()
 
     def close(self, *, failed: bool) -> None:
         """No forward follows: weights may change from now on."""
-        if not failed:
-            self._join_weights()
-        elif self._beside is not None:
-            self._beside.stop()
+        if failed:
+            self._weights.stop()
+        else:
+            self._weights.put_into(self._provenance)
 
     @property
     def plan(self) -> Plan | None:
@@ -142,8 +125,7 @@ class Tally:
     @property
     def sequences(self) -> int:
         """How many sequences came, to all ranks that run the model together with this one."""
-        held = sum(batch.numbers for batch in self._early)
-        held += 0 if self._rows is None else self._rows.sequences
+        held = self._early.sequences + (0 if self._rows is None else self._rows.sequences)
         return held + (0 if self._moments is None else self._moments.numbers)
 
     @property
@@ -201,12 +183,9 @@ class Tally:
         if self._ranks is not None:
             self._ranks.check()
         if not self._begun:
-            self._early.append(_owned(batch) if batch.missing else batch)
-            unseen = self._unseen()
-            if unseen and len(self._early) == _PATIENCE:
-                raise ValueError(self._never_ran(unseen))
-            if not unseen and not self._due:
-                first = self._agreed(self._seen_first(batch))
+            self._early.add(batch, self._names)
+            if not self._early.unseen() and not self._due:
+                first = self._agreed(self._seen_first())
                 assert first is not None
                 self._begin(batch, first)
             return
@@ -219,15 +198,15 @@ class Tally:
 
     def passed(self) -> None:
         """Agree: a forward of all ranks together is over, or they all are where the sum is taken."""
-        seen, waiting = bool(self._early), bool(self._early) and bool(self._unseen())
-        own = self._seen_first(self._early[-1]) if seen and not waiting else self._first_batch
+        seen, waiting = bool(self._early), bool(self._early) and bool(self._early.unseen())
+        own = self._seen_first() if seen and not waiting else self._first_batch
         first = self._agreed(own, waiting=waiting)
         if first is None:
-            self._early[-1:] = [_owned(batch) for batch in self._early[-1:]]
+            self._early.own()
             return
         self._due = False
         if seen:
-            self._begin(self._early[-1], first)
+            self._begin(self._early.batches[-1], first)
         elif self._moments is None:
             self._moments = self._empty(first)
 
@@ -252,11 +231,6 @@ class Tally:
         """Have these ranks do so after the next forward."""
         self._save_due = True
 
-    def _unseen(self) -> list[int]:
-        """The layers that have not run yet."""
-        layers = range(len(self._early[-1].layers))
-        return [k for k in layers if all(batch.layers[k] is None for batch in self._early)]
-
     def _begin(self, batch: RowBatch, first: FirstBatch) -> None:
         """Plan what is measured, now that every layer has been seen, and add the batches so far."""
         pair_keys(self._spec.compared, len(self._names))
@@ -276,8 +250,7 @@ class Tally:
                 said = f"{rows.plan.what}, {rows.plan.notes[-1]}"
                 self._announce(rows.plan, said)
             self._rows = rows
-        early, self._early = self._early, []
-        for one in early:
+        for one in self._early.take():
             self._add(one)
 
     def _hold(self, first: FirstBatch) -> Rows | None:
@@ -316,20 +289,16 @@ class Tally:
         ]
         self._moments.add(replace(batch, targets=targets))
 
-    def _never_ran(self, layers: Sequence[int]) -> str:
-        names = ", ".join(self._names[layer] for layer in layers)
-        return f"layers: {names} did not run in {len(self._early)} forwards; name layers that run"
-
     def result(self, *, last: bool) -> ProbeResult:
         """The measures of all that was seen; ``last`` makes it the last exchange with the other ranks."""
         self._look()
-        self._join_weights()
+        self._weights.put_into(self._provenance)
         spec = self._spec
         rows = self._rows if self._rows is not None and enough(self._rows.sequences, spec.groups) else None
         if rows is not None and (spec.route == "samples" or worthwhile(rows.plan, rows.sequences)):
             return ProbeResult(assemble(rows.measures(), spec.measures, self._provenance), rows.state())
         if self._early:
-            raise ValueError(self._never_ran(self._unseen()))
+            raise ValueError(self._early.never_ran(self._names))
         self._hand_over("there are too few sequences for every measure")
         found: Any = (self._moments, self._provenance)
         moments, provenance = found if self._ranks is None else self._of_all_ranks(self._ranks, last)
@@ -356,7 +325,7 @@ class Tally:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
         """What :meth:`rgfast.Probe.snapshot` says."""
         self._look()
-        self._join_weights()
+        self._weights.put_into(self._provenance)
         if self._ranks is not None and self._spec.owner == "layers" and not self._early and not self._due:
             self._join()
         if self.plan is None:
@@ -364,7 +333,7 @@ class Tally:
         header = {
             "first": None if self._first_batch is None else asdict(self._first_batch),
             "asked": self._asked(),
-            "model": self._digest(),
+            "model": self._weights.known(),
             "provenance": self._provenance,
         }
         rows = self._rows
@@ -383,16 +352,8 @@ class Tally:
     def restore(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """What :meth:`rgfast.Probe.restore` says."""
         self._names = checkpoints.runs_of(self._names, header["asked"].get("layers"))
-        asked = self._asked()
-        for name in dict.fromkeys((*asked, *header["asked"])):
-            value, was = asked.get(name), header["asked"].get(name)
-            if was != value:
-                raise ValueError(
-                    f"checkpoint is of another probe: {name} was {was}, now {value}; delete it to start anew"
-                )
-        if header["model"] != self._digest() and (
-            self._sharded or not checkpoints.is_model(header["model"], self._model)
-        ):
+        checkpoints.refuse_another(header["asked"], self._asked())
+        if not self._weights.matches(header["model"]):
             raise ValueError("checkpoint is of a model with other weights; delete it to start anew")
         plan, _ = Plan.from_json(header["plan"])
         of_rows = Rows.is_state(arrays)
@@ -423,8 +384,8 @@ class Tally:
             summing = self._summing(plan, masked=header["masked"])
             summing.load(arrays, self._device())
             self._moments = summing
-        self._provenance = {**header["provenance"], "weights": self._digest()}
-        self._unhashed = False
+        self._provenance = {**header["provenance"], "weights": self._weights.known()}
+        self._weights.forgo()
 
     def _restore_rows(
         self, plan: Plan, notes: Sequence[str], arrays: Mapping[str, np.ndarray[Any, Any]]
@@ -483,7 +444,7 @@ class Tally:
         own = first
         if self._ranks is not None:
             asked = {**self._spec.to_json(self._names), "owner": self._spec.owner}
-            asked["weights"] = self._fingerprint()
+            asked["weights"] = self._weights.found()
             first = agree(self._ranks, asked, first, waiting=waiting)
         self._first_batch = first or own
         found = first.targets if first else ()
@@ -506,12 +467,8 @@ class Tally:
             for batch in rows.batches():
                 self._sum_up(batch)
 
-    def _seen_first(self, batch: RowBatch) -> FirstBatch:
-        rows = [
-            next(x for b in self._early if (x := b.layers[k]) is not None) for k in range(len(self._names))
-        ]
-        labelled = [target.classes is not None for target in self._targets]
-        return first_of(batch, rows, [target.name for target in self._targets], labelled)
+    def _seen_first(self) -> FirstBatch:
+        return self._early.first(len(self._names), self._targets)
 
     def _empty(self, first: FirstBatch, *, start: int | None = None) -> Moments | Owners:
         """What sums up; the number of the first sequence is ``start``, or agreed on by all ranks."""
@@ -525,9 +482,11 @@ class Tally:
         unread, masked = self._unread, first.masked
         own = found.moments(ranks.rank, masked=masked, unread=unread, uncentred=self._uncentred)
         if start is None:
-            part = self._early[-1].part if self._early else None
+            part = self._early.batches[-1].part if self._early else None
             start = first_number(ranks, self.expected, () if part is None else part.ranks)
-        made = Owners(found, own, ranks, self._device(), unread, start, masked=masked, in_step=self._sharded)
+        made = Owners(
+            found, own, ranks, self._device(), unread, start, masked=masked, in_step=self._weights.sharded
+        )
         made.save = self._save
         return made
 
@@ -538,25 +497,6 @@ class Tally:
     def _uncentred(self) -> bool:
         # On the CPU results have the bound of uncentred ranks whether these are asked for or not, as ever.
         return self._spec.uncentred or not waits_for(self._device())
-
-    def _digest(self) -> str:
-        """That of the weights; if they are sharded or offloaded, as they were at the start.
-
-        Raises ValueError if they cannot be read.
-        """
-        found = self._weights if self._read_once else None
-        return found or checkpoints.known_fingerprint(self._model)
-
-    def _fingerprint(self) -> str | None:
-        return self._weights or checkpoints.fingerprint(self._model)
-
-    def _join_weights(self) -> None:
-        """Put the fingerprint that was taken beside the forwards where it belongs, or the one of now where
-        weights have changed since."""
-        if self._beside is not None:
-            self._weights = self._beside.digest() or checkpoints.fingerprint(self._model)
-            self._provenance["weights"] = self._weights
-            self._beside = None
 
     def _announce(self, plan: Plan, text: str) -> None:
         if self._say:
@@ -569,10 +509,5 @@ class Tally:
             measures=list(self._spec.measures),
             **{name: asked[name] for name in _READ if name in asked},
             **ranks,
-            weights=None if self._beside is not None else self._fingerprint(),  # it is put there later
+            weights=self._weights.so_far(),
         )
-
-
-def _owned(batch: RowBatch) -> RowBatch:
-    """``batch`` with layers of its own, which later forwards do not write to."""
-    return replace(batch, layers=[None if x is None else x.clone() for x in batch.layers])

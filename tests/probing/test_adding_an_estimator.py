@@ -11,6 +11,7 @@ import torch
 
 import rgfast
 from rgfast.probing import tally
+from rgfast.probing.early import owned
 from rgfast.probing.estimators.base import HoldsRows
 from rgfast.probing.estimators.row_measures import measure_rows
 from rgfast.probing.estimators.samples import SampleState
@@ -39,7 +40,7 @@ class Newest:
         return ""
 
     def add(self, batch):
-        self._held.append(tally._owned(batch))
+        self._held.append(owned(batch))
         while self.sequences - self._held[0].sequences >= MOST:
             self._held.popleft()
 

@@ -163,7 +163,7 @@ def test_weights_that_change_are_read_as_they_are_when_forwards_end(gpu, alone, 
     with probing(model) as probe, torch.no_grad():
         model(torch.randn(10, 5))
         if late:
-            probe._tally._beside._thread.join()
+            probe._tally._weights._beside._thread.join()
         CHANGES[change](model)
         gpu.go.set()
     found = probe.result().provenance["weights"]
@@ -244,7 +244,7 @@ def test_forwards_that_fail_end_the_thread(gpu, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         fails()
     assert not [each for each in threading.enumerate() if each.name == "rgfast-weights"]
-    assert not probe._tally._beside._weights
+    assert not probe._tally._weights._beside._weights
     assert probe.result().provenance["weights"] == checkpoint.model_digest(model)
 
 
