@@ -82,7 +82,7 @@ class Ranks:
 
     def until(self, name: str, over: Callable[[], bool]) -> bool:
         """True once a rank has put up something under ``name``, False once it is ``over`` without."""
-        pause = 0.001
+        pauses = _pauses(0.02)
         while True:
             # Read first, then asked: what was put up before a rank failed, or it was over, is seen.
             trouble, ended = self._trouble, over()
@@ -93,8 +93,7 @@ class Ranks:
                 return False
             if trouble is not None and not self._end.is_set():
                 raise RankError(trouble)
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.02)
+            time.sleep(next(pauses))
 
     def count(self, name: str, more: int = 0) -> int:
         """The sum of what all ranks have counted under ``name``, after ``more``."""
@@ -279,28 +278,26 @@ class Ranks:
         """Wait until no rank can call a swap off any more. Raises RankError if one has."""
         end = None
         for rank in range(self.size):
-            pause = 0.001
+            pauses = _pauses(0.1)
             while not self._aside.check([f"{name}/goes/{rank}"]):
                 # A rank that lives says one or the other, and of its death nobody tells once this one ends.
                 if end is None and (self._end.is_set() or self._trouble is not None):
                     end = time.monotonic() + self.timeout
                 if self.dead or (end is not None and time.monotonic() > end):
                     raise RankError(self._trouble or _lost(RuntimeError("no answer")))
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.1)
+                time.sleep(next(pauses))
             if self._aside.get(f"{name}/goes/{rank}") != b"yes":
                 self._end.wait(2 * self._interval)  # until it is known why
                 raise RankError(self._trouble or f"rank {rank} of {self.size} left the probe before its end")
 
     def _wait_for(self, key: str, store: Any = None) -> None:
-        pause = 0.001
+        pauses = _pauses(0.1)
         store = self._store if store is None else store
         while not store.check([key]):
             self.check()
             if store is self._aside and self._end.is_set():
                 raise RankError(f"rank {self.rank} of {self.size} left the probe before its end")
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
+            time.sleep(next(pauses))
 
     def _line(self) -> Any:
         if self._lines is None:
@@ -321,6 +318,14 @@ class Ranks:
             self._end.wait(2 * self._interval)  # if a rank has said what happened, that is what is wanted
             self.check()
             raise RankError(_lost(error)) from error
+
+
+def _pauses(longest: float) -> Iterator[float]:
+    """Seconds to sleep between looks at the store, more each time up to ``longest``."""
+    pause = 0.001
+    while True:
+        yield pause
+        pause = min(1.5 * pause, longest)
 
 
 def _lost(error: BaseException) -> str:
