@@ -218,9 +218,9 @@ def checks(case: Case, name: str, places: list[int]) -> Iterator[Checked]:
             continue
         with torch.no_grad():
             each = states(copy.deepcopy(case.model).double(), case.x.double())
-            clouds = [x.flatten(0, 1) if view == "pooled" else x.mean(1) for x in each]
+            rows = [x.flatten(0, 1) if view == "pooled" else x.mean(1) for x in each]
         at = found.sel(view=view, position=[-1])
-        yield from _compared(case, f"{view}, {name}", torch.stack(clouds)[:, None].cpu(), at)
+        yield from _compared(case, f"{view}, {name}", torch.stack(rows)[:, None].cpu(), at)
 
 
 def _compared(case: Case, name: str, layers: Tensor, at: Any) -> Iterator[Checked]:

@@ -10,16 +10,16 @@ from typing import Any
 
 from rgfast.probing.cluster_plan import ClusterOption, ClusterPlan, ClusterRates
 from rgfast.probing.options import check_views, checked_positions, parse_memory
+from rgfast.probing.partition import held_layers, transit_budget, transit_bytes
 from rgfast.probing.plan import Plan, make_plan
 from rgfast.probing.rank_costs import (
-    clouds,
     handed_bytes,
     moment_bytes,
     solving_bytes,
     spectra_bytes,
+    spectra_per_layer,
     sums_of,
 )
-from rgfast.probing.sharing import held_layers, on_way_bytes, way_bytes
 from rgfast.streaming import Pairs, as_pairs
 from rgfast.validation import check_choice, check_number, check_positive_int
 
@@ -226,7 +226,9 @@ def _option(asked: _Asked, work: _Work, call: str, *, loss: int, runs: int = 1) 
     sums = sums_of(plan, work.ranks, _open_bytes(plan, round(sequences)))
     products = runs * plan.flops_per_sequence * sequences
     forward = runs * 2.0 * work.parameters * work.own_tokens
-    problems = runs * 2 * asked.layers * clouds(plan) * (asked.groups + 1 if asked.groups > 1 else 1)
+    problems = (
+        runs * 2 * asked.layers * spectra_per_layer(plan) * (asked.groups + 1 if asked.groups > 1 else 1)
+    )
     traffic = runs * 2.0 * moment_bytes(plan) * -(-work.own_tokens // _BLOCK)
     gathered = runs * work.gathered_bytes
     return ClusterOption(
@@ -267,18 +269,18 @@ def _shared(asked: _Asked, work: _Work, call: str, *, loss: int) -> ClusterOptio
     widths = [width] * asked.layers
     held = held_layers(widths, ranks, neighbors=asked.pairs == "adjacent")
     most, copies = max(map(len, held)), sum(map(len, held))
-    way = way_bytes(asked.memory)
-    plan, fits = replace(asked, layers=most, memory=asked.memory - way).fitting()
+    transit = transit_budget(asked.memory)
+    plan, fits = replace(asked, layers=most, memory=asked.memory - transit).fitting()
     rows = work.own_tokens * width * work.activation_bytes
     spectra = spectra_bytes(plan, widths)
     solved = asked.groups + 1 if asked.groups > 1 else 1
-    state = plan.state_bytes + way
+    state = plan.state_bytes + transit
     row = asked.length * work.activation_bytes
-    largest = on_way_bytes(asked.memory, widths, held, ranks, row)
+    largest = transit_bytes(asked.memory, widths, held, ranks, row)
     through = rows * (copies - most + (ranks - 1) * most) + (ranks - 1 + len(held)) * spectra // len(held)
     products = plan.flops_per_sequence * work.tokens / asked.length
     forward = 2.0 * work.parameters * work.own_tokens
-    problems = 2 * most * clouds(plan) * solved
+    problems = 2 * most * spectra_per_layer(plan) * solved
     traffic = 2.0 * sum(h.moment_bytes for h in plan.accumulators) * -(-work.tokens // _BLOCK)
     return ClusterOption(
         call=call,

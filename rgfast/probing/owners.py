@@ -30,9 +30,9 @@ from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.exchange import Exchange
 from rgfast.probing.measured import Measured, on_host, spread
 from rgfast.probing.packing import packed, packed_measures, unpacked, unpacked_measures
+from rgfast.probing.partitioned import PartitionedPlan
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
-from rgfast.probing.shares import Shares
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import numbers
 
@@ -86,7 +86,7 @@ class Owners:
 
     def __init__(
         self,
-        shares: Shares,
+        partitioned: PartitionedPlan,
         own: Moments | None,
         ranks: Ranks,
         device: torch.device,
@@ -96,9 +96,9 @@ class Owners:
         masked: bool,
         in_step: bool,
     ) -> None:
-        self.plan, self.masked = shares.plan, masked
+        self.plan, self.masked = partitioned.plan, masked
         self.sequences = self.numbers = 0  # added here, and numbered by all ranks that divide batches
-        self._held, self._buffer = shares.held, shares.buffer
+        self._held, self._buffer = partitioned.held, partitioned.buffer
         self._ranks, self._device, self._in_step = ranks, device, in_step
         self._finite = FiniteCheck(self.plan.names, unread)
         self._own = own

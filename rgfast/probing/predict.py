@@ -88,7 +88,7 @@ def work_of(
     return _of_rows(plan, sequences, uncentred, deficient)
 
 
-def _clouds(plan: Plan, sequences: int) -> list[tuple[int, int]]:
+def _data_matrices(plan: Plan, sequences: int) -> list[tuple[int, int]]:
     """(how many, rows of each) that measures are taken of, in all views."""
     positional = sum(view in plan.views for view in ("visible", "masked", "position"))
     found = [(positional * len(plan.positions), sequences)]
@@ -105,7 +105,7 @@ def _of_rows(plan: Plan, sequences: int, uncentred: bool, deficient: Sequence[in
     variants, moments, kernels = _variants(plan), _of_maps(plan, sequences, deficient, by_rows=True), 0.0
     eigenvalues: list[tuple[int, int]] = []
     refined: list[tuple[int, int, int]] = []
-    for count, rows in _clouds(plan, sequences):
+    for count, rows in _data_matrices(plan, sequences):
         for width, spectra in zip(plan.widths, deficient, strict=True):
             side = min(rows, width)
             if rows == sequences or sequences < width:
@@ -123,7 +123,7 @@ def _of_rows(plan: Plan, sequences: int, uncentred: bool, deficient: Sequence[in
 def _of_maps(plan: Plan, sequences: int, deficient: Sequence[int], *, by_rows: bool) -> float:
     """Multiplications of the maps that predict targets, of every group of every view."""
     total = 0.0
-    for count, rows in _clouds(plan, sequences) if plan.targets else ():
+    for count, rows in _data_matrices(plan, sequences) if plan.targets else ():
         for width, spectra in zip(plan.widths, deficient, strict=True):
             side = min(rows, width) if by_rows else width
             singular = spectra > 0 or rows < side
@@ -136,7 +136,7 @@ def _of_moments(plan: Plan, sequences: int, deficient: Sequence[int]) -> Work:
     """Sums as the batches come, in fp64; then every state is read for eigenvalues and kernels."""
     variants = _variants(plan)
     eigenvalues = [
-        (count * variants, width) for count, _ in _clouds(plan, sequences) for width in plan.widths
+        (count * variants, width) for count, _ in _data_matrices(plan, sequences) for width in plan.widths
     ]
     state = sum(state_bytes(h.widths, h.positions, h.pairs) for h in plan.accumulators)
     moved = 8.0 * sequences * plan.length * sum(plan.widths) + 8.0 * variants * state

@@ -11,12 +11,12 @@ from rgfast.streaming.sizes import at_once
 
 __all__ = [
     "Sums",
-    "clouds",
     "handed_bytes",
     "handing_note",
     "moment_bytes",
     "solving_bytes",
     "spectra_bytes",
+    "spectra_per_layer",
     "summing_note",
     "sums_of",
 ]
@@ -66,10 +66,10 @@ def handed_bytes(widths: Sequence[int], held: Sequence[Sequence[int]], itemsize:
     return itemsize * sum(widths[layer] for some in held for layer in some)
 
 
-def handing_note(plan: Plan, parts: Sequence[Plan], row: int, ranks: int, on_way: int) -> str:
+def handing_note(plan: Plan, parts: Sequence[Plan], row: int, ranks: int, transit: int) -> str:
     """What is said before a run of ranks that share out the layers of ``plan``: with ``row`` bytes that go to
-    the owners of a row's layers, and ``on_way`` bytes of rows on their way to and from a rank."""
-    peak = max(part.state_bytes + max(on_way, solving_bytes(part)) for part in parts)
+    the owners of a row's layers, and ``transit`` bytes of rows on their way to and from a rank."""
+    peak = max(part.state_bytes + max(transit, solving_bytes(part)) for part in parts)
     sequence, end = (ranks - 1) * plan.length * row // ranks, (ranks - 1) * spectra_bytes(plan, plan.widths)
     return (
         f"at most {human_bytes(peak)} with what solves spectra; about {human_bytes(sequence)} per sequence "
@@ -95,7 +95,7 @@ def _used(plan: Plan) -> list[Held]:
 
 def spectra_bytes(plan: Plan, widths: Sequence[int]) -> int:
     """Singular values of layers of these widths, which are nearly all that there is of measures."""
-    return 8 * clouds(plan) * len(widths) * max(widths)
+    return 8 * spectra_per_layer(plan) * len(widths) * max(widths)
 
 
 def solving_bytes(plan: Plan) -> int:
@@ -105,7 +105,7 @@ def solving_bytes(plan: Plan) -> int:
     return _SOLVING * 8 * layers * positions * (width + 2) ** 2
 
 
-def clouds(plan: Plan) -> int:
+def spectra_per_layer(plan: Plan) -> int:
     """How many spectra a layer has, centered or not."""
     single = sum(view in plan.views for view in ("pooled", "mean_pooled", "flattened", *plan.rows))
     return single + ("position" in plan.views) * len(plan.positions)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rgfast.files import write_folder_atomically
 from rgfast.probing import checkpoint as checkpoints
-from rgfast.probing import together
+from rgfast.probing import coordinated_checkpoints
 from rgfast.probing.capture.batches import batch_rows, check_order, iterate, sequences_of
 from rgfast.probing.controls import random_weights, shuffled
 from rgfast.probing.distributed import rank_path
@@ -243,7 +243,7 @@ def _run(model: nn.Module, batches: Any, spec: ProbeSpec, keeper: Keeper | None 
             path = rank_path(path, rank, ranks)
             checkpoints.clear_stale(path)
         if watched.ranks is not None:
-            together.choose(watched.ranks, path)
+            coordinated_checkpoints.choose(watched.ranks, path)
         if path is not None:
             saved = _Saved(watched, path, spec.checkpoint_every)
             saved.resume(stream, say=not quiet)
@@ -326,7 +326,7 @@ class _Saved:
 
     def close(self) -> None:
         """The result is there."""
-        together.before(self._path).unlink(missing_ok=True)
+        coordinated_checkpoints.before(self._path).unlink(missing_ok=True)
         del self._watched  # whose moments would live until a collection of cycles
 
     def _write(self) -> None:
@@ -337,6 +337,6 @@ class _Saved:
         if self._batch is not None:
             self._last = checkpoints.batch_digest(self._batch)
         if watched.tally.shared:
-            together.make_room(path)
+            coordinated_checkpoints.make_room(path)
         checkpoints.write(path, {**header, "batches": self._done, "last": self._last}, arrays)
         self._new = False

@@ -27,13 +27,13 @@ from rgfast.probing.foreseeing import rows_or_moments
 from rgfast.probing.later import bring
 from rgfast.probing.offloaded import runs_on
 from rgfast.probing.owners import Gathered, Owners
+from rgfast.probing.partitioned import first_number, plan_of_ranks
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen
 from rgfast.probing.provenance import provenance
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.result import ProbeResult
-from rgfast.probing.shares import first_number, plan_or_shares
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.targets import Target
 from rgfast.probing.tiling import BY_SAMPLES, by_tiles, foreseen_tiles
@@ -473,7 +473,7 @@ class Tally:
     def _empty(self, first: FirstBatch, *, start: int | None = None) -> Moments | Owners:
         """What sums up; the number of the first sequence is ``start``, or agreed on by all ranks."""
         ranks = self._ranks
-        found = plan_or_shares(first, self._spec, self._names, 1 if ranks is None else ranks.size)
+        found = plan_of_ranks(first, self._spec, self._names, 1 if ranks is None else ranks.size)
         if isinstance(found, Plan):
             self._announce(found, str(found))
             return self._summing(found, masked=first.masked)

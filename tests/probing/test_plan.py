@@ -211,8 +211,8 @@ def test_refinements_and_maps_are_counted():
     # Fewer rows than features have no value that a moment loses.
     assert not predict.work_of("rows", plan, 1, uncentred=True, deficient=deficient).refined
     bare = predict.work_of("rows", planned(groups=4, views=["position", "pooled"]), 100, uncentred=True)
-    clouds = ((5, 100), (1, 500))
-    maps = sum(count * (4 * 8**3 * (1 + 20 + 20) + 3 * 2 * rows * 8 * 8) for count, rows in clouds)
+    data_matrices = ((5, 100), (1, 500))
+    maps = sum(count * (4 * 8**3 * (1 + 20 + 20) + 3 * 2 * rows * 8 * 8) for count, rows in data_matrices)
     assert work.moments == bare.moments + maps
     summed = [predict.work_of("moments", plan, 100, uncentred=True, deficient=d) for d in (deficient, ())]
     assert summed[0].factors > summed[1].factors == 0

@@ -11,15 +11,15 @@ from launch import needs_gloo, printed_by
 from torch.utils.data import DataLoader, TensorDataset
 
 import rgfast
-from rgfast.probing import together
+from rgfast.probing import coordinated_checkpoints
 from rgfast.probing.capture.batches import sequences_of
 from rgfast.probing.capture.rows import RowBatch
+from rgfast.probing.coordinated_checkpoints import before
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.packing import packed, unpacked
-from rgfast.probing.shares import Shares, plan_or_shares, shares_of
-from rgfast.probing.sharing import held_layers, way_bytes
+from rgfast.probing.partition import held_layers, transit_budget
+from rgfast.probing.partitioned import PartitionedPlan, partitioned_plan, plan_of_ranks
 from rgfast.probing.spec import ProbeSpec
-from rgfast.probing.together import before
 
 SIZES = ["2", "4"]
 
@@ -186,19 +186,19 @@ def test_every_layer_and_every_neighbor_is_held(layers, ranks):
 def test_all_ranks_measure_what_the_fullest_has_room_for():
     first = FirstBatch((40, 8, 8, 8), 16, True, (0, 0, 0, 0), False, False, ())
     spec = ProbeSpec(views=["position"], memory="200KiB", refine=False)
-    shares = shares_of(first, spec, list("abcd"), 2)
-    assert shares.held == ((0, 1), (1, 2, 3))
-    assert {part.positions for part in shares.parts} == {shares.plan.positions}
-    assert 1 < len(shares.plan.positions) < 16
-    assert shares.plan.names == ("a", "b", "c", "d")
-    assert shares.state_bytes <= 200 << 10
-    assert shares.way == way_bytes(200 << 10) == 25600
+    partitioned = partitioned_plan(first, spec, list("abcd"), 2)
+    assert partitioned.held == ((0, 1), (1, 2, 3))
+    assert {part.positions for part in partitioned.parts} == {partitioned.plan.positions}
+    assert 1 < len(partitioned.plan.positions) < 16
+    assert partitioned.plan.names == ("a", "b", "c", "d")
+    assert partitioned.state_bytes <= 200 << 10
+    assert partitioned.transit == transit_budget(200 << 10) == 25600
     little = (
         "memory: 1 position of 2 layers need 21.2 KiB, and memory allows 17.5 KiB; .*; of 20 KiB, rows on "
         "their way between 2 ranks take 2.5 KiB, and with more ranks each has fewer layers"
     )
     with pytest.raises(ValueError, match=little):
-        shares_of(first, ProbeSpec(views=["position"], memory="20KiB", refine=False), list("abcd"), 2)
+        partitioned_plan(first, ProbeSpec(views=["position"], memory="20KiB", refine=False), list("abcd"), 2)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_targets_need_layers_at_the_same_places():
     refused = "since targets= are read at the places of the first layer"
     spec = ProbeSpec(views=["mean_pooled"], targets={"x": "x"}, owner="layers")
     with pytest.raises(ValueError, match=f"owner: 'layers' cannot be had, {refused}"):
-        plan_or_shares(first, spec, ["a", "b"], 2)
-    assert isinstance(plan_or_shares(replace(first, places=(0, 0)), spec, ["a", "b"], 2), Shares)
+        plan_of_ranks(first, spec, ["a", "b"], 2)
+    assert isinstance(plan_of_ranks(replace(first, places=(0, 0)), spec, ["a", "b"], 2), PartitionedPlan)
     spec = replace(spec, owner="auto", memory="4KiB")
     with pytest.raises(ValueError, match=r"memory: .* \(ranks cannot share out the layers: targets="):
-        plan_or_shares(first, spec, ["a", "b"], 2)
+        plan_of_ranks(first, spec, ["a", "b"], 2)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,8 @@ def test_files_that_do_not_go_together_are_refused_and_left(monkeypatch, tmp_pat
     for number, place in zip(reversed(mine), (path, before(path)), strict=False):
         place.write_text(str(number))
     files = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(together, "_number", lambda place: int(place.read_text()))
+    monkeypatch.setattr(coordinated_checkpoints, "_number", lambda place: int(place.read_text()))
     ranks = SimpleNamespace(size=2, gather=lambda name, own: [own, theirs])
     with pytest.raises(ValueError, match="checkpoint must have files of all 2 ranks"):
-        together.choose(ranks, path)
+        coordinated_checkpoints.choose(ranks, path)
     assert sorted(tmp_path.iterdir()) == files

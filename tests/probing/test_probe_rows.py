@@ -172,12 +172,12 @@ def test_brute_force_in_fp64(shape):
         for layer in model.layers:
             stream.append(layer(stream[-1]))
     stream = [y.double() for y in stream]
-    clouds = {
+    data_matrices = {
         ("pooled", -1): [y.flatten(0, 1) for y in stream],
         ("mean_pooled", -1): [y.mean(1) for y in stream],
     }
-    clouds |= {("position", t): [y[:, t] for y in stream] for t in range(shape[1])}
-    for (view, position), layers in clouds.items():
+    data_matrices |= {("position", t): [y[:, t] for y in stream] for t in range(shape[1])}
+    for (view, position), layers in data_matrices.items():
         at = found.sel(view=view, position=position)
         for layer, y in enumerate(layers):
             assert int(at.n) == len(y)

@@ -60,12 +60,12 @@ def test_least_squares_on_what_was_left_out(shape):
             stream.append(layer(stream[-1].float()).double())
     fold = torch.arange(n) % groups
     for layer, z in enumerate(stream):
-        clouds = {
+        data_matrices = {
             ("pooled", -1): (z.flatten(0, 1), y.flatten(0, 1), fold.repeat_interleave(length)),
             ("mean_pooled", -1): (z.mean(1), y.double().mean(1), fold),
             **{("position", t): (z[:, t], y[:, t], fold) for t in range(length)},
         }
-        for (view, position), (rows, asked, group) in clouds.items():
+        for (view, position), (rows, asked, group) in data_matrices.items():
             asked, errors = asked.double(), np.zeros(2)
             for g in range(groups):
                 train, test = group != g, group == g

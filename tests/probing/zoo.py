@@ -184,7 +184,7 @@ def cka(x, y):
     return hsic(x, y) / (hsic(x, x) * hsic(y, y)) ** 0.5
 
 
-def clouds(layers, keep):
+def data_matrices(layers, keep):
     """The rows ``[n, d_l]`` of every layer by view and position, and whether layers can be compared there."""
     aligned = len({x.shape[1] for x in layers}) == 1
     keeps = [torch.ones(x.shape[:2], dtype=torch.bool) if keep is None else keep for x in layers]
@@ -221,7 +221,7 @@ def check(case):
     Errors are relative to the value, or to the floor that its contract gives it.
     """
     names, layers = stored(case)
-    truth = clouds(layers, case.keep)
+    truth = data_matrices(layers, case.keep)
     asked = pasted(case.model, case.blocks) if case.layers == "pasted" else case.layers
     views = tuple(dict.fromkeys(view for view, _ in truth))
     positions = {"positions": (2, "last")} if "position" in views else {}

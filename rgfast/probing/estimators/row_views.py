@@ -71,7 +71,7 @@ class RowViews:
         self._parts: dict[str, list[tuple[int, Part]]] = {view: [] for view in self._positional}
         self._pools = "pooled" in plan.views
         self._few = self._pools and total < max(plan.widths)
-        self._clouds: list[Tile] = []
+        self._few_tiles: list[Tile] = []
         layers = len(plan.widths)
         pairs = plan.pairs
         if plan.targets:
@@ -220,7 +220,7 @@ class RowViews:
         groups = self._plan.groups
         if self._few:
             rows, targets = ([x.clone() for x in some] for some in (tile.rows, tile.targets))
-            self._clouds.append(replace(tile, rows=rows, targets=targets, sequence=numbers_of(tile)))
+            self._few_tiles.append(replace(tile, rows=rows, targets=targets, sequence=numbers_of(tile)))
             return
         if self._pool_of_all is not None:
             if len(tile.rows[0]):
@@ -235,9 +235,9 @@ class RowViews:
     def _few_pooled(self) -> Part:
         rows, targets = (
             [torch.cat(parts)[None] for parts in zip(*some, strict=True)]
-            for some in ([t.rows for t in self._clouds], [t.targets for t in self._clouds])
+            for some in ([t.rows for t in self._few_tiles], [t.targets for t in self._few_tiles])
         )
-        sequence = torch.cat([_given(tile.sequence) for tile in self._clouds])
+        sequence = torch.cat([_given(tile.sequence) for tile in self._few_tiles])
         found = self._variants(rows, sequence)
         assert found is not None  # every tile was looked at
         self._ask("pooled", -1, rows, targets, sequence)

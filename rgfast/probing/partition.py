@@ -1,37 +1,37 @@
-"""Which rank sums up which layers, if they are shared out, and how many rows wait to be handed over."""
+"""The partition of layers among ranks: who sums up which, and how many bytes of rows are in transit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
 
-__all__ = ["buffer_bytes", "held_layers", "on_way_bytes", "way_bytes"]
+__all__ = ["buffer_bytes", "held_layers", "transit_budget", "transit_bytes"]
 
-_WAY = 512 << 20
-
-
-def way_bytes(memory: int) -> int:
-    """Bytes for rows on their way, of those that a rank has: held back, going out and coming in."""
-    return min(_WAY, memory // 8)
+_TRANSIT = 512 << 20
 
 
-def on_way_bytes(
+def transit_budget(memory: int) -> int:
+    """Bytes for rows in transit, of those that a rank has: held back, going out and coming in."""
+    return min(_TRANSIT, memory // 8)
+
+
+def transit_bytes(
     memory: int, widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int, feature: int
 ) -> int:
-    """:func:`way_bytes`, or more if a sequence, of ``feature`` bytes per feature, has more rows than that."""
-    return max(way_bytes(memory), int(feature * _most_on_way(widths, held, ranks, [1.0] * ranks)))
+    """:func:`transit_budget`, or more if one sequence, of ``feature`` bytes per feature, has more rows."""
+    return max(transit_budget(memory), int(feature * _most_in_transit(widths, held, ranks, [1.0] * ranks)))
 
 
 def buffer_bytes(memory: int, widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int) -> int:
     """Rows that a rank holds back for others until they go out, of the bytes it has."""
     each = [1 / kept if kept else 0.0 for kept in _kept(widths, held, ranks)]
-    return max(1, int(way_bytes(memory) / _most_on_way(widths, held, ranks, each)))
+    return max(1, int(transit_budget(memory) / _most_in_transit(widths, held, ranks, each)))
 
 
-def _most_on_way(
+def _most_in_transit(
     widths: Sequence[int], held: Sequence[Sequence[int]], ranks: int, rows: Sequence[float]
 ) -> float:
-    """Numbers on their way at a rank, at most, if rank r holds back ``rows[r]`` of every layer: while they go
+    """Numbers in transit at a rank, at most, if rank r holds back ``rows[r]`` of every layer: while they go
     out, and others come in, as many gather; and before the next go out, those that came are summed up."""
     takes = [sum(widths[layer] for layer in some) for some in held] + [0] * (ranks - len(held))
     most = 0.0

@@ -1,4 +1,4 @@
-"""How ranks share out the layers, and whether they do."""
+"""Plans of several ranks: whether they partition the layers, and what each then sums up."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from rgfast.probing.distributed import first_numbers
 from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.options import human_bytes
+from rgfast.probing.partition import buffer_bytes, held_layers, transit_budget, transit_bytes
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room
 from rgfast.probing.rank_costs import handed_bytes, handing_note, summing_note
 from rgfast.probing.ranks import Ranks
-from rgfast.probing.sharing import buffer_bytes, held_layers, on_way_bytes, way_bytes
 from rgfast.probing.spec import ProbeSpec
 from rgfast.probing.unread import Unread
 
-__all__ = ["Shares", "first_number", "plan_or_shares", "shares_of"]
+__all__ = ["PartitionedPlan", "first_number", "partitioned_plan", "plan_of_ranks"]
 
 
 @dataclass(frozen=True)
-class Shares:
+class PartitionedPlan:
     """What each rank sums up: ``plan`` is of all layers, ``parts[r]`` of the layers ``held[r]``, one for
-    every rank that owns some. ``buffer`` bytes of rows are held back before they are handed over, ``way``
+    every rank that owns some. ``buffer`` bytes of rows are held back before they are handed over, ``transit``
     are on their way, these included."""
 
     plan: Plan
     parts: tuple[Plan, ...]
     held: tuple[tuple[int, ...], ...]
     buffer: int
-    way: int
+    transit: int
 
     @property
     def state_bytes(self) -> int:
         """What a rank holds, at most: moments, rows to hand over, those that go out and those that come."""
-        return max(part.state_bytes for part in self.parts) + self.way
+        return max(part.state_bytes for part in self.parts) + self.transit
 
     def moments(self, rank: int, *, masked: bool, unread: Unread, uncentred: bool) -> Moments | None:
         """What a rank sums up, empty; None if it owns no layer."""
@@ -44,11 +44,11 @@ class Shares:
         return Moments(self.parts[rank], masked=masked, unread=unread, uncentred=uncentred)
 
 
-def shares_of(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: int) -> Shares:
+def partitioned_plan(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: int) -> PartitionedPlan:
     """How ``ranks`` share out the layers. Raises ValueError, naming the change to make, if a rank's part does
     not fit ``memory``."""
     memory = room(first, spec)
-    fewer = replace(spec, memory=memory - way_bytes(memory))
+    fewer = replace(spec, memory=memory - transit_budget(memory))
     held = held_layers(first.widths, ranks, neighbors=spec.compared == "adjacent")
     parts = []
     for layers in held:
@@ -59,7 +59,7 @@ def shares_of(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: i
         except ValueError as error:
             raise ValueError(
                 f"{error}; of {human_bytes(memory)}, rows on their way between {ranks} ranks take "
-                f"{human_bytes(way_bytes(memory))}, and with more ranks each has fewer layers"
+                f"{human_bytes(transit_budget(memory))}, and with more ranks each has fewer layers"
             ) from None
     # All have room for what the one with the least room measures.
     least = min(parts, key=lambda part: (len(part.views), len(part.positions)))
@@ -71,19 +71,21 @@ def shares_of(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: i
     ]
     whole = replace(least, names=tuple(names), widths=first.widths, places=first.places, refine=refine)
     state = human_bytes(max(part.state_bytes for part in alike))
-    way = on_way_bytes(memory, first.widths, held, ranks, first.length * first.itemsize)
+    transit = transit_bytes(memory, first.widths, held, ranks, first.length * first.itemsize)
     note = (
         f"layers are shared out among {len(held)} of {ranks} ranks, at most {max(map(len, held))} on each: "
-        f"{state} of state and up to {human_bytes(way)} of rows on their way per rank"
+        f"{state} of state and up to {human_bytes(transit)} of rows on their way per rank"
     )
     row = handed_bytes(first.widths, held, first.itemsize)
-    note += f", {handing_note(whole, alike, row, ranks, way)}"
+    note += f", {handing_note(whole, alike, row, ranks, transit)}"
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     buffer = buffer_bytes(memory, first.widths, held, ranks)
-    return Shares(replace(whole, notes=(*notes, note)), tuple(alike), held, buffer, way)
+    return PartitionedPlan(replace(whole, notes=(*notes, note)), tuple(alike), held, buffer, transit)
 
 
-def plan_or_shares(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: int) -> Plan | Shares:
+def plan_of_ranks(
+    first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ranks: int
+) -> Plan | PartitionedPlan:
     """What ranks sum up: all layers each, or some if that was asked for or nothing else fits ``memory``; one
     by itself owns all. Raises ValueError, naming the change to make, if nothing fits."""
     why = spec.why_not_shared
@@ -100,7 +102,7 @@ def plan_or_shares(first: FirstBatch, spec: ProbeSpec, names: Sequence[str], ran
                 raise ValueError(f"{error} (ranks cannot share out the layers: {why})") from None
     if why:
         raise ValueError(f"owner: 'layers' cannot be had, since {why}")
-    return shares_of(first, spec, names, ranks)
+    return partitioned_plan(first, spec, names, ranks)
 
 
 def first_number(ranks: Ranks, expected: int | None, line: Sequence[int]) -> int:
