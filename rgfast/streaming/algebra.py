@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rgfast.ops.moments.moved import moved
 from rgfast.runtime.waiting import numbers, waits_for
 
 __all__ = [
@@ -133,19 +134,13 @@ def rescaled(moment: Tensor, left: float, right: float) -> Tensor:
 
 
 def recentred(moment: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The sums of ``[x + left, |x + left|², 1]`` and ``[y + right, …]`` from those of x and y: Tᵀ M T'."""
-    columns = _move_columns(moment, right)
-    return _move_columns(columns.transpose(1, 2), left).transpose(1, 2)
+    """:func:`moved`, with squared norms added up in an order of their own, which the CPU's bits rest on."""
+    return moved(moment, left, right, _norms)
 
 
-def _move_columns(moment: Tensor, delta: Tensor) -> Tensor:
-    d = delta.shape[1]
-    body, square, one = moment[..., :d], moment[..., d], moment[..., d + 1]
-    out = torch.empty(moment.shape, dtype=moment.dtype, device=moment.device)
-    torch.addcmul(body, one[..., None], delta[:, None], out=out[..., :d])
-    out[..., d] = square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
-    out[..., d + 1] = one
-    return out
+def _norms(moment: Tensor, delta: Tensor) -> Tensor:
+    body, square, one = moment[..., :-2], moment[..., -2], moment[..., -1]
+    return square + (body * (2 * delta[:, None])).sum(-1) + delta.square().sum(-1)[:, None] * one
 
 
 def centred_cross(moment: Tensor) -> Tensor:
