@@ -21,7 +21,7 @@ from rgfast.ops.spectrum.measures import (
 )
 from rgfast.ops.spectrum.solve import Solved
 
-__all__ = ["MEASURES", "Kernels", "Kind", "Measure", "asked_measures", "named", "register"]
+__all__ = ["MEASURES", "Kernels", "Kind", "Measure", "are_built_in", "asked_measures", "named", "register"]
 
 Kind = Literal["rank", "drift", "pair"]
 
@@ -178,3 +178,11 @@ for _measure in (
     Measure("cka_biased", "pair", "CKA, biased", "kernels", lambda k: k.biased),
 ):
     register(_measure)
+
+_BUILT_IN = tuple(MEASURES.values())
+
+
+def are_built_in(*kinds: Kind) -> bool:
+    """Whether the measures of these kinds are the ones of this file: none added, replaced or taken away."""
+    now, then = ([m for m in some if m.kind in kinds] for some in (MEASURES.values(), _BUILT_IN))
+    return len(now) == len(then) and all(one is other for one, other in zip(now, then, strict=True))

@@ -25,7 +25,7 @@ from rgfast.ops.spectrum.ranks import BOUNDED, MEASURED, check
 from rgfast.ops.spectrum.selection import TABLE
 from rgfast.ops.spectrum.solve import Solved
 from rgfast.probing.measured import Measured, doubtful, of_kernels, of_spectra, on_host, parted
-from rgfast.probing.measures import Kernels, named
+from rgfast.probing.measures import Kernels, are_built_in, named
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import numbers, read, sent, waits_for
 from rgfast.streaming import KernelSums, MomentAccumulator, Together, in_order
@@ -109,7 +109,7 @@ def _measured(
     for some in sums.at_once(layers if there else 1):
         shape = len(some), len(count)
         factored = moments if refine and any(layer in moments.factored for layer in some) else None
-        if there and factored is None and named("rank") == MEASURED:
+        if there and factored is None and are_built_in("rank") and named("rank") == MEASURED:
             found = TABLE("auto", _values(sums, some, uncentred))
             tables.append(found.table[:-1].view(-1, *shape))
             finite.append(found.table[-1])
