@@ -47,10 +47,11 @@ def probe(
             ``result.dataset.sequence_id``. Of several ranks that give the same ones each reads a part.
         batches: an iterable of batches (a list, a DataLoader), or one mapping of whole arrays or one array,
             which is cut into pieces of ``batch_size`` (by default 256; of a :class:`ResidualStack` on a GPU
-            and an array up to 1,024 times ``groups``, as far as a quarter of ``memory`` holds their rows at
-            all layers, without a checkpoint). A batch is a mapping (what ``forward`` takes by name is passed;
-            the whole mapping, if ``forward`` takes a single argument of another name), a tuple (as many items
-            as ``forward`` requires, and a padding mask among the others) or a tensor.
+            and an array up to 1,024 times ``groups``, as far as a quarter of ``memory``, and what the state
+            leaves of it, holds their rows at all layers, without a checkpoint). A batch is a mapping (what
+            ``forward`` takes by name is passed; the whole mapping, if ``forward`` takes a single argument of
+            another name), a tuple (as many items as ``forward`` requires, and a padding mask among the
+            others) or a tensor.
         layers: ``"auto"`` (the residual stream: the input of the first block and the output of each), the
             name of a stack of blocks, names, indices, globs or regular expressions, see
             :func:`rgfast.probing.capture.layers.resolve`. ``"sublayers"`` (``"sublayers:NAME"`` for a named

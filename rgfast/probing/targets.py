@@ -58,6 +58,16 @@ class Target:
         """The batch entry that it is read from, if it is one."""
         return self._source if isinstance(self._source, str) else None
 
+    def width(self, length: int) -> int | None:
+        """Numbers per row, of sequences of ``length`` rows; None if that is known from batches alone."""
+        if not isinstance(self._source, Tensor):
+            return None
+        if self.classes is not None:
+            return self.classes
+        shape = self._source.shape
+        single = len(shape) == 1 or (len(shape) == 2 and shape[1] == length > 1)
+        return 1 if single else shape[-1]
+
     def rows(
         self,
         entries: Mapping[str, Any],

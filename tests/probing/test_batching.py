@@ -7,6 +7,8 @@ from torch import nn
 
 import rgfast
 from rgfast.probing import batching
+from rgfast.probing.capture.layers import resolve
+from rgfast.probing.spec import ProbeSpec
 from rgfast.runtime import waiting
 
 N, LENGTH, WIDTH, DEPTH = 2500, 3, 4, 2
@@ -107,3 +109,58 @@ def test_models_of_other_kinds_and_other_batches_are_cut_as_ever(elsewhere):
 def test_on_the_cpu_nothing_changes():
     assert sizes(stack(), X)[0] == [256] * 9 + [196]
     assert batching.tile_size(stack(), 3) == 384
+
+
+LABELS, VECTORS = torch.arange(N) % 5, torch.randn(N, 2, generator=torch.Generator().manual_seed(2))
+OPTIONS = {
+    "position": {},
+    "default": {"views": None},
+    "all pairs": {"pairs": "all", "views": ["position", "pooled"]},
+    "groups": {"groups": 2},
+    "some positions": {"positions": [0, "last"]},
+    "labels": {"targets": {"a": LABELS, "b": LABELS[:, None].expand(N, LENGTH)}},
+    "vectors": {"targets": {"a": VECTORS, "b": VECTORS[:, 0], "c": X[..., :1], "d": X[:, :, 0]}},
+    "masked": {"mask": lambda entries: next(iter(entries.values()))[..., 0] > 1.0, "views": None},
+    "rows": {"rows": {"odd": torch.arange(N) % 2 == 1}, "views": None},
+}
+
+
+def state_of(**options):
+    """Bytes of the state that a probe plans when it has seen its first batch."""
+    with rgfast.Probe(stack(), progress=False, **options) as probe, torch.no_grad():
+        probe.run(X[:256])
+    return probe.plan.state_bytes
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rows_of_a_tile_have_what_the_state_leaves_of_memory(elsewhere, name):
+    asked = {"route": "moments", "refine": False, "views": ["position"]} | OPTIONS[name]
+    seen = []
+    for memory in (50_000, 275_000, 600_000, 4_000_000):
+        state = state_of(memory=memory, **asked)
+        model, spec = stack(), ProbeSpec(memory=memory, **asked)
+        taps, _ = resolve(model, "auto")
+        seen.append(batching.batch_size(spec, model, taps, X))
+        fitting = min(memory // 4, memory - state) // EACH
+        assert seen[-1] == max(256, min(1024 * spec.groups, fitting))
+    assert len({*seen}) > 2
+
+
+def test_a_state_that_leaves_little_has_batches_of_the_usual_size(elsewhere):
+    """At a quarter of memory it would be 390, 477 and 520 sequences."""
+    for memory, first in ((225_000, 256), (275_000, 465), (300_000, 520)):
+        assert sizes(stack(), X, groups=40, pairs="all", memory=memory)[0][0] == first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"targets": {"a": lambda entries: X[:256, 0]}}, {"memory": 2_000}],
+    ids=["targets of entries", "nothing fits"],
+)
+def test_a_state_that_is_not_known_has_batches_of_the_usual_size(elsewhere, options):
+    asked = {"route": "moments", "refine": False, "views": ["position"], "memory": "1GiB"} | options
+    model = stack()
+    taps, _ = resolve(model, "auto")
+    assert batching.batch_size(ProbeSpec(**asked), model, taps, X) == 256
+    del asked["targets" if "targets" in asked else "memory"]
+    assert batching.batch_size(ProbeSpec(**asked), model, taps, X) == 1024
