@@ -71,7 +71,7 @@ OP = Op(
 def alignment(
     layers: Sequence[Tensor], *, adjacent: bool, groups: int = 1, impl: ImplName = "auto"
 ) -> Tensor:
-    """Debiased and biased CKA ``[V, 2, P, L, L]`` (fp64) of ``layers[l][P, n, d]`` from one pass over data.
+    """Debiased and biased CKA ``[V, 2, ..., L, L]`` (fp64) of ``layers[l][..., n, d]``, in one pass.
 
     The values of :func:`cka_matrix`, NaN beside constant layers and, if ``adjacent``, for all pairs but
     neighbours; those of close neighbours are as good as 1 − :func:`kernel_drift`. V is 1; with ``groups`` of
@@ -79,9 +79,12 @@ def alignment(
     for NaN or Inf.
     """
     checked = as_layers(layers, "layers")
+    lead = checked[0].shape[:-2]
+    if len(lead) != 1:
+        checked = tuple(x.reshape(math.prod(lead), *x.shape[-2:]) for x in checked)
     options = (("adjacent", adjacent), ("groups", groups))
     value: Tensor = OP(impl, Call("alignment", ("layers",), checked, options=options))
-    return value
+    return value if len(lead) == 1 else value.reshape(*value.shape[:2], *lead, *value.shape[3:])
 
 
 def cka(

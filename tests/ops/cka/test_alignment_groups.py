@@ -1,8 +1,11 @@
 """CKA of all samples and of all but each group, from products made once, against the reference."""
 
+import itertools
+
 import pytest
 import torch
 
+import rgfast
 from rgfast.ops.cka import reference
 from rgfast.ops.cka.api import alignment
 from rgfast.ops.cka.impl import native as kernels
@@ -133,3 +136,20 @@ def test_groups_that_cannot_be_are_refused_by_the_module():
     for groups, features in ((0, False), (10, False), (0, True), (10, True)):
         with pytest.raises(ValueError, match="groups must be from 1 to the number of samples"):
             native.load().cka_workspace([x], [(0, 0)], features, True, groups, 1)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3), (1, 2, 2)])
+@pytest.mark.parametrize("impl", ["reference", "library", "native", "auto"])
+def test_a_jackknife_of_layers_that_are_not_flat(impl, lead):
+    """Debiased and biased CKA without each group, of every index of the leading dimensions by itself."""
+    made = torch.Generator().manual_seed(1)
+    layers = [torch.randn(*lead, 25, d, generator=made) for d in (5, 9, 30)]
+    found = alignment(layers, adjacent=False, groups=3, impl=impl)
+    assert found.shape == (1 + 3, 2, *lead, 3, 3)
+    group = torch.arange(25) % 3
+    for at in itertools.product(*map(range, lead)):
+        for g in range(-1, 3):
+            some = [x[at][group != g].double() for x in layers]
+            for k, debiased in enumerate((True, False)):
+                want = rgfast.cka_matrix(some, debiased=debiased, impl="reference")
+                assert (found[1 + g, k][at] - want).abs().max() < 1e-6

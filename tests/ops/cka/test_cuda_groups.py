@@ -126,6 +126,13 @@ def test_some_tiles_at_a_time(way, make, monkeypatch, tiles):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
+def test_layers_that_are_not_flat(way, make):
+    layers = make(3, 6, 40, 7)
+    flat = alignment([*layers], adjacent=False, groups=3, impl="cuda")
+    found = alignment([x.view(2, 3, 40, 7) for x in layers], adjacent=False, groups=3, impl="cuda")
+    assert torch.equal(found, flat.view(4, 2, 2, 3, 3, 3))
+
+
 def test_many_small_groups_are_left_out_one_by_one(emulated_gpu, make, apart):
     emulated_gpu.admit(OP)
     found, wanted = both(make(2, 1, 12, 30), groups=12)
