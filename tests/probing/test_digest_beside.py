@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_digest import Weights
 from torch import nn
+from tqdm import TMonitor
 
 import rgfast
 from rgfast.probing import beside, checkpoint
@@ -301,3 +302,91 @@ def test_a_checkpoint_goes_on(gpu, tmp_path):
         model.scale.add_(1.0)
     with pytest.raises(ValueError, match="a model with other weights"):
         rgfast.probe(model, x, checkpoint=path, **options)
+
+
+@pytest.fixture
+def left():
+    """The threads that were not there before."""
+    before = {*threading.enumerate()}
+    return lambda: {*threading.enumerate()} - before
+
+
+class Failing(Small):
+    """Raises in its forward number ``at``."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self.at, self.error, self.runs = at, error, 0
+
+    def forward(self, x):
+        out = super().forward(x)
+        self.runs += 1
+        if self.runs == self.at:
+            raise self.error
+        return out
+
+
+def plan(model, batches):
+    return rgfast.plan(model, batches, layers=["first", "second"], route="moments")
+
+
+def probe(model, batches):
+    return rgfast.probe(model, batches, layers=["first", "second"], route="moments", progress=False)
+
+
+@pytest.fixture
+def begun(gpu, monkeypatch):
+    """How many threads have begun to copy weights; the copies end a little later."""
+    taken, real = [], Beside._take
+    gpu.go.clear()
+
+    def take(self, *args):
+        taken.append(threading.current_thread())
+        threading.Timer(0.05, gpu.go.set).start()
+        real(self, *args)
+
+    monkeypatch.setattr(Beside, "_take", take)
+    yield taken
+    assert not any(thread.is_alive() for thread in taken)
+
+
+def of_ours(threads):
+    """Their names; tqdm has one for as long as the process lives."""
+    return [thread.name for thread in threads if not isinstance(thread, (threading.Timer, TMonitor))]
+
+
+@pytest.mark.parametrize("run", [plan, probe])
+def test_no_thread_is_left(begun, left, run):
+    batches = [torch.randn(40, 5, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    run(Small().eval(), batches)
+    assert begun
+    assert of_ours(left()) == []
+
+
+@pytest.mark.parametrize("run", [plan, probe])
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", [1, 2])
+def test_no_thread_is_left_by_a_forward_that_fails(begun, left, run, error, at):
+    batches = [torch.randn(40, 5, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    with pytest.raises(type(error)):
+        run(Failing(at, error).eval(), batches)
+    assert begun
+    assert of_ours(left()) == []
+
+
+def lacking(k):
+    """Batches of which number ``k`` cannot be had, or is not finite."""
+    for number in range(3):
+        if number == abs(k):
+            if k > 0:
+                raise ZeroDivisionError
+            yield torch.full((40, 5), float("nan"))
+        yield torch.randn(40, 5, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize(("k", "error"), [(1, ZeroDivisionError), (-1, ValueError), (-2, ValueError)])
+def test_no_thread_is_left_by_batches_that_fail(begun, left, k, error):
+    with pytest.raises(error):
+        probe(Small().eval(), lacking(k))
+    assert begun
+    assert of_ours(left()) == []
