@@ -74,6 +74,7 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
             check,
             rivals,
             "residual_mlp",
+            size=d,
         )
         yield Contest(
             f"forward and backward, {rows} x {d}",
@@ -82,6 +83,7 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
             check_gradients,
             {"eager": partial(step, eager)},
             "residual_mlp",
+            size=d,
         )
 
 

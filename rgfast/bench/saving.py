@@ -69,7 +69,7 @@ def rows_of(
             times = ratio(spent[against], spent[impl])
             yield Measured(
                 contest.op, impl, here, gpu, contest.case, against, *times, *medians,
-                __version__, torch.__version__,
+                __version__, torch.__version__, contest.size,
             )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
                     {"torch.linalg.eigvalsh": lambda a: partial(torch.linalg.eigvalsh, a)},
                     "eigvalsh",
                     one_thread,
+                    d,
                 )
     for d in sizes[: -1 if size == "quick" else None]:
         yield Contest(
@@ -75,6 +76,7 @@ def contests(device: str, size: Size) -> Iterator[Contest]:
             {"torch SVD": lambda x: partial(svd_rank, x)},
             "spectrum",
             one_thread,
+            d,
         )
 
 

@@ -71,7 +71,7 @@ class Contest:
     ``ours`` and the rivals take the input and return the call to time; an absent rival raises
     :class:`Absent`. ``ours`` and ``check`` also take the name of an implementation of ``op`` (only "auto" if
     that is None). With ``one_thread`` rivals run on one thread as well, and the faster counts: batched LAPACK
-    is often faster so.
+    is often faster so. ``size`` is that of :class:`rgfast.runtime.measured.Measured`.
     """
 
     case: str
@@ -81,6 +81,7 @@ class Contest:
     rivals: Mapping[str, Callable[[Any], Call]]
     op: str | None = None
     one_thread: bool = False
+    size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Measured(NamedTuple):
     """One case that an implementation of an op was timed in on a GPU, its value having been right.
 
     ``against`` is the fastest other implementation and ``times_faster`` its median time over ours, with the
-    quartiles ``low`` and ``high``; times are in seconds.
+    quartiles ``low`` and ``high``; times are in seconds. ``size`` is the one that decides which kernel runs,
+    such as the rows of a matrix or the width of a block; None if the op has no such size.
     """
 
     op: str
@@ -51,17 +52,19 @@ class Measured(NamedTuple):
     rival_seconds: float
     rgfast: str
     torch: str
+    size: int | None = None
 
 
 _KINDS = typing.get_type_hints(Measured)
 
 
 @constant_when_traced
-def refusal(op: str, impl: str, device: torch.device) -> str | None:
+def refusal(op: str, impl: str, device: torch.device, size: int | None = None) -> str | None:
     """Why ``auto`` does not take ``impl`` of ``op`` on ``device``, None if rows stand for its architecture.
 
     For the field ``by_name_only`` of an implementation. A row in which it was slower than another one, the
-    spread of the ratio considered, speaks against it.
+    spread of the ratio considered, speaks against it: at any size, or for a call of this ``size`` if it is of
+    the nearest one that was measured, by ratio (two that are as near both count), or of none.
     """
     here = architecture(device)
     if here is None:
@@ -69,13 +72,22 @@ def refusal(op: str, impl: str, device: torch.device) -> str | None:
     rows = _standing().get((op, impl, here))
     if not rows:
         return f"it was not measured on {here} (rgfast bench --device cuda --save does that)"
-    slowest = min(rows, key=lambda row: row.high)
+    slowest = min(_of_size(rows, size), key=lambda row: row.high)
     if slowest.high < 1.0:
         return (
             f"{slowest.against} was {1 / slowest.times_faster:.2f} times as fast where it was measured on "
             f"{here} ({slowest.case})"
         )
     return None
+
+
+def _of_size(rows: list[Measured], size: int | None) -> list[Measured]:
+    """The rows that tell of a call of this size."""
+    if size is None:
+        return rows
+    apart = {row: max(row.size / size, size / row.size) for row in rows if row.size is not None}
+    least = min(apart.values(), default=1.0)
+    return [row for row in rows if apart.get(row, least) == least]
 
 
 def stands(device: torch.device) -> bool:
@@ -168,6 +180,9 @@ def _row(row: Any, where: str) -> Measured:
         if _KINDS[name] is str:
             if not isinstance(value, str):
                 raise ValueError(f"{where}: {name} must be a string, got {value!r}")
+        elif name == "size":
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{where}: size must be a positive whole number or null, got {value!r}")
         elif type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{where}: {name} must be a positive number, got {value!r}")
     return Measured(**row)

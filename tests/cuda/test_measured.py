@@ -13,6 +13,8 @@ from rgfast.bench import saving, suite
 from rgfast.bench.timing import Checked, Contest, WrongResult
 from rgfast.commands import errors
 from rgfast.dispatch import Impl, Op, register
+from rgfast.ops.spectrum.impl import cuda as spectrum_kernels
+from rgfast.ops.spectrum.selection import EIGVALSH, SPECTRUM
 from rgfast.runtime import measured
 from rgfast.runtime.measured import Measured, refusal, save, saved, user_file
 from rgfast.version import __version__
@@ -87,6 +89,44 @@ def test_a_loss_speaks_against_a_kernel_unless_it_is_within_the_spread(package, 
     assert refusal("toy", "cuda", here) is None
 
 
+def test_a_loss_speaks_against_calls_of_its_size_alone(package, here, home):
+    package()
+    lost = {"times_faster": 0.8, "low": 0.7, "high": 0.9}
+    shipped(
+        home,
+        ROW._replace(size=16),
+        ROW._replace(size=128, case="400 of d=128", **lost),
+        ROW._replace(size=128, case="40 of d=128"),
+        ROW._replace(size=512, case="400 of d=512"),
+    )
+    loss = "library was 1.25 times as fast where it was measured on sm_90 (400 of d=128)"
+    for size in (1, 16, 45, 257, 512, 4000):
+        assert refusal("toy", "cuda", here, size) is None, size
+    for size in (46, 128, 255, 256):  # 256 is as near to 128 as to 512
+        assert refusal("toy", "cuda", here, size) == loss, size
+    assert refusal("toy", "cuda", here) == loss
+    save([ROW._replace(case="two layers", **lost), ROW._replace(size=16)])
+    for size in (16, 512, None):  # what has no size speaks of all
+        assert "(two layers)" in refusal("toy", "cuda", here, size)
+
+
+def test_auto_takes_a_kernel_at_the_sizes_where_it_was_faster(fake, emulated_gpu, home, monkeypatch):
+    """By the implementations themselves, which say what the size of a call is."""
+    emulated_gpu.admit(EIGVALSH, SPECTRUM)
+    monkeypatch.setattr(measured, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(spectrum_kernels, "_unproven", lambda side, dtype, device: None)
+    for op in ("eigvalsh", "spectrum"):
+        won, lost = (ROW._replace(op=op, size=d, case=f"d={d}") for d in (8, 60))
+        save([won, lost._replace(times_faster=0.5, low=0.5, high=0.5)])
+    for d, reason in (
+        (8, None),
+        (60, "library was 2.00 times as fast where it was measured on sm_90 (d=60)"),
+    ):
+        x = torch.randn(3, 200, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+        assert dict(rgfast.explain(rgfast.eigvalsh, x.mT @ x).candidates)["cuda"] == reason
+        assert dict(rgfast.explain(rgfast.singular_values, x).candidates)["cuda"] == reason
+
+
 def test_a_users_rows_take_the_place_of_the_packages(package, here, home):
     package()
     shipped(home, ROW)
@@ -140,6 +180,8 @@ def document(**changes):
         (document(high=True), r"rows\[0\]: high must be a positive number, got True"),
         (document(low=float("nan")), r"rows\[0\]: low must be a positive number, got nan"),
         (document(seconds=0), r"rows\[0\]: seconds must be a positive number, got 0"),
+        (document(size=0), r"rows\[0\]: size must be a positive whole number or null, got 0"),
+        (document(size=8.0), r"rows\[0\]: size must be a positive whole number or null, got 8.0"),
     ],
 )
 def test_a_table_that_is_not_valid_is_refused_or_ignored_with_a_warning(package, here, home, text, why):
@@ -199,8 +241,9 @@ def contests(monkeypatch):
     def made(device, size):
         for n in (3, 5):
             yield Contest(
-                f"n={n}", lambda n=n: torch.ones(n), lambda x, impl: lambda: toy(x, impl), check, {}, "toy"
-            )
+                f"n={n}", lambda n=n: torch.ones(n), lambda x, impl: lambda: toy(x, impl), check, {}, "toy",
+                size=n,
+            )  # fmt: skip
         yield Contest(
             "no op", lambda: 1, lambda x, impl: lambda: 1, lambda x, impl: Checked("none", 0.0, 0.0), {}
         )
@@ -249,6 +292,7 @@ def test_kernels_are_timed_against_the_fastest_other_and_then_taken(package, con
         3.0,
         __version__,
         torch.__version__,
+        3,
     )
     assert told == ["skipped: n=5: toy: impl='cuda' cannot run this input: it is too wide"]
     save([row])

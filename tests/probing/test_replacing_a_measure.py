@@ -32,7 +32,7 @@ def found():
 def kernel(emulated_gpu, monkeypatch):
     """How often the kernel that makes a table of all rank measures was launched since that was last asked."""
     monkeypatch.setattr(waiting, "_EVERYWHERE", True)
-    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device, size=None: None)
     emulated_gpu.admit(TABLE)
 
     def launches():

@@ -165,6 +165,20 @@ def test_it_runs_by_name_and_waits_for_a_measured_row(h100):
     assert triton.BLOCK.cost(able) < rgfast.ops.residual_mlp.api.OP.impls["reference"].cost(able)
 
 
+def test_a_loss_at_one_width_leaves_others_alone(h100):
+    case = "residual_mlp", "triton", "sm_90", "a GPU", "a case", "reference"
+    won = measured.Measured(*case, 2.0, 1.9, 2.1, 1.0, 2.0, "0", "0", 64)
+    lost = measured.Measured(*case, 0.5, 0.5, 0.5, 2.0, 1.0, "0", "0", 512)
+    rows = {(op, "triton", "sm_90"): [won, lost] for op in ("residual_mlp", "residual_stack")}
+    h100.setattr(measured, "_standing", lambda: rows)
+    loss = "reference was 2.00 times as fast where it was measured on sm_90 (a case)"
+    assert refused(gpu_call(4, 64)) == (None, None)
+    assert refused(gpu_call(4, 512)) == (None, loss)
+    assert triton.STACK.by_name_only(call_module.StackCall((gpu_call(4, 64),))) is None
+    h100.setattr(triton, "is_plain", lambda x: False)  # in a traced graph sizes may vary
+    assert triton.BLOCK.by_name_only(gpu_call(4, 64)) == loss
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -383,7 +383,7 @@ def test_both_spectra_of_moments(gpu, d):
 def test_auto_finds_both_where_a_row_stands(gpu, monkeypatch):
     call = Both(symmetric(2, 9), drawn(2, 9))
     assert BOTH.select("auto", call).name == "in one batch"
-    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device, size=None: None)
     monkeypatch.setattr(BOTH, "_chosen", {})
     assert BOTH.select("auto", call).name == "cuda"
     assert BOTH.impls["cuda"].cost(call) < BOTH.impls["in one batch"].cost(call)
@@ -392,7 +392,7 @@ def test_auto_finds_both_where_a_row_stands(gpu, monkeypatch):
 @pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("kind", ["plain", "decaying", "rank one", "constant column", "one value"])
 def test_singular_values_of_moments_are_within_their_bounds(gpu, monkeypatch, kind, offset):
-    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device, size=None: None)
     n, d = 60, 12
     x = drawn(n, d, seed=3)
     if kind == "decaying":

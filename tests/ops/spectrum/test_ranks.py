@@ -125,7 +125,7 @@ def test_the_kernel_is_one_launch_and_auto_takes_it_where_a_row_stands(emulated_
     emulated_gpu.admit(TABLE)
     call = given(20, 2)
     assert TABLE.select("auto", call).name == "library"
-    monkeypatch.setattr(measured, "refusal", lambda op, impl, device: None)
+    monkeypatch.setattr(measured, "refusal", lambda op, impl, device, size=None: None)
     monkeypatch.setattr(TABLE, "_chosen", {})
     assert TABLE.select("auto", call).name == "cuda"
     emulated_gpu.reset()

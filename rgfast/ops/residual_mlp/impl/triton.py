@@ -39,7 +39,13 @@ def _can_run(call: Call) -> str | None:
 
 
 def _by_name_only(call: Call) -> str | None:
-    return call.too_narrow() or measured.refusal("residual_mlp", "triton", call.device)
+    return call.too_narrow() or _unmeasured("residual_mlp", call)
+
+
+def _unmeasured(op: str, call: Call) -> str | None:
+    """Why rows speak against the kernels at this width; in a traced graph, whose sizes may vary, at any."""
+    width = call.x.shape[-1] if is_plain(call.x) else None
+    return measured.refusal(op, "triton", call.device, width)
 
 
 def _unproven(call: Call) -> Unproven | None:
@@ -78,7 +84,7 @@ def _can_run_stack(call: StackCall) -> str | None:
 
 
 def _by_name_only_stack(call: StackCall) -> str | None:
-    return call.layers[0].too_narrow() or measured.refusal("residual_stack", "triton", call.device)
+    return call.layers[0].too_narrow() or _unmeasured("residual_stack", call.layers[0])
 
 
 def _unproven_stack(call: StackCall) -> Unproven | None:

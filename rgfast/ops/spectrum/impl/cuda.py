@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rgfast.dispatch import Impl, Unproven
+from rgfast.dispatch import Impl, Unproven, is_plain
 from rgfast.ops.device import LAUNCH, between
 from rgfast.ops.spectrum import products, rank_kernel
 from rgfast.ops.spectrum.call import Both, Rows, Symmetric
@@ -208,6 +208,11 @@ def _spectrum(call: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values, accumulated, exponent, limit
 
 
+def _unmeasured(op: str, x: Tensor, side: int) -> str | None:
+    """Why rows speak against the kernels at this size; in a traced graph, whose sizes may vary, at any."""
+    return measured.refusal(op, "cuda", x.device, side if is_plain(x) else None)
+
+
 EIGVALSH = Impl(
     "cuda",
     _eigvalsh,
@@ -215,7 +220,7 @@ EIGVALSH = Impl(
     lambda call: _solving(call.matrices, call.side, call.a.dtype),
     devices=("cuda",),
     missing=cuda.missing,
-    by_name_only=lambda call: measured.refusal("eigvalsh", "cuda", call.device),
+    by_name_only=lambda call: _unmeasured("eigvalsh", call.a, call.side),
     unproven=lambda call: _unproven(call.side, call.a.dtype, call.device),
 )
 BOTH = dataclasses.replace(
@@ -226,6 +231,7 @@ TABLE = dataclasses.replace(
     run=rank_kernel.launched,
     can_run=lambda call: cuda.device_refusal(call.device),
     cost=lambda call: rank_kernel.table_cost(call, 3),
+    by_name_only=lambda call: _unmeasured("eigvalsh", call.values, call.values.shape[-1]),
     unproven=lambda call: known_answers.unproven(call.device, rank_kernel.KERNEL),
 )
 SPECTRUM = Impl(
@@ -235,7 +241,7 @@ SPECTRUM = Impl(
     lambda call: products.cost(call) + _solving(len(call.x), call.side, torch.float64),
     devices=("cuda",),
     missing=cuda.missing,
-    by_name_only=lambda call: measured.refusal("spectrum", "cuda", call.device),
+    by_name_only=lambda call: _unmeasured("spectrum", call.x, call.side),
     unproven=lambda call: _unproven(call.side, torch.float64, call.device),
 )
 
