@@ -35,7 +35,7 @@ def make(name="toy", *, reason=None, missing=None, cost=1.0, only=None, **more):
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(dispatch.op, "_WARNED", set())
     monkeypatch.delenv("RGFAST_STRICT", raising=False)
 
 
@@ -233,8 +233,8 @@ def test_a_selection_is_made_once_for_a_shape_class():
 
 
 def test_explain_lists_every_candidate_with_its_cost_and_computes_nothing(monkeypatch):
-    monkeypatch.setattr(dispatch, "_OPS", {})
-    monkeypatch.setattr(dispatch, "_FUNCTIONS", {})
+    monkeypatch.setattr(dispatch.explaining, "_OPS", {})
+    monkeypatch.setattr(dispatch.explaining, "_FUNCTIONS", {})
 
     def never(call):
         raise AssertionError("ran")

@@ -49,8 +49,8 @@ def kernel(emulated_gpu, monkeypatch, tmp_path):
         {"rival": lambda x: lambda: x + 1},
         "toy",
     )
-    monkeypatch.setattr("rgfast.dispatch._OPS", {})
-    monkeypatch.setattr("rgfast.dispatch._FUNCTIONS", {})
+    monkeypatch.setattr("rgfast.dispatch.explaining._OPS", {})
+    monkeypatch.setattr("rgfast.dispatch.explaining._FUNCTIONS", {})
     dispatch.register(op, toy)
     for name, module in suite.BENCHMARKS.items():
         monkeypatch.setattr(

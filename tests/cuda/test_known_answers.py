@@ -44,7 +44,7 @@ def fill(call):
 @pytest.fixture
 def op(filling, monkeypatch):
     """An op with the package's simplest kernel as an implementation, beside two of torch."""
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(dispatch.op, "_WARNED", set())
     monkeypatch.delenv("RGFAST_STRICT", raising=False)
     kernel = Impl(
         "cuda", fill, lambda call: cuda.refusal(FILL, call.device), devices=("cpu", "cuda"),

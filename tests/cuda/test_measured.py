@@ -248,8 +248,8 @@ def contests(monkeypatch):
             "no op", lambda: 1, lambda x, impl: lambda: 1, lambda x, impl: Checked("none", 0.0, 0.0), {}
         )
 
-    monkeypatch.setattr("rgfast.dispatch._OPS", {})
-    monkeypatch.setattr("rgfast.dispatch._FUNCTIONS", {})
+    monkeypatch.setattr("rgfast.dispatch.explaining._OPS", {})
+    monkeypatch.setattr("rgfast.dispatch.explaining._FUNCTIONS", {})
     register(op, toy)
     room = types.SimpleNamespace(contests=made, gate=lambda device: [check(torch.ones(1), "library")])
     monkeypatch.setitem(suite.BENCHMARKS, "spectrum", room)

@@ -167,7 +167,7 @@ def test_every_case_by_name_against_the_truth(place, room):
         if ran >= most:
             break
         for impl in kernels_of(contest, "cuda"):
-            place.admit(dispatch._OPS[contest.op][0])
+            place.admit(dispatch.explaining._OPS[contest.op][0])
             data = contest.data()
             try:
                 with suite.quiet("cuda"):
@@ -198,7 +198,7 @@ def rows(monkeypatch, tmp_path):
 
     yield put
     measured._standing.cache_clear()
-    for op, _ in dispatch._OPS.values():
+    for op, _ in dispatch.explaining._OPS.values():
         op._chosen.clear()
 
 
@@ -217,7 +217,7 @@ def test_a_probe_that_may_take_kernels_gives_what_it_gives_without(place, width,
 
     here = probed("cpu")
     rows(place.device)
-    place.admit(*(op for op, _ in dispatch._OPS.values() if "cuda" in op.impls))
+    place.admit(*(op for op, _ in dispatch.explaining._OPS.values() if "cuda" in op.impls))
     there = probed(place.device)
     for name in here.measures:
         want, found = (torch.from_numpy(each.dataset[name].values) for each in (here, there))

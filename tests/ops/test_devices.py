@@ -67,7 +67,7 @@ SAYS_NOTHING = {
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(dispatch.op, "_WARNED", set())
     monkeypatch.delenv("RGFAST_STRICT", raising=False)
 
 

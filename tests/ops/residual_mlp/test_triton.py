@@ -196,7 +196,7 @@ def test_what_it_cannot_do(h100, call, words):
 def test_a_fake_tensor_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(triton, "_MISSING", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dispatch, "_WARNED", set())
+    monkeypatch.setattr(dispatch.op, "_WARNED", set())
     with fake_gpu():
         call = gpu_call(4, 64)
         assert triton.BLOCK.refusal(call) == "torch finds no GPU"
