@@ -121,23 +121,29 @@ def _multiply(
 ) -> None:
     d, e = left.shape[2] - extra, right.shape[2] - extra
     if not extra or min(d, e) < _APART:
-        add(total, left, right)
+        add(total, left, right, same=same)
         return
-    add(total[:, :d, :e], left[..., :d], right[..., :e])
+    add(total[:, :d, :e], left[..., :d], right[..., :e], same=same)
     add(total[:, :, e:], left, right[..., e:])
     if same:
         total[:, d:, :e] = total[:, :d, e:].mT
+        if total.device.type == "cpu":
+            total[:, d + 1, e] = total[:, d, e + 1]
     else:
         add(total[:, d:, :e], left[..., d:], right[..., :e])
 
 
-def _add(total: Tensor, left: Tensor, right: Tensor, *, here: bool, fresh: bool) -> None:
+def _add(total: Tensor, left: Tensor, right: Tensor, *, here: bool, fresh: bool, same: bool = False) -> None:
     if not here:
         total.baddbmm_(left.mT, right, beta=0.0 if fresh else 1.0)
-    elif fresh:
-        total.copy_(torch.bmm(left.mT, right))
+        return
+    found = torch.bmm(left.mT, right)
+    if same:  # the CPU's library gives the two halves other bits on some processors
+        found = found.tril() + found.tril(-1).mT
+    if fresh:
+        total.copy_(found)
     else:  # the caller's sums may lie anywhere, and the library's bits depend on where
-        total += torch.bmm(left.mT, right)
+        total += found
 
 
 def first_mean(rows: Tensor) -> Tensor:
