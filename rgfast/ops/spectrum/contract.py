@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rgfast.dispatch import schema
 from rgfast.ops.spectrum.call import Measure
@@ -35,6 +36,39 @@ def differentiable_eigenvalues(a: Tensor, impl: str) -> Tensor:
     return result
 
 
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward pass whose gradient refuses to be differentiated.
+
+    Torch's own ``once_differentiable`` lets it through as a constant where the gradient that comes in is one,
+    as that of a plain sum is, though it depends on what was saved.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found, *rest = backward(ctx, grad)
+        if torch.is_grad_enabled():
+            found = _Twice.apply(found, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return found, *rest
+
+    return refusing
+
+
+class _Twice(torch.autograd.Function):
+    """A gradient that depends on ``origins``, by a slope that nobody knows."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, *origins: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(
+            "trying to differentiate twice a function that is differentiable once: the gradients of spectra "
+            "and rank measures are formulas that have none themselves"
+        )
+
+
 class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Tensor:
@@ -45,7 +79,7 @@ class _Measure(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         rest = (None,) * (len(Measure._fields) - 1)
@@ -60,7 +94,7 @@ class _Eigenvalues(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (a,) = ctx.saved_tensors
         return torch.ops.rgfast.eigvalsh_gradient(a, grad), None

@@ -181,6 +181,18 @@ def test_eigenvalues_with_a_gradient_are_those_without():
     )
 
 
+@pytest.mark.parametrize("name", [*MEASURES, "eigenvalues"])
+def test_a_second_derivative_is_refused_also_where_it_would_be_lost(name):
+    measure = MEASURES.get(name, lambda y: rgfast.eigvalsh(y.mT @ y))
+    x = data(9, 4).requires_grad_()
+    value = measure(x).sum()  # whose slope is a constant: nothing but x depends on x
+    (slope,) = torch.autograd.grad(value + x.pow(3).sum(), x, create_graph=True)
+    (once,) = torch.autograd.grad(measure(x).sum() + x.pow(3).sum(), x)
+    assert torch.equal(slope.detach(), once)
+    with pytest.raises(RuntimeError, match="trying to differentiate twice a function that is differentiable"):
+        torch.autograd.grad(slope.square().sum(), x)
+
+
 def test_registered_operators_are_consistent():
     x = data(3, 7, 4).requires_grad_()
     options = ("effective_rank", "mean", "double", 1e-6, "auto", "reference")
