@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.masked import MaskedTensor
 
 __all__ = [
     "FLOATS",
@@ -20,10 +22,12 @@ __all__ = [
     "check_integer",
     "check_number",
     "check_positive_int",
+    "check_readable",
     "from_array",
     "is_shared",
     "kind_and_way",
     "kind_of",
+    "ordinary",
     "refuse_masked",
 ]
 
@@ -52,6 +56,8 @@ def as_real_tensor(value: Any, name: str, *, min_dim: int = 0) -> Tensor:
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one (take its parts one by one)")
     if value.dim() < min_dim:
         raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
     # Kernels read the memory, which holds the negative where this lazy bit is set.
@@ -76,6 +82,42 @@ def as_tensor(value: Any, name: str) -> Tensor:
             f"{type(value).__name__} ({error})"
         ) from None
     return from_array(array, name)
+
+
+def check_readable(value: Tensor, name: str, *, differentiable: bool = False) -> None:
+    """Raise TypeError unless the numbers of ``value`` can be read, and are all that it stands for.
+
+    Tensors that ``torch.func`` hands to a function stand for others, and tangents of forward-mode autograd
+    would be lost: only what is ``differentiable`` by torch's own operators has derivatives there.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _batched(value) or not (differentiable or ordinary(value)):
+        raise TypeError(
+            f"{name} must be an ordinary tensor, got one of a transform of torch.func or of forward-mode "
+            "autograd: leading dimensions take the place of vmap, and torch.autograd differentiates"
+        )
+    if isinstance(value, MaskedTensor):
+        raise TypeError(f"{name} must be a dense tensor, got a MaskedTensor (leave rows out, or fill them)")
+
+
+def ordinary(value: Tensor) -> bool:
+    """Whether neither a transform of ``torch.func`` nor forward-mode autograd has to do with ``value``."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    if forward_ad._current_level < 0:
+        return True
+    tangent = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]  # torch's own
+    return tangent is None
+
+
+def _batched(value: Tensor) -> bool:
+    of = torch._C._functorch
+    while of.is_functorch_wrapped_tensor(value):
+        if of.is_batchedtensor(value):
+            return True
+        value = of.get_unwrapped(value)
+    return False
 
 
 def as_bool_mask(value: Any, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgfast.dispatch import is_plain
+from rgfast.validation import ordinary
 
 __all__ = ["Call", "Side"]
 
@@ -35,7 +36,10 @@ class Call(NamedTuple):
 
     def recorded(self) -> bool:
         """Whether autograd has to know of this call."""
-        return torch.is_grad_enabled() and any(x.requires_grad for side in self.sides for x in side)
+        tensors = [x for side in self.sides for x in side]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return True
+        return not torch.compiler.is_compiling() and not all(ordinary(x) for x in tensors)
 
     def multiplications(self) -> float:
         """About how many a computation by samples or by features takes, whichever are fewer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rgfast.ops.cka.call import Call
-from rgfast.validation import as_real_tensor
+from rgfast.validation import as_real_tensor, check_readable
 
 __all__ = ["as_layers", "as_pair", "check_call", "check_finite", "check_rows", "check_same_rows"]
 
@@ -20,6 +20,8 @@ def as_layers(value: Any, name: str) -> tuple[Tensor, ...]:
         layers = as_real_tensor(value, name, min_dim=3).unbind(0)
     else:
         layers = tuple(as_real_tensor(layer, f"{name}[{i}]", min_dim=2) for i, layer in enumerate(value))
+    for layer in layers:
+        check_readable(layer, name, differentiable=True)
     if not layers:
         raise ValueError(f"{name} must hold at least one layer, got none")
     first = layers[0]
@@ -46,6 +48,7 @@ def as_pair(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor
     """``x[..., n, d]`` and ``y[..., n, d']`` of the same leading dimensions and samples."""
     first, second = as_real_tensor(x, names[0], min_dim=2), as_real_tensor(y, names[1], min_dim=2)
     for value, name in ((first, names[0]), (second, names[1])):
+        check_readable(value, name, differentiable=True)
         if value.shape[-2] == 0 or value.shape[-1] == 0:
             raise ValueError(
                 f"{name} must have at least one sample and one feature, got shape {tuple(value.shape)}"

@@ -13,7 +13,7 @@ from rgfast.ops.device import by_itself
 from rgfast.ops.intrinsic_dimension import reference
 from rgfast.ops.intrinsic_dimension.call import Call, DimensionInfo
 from rgfast.ops.intrinsic_dimension.impl import library
-from rgfast.validation import as_real_tensor, check_choice
+from rgfast.validation import as_real_tensor, check_choice, check_readable
 
 __all__ = ["intrinsic_dimension"]
 
@@ -69,6 +69,7 @@ def intrinsic_dimension(
     """
     check_choice(method, "method", ("twonn",))
     x = as_real_tensor(x, "x", min_dim=2)
+    check_readable(x, "x")
     if x.shape[-2] < 3 or x.shape[-1] == 0:
         raise ValueError(f"x must have at least 3 samples and one feature, got shape {tuple(x.shape)}")
     check_finite([x], "x", stacked=False)

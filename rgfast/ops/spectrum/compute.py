@@ -19,7 +19,7 @@ from rgfast.ops.spectrum.solve import PATHS, SVD, Solved, settle
 from rgfast.ops.spectrum.top import top_eigenpair
 from rgfast.runtime.threads import one_thread
 from rgfast.runtime.waiting import sent, waits_for
-from rgfast.validation import as_real_tensor, check_choice, check_number
+from rgfast.validation import as_real_tensor, check_choice, check_number, check_readable
 
 __all__ = [
     "check_options",
@@ -72,6 +72,7 @@ def value(call: Measure) -> Tensor:
 def eigenvalues(a: Any, impl: str) -> Tensor:
     """Those of symmetric `a[..., d, d]`: what `rgfast.eigvalsh` returns, without a gradient."""
     a = as_real_tensor(a, "a", min_dim=2)
+    check_readable(a, "a")
     if a.dtype not in (torch.float64, torch.float32):
         raise TypeError(f"a must be float64 or float32, got {str(a.dtype).removeprefix('torch.')}")
     *_, rows, columns = a.shape
@@ -129,6 +130,7 @@ def measure_of(solved: Solved, measure: str, shape: torch.Size) -> Tensor:
 
 def checked(value: Any) -> Tensor:
     x = as_real_tensor(value, "x", min_dim=2)
+    check_readable(x, "x")
     if x.shape[-1] == 0 or x.shape[-2] == 0:
         raise ValueError(f"x must have at least one sample and one feature, got shape {tuple(x.shape)}")
     return x

@@ -13,6 +13,7 @@ from rgfast.dispatch import schema
 from rgfast.ops.spectrum.call import Measure
 from rgfast.ops.spectrum.compute import eigenvalues, value
 from rgfast.ops.spectrum.gradients import eigenvalue_gradient, gradient
+from rgfast.validation import check_readable
 
 __all__ = ["differentiable", "differentiable_eigenvalues", "wants_gradient"]
 
@@ -26,12 +27,14 @@ def wants_gradient(x: Any) -> bool:
 
 def differentiable(call: Measure) -> Tensor:
     """`compute.value` with a gradient."""
+    check_readable(call.x, "x")
     result: Tensor = _Measure.apply(*call)  # type: ignore[no-untyped-call]
     return result
 
 
 def differentiable_eigenvalues(a: Tensor, impl: str) -> Tensor:
     """`compute.eigenvalues` with a gradient."""
+    check_readable(a, "a")
     result: Tensor = _Eigenvalues.apply(a, impl)  # type: ignore[no-untyped-call]
     return result
 
