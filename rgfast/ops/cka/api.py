@@ -110,7 +110,8 @@ def cka(
     where that median is 0.
 
     Raises TypeError for anything but floating tensors or arrays, ValueError for shapes that do not fit, NaN
-    or Inf, fewer than 4 samples if ``debiased``, a threshold or bandwidth that is not positive.
+    or Inf, fewer than 4 samples if ``debiased``, a threshold or bandwidth that is not positive, or that comes
+    with a linear kernel.
 
     >>> import numpy as np, rgfast
     >>> np.random.seed(1337)
@@ -196,6 +197,7 @@ def kernel_drift(
     tensor([0.], dtype=torch.float64)
     """
     checked = as_layers(layers, "layers")
+    check_choice(debiased, "debiased", (True, False))
     check_rows(checked[0].shape[-2], "layers", debiased)
     check_choice(precision, "precision", (None, "double", "single"))
     options = (("debiased", debiased), ("precision", precision))
@@ -279,7 +281,13 @@ def _pair(
     first, second = as_pair(x, y)
     check_rows(first.shape[-2], "x", debiased)
     call = Call("cka" if normalized else "hsic", ("x", "y"), first, second, (("debiased", debiased),))
+    check_choice(debiased, "debiased", (True, False))
     if kernel == "linear":
+        for name, value, usual in (("threshold", threshold, 1.0), ("bandwidth", bandwidth, None)):
+            if value != usual:
+                raise ValueError(
+                    f"{name} is an option of kernel='rbf', and kernel is 'linear': got {value!r}"
+                )
         return call
     for name, value in (("threshold", threshold), ("bandwidth", bandwidth)):
         if value is None:
@@ -296,6 +304,7 @@ def _matrix(layers: Any, other: Any, debiased: bool, sample_limit: int, precisio
     second = None if other is None else as_layers(other, "other")
     if second is not None:
         check_same_rows(first[0], second[0], ("layers", "other"))
+    check_choice(debiased, "debiased", (True, False))
     check_rows(first[0].shape[-2], "layers", debiased)
     check_positive_int(sample_limit, "sample_limit")
     check_choice(precision, "precision", (None, "double", "single"))

@@ -63,6 +63,18 @@ def test_options(x):
         rgfast.cka(x, x, kernel="poly")
     with pytest.raises(ValueError, match="threshold must be a positive number, got 0"):
         rgfast.cka(x, x, kernel="rbf", threshold=0.0)
+    for given in ({"bandwidth": 2.0}, {"threshold": 0.5}):
+        sentence = f"{next(iter(given))} is an option of kernel='rbf', and kernel is 'linear'"
+        for function in (rgfast.cka, rgfast.hsic):
+            with pytest.raises(ValueError, match=sentence):
+                function(x, x, **given)
+    for wrong in (
+        lambda: rgfast.cka(x, x, debiased="no"),
+        lambda: rgfast.cka_matrix([x, x], debiased="no"),
+        lambda: rgfast.kernel_drift([x, x], debiased="no"),
+    ):
+        with pytest.raises(ValueError, match="debiased must be one of True, False, got 'no'"):
+            wrong()
     with pytest.raises(ValueError, match="bandwidth must be a positive number, got nan"):
         rgfast.cka(x, x, kernel="rbf", bandwidth=float("nan"))
     with pytest.raises(ValueError, match="impl must be one of"):
