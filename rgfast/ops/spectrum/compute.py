@@ -189,7 +189,8 @@ def _checked_rows(call: Measure) -> tuple[Tensor, torch.dtype]:
     """The data and the dtype to compute in."""
     x = checked(call.x)
     dtype = check_options(call.centering, call.precision)
-    check_choice(call.method, "method", ("auto", "gram", "svd"))
+    estimates = ("lanczos",) if call.measure.startswith("effective_rank") else ()  # made elsewhere
+    check_choice(call.method, "method", ("auto", "gram", "svd", *estimates))
     check_number(call.rtol, "rtol")
     if not 0 < call.rtol < math.inf:
         raise ValueError(f"rtol must be a positive number, got {call.rtol!r}")

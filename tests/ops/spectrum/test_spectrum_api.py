@@ -39,6 +39,11 @@ from rgfast.ops.spectrum import reference
         ),
         (lambda: rgfast.singular_values(torch.ones(3, 3), method="qr"), ValueError, "method must be one of"),
         (
+            lambda: rgfast.effective_rank(torch.ones(3, 3), method="qr"),
+            ValueError,
+            "'svd', 'lanczos', got 'qr'",
+        ),
+        (
             lambda: rgfast.singular_values(torch.ones(3, 3), rtol=0),
             ValueError,
             "rtol must be a positive number",
