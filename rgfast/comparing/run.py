@@ -33,7 +33,7 @@ from rgfast.comparing.spec import (
 from rgfast.probing.capture.batches import batch_rows, check_order
 from rgfast.probing.capture.rows import RowBatch
 from rgfast.probing.options import VIEWS
-from rgfast.probing.plan import Plan, make_plan
+from rgfast.probing.plan import UNALIGNED, Plan, make_plan
 from rgfast.probing.sources.activations import Activations
 from rgfast.probing.unread import Unread
 from rgfast.runtime.memory import free_bytes
@@ -256,7 +256,7 @@ class _Run:
         layers_a, too_big = len(self._names[0]), ""
 
         def planned(memory: int) -> Plan:
-            return make_plan(
+            plan = make_plan(
                 [f"{side}.{name}" for side, names in zip("ab", self._names, strict=True) for name in names],
                 [x.shape[2] for x in batch.present],
                 batch.first.shape[1],
@@ -272,6 +272,8 @@ class _Run:
                 refine=False,
                 notes=notes,
             )
+            # Why positions cannot be compared has been said, and ranks are none of a comparison's.
+            return replace(plan, notes=tuple(note for note in plan.notes if note != UNALIGNED))
 
         if not spec.measures_of_all:
             return Counted(planned(_UNBOUNDED), unread=self._unread)

@@ -26,7 +26,7 @@ CHOSEN = "chosen"
 
 _FLATTENED_WIDTH = 1024  # above this the flattened view is only taken when asked for
 _PENDING_BYTES = 256 << 20
-_UNALIGNED = "layers differ in their positions: the mean_pooled view compares them, pooled ranks are of each"
+UNALIGNED = "layers differ in their positions: the mean_pooled view compares them, pooled ranks are of each"
 _MISSED = "did not run in some batches: "
 _REFINED_WIDTH = 512  # above this a decomposition costs too much to take unasked
 
@@ -306,7 +306,7 @@ def make_plan(
         aligned=aligned,
         launched=launched,
         from_end=padded and not isinstance(positions, str) and any(index_of(t) < 0 for t in positions),
-        notes=tuple(notes) if aligned else (*notes, _UNALIGNED),
+        notes=tuple(notes) if aligned else (*notes, UNALIGNED),
     )
     if refine is not None:
         return _fitted(plan, positions, memory)

@@ -131,6 +131,7 @@ def test_another_tokenizer_compares_means_over_each_models_own_tokens(kit):
     found = compared(a, b, mine, batches_b=theirs)
     assert found.views == ("mean_pooled",)
     assert any("left out" in note and "positions" in note for note in found.notes)
+    assert not any("ranks" in note for note in found.notes)  # a comparison has none
     means = [
         counted(kit.stored(m, B, batches), [each["attention_mask"].bool() for each in batches])[1]
         for m, batches in ((a, mine), (b, theirs))
