@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -384,3 +385,20 @@ def test_loaders_of_pairs_and_tuples(kit):
     assert a.dataset.effective_rank.equals(b.dataset.effective_rank)
     assert a.dataset.effective_rank.equals(c.dataset.effective_rank)
     assert re.search("ProbeResult of Sequential: 50 sequences", repr(a))
+
+
+def test_what_a_layer_held_instead_of_floats_is_named():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with pytest.raises(TypeError, match=r"layer '0' must return a floating .*, got torch.complex64$"):
+        rgfast.probe(model, X.to(torch.complex64), layers=["0"], progress=False)
+    with pytest.raises(TypeError, match=r"layer '1:input' must .*, got a list of torch.complex64$"):
+        rgfast.probe(model, X.to(torch.complex64), layers=["1:input"], progress=False)
+
+
+def test_layers_without_numbers_and_batches_without_rows_are_refused():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    with pytest.raises(ValueError, match="layer '0' must hold numbers, got a tensor on the meta device"):
+        rgfast.probe(model, X.to("meta"), layers=["0", "1"], progress=False)
+    for one in (torch.tensor(3.0), np.array(3.0)):
+        with pytest.raises(ValueError, match="batches must have a row for every sequence, got a single"):
+            rgfast.probe(model, one, layers=["0", "1"], progress=False)

@@ -387,6 +387,10 @@ def test_padding_options_are_checked():
     with pytest.raises(TypeError, match="padding must be 'auto', the name of a batch entry, None"):
         probe(model, [FEATURES], padding=3)
     with pytest.raises(
+        TypeError, match="got Tensor; let the batches hold the mask and give its entry's name"
+    ):
+        probe(model, [FEATURES], padding=torch.ones(B, 3))
+    with pytest.raises(
         ValueError, match=r"padding: no layer matches 'decoder\.\*', the layers are layer.0:input"
     ):
         probe(model, [FEATURES], padding={"decoder.*": None})

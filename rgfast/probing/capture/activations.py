@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from rgfast.runtime.waiting import numbers
+from rgfast.validation import kind_of
 
 __all__ = ["Activation", "find_tensor", "locate", "unnested"]
 
@@ -34,10 +35,16 @@ def locate(value: Any, name: str) -> tuple[Tensor, list[Tensor]]:
     none if it goes by the name of a whole model's output."""
     found = _find(value)
     if found is None:
-        raise TypeError(
-            f"layer {name!r} must return a floating tensor (or hold one), got {type(value).__name__}"
-        )
+        raise TypeError(f"layer {name!r} must return a floating tensor (or hold one), got {_told(value)}")
+    if type(found[0]) is Tensor and found[0].is_meta:
+        raise ValueError(f"layer {name!r} must hold numbers, got a tensor on the meta device")
     return found
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return f"a {type(value).__name__} of {', '.join(kind_of(item) for item in value)}"
+    return kind_of(value)
 
 
 def _find(value: Any) -> tuple[Tensor, list[Tensor]] | None:

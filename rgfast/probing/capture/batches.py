@@ -50,6 +50,8 @@ def iterate(batches: Any, batch_size: int) -> Iterator[Any]:
                 for key, value in whole.items()
             }
     elif is_array(batches):
+        if not batches.ndim:
+            raise ValueError("batches must have a row for every sequence, got a single number")
         array = _shared(batches, "batches")
         for start in range(0, len(array), batch_size):
             yield as_entry(array[start : start + batch_size], "batches")
@@ -123,7 +125,7 @@ def sequences_of(batches: Any) -> int | None:
     if isinstance(batches, Mapping):
         return next((len(x) for x in batches.values() if is_array(x) and x.ndim), None)
     if is_array(batches):
-        return len(batches)
+        return len(batches) if batches.ndim else None
     if isinstance(batches, (list, tuple)):
         return sum(map(batch_rows, batches))
     if isinstance(batches, DataLoader) and type(batches.batch_sampler) is BatchSampler:

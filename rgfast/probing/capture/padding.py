@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgfast.probing.capture.batches import is_array
 from rgfast.probing.capture.notes import Notes
 from rgfast.probing.capture.patterns import by_layer
 from rgfast.probing.unread import Unread
 from rgfast.runtime.waiting import sent, waits_for
+from rgfast.validation import kind_and_way
 
 __all__ = ["Padding", "PaddingSpec", "as_keep", "check_padding", "is_padding_name", "looks_like_padding"]
 
@@ -297,6 +299,11 @@ def check_padding(padding: Any) -> None:
     """Raise TypeError unless ``padding`` is a :data:`PaddingSpec`."""
     values = list(padding.values()) if isinstance(padding, Mapping) else [padding]
     for value in values:
+        if is_array(value):
+            raise TypeError(
+                "padding must be 'auto', the name of a batch entry, None, or these by layer pattern, got "
+                f"{kind_and_way(value)}; let the batches hold the mask and give its entry's name"
+            )
         if value is not None and not isinstance(value, str):
             raise TypeError(
                 "padding must be 'auto', the name of a batch entry, None, or these by layer pattern, got "
