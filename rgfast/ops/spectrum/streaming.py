@@ -14,7 +14,7 @@ from torch import Tensor
 from rgfast.ops.spectrum.moments import Centering, rank_measures_from_moment
 from rgfast.ops.spectrum.results import RankMeasures
 from rgfast.streaming import MomentAccumulator
-from rgfast.validation import check_choice
+from rgfast.validation import check_choice, check_integer
 
 __all__ = ["SecondMoments"]
 
@@ -53,21 +53,27 @@ class SecondMoments:
         return self
 
     def merge(self, other: SecondMoments) -> SecondMoments:
-        """Itself, with all that `other` has seen added. Raises ValueError where their shapes differ."""
+        """Itself, with all that `other` has seen added. Raises TypeError for another kind, ValueError where
+        their shapes differ."""
+        if not isinstance(other, SecondMoments):
+            raise TypeError(f"other must be a SecondMoments, got {type(other).__name__}")
         self._moments.merge(other._moments)
         return self
 
     @property
     def count(self) -> Tensor:
         """Rows that counted `[*]`, int64."""
+        self._check_begun()
         return self._moments.count
 
     def mean(self, layer: int) -> Tensor:
         """Mean `[*, d]` of a layer, fp64; NaN where nothing was counted."""
+        self._check_layer(layer)
         return self._moments.mean(layer)
 
     def scatter(self, layer: int, *, centering: Centering = "mean") -> Tensor:
         """Sum of (x - mean)(x - mean)^T `[*, d, d]` of a layer, fp64 (of x x^T with `centering="none"`)."""
+        self._check_layer(layer)
         return self._moments.scatter(layer, centering=centering)
 
     def singular_values(self, layer: int, *, centering: Centering = "mean", impl: str = "auto") -> Tensor:
@@ -82,8 +88,7 @@ class SecondMoments:
         Measures are NaN where nothing was counted. Raises ValueError before the first `update`.
         """
         check_choice(centering, "centering", ("mean", "none"))
-        if not self._moments.widths:
-            raise ValueError("rank_measures needs at least one update, got none")
+        self._check_layer(layer)
         pair, count = self._moments.pair(layer, layer), self._moments.count
         # In units of the exponent: the moment of data at 1e150 is no fp64 number.
         scatter, unit = pair.cross, math.ldexp(1.0, -pair.exponent_i)
@@ -102,3 +107,11 @@ class SecondMoments:
     def load_state_dict(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Replace everything by what `state_dict` returned."""
         self._moments.load_state_dict(arrays)
+
+    def _check_begun(self) -> None:
+        if not self._moments.widths:
+            raise ValueError("the stream must have had at least one update, got none")
+
+    def _check_layer(self, layer: int) -> None:
+        self._check_begun()
+        check_integer(layer, "layer", least=0, most=len(self._moments.widths) - 1)

@@ -131,3 +131,18 @@ def test_refusals():
     with pytest.raises(ValueError, match="centering must be one of"):
         moments.update(data()).rank_measures(0, centering="x")
     assert torch.equal(moments.count, torch.full((P,), N))
+
+
+def test_layers_that_are_not_there_and_streams_of_another_kind():
+    empty, begun = rgfast.SecondMoments(), rgfast.SecondMoments().update([torch.ones(9, 3)])
+    with pytest.raises(ValueError, match="the stream must have had at least one update, got none"):
+        empty.count  # noqa: B018
+    for read in ("mean", "scatter", "singular_values", "rank_measures"):
+        with pytest.raises(ValueError, match="the stream must have had at least one update, got none"):
+            getattr(empty, read)(0)
+        with pytest.raises(ValueError, match="layer must be at most 0, got 4"):
+            getattr(begun, read)(4)
+        with pytest.raises(ValueError, match="layer must be at least 0, got -1"):
+            getattr(begun, read)(-1)
+    with pytest.raises(TypeError, match="other must be a SecondMoments, got CKAAccumulator"):
+        begun.merge(rgfast.CKAAccumulator())
