@@ -4,6 +4,7 @@
 #include "moments.cu"
 #include "moments_centered.cu"
 #include "moments_pooled.cu"
+#include "moments_surveyed.cu"
 #include "spectrum.cu"
 #include "spectrum_ranks.cu"
 #include "spectrum_stages.cu"

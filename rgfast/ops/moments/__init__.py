@@ -9,6 +9,7 @@ from rgfast.ops.moments.api import (
     pair_products,
     pooled,
     shifted,
+    survey,
 )
 from rgfast.ops.moments.call import Centered
 
@@ -22,4 +23,5 @@ __all__ = [
     "pair_products",
     "pooled",
     "shifted",
+    "survey",
 ]

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl, ImplName, Op, register
 from rgfast.ops.moments import reference
-from rgfast.ops.moments.call import Centered, Moved, Pairs, PairSums, Positions, Products, Uncentered
+from rgfast.ops.moments.call import (
+    Batch,
+    Centered,
+    Moved,
+    Pairs,
+    PairSums,
+    Positions,
+    Products,
+    Survey,
+    Uncentered,
+)
 from rgfast.ops.moments.impl import cuda, library, native
 from rgfast.ops.moments.reference import first_rows, shifted
 from rgfast.runtime.threads import no_autocast, one_thread
@@ -23,6 +33,7 @@ __all__ = [
     "PAIRS",
     "POOLED",
     "POSITIONS",
+    "SURVEY",
     "add_positions",
     "add_products",
     "centered",
@@ -31,6 +42,7 @@ __all__ = [
     "pair_products",
     "pooled",
     "shifted",
+    "survey",
 ]
 
 
@@ -118,6 +130,22 @@ POOLED = Op(
         cuda.POOLED,
         library.POOLED,
         Impl("reference", _pooled_reference, cost=lambda call: 3.0 * library.POOLED.cost(call)),
+    ],
+    part_of="moments",
+)
+
+
+def _survey_reference(call: Batch) -> Survey:
+    with one_thread(), no_autocast(call.device.type):
+        return reference.survey(call)
+
+
+SURVEY = Op(
+    "survey",
+    [
+        cuda.SURVEY,
+        library.SURVEY,
+        Impl("reference", _survey_reference, cost=lambda call: 3.0 * library.SURVEY.cost(call)),
     ],
     part_of="moments",
 )
@@ -255,6 +283,40 @@ def pooled(
     tensor([17., 65.,  5.], dtype=torch.float64)
     """
     found: Tensor = POOLED(impl, Moved(sums, left, right))
+    return found
+
+
+def survey(
+    layers: Sequence[Tensor],
+    keeps: Sequence[Tensor | None],
+    *,
+    means: bool = True,
+    impl: ImplName = "auto",
+) -> Survey:
+    """How many numbers are not finite at every position, and every sequence's mean over positions in fp64.
+
+    Of the rows ``layers[l][B, T, d_l]`` those count that ``keeps[l][B, T]`` keeps (None: all); others may
+    hold anything. ``means=False`` leaves the means out. Nothing is read on the host. A mean is the same
+    whatever else is in the call, but sums of one implementation have another order than those of another.
+
+    Raises ValueError for layers that differ in B or T, and for masks of another shape or dtype.
+
+    >>> import torch
+    >>> from rgfast.ops.moments import survey
+    >>> x = torch.tensor([[[1.0], [4.0]], [[torch.inf], [2.0]]])
+    >>> found = survey([x], [torch.tensor([[True, True], [False, True]])])
+    >>> found.bad, found.means[0][:, 0]
+    (tensor([[0, 0]]), tensor([2.5000, 2.0000], dtype=torch.float64))
+    """
+    if not len(layers) or len(keeps) != len(layers):
+        raise ValueError(f"keeps must be one per layer, got {len(keeps)} for {len(layers)} layers")
+    lead = tuple(layers[0].shape[:-1])
+    for k, (x, keep) in enumerate(zip(layers, keeps, strict=True)):
+        if x.dim() != 3 or tuple(x.shape[:2]) != lead:
+            raise ValueError(f"layers[{k}] must be [{', '.join(map(str, lead))}, d], got {tuple(x.shape)}")
+        if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != lead):
+            raise ValueError(f"keeps[{k}] must be bool {lead}, got {keep.dtype} {tuple(keep.shape)}")
+    found: Survey = SURVEY(impl, Batch(layers, keeps, means))
     return found
 
 

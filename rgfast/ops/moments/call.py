@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Centered", "Moved", "PairSums", "Pairs", "Positions", "Products", "Uncentered"]
+__all__ = [
+    "Batch",
+    "Centered",
+    "Moved",
+    "PairSums",
+    "Pairs",
+    "Positions",
+    "Products",
+    "Survey",
+    "Uncentered",
+]
 
 
 class Products(NamedTuple):
@@ -188,3 +198,48 @@ class Moved(NamedTuple):
 
     def shape_class(self) -> Hashable:
         return self.device.type, len(self.sums), self.sizes
+
+
+class Batch(NamedTuple):
+    """Rows of one batch to be looked at, `layers[l][B, T, d_l]`, those that `keeps[l][B, T]` keeps (None:
+    all); see `survey`."""
+
+    layers: Sequence[Tensor]
+    keeps: Sequence[Tensor | None]
+    means: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        """Sequences and positions."""
+        sequences, positions, _ = self.layers[0].shape
+        return sequences, positions
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of every layer."""
+        return [x.dtype for x in self.layers]
+
+    @property
+    def nbytes(self) -> float:
+        """Of all rows."""
+        return float(sum(x.numel() * x.element_size() for x in self.layers))
+
+    def shape_class(self) -> Hashable:
+        sizes = tuple((x.dtype, x.shape) for x in self.layers)
+        return self.device.type, sizes, tuple(keep is None for keep in self.keeps), self.means
+
+
+class Survey(NamedTuple):
+    """What was found of L layers of a batch.
+
+    `bad[L, T]`, int64, is how many of the numbers that count are not finite at every position, and
+    `means[l][B, d_l]`, fp64, each sequence's mean over the positions that count, zero if none does; `means`
+    is empty if none were wanted.
+    """
+
+    bad: Tensor
+    means: Sequence[Tensor]

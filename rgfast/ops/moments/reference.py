@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rgfast.ops.moments.call import Centered, Moved, PairSums, Uncentered
+from rgfast.ops.moments.call import Batch, Centered, Moved, PairSums, Survey, Uncentered
 
 __all__ = [
     "add_positions",
@@ -19,6 +19,7 @@ __all__ = [
     "pair_products",
     "pooled",
     "shifted",
+    "survey",
 ]
 
 _WORK_BYTES = 64 << 20
@@ -174,3 +175,17 @@ def _moving(delta: Tensor) -> Tensor:
     found[:, :d, d], found[:, d + 1, :d] = 2 * delta, delta
     found[:, d + 1, d] = delta.square().sum(1)
     return found
+
+
+def survey(call: Batch) -> Survey:
+    """As its definition has it."""
+    bad, means = [], []
+    for x, keep in zip(call.layers, call.keeps, strict=True):
+        wide = x.to(torch.float64)
+        if keep is not None:
+            wide = wide.masked_fill(~keep[..., None], 0.0)
+        bad.append((~torch.isfinite(wide)).sum((0, 2)))
+        if call.means:
+            number = x.shape[1] if keep is None else keep.sum(1, keepdim=True).clamp_min(1)
+            means.append(wide.sum(1) / number)
+    return Survey(torch.stack(bad), means)

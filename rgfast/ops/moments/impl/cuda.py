@@ -25,6 +25,13 @@ from rgfast.ops.moments.centering import (
     centering_refusal,
 )
 from rgfast.ops.moments.pooling import POOLING, pooled, pooling_answer, pooling_cost, pooling_refusal
+from rgfast.ops.moments.surveying import (
+    SURVEYING,
+    surveyed,
+    surveying_answer,
+    surveying_cost,
+    surveying_refusal,
+)
 from rgfast.ops.moments.tiles import (
     CLOCK,
     DTYPES,
@@ -42,7 +49,7 @@ from rgfast.runtime import cuda, measured
 from rgfast.runtime.known_answers import KnownAnswer, register, unproven
 from rgfast.runtime.waiting import numbers
 
-__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "SINGLE_ERROR", "SINGLE_LEAST"]
+__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "SINGLE_ERROR", "SINGLE_LEAST", "SURVEY"]
 
 # With precision="single" an entry errs by up to SINGLE_ERROR of the sum of |z_i||z_j|, and per row by
 # SINGLE_LEAST of the product of the largest numbers that either can have (README, "Split products").
@@ -286,6 +293,13 @@ POOLED = dataclasses.replace(
     cost=pooling_cost,
     unproven=lambda call: unproven(call.device, *POOLING),
 )
+SURVEY = dataclasses.replace(
+    MOMENTS,
+    run=surveyed,
+    can_run=surveying_refusal,
+    cost=surveying_cost,
+    unproven=lambda call: unproven(call.device, *{SURVEYING[dtype] for dtype in call.dtypes}),
+)
 
 
 def _answer(dtype: torch.dtype, b: int, width: int, *, split: bool) -> Callable[[torch.device], Tensor]:
@@ -330,4 +344,4 @@ register(
         (-9017.5, -10428.375),
     )
 )
-register(centering_answer(), pooling_answer())
+register(centering_answer(), pooling_answer(), surveying_answer())

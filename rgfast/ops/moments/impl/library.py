@@ -12,11 +12,21 @@ from torch import Tensor
 
 from rgfast.dispatch import Impl
 from rgfast.ops.device import by_itself, by_name_on_cpu, cache_bytes, seconds
-from rgfast.ops.moments.call import Centered, Moved, Pairs, PairSums, Positions, Products, Uncentered
+from rgfast.ops.moments.call import (
+    Batch,
+    Centered,
+    Moved,
+    Pairs,
+    PairSums,
+    Positions,
+    Products,
+    Survey,
+    Uncentered,
+)
 from rgfast.ops.moments.moved import moved, norms_moved
 from rgfast.runtime.waiting import sent, waits_for
 
-__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "POSITIONS", "first_mean", "positions_at_once"]
+__all__ = ["CENTERED", "MOMENTS", "PAIRS", "POOLED", "POSITIONS", "SURVEY", "first_mean", "positions_at_once"]
 
 # Widened rows of all layers in work at a time: most of them, and so few that a launch takes longer than what
 # it does.
@@ -315,3 +325,41 @@ def _pooled_cost(call: Moved) -> float:
 
 
 POOLED = Impl("library", _pooled, cost=_pooled_cost)
+
+
+def _survey(call: Batch) -> Survey:
+    """Layer by layer: two launches for what is not finite, one for means, and one for each mask in both."""
+    bad, means = [], []
+    with by_itself(call.device.type):
+        for x, keep in zip(call.layers, call.keeps, strict=True):
+            dropped = None if keep is None else ~keep[..., None]
+            bad.append(_nonfinite(x, dropped))
+            if call.means and keep is None:
+                means.append(x.mean(1, dtype=torch.float64))
+            elif call.means and keep is not None and dropped is not None:
+                total = x.masked_fill(dropped, 0.0).sum(1, dtype=torch.float64)  # widened on the way
+                means.append(total / keep.sum(1, keepdim=True).clamp_min(1))
+        return Survey(torch.stack(bad).to(torch.int64), means)
+
+
+def _nonfinite(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """How many values of ``x[B, T, d]`` are not finite at every position ``[T]``, as floating-point
+    numbers."""
+    # Zero of a number, NaN of others, in few bytes.
+    narrow = x.dtype if x.dtype.itemsize == 2 else torch.float16
+    bad = torch.sub(x, x, out=torch.empty_like(x, dtype=narrow))
+    if dropped is not None:
+        bad.masked_fill_(dropped, 0.0)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # How many are not zero: fewer launches and passes than comparing and counting.
+    count: Tensor = torch.linalg.vector_norm(bad, 0, dim=(0, 2), dtype=dtype)
+    return count
+
+
+def _survey_cost(call: Batch) -> float:
+    masked = sum(keep is not None for keep in call.keeps)
+    launches = (3 if call.means else 2) * len(call.layers) + 5 * masked + 2
+    return seconds(launches, (3.0 if call.means else 2.0) * call.nbytes)
+
+
+SURVEY = Impl("library", _survey, cost=_survey_cost)
