@@ -2,7 +2,7 @@
 
 from rgfast.streaming.accumulator import MomentAccumulator, settle
 from rgfast.streaming.algebra import in_order
-from rgfast.streaming.finite import NonFiniteError, check_finite, count_nonfinite
+from rgfast.streaming.finite import NonFiniteError, check_finite
 from rgfast.streaming.pairs import PairMoments
 from rgfast.streaming.sizes import Pairs, as_pairs, block_rows, first_block, pair_keys, state_bytes
 from rgfast.streaming.together import KernelSums, Together
@@ -17,7 +17,6 @@ __all__ = [
     "as_pairs",
     "block_rows",
     "check_finite",
-    "count_nonfinite",
     "first_block",
     "in_order",
     "pair_keys",

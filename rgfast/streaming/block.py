@@ -41,7 +41,15 @@ class OpenBlock:
             if held.dtype != x.dtype:
                 held = held.to(torch.promote_types(held.dtype, x.dtype))
             self._rows[layer] = held
-            held[:, take] = x
+        if self._positions == 1:  # all rows of a layer side by side: one launch for those on a device
+            for device in dict.fromkeys(x.device for x in piece):
+                here = [layer for layer, x in enumerate(piece) if x.device == device]
+                torch._foreach_copy_(
+                    [self._rows[layer][0, take] for layer in here], [piece[layer][0] for layer in here]
+                )
+        else:
+            for held, x in zip(self._rows, piece, strict=True):
+                held[:, take] = x
         self._keep[:, take] = True if keep is None else sent(keep, self._device)
         self._whole = keep is None and (self._whole or not self.filled)
         self.filled = take.stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteError", "check_finite", "count_nonfinite"]
+__all__ = ["NonFiniteError", "check_finite"]
 
 
 class NonFiniteError(ValueError):
@@ -38,17 +38,3 @@ def _in_memory_order(x: Tensor) -> Tensor:
     """``x`` with its axes as they lie in memory: of strided rows one pass takes several times as long."""
     steps = x.stride()
     return x.permute(sorted(range(x.dim()), key=lambda axis: -steps[axis]))
-
-
-def count_nonfinite(x: Tensor, keep: Tensor | None) -> Tensor:
-    """How many values of ``x[B, T, d]`` are not finite at every position ``[T]``, in rows that ``keep[B, T]``
-    keeps, as floating-point numbers. Nothing is read on the host."""
-    # Zero of a number, NaN of others, in few bytes.
-    narrow = x.dtype if x.dtype.itemsize == 2 else torch.float16
-    bad = torch.sub(x, x, out=torch.empty_like(x, dtype=narrow))
-    if keep is not None:
-        bad.masked_fill_(~keep[..., None], 0.0)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    # How many are not zero: fewer launches and passes than comparing and counting.
-    count: Tensor = torch.linalg.vector_norm(bad, 0, dim=(0, 2), dtype=dtype)
-    return count

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import rgfast
+from rgfast.probing.estimators import finite
 from rgfast.probing.estimators.means import means_of
 from rgfast.runtime import waiting
 
@@ -28,3 +30,43 @@ def test_means_of_the_rows_that_count_are_taken_in_fp64(dtype, elsewhere, monkey
     for k in (0, 1, 2, *range(4, 9)):
         torch.testing.assert_close(found[k], want[k], rtol=1e-14, atol=0.0)
     torch.testing.assert_close(whole, x.double().mean(1), rtol=1e-14, atol=0.0)
+
+
+def test_means_that_are_known_are_not_taken_again():
+    x, keep = torch.zeros(3, 2, 4), torch.tensor([[True, True], [False, False], [True, False]])
+    known = torch.ones(3, 4, dtype=torch.float64)
+    (found, other), some = means_of([x, x], [keep, None], {0: known})
+    assert found is known
+    assert some.tolist() == [True, False, True]
+    assert not other.any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_on_a_device_rows_are_read_once_for_their_means_and_for_what_is_not_finite(groups, monkeypatch):
+    monkeypatch.setattr(waiting, "_EVERYWHERE", True)
+    real, calls = finite.survey, []
+
+    def survey(layers, keeps, *, means):
+        found = real(layers, keeps, means=means)
+        calls.append(means)
+        return found._replace(means=[mean + 5 for mean in found.means])  # which shows where they go
+
+    draw = torch.Generator().manual_seed(0)
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()),
+        torch.randn(8, 6, 3, generator=draw),
+    )
+    for views, wanted in ((["mean_pooled"], True), (["position"], False)):
+        calls.clear()
+        found = []
+        for each in (real, survey):
+            monkeypatch.setattr(finite, "survey", each)
+            with rgfast.Probe(
+                model, route="moments", views=views, groups=groups, layers=["0", "1"], progress=False
+            ) as probe:
+                probe.run(x)
+            states = probe._tally._moments._groups
+            found.append([a.mean(1) for state in states for a in state.values()])
+        assert calls == [wanted]
+        for before, after in zip(*found, strict=True):
+            torch.testing.assert_close(after, before + 5 * wanted)

@@ -12,7 +12,7 @@ from torch import nn
 from waits import Waits
 
 import rgfast
-from rgfast.probing.estimators import moments as estimator
+from rgfast.probing.estimators.finite import FiniteCheck
 from rgfast.runtime import waiting
 
 BATCHES = 14  # a count of rows doubles several times, and blocks of rows are summed up
@@ -177,23 +177,23 @@ def test_a_stack_that_hands_over_tiles(mixing, monkeypatch):
 
 
 FAULTS = {
-    "_local_scalar_dense": (estimator.Moments, "check", lambda self, batch, seen: batch.first.sum().item()),
-    "nonzero": (estimator.Moments, "check", lambda self, batch, seen: batch.first[:, 0, 0].nonzero()),
-    "index with a mask": (estimator.Moments, "check", lambda self, batch, seen: batch.first[batch.first > 0]),
+    "_local_scalar_dense": (FiniteCheck, "check", lambda self, batch, seen: batch.first.sum().item()),
+    "nonzero": (FiniteCheck, "check", lambda self, batch, seen: batch.first[:, 0, 0].nonzero()),
+    "index with a mask": (FiniteCheck, "check", lambda self, batch, seen: batch.first[batch.first > 0]),
     "masked_select": (
-        estimator.Moments,
+        FiniteCheck,
         "check",
         lambda self, batch, seen: torch.masked_select(batch.first, batch.first > 0),
     ),
-    "equal": (estimator.Moments, "check", lambda self, batch, seen: torch.equal(batch.first, batch.first)),
-    "lift_fresh of a list": (estimator.Moments, "check", lambda self, batch, seen: torch.tensor([1.0])),
+    "equal": (FiniteCheck, "check", lambda self, batch, seen: torch.equal(batch.first, batch.first)),
+    "lift_fresh of a list": (FiniteCheck, "check", lambda self, batch, seen: torch.tensor([1.0])),
     "_to_copy from cpu to meta": (
-        estimator.Moments,
+        FiniteCheck,
         "check",
         lambda self, batch, seen: batch.first.to("meta"),
     ),
     "copy_ from cpu to meta": (
-        estimator.Moments,
+        FiniteCheck,
         "check",
         lambda self, batch, seen: torch.empty_like(batch.first, device="meta").copy_(batch.first),
     ),
@@ -206,9 +206,9 @@ def test_the_mode_sees_a_fault(name, monkeypatch):
     owner, method, fault = FAULTS[name]
     was = getattr(owner, method)
 
-    def faulty(self, *args):
+    def faulty(self, *args, **options):
         fault(self, *args)
-        return was(self, *args)
+        return was(self, *args, **options)
 
     monkeypatch.setattr(owner, method, faulty)
     watch = Waits(here=True)

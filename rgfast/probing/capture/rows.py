@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class RowBatch:
     devices; what goes with them is on that of the first. ``padded`` says that some entry tells the padding,
     and ``notes`` what the result has to say of how entries were read. ``reused`` says that the layers' memory
     is about to be overwritten, ``owned`` that nobody else has it. ``part`` says which of a batch of several
-    ranks these sequences are, None for a batch of this one.
+    ranks these sequences are, None for a batch of this one. ``means[l]`` ``[B, d_l]`` are sequences' means
+    over the rows that count, of the layers of which they are known.
     """
 
     layers: Sequence[Tensor | None]
@@ -46,6 +47,7 @@ class RowBatch:
     reused: bool = False
     owned: bool = False
     part: Part | None = None
+    means: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def first(self) -> Tensor:
@@ -91,6 +93,7 @@ class RowBatch:
             masked=masked,
             targets=[target[part] for target in self.targets],
             chosen=[x if isinstance(x, str) else x[part] for x in self.chosen],
+            means={layer: mean[part] for layer, mean in self.means.items()},
         )
 
     def of_layers(self, layers: Sequence[int]) -> RowBatch:
@@ -100,6 +103,7 @@ class RowBatch:
             layers=[self.layers[layer] for layer in layers],
             keeps=[self.keeps[layer] for layer in layers],
             places=[self.places[layer] for layer in layers] if self.places else (),
+            means={k: self.means[layer] for k, layer in enumerate(layers) if layer in self.means},
         )
 
     def chosen_of(self, number: int, layer: int) -> Tensor:

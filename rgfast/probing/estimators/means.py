@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,17 +13,23 @@ from rgfast.runtime.waiting import sent, waits_for
 __all__ = ["means_of"]
 
 
-def means_of(layers: Sequence[Tensor], keeps: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
+def means_of(
+    layers: Sequence[Tensor], keeps: Sequence[Tensor | None], known: Mapping[int, Tensor] | None = None
+) -> tuple[list[Tensor], Tensor | None]:
     """Each sequence's means ``[B, d_l]`` over the rows that count, fp64, and which sequences have such rows
-    in all layers (None: all)."""
+    in all layers (None: all). Those of some layers may be ``known``."""
+    known = known or {}
     rows: list[Tensor] = []
     some: Tensor | None = None
-    for x, keep in zip(layers, keeps, strict=True):
+    for layer, (x, keep) in enumerate(zip(layers, keeps, strict=True)):
         if keep is None or keep.shape[1] != x.shape[1]:
-            rows.append(_mean(x))
+            rows.append(known[layer] if layer in known else _mean(x))
             continue
         counted = keep.any(1)
         some = counted if some is None else some & counted
+        if layer in known:
+            rows.append(known[layer])
+            continue
         keep = sent(keep, x.device)
         number = keep.sum(1, keepdim=True)
         if waits_for(x.device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,8 @@ class Moments:
 
     def _add(self, batch: RowBatch, start: int) -> None:
         self._changes()
-        self.check(batch, start)
+        averaged = any(held.kind == "mean_pooled" for held in self.plan.accumulators)
+        batch = replace(batch, means=self._finite.check(batch, start, means=averaged))
         length = batch.first.shape[1]
         if self.plan.positions and length > self.plan.length:
             self.note([self.plan.longer])
@@ -86,10 +88,6 @@ class Moments:
         self.sequences += batch.sequences
         self.numbers += batch.numbers
         self.line = () if batch.part is None else batch.part.ranks
-
-    def check(self, batch: RowBatch, seen: int) -> None:
-        """Raise ValueError if a layer of the batch after ``seen`` sequences is not finite."""
-        self._finite.check(batch, seen)
 
     def adopt(self, plan: Plan) -> None:
         """Hold what is held as another plan parts it, whose streams are parts of this one's."""
@@ -112,7 +110,8 @@ class Moments:
         keep = batch.keeps[held.layers[0]]
         if held.kind == "mean_pooled":
             keeps = [batch.keeps[layer] for layer in held.layers]
-            rows, some = means_of(layers, keeps + [keep] * (len(layers) - len(keeps)))
+            known = {k: batch.means[layer] for k, layer in enumerate(held.layers) if layer in batch.means}
+            rows, some = means_of(layers, keeps + [keep] * (len(layers) - len(keeps)), known)
             narrow = all(x.dtype != torch.float64 for x in layers)
             accumulator.update(rows, some, finite=True, narrow=narrow)
         elif held.kind == "flattened":
