@@ -20,9 +20,9 @@ from torch import Tensor
 from rgfast.dispatch import Impl
 from rgfast.ops.cka.api import OP as CKA
 from rgfast.ops.device import LAUNCH
-from rgfast.ops.moments.api import CENTERED, PAIRS, POOLED, POSITIONS
+from rgfast.ops.moments.api import CENTERED, PAIRS, POOLED, POSITIONS, SURVEY
 from rgfast.ops.moments.api import OP as MOMENTS
-from rgfast.ops.moments.call import Centered, Moved, Products, Uncentered
+from rgfast.ops.moments.call import Batch, Centered, Moved, Products, Survey, Uncentered
 from rgfast.ops.moments.impl import cuda as kernels
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum import measures
@@ -105,6 +105,24 @@ def _pooled_by_kernels(call: Moved, width: int) -> Tensor:
         host=3 * LAUNCH + 3 * VIEW, device=max(seconds, LEAST_KERNEL) + 2 * LEAST_KERNEL, kernels=3
     ):
         found: Tensor = products.POOLED.run(call)
+    return found
+
+
+def _surveyed_by_a_kernel(call: Batch, width: int) -> Survey:
+    """What is not finite and means of sequences by the package's kernel, which reads the rows that count
+    once, after a table was sent; counts are zeroed before and added up after it."""
+    clock, (sequences, positions) = Clock(width), call.lead
+    rows, counts, strips = 0.0, 0.0, -(-max(clock.size(x.shape[2]) for x in call.layers) // 128)
+    for x, keep in zip(call.layers, call.keeps, strict=True):
+        with uncounted():
+            some = 1.0 if keep is None else float(keep.double().mean())
+        wide = clock.size(x.shape[2])
+        rows += some * sequences * positions * wide * x.element_size() + 8.0 * sequences * wide * call.means
+        counts += 4.0 * sequences * strips * positions
+    seconds = max(rows / PASS, LEAST_KERNEL) + 2 * max(counts / PASS, LEAST_KERNEL) + LEAST_KERNEL
+    host = 4 * LAUNCH + len(call.layers) * VIEW * call.means
+    with uncounted(host=host, device=seconds, kernels=4):
+        found: Survey = products.SURVEY.run(call)
     return found
 
 
@@ -205,7 +223,7 @@ def as_on_a_gpu(
         (plan, "_PENDING_BYTES", int(pending * narrower)),
         (sizes, "_AT_ONCE", int(sizes._AT_ONCE * narrower**2)),
     ]
-    for op in (CENTERED, POOLED, MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
+    for op in (CENTERED, POOLED, SURVEY, MOMENTS, PAIRS, POSITIONS, EIGVALSH, GRAM, SPECTRUM, CKA):
         library = dataclasses.replace(
             op.impls["library"], by_name_only=lambda call: None, cost=lambda call: 0.0
         )
@@ -215,6 +233,8 @@ def as_on_a_gpu(
             library = dataclasses.replace(library, run=partial(_centered_by_a_kernel, width=width))
         elif ours and op is POOLED:
             library = dataclasses.replace(library, run=partial(_pooled_by_kernels, width=width))
+        elif ours and op is SURVEY:
+            library = dataclasses.replace(library, run=partial(_surveyed_by_a_kernel, width=width))
         elif ours and op is EIGVALSH:
             library = dataclasses.replace(library, run=partial(_solved_by_a_kernel, width=width))
         changes += [(op, "impls", {"library": library, "reference": op.impls["reference"]})]
