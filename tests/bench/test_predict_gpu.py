@@ -13,7 +13,7 @@ import rgfast
 from rgfast import record
 from rgfast.dispatch import walk
 from rgfast.ops.moments.api import OP as MOMENTS
-from rgfast.ops.moments.call import Products
+from rgfast.ops.moments.call import Batch, Products
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum.selection import EIGVALSH
 from rgfast.probing import plan
@@ -256,6 +256,20 @@ def test_sums_by_kernels_take_the_time_of_kernels(stand_in, clock):
     assert found.host == pytest.approx((launches + 1) * clock.LAUNCH + 3 * clock.VIEW)
     assert found.device == pytest.approx(seconds - launches * clock.LAUNCH)
     assert some.sums[0, 1][0, 0, 0] == 256  # they are made all the same
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.75])
+def test_a_survey_by_a_kernel_takes_the_time_of_a_pass_over_rows_that_count(stand_in, clock, kept):
+    sequences, positions, width, layers = 1024, 64, 1024, 5
+    rows = [torch.ones(sequences, positions, script.STAND_IN)] * layers
+    keep = None if kept == 1.0 else (torch.arange(positions) < kept * positions).expand(sequences, -1)
+    some = Batch(rows, [keep] * layers, means=True)
+    found = script.timed(lambda: stand_in._surveyed_by_a_kernel(some, width), width)
+    read, means = kept * sequences * positions * width * 4 * layers, sequences * width * 8 * layers
+    counts = 4 * sequences * positions * (width // 128) * layers
+    assert found.waits == 0
+    assert found.kernels == 4
+    assert found.device == pytest.approx((read + means + 2 * counts) / clock.PASS + clock.LEAST_KERNEL)
 
 
 def test_what_the_library_is_faster_at_is_left_to_it(stand_in):
