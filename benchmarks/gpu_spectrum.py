@@ -66,6 +66,8 @@ class Shape:
     shared: int  # bytes, the packed matrix included
     barriers: int = 1  # per step
     paired: bool = True  # whether loads of two chunks of a matrix in shared memory are side by side
+    together: int = 1  # groups of columns that a warp sums over its lanes at once
+    sums: int = 2  # over lanes that wait for each other, in a step of a block
     reflector: int = 0  # clocks of a reflector's root and division
 
     @property
@@ -85,15 +87,18 @@ class Shape:
 
     def step(self, n: int, k: int) -> tuple[float, float]:
         """Clocks of the chain of step k of n - 1, and those that a multiprocessor is busy with a block's."""
-        return self._step_in_lanes(k) if self.where == "lanes" else self._step_of_block(n, k)
+        return self._step_in_lanes(n, k) if self.where == "lanes" else self._step_of_block(n, k)
 
-    def _step_in_lanes(self, k: int) -> tuple[float, float]:
+    def _step_in_lanes(self, n: int, k: int) -> tuple[float, float]:
         lanes, size = self.chunks, self.size
         words, fused, shuffled = size // 4, FUSED[size], SHUFFLED[size]
-        groups = max(1, -(-(lanes - k - 3) // 4)) if k > 3 else lanes // 4
+        # Columns from k + 1 on, four at a time and more: loads of those taken together are side by side.
+        width = 4 * self.together
+        taken = -(-(n if self.together > 1 else lanes) // width) - (k + 1) // width
+        groups = max(1, taken) * self.together
         sums = 2 * math.log2(lanes)
         chain = sums * shuffled + self.reflector + 4 * fused + 2 * EXCHANGED
-        chain += groups * (2 * LOAD + 3 * fused + 12 * words)
+        chain += max(1, taken) * (2 * LOAD + (2 + self.together) * fused) + groups * 12 * words
         arithmetic = 12 * groups + 20
         shuffles = (sums + 1) * words
         issued = arithmetic + groups * 7 * words + shuffles
@@ -107,25 +112,39 @@ class Shape:
         live = self.chunks - k // 32
         # Every warp: the product's parts, two sums over its lanes, the reflector, what it leaves for others.
         parts = warps if self.barriers == 1 else 0
-        chain = LOAD + parts * fused + 2 * live * fused + 11 * shuffled + 9 * fused
-        chain += self.reflector + 2 * EXCHANGED
+        if self.sums == 2:  # and a value that is passed on between them
+            chain = 2 * live * fused + 11 * shuffled + 9 * fused
+        else:  # four at once, which are passed on; what is more than one shuffle waits for the way
+            chain = live * fused + 6 * shuffled + 4 * words * (1 + 3) + 13 * fused
+        added = warps if self.sums == 2 else warps // 2 + 1  # of what the warps have, one after another
+        chain += LOAD + (added * fused if parts else 0) + self.reflector + 2 * EXCHANGED
         if self.barriers == 2:
-            chain += EXCHANGED + LOAD + warps * fused
-        chunks, longest = 0, [0.0] * warps
+            chain += EXCHANGED + LOAD + added * fused
+        chunks, longest, left = 0, [0.0] * warps, [0] * warps
         for g in range(first, last):  # groups of four columns go to the warps in turns
             here = self.chunks - (g // warps * warps if held else g) // 8
             if held:
                 time = 6 * fused + 16 * here * words
             else:
                 time = (here + 1 if self.paired else 2 * here) // 2 * (LOAD + 5 * fused)
-            longest[g % warps] += LOAD + time + 5 * shuffled
+            longest[g % warps] += LOAD + time
+            left[g % warps] += 1
             chunks += here
+        # Sums over lanes: 2 + 1 + ... shuffles for a group, 4 + 2 + 1 + ... for two. Five of them wait for
+        # each other, and those that are more than for one group wait for the way.
+        many = {1: 6, 2: 9, 4: 16}[self.together]
+        rounds = [-(-count // self.together) for count in left]
+        for warp, count in enumerate(rounds):
+            longest[warp] += count * (5 * shuffled + 4 * words * (many - 6))
         groups = last - first
-        arithmetic = 16 * chunks + warps * live * (12 + parts)
-        shuffles = (12 * warps + 6 * groups) * words
+        vectors = 3 * groups  # of v, w and u, of which ours have the last once for every chunk
+        if packed and self.together > 1:
+            vectors += chunks - groups
+        arithmetic = 16 * chunks + warps * live * (12 + parts + (0 if self.sums == 2 else 4))
+        shuffles = (12 * warps + many * sum(rounds)) * words
         moved = sum(n - 4 * g for g in range(first, last)) * 8 * size / 128 if packed else 0.0
-        moved += (warps * live * (parts + 6) + 3 * groups) * words
-        issued = arithmetic + shuffles + 3 * groups * words + chunks * (6 if held else 12 + 4 * words)
+        moved += (warps * live * (parts + 6) + vectors) * words
+        issued = arithmetic + shuffles + vectors * words + chunks * (6 if held else 12 + 4 * words)
         issued += 6 * warps * live * words
         return chain + max(longest), max(arithmetic * words / 4, issued / 4, moved, shuffles)
 
@@ -204,13 +223,13 @@ def kernel(n: int, size: int) -> Shape:
     return Shape(
         where,
         size,
-        {"lanes": chosen.rows, "registers": -(-chosen.rows // 32), "shared": 2 * -(-chosen.rows // 64)}[
-            where
-        ],
+        chosen.rows if where == "lanes" else -(-chosen.rows // 32),
         chosen.block // 32,
         registers(chosen.name),
         chosen.shared_bytes(n, dtype),
         barriers=2 if where == "shared" else 1,
+        together=2 if where == "lanes" else 4,
+        sums=1,
         reflector=REFLECTOR[size],
     )
 

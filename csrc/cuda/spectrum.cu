@@ -30,23 +30,25 @@
 
 RGFAST_LANES(lanes8_f64, double, 8, 4, 8192)
 RGFAST_LANES(lanes16_f64, double, 16, 4, 6144)
-RGFAST_LANES(lanes32_f64, double, 32, 3, 6144)
+RGFAST_LANES(lanes32_f64, double, 32, 4, 6144)
 RGFAST_LANES(lanes8_f32, float, 8, 8, 3584)
 RGFAST_LANES(lanes16_f32, float, 16, 6, 3584)
 RGFAST_LANES(lanes32_f32, float, 32, 5, 3584)
 
 RGFAST_REGISTERS(registers128_f64, double, 4, 4, 2, 21600)
-RGFAST_REGISTERS(registers64_f32, float, 2, 2, 10, 4656)
-RGFAST_REGISTERS(registers96_f32, float, 3, 4, 5, 8896)
+RGFAST_REGISTERS(registers64_f32, float, 2, 2, 8, 4656)
 RGFAST_REGISTERS(registers256_f32, float, 8, 8, 1, 30816)
 
 // The packed matrix follows, of 4 (n g - 2 g (g - 1)) entries, g = ceil(n / 4). Four blocks of 102 fp64 rows
-// fit a multiprocessor of an H100, and two of 218 fp32 rows.
-RGFAST_SHARED(shared64_f64, double, 2, 2, 9, 5696)
+// fit a multiprocessor of an H100, and two of 222 fp32 rows.
+RGFAST_SHARED(shared64_f64, double, 2, 2, 8, 5696)
+RGFAST_SHARED(shared96_f64, double, 3, 3, 5, 9296)
 RGFAST_SHARED(shared102_f64, double, 4, 4, 4, 13408)
+RGFAST_SHARED(shared96_f32, float, 3, 3, 8, 5040)
 RGFAST_SHARED(shared128_f32, float, 4, 4, 6, 7232)
-RGFAST_SHARED(shared192_f32, float, 6, 8, 3, 14688)
-RGFAST_SHARED(shared218_f32, float, 8, 8, 2, 18528)
+RGFAST_SHARED(shared160_f32, float, 5, 5, 4, 9664)
+RGFAST_SHARED(shared192_f32, float, 6, 6, 3, 12368)
+RGFAST_SHARED(shared222_f32, float, 7, 7, 2, 15312)
 
 #undef RGFAST_KERNEL
 #undef RGFAST_LANES

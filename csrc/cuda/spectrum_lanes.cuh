@@ -6,6 +6,8 @@
 namespace rgfast::cuda::spectrum {
 
 constexpr int kLaneThreads = 128;
+// Columns that are taken or left together: loads of one hide behind those of the others.
+constexpr int kColumns = 8;
 
 // Shared memory of one matrix.
 template <class T, int Lanes>
@@ -57,12 +59,15 @@ __device__ __forceinline__ void solve_in_lanes(const Task<T>& task) {
     team.sync();
     T sums[4] = {};
 #pragma unroll
-    for (int j = 0; j < Lanes; j += 4)
-      if (j + 3 > k) {
-        T now[4];
-        load_four(space.reflector + j, now);
+    for (int j = 0; j < Lanes; j += kColumns)
+      if (j + kColumns - 1 > k && j < n) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t) sums[t] = fused(a[j + t], now[t], sums[t]);
+        for (int part = j; part < j + kColumns; part += 4) {
+          T now[4];
+          load_four(space.reflector + part, now);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) sums[t] = fused(a[part + t], now[t], sums[t]);
+        }
       }
     const T product = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     const T half = T(0.5) * h.tau * h.tau * sum_of_lanes<Lanes>(product * u);
@@ -70,16 +75,20 @@ __device__ __forceinline__ void solve_in_lanes(const Task<T>& task) {
     space.update[r] = w;
     team.sync();
 #pragma unroll
-    for (int j = 0; j < Lanes; j += 4)
-      if (j + 3 > k) {
-        T now[4], update[4];
-        load_four(space.reflector + j, now);
-        load_four(space.update + j, update);
+    for (int j = 0; j < Lanes; j += kColumns)
+      if (j + kColumns - 1 > k && j < n) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          a[j + t] = fused(-u, update[t], fused(-w, now[t], a[j + t]));
-          const T value = opaque(a[j + t]);
-          x = j + t == k + 1 ? value : x;
+        for (int part = j; part < j + kColumns; part += 4) {
+          T now[4], update[4];
+          load_four(space.reflector + part, now);
+          load_four(space.update + part, update);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            T& entry = a[part + t];
+            entry = fused(-u, update[t], fused(-w, now[t], entry));
+            const T value = opaque(entry);
+            x = part + t == k + 1 ? value : x;
+          }
         }
       }
     team.sync();

@@ -62,57 +62,57 @@ __device__ __forceinline__ void solve_in_registers(const Task<T>& task) {
   }
   __syncthreads();
 
-  Steps<T, Chunks> steps(task.start());
+  Steps<T, Chunks> steps;
 #pragma unroll 1
   for (int k = task.start();; ++k) {
     const int ready = k & 1, next = 1 - ready;
-    const auto product = [&](int i) {
-      T sum = space.by_column[ready][i];
-#pragma unroll
-      for (int from = 0; from < Warps; ++from) sum += space.by_row[ready][from][i];
-      return sum;
-    };
-    if (!steps.advance(k, n, lane, product, space.column[ready], warp == 0, space.diagonal, space.coupling))
+    const auto product = [&](int i) { return of_all(space.by_column[ready][i], space.by_row[ready], i); };
+    if (!steps.advance(k, n, lane, k > task.start(), product, space.column[ready], warp == 0, space.diagonal,
+                       space.coupling))
       break;
     steps.template publish_own<Warps>(k, lane, warp, space.now, space.last, space.update);
     T by_row[Chunks] = {};
     const int first = (k + 1) / 4, kept = (k + 1) % 4;
 #pragma unroll
-    for (int q = 0; q < kGroups; ++q) {
-      const int g = q * Warps + warp;
-      if (g < first || g >= groups) continue;
-      T u[4], v[4], w[4], by_column[4] = {};
-      load_four(space.now + 4 * g, u);
-      load_four(space.last + 4 * g, v);
-      load_four(space.update + 4 * g, w);
+    for (int from = 0; from < kGroups; from += kTogether) {
+      if ((from + kTogether - 1) * Warps + warp < first || from * Warps + warp >= groups) continue;
+      T by_column[4 * kTogether] = {};
 #pragma unroll
-      for (int c = q * Warps / 8; c < Chunks; ++c) {
-        const int i = 32 * c + lane;
-        T row_v = steps.last[c], row_w = steps.update[c], row_u = steps.now[c];
-        if (32 * c < 4 * (q * Warps + Warps)) {  // the group's own rows may be in this chunk
-          row_v = i >= 4 * g ? row_v : T(0);
-          row_w = i >= 4 * g ? row_w : T(0);
-          row_u = i >= 4 * g + 4 ? row_u : T(0);
-        }
+      for (int q = from; q < from + kTogether && q < kGroups; ++q) {
+        const int g = q * Warps + warp;
+        if (g < first || g >= groups) continue;
+        T u[4], v[4], w[4];
+        load_four(space.now + 4 * g, u);
+        load_four(space.last + 4 * g, v);
+        load_four(space.update + 4 * g, w);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const T entry = fused(-row_v, w[t], fused(-row_w, v[t], a[q][t][c]));
-          a[q][t][c] = entry;
-          by_row[c] = fused(entry, u[t], by_row[c]);
-          by_column[t] = fused(entry, row_u, by_column[t]);
-        }
-      }
-      if (g == first) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-          if (t == kept) {
-#pragma unroll
-            for (int c = q * Warps / 8; c < Chunks; ++c)
-              space.column[next][32 * c + lane] = opaque(a[q][t][c]);
+        for (int c = q * Warps / 8; c < Chunks; ++c) {
+          const int i = 32 * c + lane;
+          T row_v = steps.last[c], row_w = steps.update[c], row_u = steps.now[c];
+          if (32 * c < 4 * (q * Warps + Warps)) {  // the group's own rows may be in this chunk
+            row_v = i >= 4 * g ? row_v : T(0);
+            row_w = i >= 4 * g ? row_w : T(0);
+            row_u = i >= 4 * g + 4 ? row_u : T(0);
           }
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const T entry = fused(-row_v, w[t], fused(-row_w, v[t], a[q][t][c]));
+            a[q][t][c] = entry;
+            by_row[c] = fused(entry, u[t], by_row[c]);
+            by_column[4 * (q - from) + t] = fused(entry, row_u, by_column[4 * (q - from) + t]);
+          }
+        }
+        if (g == first) {
+#pragma unroll
+          for (int t = 0; t < 4; ++t)
+            if (t == kept) {
+#pragma unroll
+              for (int c = q * Warps / 8; c < Chunks; ++c)
+                space.column[next][32 * c + lane] = opaque(a[q][t][c]);
+            }
+        }
       }
-      const T sum = shared_out<4, 32>(by_column, lane);
-      if (lane % 8 == 0) space.by_column[next][4 * g + lane / 8] = sum;
+      leave_sums<Warps>(by_column, lane, from * Warps + warp, groups, space.by_column[next]);
     }
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {

@@ -56,7 +56,6 @@ __device__ __forceinline__ void store_row(T* group, int r, int rows, const T (&f
 
 template <class T, int Chunks, int Warps>
 __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
-  static_assert(Chunks % 2 == 0, "chunks are taken in pairs");
   using Space = SharedSpace<T, Chunks, Warps>;
   const int n = task.n, groups = (n + 3) / 4, thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32, warp = thread / 32;
@@ -88,67 +87,75 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
     }
   __syncthreads();
 
-  Steps<T, Chunks> steps(task.start());
+  Steps<T, Chunks> steps;
 #pragma unroll 1
   for (int k = task.start();; ++k) {
     const auto product = [&](int i) { return space.sums[1][i]; };
-    if (!steps.advance(k, n, lane, product, space.column[k & 1], warp == 0, space.diagonal, space.coupling))
+    if (!steps.advance(k, n, lane, k > task.start(), product, space.column[k & 1], warp == 0, space.diagonal,
+                       space.coupling))
       break;
     steps.template publish_own<Warps>(k, lane, warp, space.now, space.last, space.update);
     T by_row[Chunks] = {};
     const int first = (k + 1) / 4, kept = (k + 1) % 4;
 #pragma unroll 1
-    for (int g = first + ((warp - first) % Warps + Warps) % Warps; g < groups; g += Warps) {
-      T* group = packed + group_offset(n, g);
-      const int rows = n - 4 * g;
-      T u[4], v[4], w[4], by_column[4] = {};
-      load_four(space.now + 4 * g, u);
-      load_four(space.last + 4 * g, v);
-      load_four(space.update + 4 * g, w);
+    for (int from = first + ((warp - first) % Warps + Warps) % Warps; from < groups;
+         from += kTogether * Warps) {
+      T by_column[4 * kTogether] = {};
 #pragma unroll
-      for (int pair = 0; pair < Chunks; pair += 2) {
-        if (pair + 1 < g / 8) continue;
-        T entry[2][4];  // of two chunks, so that loads of one hide behind the other
-        bool there[2];
+      for (int s = 0; s < kTogether; ++s) {
+        const int g = from + s * Warps;
+        if (g >= groups) continue;
+        T* group = packed + group_offset(n, g);
+        const int rows = n - 4 * g;
+        T v[4], w[4];
+        load_four(space.last + 4 * g, v);
+        load_four(space.update + 4 * g, w);
 #pragma unroll
-        for (int z = 0; z < 2; ++z) {
-          const int r = 32 * (pair + z) + lane - 4 * g;
-          there[z] = r >= 0 && r < rows;
-          if (there[z]) {
-            load_row(group, r, rows, entry[z]);
-          } else {
+        for (int pair = -(Chunks % 2); pair < Chunks; pair += 2) {
+          if (pair + 1 < g / 8) continue;
+          T entry[2][4];  // of two chunks, so that loads of one hide behind the other
+          bool there[2];
 #pragma unroll
-            for (int t = 0; t < 4; ++t) entry[z][t] = T(0);
+          for (int z = 0; z < 2; ++z) {
+            const int r = 32 * (pair + z) + lane - 4 * g;
+            there[z] = pair + z >= 0 && r >= 0 && r < rows;
+            if (there[z]) {
+              load_row(group, r, rows, entry[z]);
+            } else {
+#pragma unroll
+              for (int t = 0; t < 4; ++t) entry[z][t] = T(0);
+            }
           }
-        }
 #pragma unroll
-        for (int z = 0; z < 2; ++z) {
-          const int c = pair + z, r = 32 * c + lane - 4 * g;
-          const T row_u = r >= 4 ? steps.now[c] : T(0);
-          T even = by_row[c], odd = T(0);
+          for (int z = pair < 0 ? 1 : 0; z < 2; ++z) {
+            const int c = pair + z, r = 32 * c + lane - 4 * g;
+            const T row_u = r >= 4 ? steps.now[c] : T(0);
+            T u[4];  // once more for every chunk: registers are few
+            load_four(space.now + 4 * g, u);
+            T even = by_row[c], odd = T(0);
 #pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            entry[z][t] = fused(-steps.last[c], w[t], fused(-steps.update[c], v[t], entry[z][t]));
-            by_column[t] = fused(entry[z][t], row_u, by_column[t]);
-          }
-          even = fused(entry[z][0], u[0], even);
-          odd = fused(entry[z][1], u[1], odd);
-          even = fused(entry[z][2], u[2], even);
-          odd = fused(entry[z][3], u[3], odd);
-          by_row[c] = there[z] ? even + odd : by_row[c];
-          if (there[z]) {
-            store_row(group, r, rows, entry[z]);
-            if (g == first) {
-              T column = entry[z][0];
+            for (int t = 0; t < 4; ++t) {
+              entry[z][t] = fused(-steps.last[c], w[t], fused(-steps.update[c], v[t], entry[z][t]));
+              by_column[4 * s + t] = fused(entry[z][t], row_u, by_column[4 * s + t]);
+            }
+            even = fused(entry[z][0], u[0], even);
+            odd = fused(entry[z][1], u[1], odd);
+            even = fused(entry[z][2], u[2], even);
+            odd = fused(entry[z][3], u[3], odd);
+            by_row[c] = there[z] ? even + odd : by_row[c];
+            if (there[z]) {
+              store_row(group, r, rows, entry[z]);
+              if (g == first) {
+                T column = entry[z][0];
 #pragma unroll
-              for (int t = 1; t < 4; ++t) column = t == kept ? entry[z][t] : column;
-              space.column[(k + 1) & 1][4 * g + r] = column;
+                for (int t = 1; t < 4; ++t) column = t == kept ? entry[z][t] : column;
+                space.column[(k + 1) & 1][4 * g + r] = column;
+              }
             }
           }
         }
       }
-      const T sum = shared_out<4, 32>(by_column, lane);
-      if (lane % 8 == 0) space.sums[0][4 * g + lane / 8] = sum;
+      leave_sums<Warps>(by_column, lane, from, groups, space.sums[0]);
     }
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
@@ -156,12 +163,8 @@ __device__ __forceinline__ void solve_in_shared(const Task<T>& task) {
       steps.last[c] = steps.now[c];
     }
     __syncthreads();
-    for (int i = k + 1 + thread; i < n; i += 32 * Warps) {
-      T sum = space.sums[0][i];
-#pragma unroll
-      for (int from = 0; from < Warps; ++from) sum += space.by_row[from][i];
-      space.sums[1][i] = sum;
-    }
+    for (int i = k + 1 + thread; i < n; i += 32 * Warps)
+      space.sums[1][i] = of_all(space.sums[0][i], space.by_row, i);
     __syncthreads();
   }
   write_eigenvalues(team, task, index, space);

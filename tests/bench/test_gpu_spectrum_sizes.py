@@ -21,9 +21,9 @@ def test_no_size_takes_longer_than_the_library(bits, batch):
 def test_time_grows_by_steps_where_the_next_kernel_begins():
     kernels = {kernel.rows + 1 for kernels in script.KERNELS.values() for kernel in kernels}
     begins = kernels | {209}  # from which on a block of `chase` less fits a multiprocessor
-    assert [n for n, _ in script.jumps(400, 64)] == [17, 33, 65, 103, 129, 209]
-    assert max(ratio for _, ratio in script.jumps(400, 64)) < 1.75
-    for bits, most in ((64, 3.2), (32, 2.8)):
+    assert [n for n, _ in script.jumps(400, 64)] == [17, 33, 103, 129, 209]
+    assert max(ratio for _, ratio in script.jumps(400, 64)) < 1.85
+    for bits, most in ((64, 3.0), (32, 2.5)):
         found = dict(script.jumps(2048, bits))
         assert {*found} <= begins
         assert max(found.values()) < most

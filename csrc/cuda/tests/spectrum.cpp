@@ -22,16 +22,18 @@ RGFAST_SPECTRUM_KERNEL(lanes8_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes16_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes32_f64, double);
 RGFAST_SPECTRUM_KERNEL(shared64_f64, double);
+RGFAST_SPECTRUM_KERNEL(shared96_f64, double);
 RGFAST_SPECTRUM_KERNEL(shared102_f64, double);
 RGFAST_SPECTRUM_KERNEL(registers128_f64, double);
 RGFAST_SPECTRUM_KERNEL(lanes8_f32, float);
 RGFAST_SPECTRUM_KERNEL(lanes16_f32, float);
 RGFAST_SPECTRUM_KERNEL(lanes32_f32, float);
 RGFAST_SPECTRUM_KERNEL(registers64_f32, float);
-RGFAST_SPECTRUM_KERNEL(registers96_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared96_f32, float);
 RGFAST_SPECTRUM_KERNEL(shared128_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared160_f32, float);
 RGFAST_SPECTRUM_KERNEL(shared192_f32, float);
-RGFAST_SPECTRUM_KERNEL(shared218_f32, float);
+RGFAST_SPECTRUM_KERNEL(shared222_f32, float);
 RGFAST_SPECTRUM_KERNEL(registers256_f32, float);
 #undef RGFAST_SPECTRUM_KERNEL
 
@@ -59,6 +61,7 @@ std::vector<Kernel<double>> kernels() {
           {16, rgfast_spectrum_lanes16_f64, 128, 8, 6144, false},
           {32, rgfast_spectrum_lanes32_f64, 128, 4, 6144, false},
           {64, rgfast_spectrum_shared64_f64, 64, 1, 5696, true},
+          {96, rgfast_spectrum_shared96_f64, 96, 1, 9296, true},
           {102, rgfast_spectrum_shared102_f64, 128, 1, 13408, true},
           {128, rgfast_spectrum_registers128_f64, 128, 1, 21600, false}};
 }
@@ -68,10 +71,11 @@ std::vector<Kernel<float>> kernels() {
           {16, rgfast_spectrum_lanes16_f32, 128, 8, 3584, false},
           {32, rgfast_spectrum_lanes32_f32, 128, 4, 3584, false},
           {64, rgfast_spectrum_registers64_f32, 64, 1, 4656, false},
-          {96, rgfast_spectrum_registers96_f32, 128, 1, 8896, false},
+          {96, rgfast_spectrum_shared96_f32, 96, 1, 5040, true},
           {128, rgfast_spectrum_shared128_f32, 128, 1, 7232, true},
-          {192, rgfast_spectrum_shared192_f32, 256, 1, 14688, true},
-          {218, rgfast_spectrum_shared218_f32, 256, 1, 18528, true},
+          {160, rgfast_spectrum_shared160_f32, 160, 1, 9664, true},
+          {192, rgfast_spectrum_shared192_f32, 192, 1, 12368, true},
+          {222, rgfast_spectrum_shared222_f32, 224, 1, 15312, true},
           {256, rgfast_spectrum_registers256_f32, 256, 1, 30816, false}};
 }
 
@@ -141,15 +145,16 @@ std::vector<int> up_to(int n) {
 // For the gate every size there is, else those at the edges of every kernel.
 TEST(eigenvalues_at_every_size) {
   const bool every = everything();
-  const std::vector<int> edges = kFew ? std::vector<int>{1, 8, 9, 17, 33, 65, 103}
-                                      : std::vector<int>{1, 2, 3, 8, 9, 16, 17, 32, 33, 64, 65, 97, 102, 103};
+  const std::vector<int> edges =
+      kFew ? std::vector<int>{1, 8, 9, 17, 33, 65, 103}
+           : std::vector<int>{1, 2, 3, 8, 9, 16, 17, 24, 25, 32, 33, 64, 65, 96, 97, 102, 103};
   check_sizes<double>(every ? up_to(128) : edges, every ? 4 : 2);
   check_sizes<float>(every ? up_to(130) : edges, every ? 4 : 2);
   check_sizes<float>({129}, 1);
   if (kFew) return;
   check_sizes<double>({128}, 1);
-  check_sizes<float>({96, 128, 193, 219}, 1);
-  if (every) check_sizes<float>({150, 191, 192, 193, 200, 218, 219, 255, 256}, 2);
+  check_sizes<float>({128, 161, 193, 223}, 1);
+  if (every) check_sizes<float>({150, 160, 161, 191, 192, 193, 200, 222, 223, 255, 256}, 2);
 }
 
 TEST(eigenvalues_of_every_family) {
@@ -242,7 +247,7 @@ TEST(both_spectra_come_from_one_reduction) {
     check_raised<double>(n);
     check_raised<float>(n);
   }
-  for (const int n : {131, 193, 219}) check_raised<float>(n);
+  for (const int n : {131, 161, 193, 223}) check_raised<float>(n);
 }
 
 template <class T>
@@ -265,8 +270,8 @@ TEST(eigenvalues_have_the_same_bits_in_any_batch) {
   check_bits<double>(25, 6);
   check_bits<float>(50, 2);
   if (!everything()) return;
-  for (const int n : {80, 110}) check_bits<double>(n, 2);
-  for (const int n : {80, 131, 200, 230}) check_bits<float>(n, 2);
+  for (const int n : {80, 100, 110}) check_bits<double>(n, 2);
+  for (const int n : {80, 131, 170, 200, 230}) check_bits<float>(n, 2);
 }
 
 }  // namespace

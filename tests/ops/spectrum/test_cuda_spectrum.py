@@ -227,11 +227,11 @@ def test_a_gpu_with_less_shared_memory_takes_smaller_matrices(gpu):
     gpu.set(shared=101_376)  # of smaller cards
     refused = {
         d: EIGVALSH.impls["cuda"].refusal(Symmetric(torch.zeros(1, dtype=F32).expand(d, d)))
-        for d in (192, 201, 202, 256)
+        for d in (192, 205, 206, 256)
     }
     assert refused[192] is None
-    assert refused[201] is None
-    assert "needs 101760 bytes of shared memory per block, and cuda:0 (sm_90) has 101376" in refused[202]
+    assert refused[205] is None
+    assert "needs 101840 bytes of shared memory per block, and cuda:0 (sm_90) has 101376" in refused[206]
     assert refused[256] is None
 
 
