@@ -23,6 +23,7 @@ from rgfast.ops.device import LAUNCH
 from rgfast.ops.moments.api import CENTERED, PAIRS, POOLED, POSITIONS, SURVEY
 from rgfast.ops.moments.api import OP as MOMENTS
 from rgfast.ops.moments.call import Batch, Centered, Moved, Products, Survey, Uncentered
+from rgfast.ops.moments.centering import CENTERING
 from rgfast.ops.moments.impl import cuda as kernels
 from rgfast.ops.moments.impl import library as products
 from rgfast.ops.spectrum import measures
@@ -162,12 +163,13 @@ def _side(a: Tensor, width: int) -> int:
 @contextlib.contextmanager
 def launches_alone() -> Iterator[None]:
     """Sums about means and of all positions, both spectra and rank measures go the way of the package's
-    kernels, whose launches do nothing: what is left is the host's part. To be entered in
-    :func:`as_on_a_gpu`."""
+    kernels, whose launches do nothing but fill what the host reads: what is left is the host's part. To be
+    entered in :func:`as_on_a_gpu`."""
 
     def launch(kernel: str, *arguments: Any, device: torch.device) -> None:
-        if kernel == KERNEL:
-            arguments[-1].fill_(1.0)
+        # Whatever is in memory may be numbers that take the host many times as long.
+        if kernel in (KERNEL, CENTERING):
+            arguments[-1 if kernel == KERNEL else -3].fill_(1.0)
 
     ops = (CENTERED, kernels.CENTERED), (POOLED, kernels.POOLED), (BOTH, eigen.BOTH), (TABLE, eigen.TABLE)
     with contextlib.ExitStack() as stack:

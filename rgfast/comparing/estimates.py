@@ -104,9 +104,9 @@ class OfMoments:
         # Sums over whole matrices are cut by the number of threads.
         with one_thread():
             sums = Together([moments]).kernels(products="cka" in measures)
-            found = {name: cka_of_sums(sums, debiased=_DEBIASED[name])[0] for name in measures}
+            found, _ = cka_of_sums(sums, [_DEBIASED[name] for name in measures])
         at = self._first
-        return Values(sums.count, {name: x[:, :at, at:].permute(1, 2, 0) for name, x in found.items()})
+        return Values(sums.count, {name: x[:at, at:] for name, x in zip(measures, found, strict=True)})
 
 
 class HeldRows:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from rgfast.probing.estimators.base import Findings
 from rgfast.probing.measured import baselines, to_host
 from rgfast.probing.measures import MEASURES, Kind
 from rgfast.probing.options import POSITIONAL
+from rgfast.probing.plan import Plan
 from rgfast.probing.result import FORMAT, VERSION
 
 __all__ = ["assemble", "jackknife"]
@@ -29,11 +31,52 @@ _DIMS: dict[Kind, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class _View:
+    """What the dataset has of a view, in the host's memory: what :func:`to_host` gives by name, standard
+    errors of measures, and R² of the targets with its standard error."""
+
+    values: dict[str, NDArray[Any]]
+    errors: dict[str, NDArray[np.float64]]
+    r2: tuple[NDArray[np.float64], ...] | None
+
+
 def assemble(
     state: Findings, measures: Sequence[str], provenance: dict[str, Any]
 ) -> Callable[[], xr.Dataset]:
-    """What makes the dataset of a :class:`~rgfast.probing.result.ProbeResult` of arrays that are at hand."""
-    plan = state.plan
+    """What makes the dataset of a :class:`~rgfast.probing.result.ProbeResult`. All that a device knows is
+    read now; it is put in its place, beside baselines and labels, when the dataset is asked for."""
+    found = {view: _view(state, view, measures) for view in state.plan.views}
+    attrs = {"sequences": state.sequences, "groups": state.plan.groups, "route": state.route}
+    return partial(_dataset, state.plan, state.masked, found, tuple(measures), attrs, dict(provenance))
+
+
+def _view(state: Findings, view: str, measures: Sequence[str]) -> _View:
+    given = to_host(state.measured(view))
+    names = ("n_by_layer", "refined", "singular_values", *_bounded(), *measures)
+    values = {name: given[name] for name in names}
+    if state.plan.groups == 1:
+        return _View(values, {}, None)
+    left_out, r2 = state.by_group(view)
+    without = [to_host(found) for found in left_out]
+    errors = {name: jackknife(np.stack([part[name] for part in without])) for name in measures}
+    return _View(values, errors, None if r2 is None else tuple(each.cpu().numpy() for each in r2))
+
+
+def _bounded() -> list[str]:
+    """The names of all bounds."""
+    return [f"{name}_bound" for name, measure in MEASURES.items() if measure.bound is not None]
+
+
+def _dataset(
+    plan: Plan,
+    masked: bool,
+    found: Mapping[str, _View],
+    measures: Sequence[str],
+    attrs: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> xr.Dataset:
+    """The dataset of what was ``found`` of every view."""
     layers, views = len(plan.names), plan.views
     where = [*plan.columns] if any(v in POSITIONAL for v in views) else []
     if any(v not in POSITIONAL for v in views):
@@ -60,8 +103,7 @@ def assemble(
             add(f"{name}_se", dims)
         if MEASURES[name].baseline is not None:
             add(f"{name}_baseline", dims)
-    bounded = [f"{name}_bound" for name, measure in MEASURES.items() if measure.bound is not None]
-    for name in bounded:
+    for name in _bounded():
         add(name, _RANK_DIMS)
     for name in ("refined", "sample_limited"):
         add(name, _RANK_DIMS, False)
@@ -77,27 +119,24 @@ def assemble(
     for v, view in enumerate(views):
         # What views without positions have comes first.
         at = slice(where[0] < 0, None) if view in POSITIONAL else slice(0, 1)
-        found = to_host(state.measured(view))
-        count = found["n_by_layer"]
+        of = found[view]
+        count = of.values["n_by_layer"]
         widths = tuple(plan.length * d for d in plan.widths) if view == "flattened" else plan.widths
         data["n"][1][v, at] = count.max(0)
         limit = SAMPLES_PER_FEATURE * np.array(widths)
         data["sample_limited"][1][v][:, at] = count < limit[:, None]
         if view != "flattened":
-            data["singular_values"][1][v][:, at] = found["singular_values"]
-        for name in ("n_by_layer", "refined", *bounded, *measures):
-            data[name][1][v][..., at] = found[name]
+            data["singular_values"][1][v][:, at] = of.values["singular_values"]
+        for name in ("n_by_layer", "refined", *_bounded(), *measures):
+            data[name][1][v][..., at] = of.values[name]
         for name, expected in baselines(count, widths).items():
             if name in measures:
                 data[f"{name}_baseline"][1][v][:, at] = expected
-        if plan.groups > 1:
-            left_out, r2 = state.by_group(view)
-            without = [to_host(found) for found in left_out]
-            for name in measures:
-                data[f"{name}_se"][1][v][..., at] = jackknife(np.stack([part[name] for part in without]))
-            if r2 is not None:
-                for name, value in zip(("target_r2", "target_r2_se"), r2, strict=True):
-                    data[name][1][v][..., at] = value.cpu().numpy()
+        for name, error in of.errors.items():
+            data[f"{name}_se"][1][v][..., at] = error
+        if of.r2 is not None:
+            for name, value in zip(("target_r2", "target_r2_se"), of.r2, strict=True):
+                data[name][1][v][..., at] = value
 
     few = [
         f"the view {view!r} has {n} row{'s' * (n != 1)} that count, too few for any measure"
@@ -106,8 +145,7 @@ def assemble(
     ]
     if bool((data["n_by_layer"][1] == data["n"][1][:, None]).all()):
         del data["n_by_layer"]
-    return partial(
-        xr.Dataset,
+    return xr.Dataset(
         data,
         coords={
             "view": list(views),
@@ -124,12 +162,10 @@ def assemble(
         attrs={
             "format": FORMAT,
             "format_version": VERSION,
-            "sequences": state.sequences,
-            "groups": plan.groups,
-            "route": state.route,
+            **attrs,
             "length": plan.length,
             "notes": "\n".join([*plan.notes, *few]),
-            "plan": plan.to_json(masked=state.masked),
+            "plan": plan.to_json(masked=masked),
             "provenance": json.dumps(provenance),
         },
     )

@@ -150,17 +150,23 @@ def joined(parts: Sequence[Measured]) -> Measured:
 
 def parted(whole: Measured, positions: Sequence[int]) -> list[Measured]:
     """The reverse of :func:`joined`: the measures of so many positions each."""
-    found, first = [], 0
-    for number in positions:
-        at = slice(first, first + number)
-        values, bounds = (
-            {name: value[..., at] for name, value in some.items()} for some in (whole.values, whole.bounds)
-        )
-        found.append(
-            Measured(whole.count[:, at], values, bounds, whole.refined[:, at], whole.spectrum[:, at])
-        )
-        first += number
-    return found
+    sizes = list(positions)
+
+    def of_each(x: Tensor, dim: int = -1) -> tuple[Tensor, ...]:
+        return torch.split_with_sizes(x, sizes, dim)
+
+    def along(some: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts = zip(*map(of_each, some.values()), strict=True) if some else [()] * len(sizes)
+        return [dict(zip(some, part, strict=True)) for part in parts]
+
+    parts = (
+        of_each(whole.count),
+        along(whole.values),
+        along(whole.bounds),
+        of_each(whole.refined),
+        of_each(whole.spectrum, 1),
+    )
+    return [Measured(*part) for part in zip(*parts, strict=True)]
 
 
 def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers: int) -> Measured:

@@ -27,20 +27,26 @@ def waits_for(device: torch.device) -> bool:
 
 def read(values: Sequence[Tensor]) -> list[Tensor]:
     """Small tensors on the host, in one transfer from each device; this waits for what was queued there."""
+    devices = [x.device for x in values]
     found: dict[int, Tensor] = {}
-    for device in {x.device for x in values}:
+    for device in {*devices}:
         kinds: dict[torch.dtype, list[int]] = {}
         for k, x in enumerate(values):
-            if x.device == device:
+            if devices[k] == device:
                 kinds.setdefault(x.dtype, []).append(k)
         # Counts and exponents are far below 2^53.
-        flat = [torch.cat([values[k].reshape(-1) for k in at]).to(torch.float64) for at in kinds.values()]
-        whole = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu()
-        for at, part in zip(kinds.values(), torch.split(whole, [len(x) for x in flat]), strict=True):
-            sizes = [values[k].numel() for k in at]
-            for k, one in zip(at, torch.split(part.to(values[at[0]].dtype), sizes), strict=True):
-                found[k] = one.reshape(values[k].shape)
+        flat = [_end_to_end([values[k] for k in at]).to(torch.float64) for at in kinds.values()]
+        order = [k for at in kinds.values() for k in at]
+        parts = torch.split_with_sizes(_end_to_end(flat).cpu(), [values[k].numel() for k in order])
+        for k, part in zip(order, parts, strict=True):
+            found[k] = part.to(values[k].dtype).view(values[k].shape)
     return [found[k] for k in range(len(values))]
+
+
+def _end_to_end(values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0].reshape(-1)
+    return torch.cat([x.reshape(-1) for x in values])
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rgfast.runtime.threads import one_thread
-from rgfast.runtime.waiting import sent, waits_for
+from rgfast.runtime.waiting import waits_for
 from rgfast.streaming.algebra import recentred
 from rgfast.streaming.factors import TriangularFactors
 from rgfast.streaming.sizes import alike
@@ -25,17 +24,19 @@ def pooled(sums: Sums, factored: Sequence[int]) -> Sums:
     ``factored``. ``sums`` are settled."""
     device = sums.begun.device
     count = sums.count()
+    most, fullest = count.max(0, keepdim=True)
     one = Sums(
         widths=sums.widths,
-        begun=(count > 0).any().reshape(1),
+        begun=most > 0,
         exponents=list(sums.exponents),
         shift=list(sums.shift),  # until they are known
         moment=dict(sums.moment),
         factors=TriangularFactors(factored, sums.widths, 1, device) if factored else None,
         summed=sums.summed,
+        at_rest=True,
     )
     if waits_for(device):
-        moves, positions = _joined_moves(sums, one, count), len(count)
+        moves, positions = _joined_moves(sums, one, count, fullest), len(count)
         for keys in alike(sums.moment, sums.widths, positions):
             # A launch takes longer than what it does for a pair.
             left, right = ([moves[key[side]] for key in keys] for side in (0, 1))
@@ -63,20 +64,20 @@ def _moves(sums: Sums, one: Sums, count: Tensor) -> list[Tensor]:
     return moves
 
 
-def _joined_moves(sums: Sums, one: Sums, count: Tensor) -> list[Tensor]:
-    """As :func:`_moves`, all layers of one width at once."""
+def _joined_moves(sums: Sums, one: Sums, count: Tensor, fullest: Tensor) -> list[Tensor]:
+    """As :func:`_moves`, all layers of one width at once; seen from the shift of the position ``fullest[1]``,
+    which has some rows if any has."""
     moves: dict[int, Tensor] = {}
-    some = (count > 0)[:, None]
-    first, total = some[:, 0].to(torch.uint8).argmax(0, keepdim=True), count.sum().clamp_min(1.0)
+    total = count.sum().clamp_min(1.0)
     for width in dict.fromkeys(sums.widths):
         layers = [layer for layer, one_width in enumerate(sums.widths) if one_width == width]
-        exponents = [float(sums.exponent(layer)) for layer in layers]
-        unit = sent(torch.from_numpy(np.exp2(exponents)), count.device)[:, None, None]
-        shift = torch.stack([sums.shift[layer] for layer in layers])
-        mean = sums.means(layers)
-        base = torch.where(one.begun, mean.index_select(1, first), 0.0)
-        weighed = torch.where(some, (mean - base) * count[:, None], 0.0).sum(1, keepdim=True) / total
-        found = base + weighed
-        for layer, to, move in zip(layers, found.unbind(), ((shift - found) / unit).unbind(), strict=True):
-            one.shift[layer], moves[layer] = to, move
+        unit = sums.units(layers)
+        shift, columns = torch.stack([sums.shift[layer] for layer in layers]), sums.columns(layers)
+        base = shift.index_select(1, fullest)
+        # Nothing is added where there are no rows, and nothing of a constant column.
+        moved = torch.addcmul(columns if unit is None else columns * unit, shift - base, count[:, None])
+        found = torch.addcdiv(base, moved.sum(1, keepdim=True), total)
+        move = shift - found if unit is None else (shift - found) / unit
+        for layer, to, by in zip(layers, found.unbind(), move.unbind(), strict=True):
+            one.shift[layer], moves[layer] = to, by
     return [moves[layer] for layer in range(len(sums.widths))]

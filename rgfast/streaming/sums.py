@@ -295,12 +295,20 @@ class Sums:
 
     def means(self, layers: Sequence[int]) -> Tensor:
         """:meth:`mean` ``[K, P, d]`` of layers of one width, in few launches."""
-        columns = torch.stack([self.moment[layer, layer][:, :-2, -1] for layer in layers])
-        found = columns / self.count()[:, None]
-        units = [math.ldexp(1.0, self.exponent(layer)) for layer in layers]
-        if any(unit != 1.0 for unit in units):
-            found = found * sent(torch.from_numpy(np.array(units)), found.device)[:, None, None]
-        return torch.stack([self.shift[layer] for layer in layers]) + found
+        found, unit = self.columns(layers) / self.count()[:, None], self.units(layers)
+        shift = torch.stack([self.shift[layer] for layer in layers])
+        return shift + (found if unit is None else found * unit)
+
+    def columns(self, layers: Sequence[int]) -> Tensor:
+        """Σ(x−shift) ``[K, P, d]`` of layers of one width, in their units."""
+        return torch.stack([self.moment[layer, layer].select(2, -1) for layer in layers])[..., :-2]
+
+    def units(self, layers: Sequence[int]) -> Tensor | None:
+        """The layers' units ``[K, 1, 1]``, None if all are 1."""
+        exponents = [float(self.exponent(layer)) for layer in layers]
+        if not any(exponents):
+            return None
+        return sent(torch.from_numpy(np.exp2(exponents)), self.begun.device)[:, None, None]
 
     def keeps(self, i: int, j: int) -> bool:
         """Whether the products of two layers are there."""

@@ -227,14 +227,16 @@ def cka_from_moments(moments: MomentAccumulator, *, debiased: bool) -> tuple[Ten
     NaN for pairs that are not kept, beside a layer without variance, and for too few samples (1, or 3 if
     ``debiased``).
     """
-    return cka_of_sums(Together([moments]).kernels(products=debiased), debiased=debiased)
+    values, constant = cka_of_sums(Together([moments]).kernels(products=debiased), [debiased])
+    return values[0].permute(2, 0, 1).contiguous(), constant[0].T.contiguous()
 
 
-def cka_of_sums(sums: KernelSums, *, debiased: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`cka_from_moments`, of sums that are read, with products if ``debiased``."""
-    assert sums.products is not None or not debiased
+def cka_of_sums(sums: KernelSums, debiased: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """CKA ``[kinds, L, L, P]``, each kind ``debiased`` or not, of every kept pair, and layers without
+    variance ``[kinds, L, P]``, as :func:`cka_from_moments`; a debiased kind needs the sums' products."""
+    assert sums.products is not None or not any(debiased)
     n, device = sums.count.to(torch.float64), sums.count.device
-    given = n, sums.traces, sums.norms, sums.products if sums.products is not None and debiased else n
+    given = n, sums.traces, sums.norms, n if sums.products is None else sums.products
     sides = [[pair[side] for pair in sums.pairs] for side in (0, 1)]
     if not sums.read and waits_for(device):
         found: tuple[Tensor, Tensor] = _cka(torch, given, [numbers(side, device) for side in sides], debiased)
@@ -245,22 +247,23 @@ def cka_of_sums(sums: KernelSums, *, debiased: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(lacking)
 
 
-def _cka(xp: Any, given: Sequence[Any], sides: Sequence[Any], debiased: bool) -> tuple[Any, Any]:
+def _cka(xp: Any, given: Sequence[Any], sides: Sequence[Any], debiased: Sequence[bool]) -> tuple[Any, Any]:
     """Of counts, traces, norms and products, and the layers of pairs: arrays of the library ``xp``."""
     (n, trace, norms, products), (left, right) = given, sides
-    found = norms
-    if debiased:
-        found = found - n / (n - 2) * products
-        found = found + trace[left] * trace[right] / ((n - 1) * (n - 2))
-    values = _nothing(xp, (len(n), len(trace), len(trace)), n)
-    values[:, left, right] = values[:, right, left] = found.T
-    own = found[: len(trace)].T
-    enough = n >= (4 if debiased else 1)
-    varies = (own > _NO_VARIANCE * xp.square(trace.T) / n[:, None]) & enough[:, None]
+    less = trace[left] * trace[right] / ((n - 1) * (n - 2)) if any(debiased) else None
+    kinds = [norms - n / (n - 2) * products + less if kind else norms for kind in debiased]
+    enough = xp.stack([n >= (4 if kind else 1) for kind in debiased])[:, None]
+    found = xp.stack(kinds)  # [kinds, K, P]
+    own = found[:, : len(trace)]
+    varies = (own > _NO_VARIANCE * xp.square(trace) / n) & enough
     own = xp.where(varies, own, 1.0)
     # The root of the product, not the product of roots: identical layers then have a CKA of exactly 1.
-    values = values / xp.sqrt(own[:, :, None] * own[:, None, :])
-    return xp.where(varies[:, :, None] & varies[:, None, :], values, xp.nan), ~varies
+    ratio = found / xp.sqrt(own[:, left] * own[:, right])
+    values = _nothing(xp, (len(kinds), len(trace), len(trace), len(n)), n)
+    values[:, left, right] = values[:, right, left] = xp.where(
+        varies[:, left] & varies[:, right], ratio, xp.nan
+    )
+    return values, ~varies
 
 
 def _nothing(xp: Any, shape: tuple[int, ...], like: Any) -> Any:

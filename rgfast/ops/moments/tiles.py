@@ -37,6 +37,7 @@ MOST_BLOCKS, MOST_SIDE = 2**31 - 1, 65_535  # of a grid
 CLOCK, _ALONE = 1.755e9, 800.0
 EXACT = {"sm_80": 1024.0, "sm_90": 540.0, "sm_100": 1024.0}
 _H100 = ("sm_90", 132, 2)
+_DOUBLE, _WORD = struct.Struct("<d"), struct.Struct("<q")
 
 
 def count(high: int, wide: int, *, same: bool, side: int = SIDE) -> int:
@@ -47,7 +48,7 @@ def count(high: int, wide: int, *, same: bool, side: int = SIDE) -> int:
 
 def bits(x: float) -> int:
     """``x`` as a word of a kernel's table."""
-    (word,) = struct.unpack("<q", struct.pack("<d", x))
+    (word,) = _WORD.unpack(_DOUBLE.pack(x))
     return int(word)
 
 

@@ -140,9 +140,7 @@ def _measured(
             )
             finite, sigmas = rest[: len(finite)], rest[len(finite) :]
             of_pairs = KernelSums(of_pairs.pairs, count, norms, products, traces, of_pairs.exponents, True)
-        debiased, biased = (
-            cka_of_sums(of_pairs, debiased=debiased)[0].permute(1, 2, 0) for debiased in (True, False)
-        )
+        debiased, biased = cka_of_sums(of_pairs, (True, False))[0].unbind()
         pairs = of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
     if finite and leaving:
         check(torch.cat(finite))
@@ -158,7 +156,7 @@ def _measured(
         refined = nowhere
     exponents = [sums.exponents[layer] for layer in order]
     spectrum = _spectrum(sigmas, exponents, known) if spectra else table.new_empty(layers, len(count), 0)
-    return Measured(count.repeat(layers, 1), values, bounds, refined, in_order([spectrum], order, 0))
+    return Measured(count.expand(layers, -1), values, bounds, refined, in_order([spectrum], order, 0))
 
 
 def _spectrum(sigmas: Sequence[Tensor], exponents: Sequence[int], known: Tensor) -> Tensor:
@@ -215,7 +213,7 @@ def _solved(
 
 def _values(sums: Together, layers: Sequence[int], uncentred: bool) -> Values:
     """Eigenvalues of both kinds of rows, where launches are what takes time. Sums of no rows are zero."""
-    count = sums.count.repeat(len(layers))
+    count = sums.count.expand(len(layers), -1).reshape(-1)
     if not sums.of_few:
         found = sums.centered(layers)
         assert found.matrix is not None
