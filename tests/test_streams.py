@@ -245,6 +245,8 @@ def test_one_transfer_reads_all_that_is_asked():
     assert [x.dtype for x in found] == [x.dtype for x in values]
     assert [x.tolist() for x in found] == [x.tolist() for x in values]
     assert waiting.read([]) == []
+    (whole,) = waiting.read([torch.tensor([2**60 + 1])])  # of one kind, nothing is made a number of fp64
+    assert int(whole) == 2**60 + 1
 
 
 def test_moments_read_everything_at_once(monkeypatch):

@@ -34,19 +34,18 @@ def read(values: Sequence[Tensor]) -> list[Tensor]:
         for k, x in enumerate(values):
             if devices[k] == device:
                 kinds.setdefault(x.dtype, []).append(k)
-        # Counts and exponents are far below 2^53.
-        flat = [_end_to_end([values[k] for k in at]).to(torch.float64) for at in kinds.values()]
+        flat = [_end_to_end([values[k] for k in at]) for at in kinds.values()]
+        if len(flat) > 1:  # counts and exponents are far below 2^53
+            flat = [x.to(torch.float64) for x in flat]
         order = [k for at in kinds.values() for k in at]
-        parts = torch.split_with_sizes(_end_to_end(flat).cpu(), [values[k].numel() for k in order])
+        parts = _end_to_end(flat).cpu().split_with_sizes([values[k].numel() for k in order])
         for k, part in zip(order, parts, strict=True):
             found[k] = part.to(values[k].dtype).view(values[k].shape)
     return [found[k] for k in range(len(values))]
 
 
 def _end_to_end(values: Sequence[Tensor]) -> Tensor:
-    if len(values) == 1:
-        return values[0].reshape(-1)
-    return torch.cat([x.reshape(-1) for x in values])
+    return values[0].reshape(-1) if len(values) == 1 else torch.cat([x.reshape(-1) for x in values])
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

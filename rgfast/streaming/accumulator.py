@@ -380,9 +380,10 @@ class MomentAccumulator:
     def _checked(
         self, layers: Sequence[Tensor] | Tensor, mask: Tensor | None, finite: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        if not isinstance(layers, (list, tuple)):
-            layers = as_real_tensor(layers, "layers", min_dim=3).unbind(0)
-        seq = [as_real_tensor(x, f"layers[{k}]", min_dim=2) for k, x in enumerate(layers)]
+        if isinstance(layers, (list, tuple)):
+            seq = [as_real_tensor(x, f"layers[{k}]", min_dim=2) for k, x in enumerate(layers)]
+        else:
+            seq = list(as_real_tensor(layers, "layers", min_dim=3).unbind(0))
         if not seq:
             raise ValueError("layers must hold at least one layer, got none")
         lead, rows = tuple(seq[0].shape[:-2]), seq[0].shape[-2]

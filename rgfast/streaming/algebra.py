@@ -82,8 +82,10 @@ def sizes_of_sums(shifts: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor
     """About the largest entry ``[L]`` of rows of which only the sums are known, in units of 1, of layers of
     one width."""
     squares = torch.stack([moment.diagonal(dim1=1, dim2=2) for moment in moments])[..., :-2]
-    shift = torch.linalg.vector_norm(torch.stack(list(shifts)), torch.inf, dim=(1, 2))
-    return torch.maximum(shift, squares.amax((1, 2)).sqrt())
+    shift, square = (
+        torch.linalg.vector_norm(x, torch.inf, dim=(1, 2)) for x in (torch.stack(list(shifts)), squares)
+    )
+    return torch.maximum(shift, square.sqrt())
 
 
 def exponent_of(largest: float) -> int | None:

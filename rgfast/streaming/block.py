@@ -20,12 +20,13 @@ class OpenBlock:
         self.size, self.filled, self._whole = size, 0, True
         self._widths, self._positions, self._device = tuple(widths), positions, device
         self._rows: list[Tensor] = []
-        self._keep = torch.zeros(positions, 0, dtype=torch.bool, device=device)
+        self._keep: Tensor | None = None  # until there are rows
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.numel() * x.element_size() for x in (*self._rows, self._keep))
+        held = self._rows if self._keep is None else [*self._rows, self._keep]
+        return sum(x.numel() * x.element_size() for x in held)
 
     def hold(self, piece: Sequence[Tensor], keep: Tensor | None) -> None:
         """Add rows ``piece[l][P, b, d_l]``, in the widest dtype that came for each layer."""
@@ -50,13 +51,17 @@ class OpenBlock:
         else:
             for held, x in zip(self._rows, piece, strict=True):
                 held[:, take] = x
+        assert self._keep is not None
         self._keep[:, take] = True if keep is None else sent(keep, self._device)
         self._whole = keep is None and (self._whole or not self.filled)
         self.filled = take.stop
 
     def contents(self) -> tuple[list[Tensor], Tensor]:
         """The rows held and which count, in order; views."""
-        return [x[:, : self.filled] for x in self._rows], self._keep[:, : self.filled]
+        keep = self._keep
+        if keep is None:
+            keep = torch.zeros(self._positions, 0, dtype=torch.bool, device=self._device)
+        return [x[:, : self.filled] for x in self._rows], keep[:, : self.filled]
 
     def take(self) -> tuple[list[Tensor], Tensor | None]:
         """The same, with None where all count; the block is empty afterwards, its memory is used again."""

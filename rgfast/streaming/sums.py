@@ -278,7 +278,7 @@ class Sums:
     def count(self) -> Tensor:
         """Number of rows that counted ``[P]``, fp64."""
         return (
-            self.moment[0, 0][:, -1, -1]
+            self.moment[0, 0].select(2, -1).select(1, -1)
             if self.moment
             else torch.zeros(0, dtype=torch.float64, device=self.begun.device)
         )

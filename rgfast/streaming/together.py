@@ -49,7 +49,7 @@ class Together:
         self._sums = [part.settled() for part in parts]
         first = self._sums[0]
         self.widths = first.widths
-        self.pairs = parts[0].pairs
+        self.pairs = tuple(key for key in sorted(first.moment) if key[0] != key[1])
         self.exponents = tuple(first.exponent(layer) for layer in range(len(first.widths)))
         counts = [sums.count() for sums in self._sums]
         self.count = (counts[0] if len(counts) == 1 else torch.cat(counts)).to(torch.int64)

@@ -156,3 +156,16 @@ def test_what_is_not_finite_later_is_not_the_first_results(places):
         probe.run(bad)
         probe.result()
     alike(result.moments, want)
+
+
+@pytest.mark.parametrize("route", ["moments", "samples"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_dataset_that_is_made_later_has_the_values_of_then(places, route, groups):
+    options = {"route": route, "groups": groups, "views": ["position", "pooled", "mean_pooled", "flattened"]}
+    with devices(), opened(["cpu"] * 3 if route == "samples" else places, **options) as probe:
+        forwards(probe, 0, 1)
+        first, later = probe.result(), probe.result()
+        want = first.dataset
+        forwards(probe, 2)
+        assert probe.result().dataset.sequences > want.sequences
+    assert later.dataset.identical(want)

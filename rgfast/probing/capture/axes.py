@@ -218,6 +218,8 @@ def laid_out(x: Tensor, layout: str, name: str) -> Tensor:
         )
     if letters == ["N", "D"]:
         return x[:, None]
+    if len(letters) == 3 and letters[0] == "N" and letters[2] == "D":
+        return x
     places = [axis for axis, letter in enumerate(letters) if letter not in "ND"]
     moved = x.permute(letters.index("N"), *places, letters.index("D"))
     return moved.flatten(1, -2) if places else moved[:, None]

@@ -75,7 +75,8 @@ class Outputs:
         if asked is not None and asked != _SUM:
             return self._chosen(tap, kwargs if isinstance(asked, str) and asked in kwargs else args)
         found, beside = locate([*args, *kwargs.values()], name)
-        residuals = [x for x in _residuals(args, kwargs, module) if x is not found and x.shape == found.shape]
+        named = _residuals(args, kwargs, module) if len(args) + len(kwargs) > 1 else []
+        residuals = [x for x in named if x is not found and x.shape == found.shape]
         if asked == _SUM:
             return _summed(found, residuals or beside)
         if residuals:

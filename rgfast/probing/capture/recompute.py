@@ -50,17 +50,17 @@ _STAGE = "torch.distributed.pipelining.stage"
 
 def in_pipeline() -> bool:
     """Whether a stage of a pipeline is what runs."""
-    return any(True for _ in _of_stage())
+    return _STAGE in sys.modules and any(True for _ in _of_stage())
 
 
 def _for_shapes() -> bool:
     # Memory that nothing was written to: what it holds may pass for activations.
-    return any("inference" in name for name in _of_stage())
+    return _STAGE in sys.modules and any("inference" in name for name in _of_stage())
 
 
 def _of_stage() -> Iterator[str]:
     """The functions of a pipeline's stage that are running, by name."""
-    frame: FrameType | None = sys._getframe(1) if _STAGE in sys.modules else None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == _STAGE:
             yield frame.f_code.co_name

@@ -143,7 +143,7 @@ def _measured(
         debiased, biased = cka_of_sums(of_pairs, (True, False))[0].unbind()
         pairs = of_kernels(Kernels(debiased, biased, _changes(of_pairs)))
     if finite and leaving:
-        check(torch.cat(finite))
+        check(finite[0] if len(finite) == 1 else torch.cat(finite))
     known = count >= 2
     table = torch.where(known, table, torch.nan)
     bounds = dict(zip(bounded, table[len(names) :].unbind(), strict=True))

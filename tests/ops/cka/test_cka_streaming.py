@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 import rgfast
+from rgfast.ops.cka.streaming import cka_of_sums
+from rgfast.runtime import waiting
+from rgfast.streaming import MomentAccumulator, Together
 
 BOTH = pytest.mark.parametrize("debiased", [True, False])
 ROUTES = pytest.mark.parametrize("route", ["sample", "features"])
@@ -265,3 +269,25 @@ def test_the_memory_of_the_whole_process_is_small_and_does_not_grow_with_the_sam
     early, late = (float(value) for value in done.stdout.split())
     assert late < 400
     assert late - early < 4
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_both_kinds_of_one_sum_are_what_each_is(make, elsewhere, monkeypatch):
+    layers = make(4, 3, 40, 5)
+    layers[1, 2] = 7.0  # constant at a position
+    monkeypatch.setattr(waiting, "_EVERYWHERE", elsewhere)
+    moments = MomentAccumulator(pairs=[(0, 2), (1, 2)]).update(list(layers))
+    sums = Together([moments]).kernels(products=True)
+    values, constant = cka_of_sums(sums, [True, False])
+    kept = {(0, 0), (1, 1), (2, 2), (3, 3), (0, 2), (2, 0), (1, 2), (2, 1)}
+    for kind, debiased in enumerate((True, False)):
+        alone, lacking = cka_of_sums(sums, [debiased])
+        assert torch.equal(values[kind].nan_to_num(9.0), alone[0].nan_to_num(9.0))
+        assert torch.equal(constant[kind], lacking[0])
+        assert lacking[0].nonzero().tolist() == [[1, 2]]
+        for i, j in itertools.product(range(4), repeat=2):
+            for t in range(3):
+                known = (i, j) in kept and (t != 2 or 1 not in (i, j))
+                assert bool(values[kind, i, j, t].isnan()) is not known
+        expected = rgfast.cka_matrix(layers, debiased=debiased)[:, 0, 2]
+        assert (values[kind, 0, 2] - expected).abs().max() < 1e-12
