@@ -17,9 +17,9 @@ take them (`predict_moments.py`), of eigenvalues where there is one for the size
 Weights come to the host for their digest while the forwards run: only what of that takes longer counts.
 
 Left out, and named: operators without a model of their time. Left out: what Python does between operators
-(``--python`` times that of reading a result, here), the digest of weights once they are on the host, by other
-processors there than the one that queues the forwards, and the copy of the moments to the host, which is made
-when a result is saved or merged.
+(``--python`` times that of reading a result and of a forward, here), the digest of weights once they are on
+the host, by other processors there than the one that queues the forwards, and the copy of the moments to the
+host, which is made when a result is saved or merged.
 """
 
 from __future__ import annotations
@@ -348,6 +348,29 @@ def python(
     return min(read), min(made)
 
 
+def python_of_a_forward(
+    depth: int, length: int, rounds: int = 40, *, kernels: bool = False
+) -> tuple[float, float]:
+    """Seconds of one thread of this machine's CPU that a probed forward takes, and a bare one, at least: of
+    four sequences of two features, after two others and before rows are summed up."""
+    probed, bare = [], []
+    case = Case.make("default", depth, length, 2, 12, "cpu")
+    *before, batch = case.x.split(4)
+    with as_on_a_gpu(2 if kernels else 64):
+        for _ in range(rounds):
+            with rgfast.Probe(case.model, progress=False, route="moments") as probe:
+                for each in before:
+                    probe.run(each)
+                begun = time.process_time()
+                probe.run(batch)
+                probed.append(time.process_time() - begun)
+            with torch.no_grad():
+                begun = time.process_time()
+                last(case.model, batch)
+                bare.append(time.process_time() - begun)
+    return min(probed), min(bare)
+
+
 def rows(shapes: int, *, kernels: bool, bf16: bool, gpt2: bool) -> Iterator[str]:
     """Of the tables, each with a headline."""
     head = ["(L, T, d, n)", "forward, ms", "forward, probed, ms", "reading, ms", "spectra, ms", "weights, ms"]
@@ -390,17 +413,24 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="by the package's kernels too")
     parser.add_argument("--bf16", action="store_true", help="of stacks in bf16 too")
     parser.add_argument("--gpt2", action="store_true", help="GPT-2 too (needs transformers)")
-    parser.add_argument("--python", action="store_true", help="time the reading's Python instead")
+    parser.add_argument(
+        "--python", action="store_true", help="time Python, of the reading and of a forward, instead"
+    )
     args = parser.parse_args()
     if args.python:
         print(
-            "| (L, T, n) | reading, its Python and launches, ms on this machine's CPU | its dataset, later |"
+            "| (L, T, n) | reading, its Python and launches, ms on this machine's CPU | its dataset, later "
+            "| a forward, probed | bare |"
         )
-        print("|---|---|---|")
+        print("|---|---|---|---|---|")
         torch.set_num_threads(1)
         for depth, length, _, n in ON_A_GPU[: args.shapes]:
-            read, made = (1e3 * seconds for seconds in python(depth, length, n, kernels=args.kernels))
-            print(f"| {(depth, length, n)} | {read:.1f} | {made:.1f} |", flush=True)
+            found = (
+                *python(depth, length, n, kernels=args.kernels),
+                *python_of_a_forward(depth, length, kernels=args.kernels),
+            )
+            cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in found)
+            print(f"| {(depth, length, n)} | {cells} |", flush=True)
         return
     print_beside("measured on an H100", validation())
     for line in rows(args.shapes, kernels=args.kernels, bf16=args.bf16, gpt2=args.gpt2):

@@ -46,14 +46,14 @@ def assemble(
 ) -> Callable[[], xr.Dataset]:
     """What makes the dataset of a :class:`~rgfast.probing.result.ProbeResult`. All that a device knows is
     read now; it is put in its place, beside baselines and labels, when the dataset is asked for."""
-    found = {view: _view(state, view, measures) for view in state.plan.views}
+    names = ("n_by_layer", "refined", "singular_values", *_bounded(), *measures)
+    found = {view: _view(state, view, names, measures) for view in state.plan.views}
     attrs = {"sequences": state.sequences, "groups": state.plan.groups, "route": state.route}
     return partial(_dataset, state.plan, state.masked, found, tuple(measures), attrs, dict(provenance))
 
 
-def _view(state: Findings, view: str, measures: Sequence[str]) -> _View:
+def _view(state: Findings, view: str, names: Sequence[str], measures: Sequence[str]) -> _View:
     given = to_host(state.measured(view))
-    names = ("n_by_layer", "refined", "singular_values", *_bounded(), *measures)
     values = {name: given[name] for name in names}
     if state.plan.groups == 1:
         return _View(values, {}, None)
