@@ -215,7 +215,7 @@ def as_on_a_gpu(
         (waiting, "_EVERYWHERE", True),
         (measures, "_elsewhere", lambda args: True),
         (products, "_APART", 0 if width >= products._APART else 1 << 30),
-        (products, "_add", lambda *args, here, fresh: add(*args, here=False, fresh=fresh)),
+        (products, "_add", lambda *args, **given: add(*args, **given | {"here": False})),
         (products, "positions_at_once", at_once),
         (products, "_fits_together", lambda call: fits(_real(call, width))),
         (algebra, "_SMALL", int(algebra._SMALL * narrower)),

@@ -134,22 +134,22 @@ def _multiply(
         add(total, left, right, same=same)
         return
     add(total[:, :d, :e], left[..., :d], right[..., :e], same=same)
-    add(total[:, :, e:], left, right[..., e:])
+    add(total[:, :, e:], left, right[..., e:], same=same)
     if same:
         total[:, d:, :e] = total[:, :d, e:].mT
-        if total.device.type == "cpu":
-            total[:, d + 1, e] = total[:, d, e + 1]
     else:
         add(total[:, d:, :e], left[..., d:], right[..., :e])
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor, *, here: bool, fresh: bool, same: bool = False) -> None:
+    """Add the products; ``same`` if ``right`` are the last columns of ``left``."""
     if not here:
         total.baddbmm_(left.mT, right, beta=0.0 if fresh else 1.0)
         return
     found = torch.bmm(left.mT, right)
     if same:  # the CPU's library gives the two halves other bits on some processors
-        found = found.tril() + found.tril(-1).mT
+        square = found[:, -found.shape[2] :]
+        square.copy_(square.tril() + square.tril(-1).mT)
     if fresh:
         total.copy_(found)
     else:  # the caller's sums may lie anywhere, and the library's bits depend on where
