@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rgfast.probing.estimators.base import Findings
 from rgfast.probing.measured import baselines, to_host
-from rgfast.probing.measures import MEASURES, Kind
+from rgfast.probing.measures import MEASURES, Kind, Measure
 from rgfast.probing.options import POSITIONAL
 from rgfast.probing.plan import Plan
 from rgfast.probing.result import FORMAT, VERSION
@@ -46,10 +46,31 @@ def assemble(
 ) -> Callable[[], xr.Dataset]:
     """What makes the dataset of a :class:`~rgfast.probing.result.ProbeResult`. All that a device knows is
     read now; it is put in its place, beside baselines and labels, when the dataset is asked for."""
-    names = ("n_by_layer", "refined", "singular_values", *_bounded(), *measures)
+    known = dict(MEASURES)  # others may have been registered until then
+    names = ("n_by_layer", "refined", "singular_values", *_bounded(known), *measures)
     found = {view: _view(state, view, names, measures) for view in state.plan.views}
     attrs = {"sequences": state.sequences, "groups": state.plan.groups, "route": state.route}
-    return partial(_dataset, state.plan, state.masked, found, tuple(measures), attrs, dict(provenance))
+    asked = {name: known[name] for name in measures}
+    return _Later(
+        partial(_dataset, state.plan, state.masked, found, asked, _bounded(known), attrs, dict(provenance))
+    )
+
+
+class _Later:
+    """What makes a dataset. It is made to be pickled: measures are functions, which cannot be."""
+
+    def __init__(self, make: Callable[[], xr.Dataset]) -> None:
+        self._make = make
+
+    def __call__(self) -> xr.Dataset:
+        return self._make()
+
+    def __reduce__(self) -> tuple[Callable[[xr.Dataset], xr.Dataset], tuple[xr.Dataset]]:
+        return _itself, (self(),)
+
+
+def _itself(dataset: xr.Dataset) -> xr.Dataset:
+    return dataset
 
 
 def _view(state: Findings, view: str, names: Sequence[str], measures: Sequence[str]) -> _View:
@@ -63,20 +84,21 @@ def _view(state: Findings, view: str, names: Sequence[str], measures: Sequence[s
     return _View(values, errors, None if r2 is None else tuple(each.cpu().numpy() for each in r2))
 
 
-def _bounded() -> list[str]:
+def _bounded(known: Mapping[str, Measure]) -> list[str]:
     """The names of all bounds."""
-    return [f"{name}_bound" for name, measure in MEASURES.items() if measure.bound is not None]
+    return [f"{name}_bound" for name, measure in known.items() if measure.bound is not None]
 
 
 def _dataset(
     plan: Plan,
     masked: bool,
     found: Mapping[str, _View],
-    measures: Sequence[str],
+    measures: Mapping[str, Measure],
+    bounded: Sequence[str],
     attrs: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> xr.Dataset:
-    """The dataset of what was ``found`` of every view."""
+    """The dataset of what was ``found`` of every view: these ``measures``, and the bounds of all."""
     layers, views = len(plan.names), plan.views
     where = [*plan.columns] if any(v in POSITIONAL for v in views) else []
     if any(v not in POSITIONAL for v in views):
@@ -96,14 +118,14 @@ def _dataset(
     def add(name: str, dims: tuple[str, ...], fill: Any = np.nan, **attrs: str) -> None:
         data[name] = (dims, empty(dims, fill), attrs)
 
-    for name in measures:
-        dims = _DIMS[MEASURES[name].kind]
-        add(name, dims, long_name=MEASURES[name].label)
+    for name, measure in measures.items():
+        dims = _DIMS[measure.kind]
+        add(name, dims, long_name=measure.label)
         if plan.groups > 1:
             add(f"{name}_se", dims)
-        if MEASURES[name].baseline is not None:
+        if measure.baseline is not None:
             add(f"{name}_baseline", dims)
-    for name in _bounded():
+    for name in bounded:
         add(name, _RANK_DIMS)
     for name in ("refined", "sample_limited"):
         add(name, _RANK_DIMS, False)
@@ -127,11 +149,10 @@ def _dataset(
         data["sample_limited"][1][v][:, at] = count < limit[:, None]
         if view != "flattened":
             data["singular_values"][1][v][:, at] = of.values["singular_values"]
-        for name in ("n_by_layer", "refined", *_bounded(), *measures):
+        for name in ("n_by_layer", "refined", *bounded, *measures):
             data[name][1][v][..., at] = of.values[name]
-        for name, expected in baselines(count, widths).items():
-            if name in measures:
-                data[f"{name}_baseline"][1][v][:, at] = expected
+        for name, expected in baselines(count, widths, measures.values()).items():
+            data[f"{name}_baseline"][1][v][:, at] = expected
         for name, error in of.errors.items():
             data[f"{name}_se"][1][v][..., at] = error
         if of.r2 is not None:

@@ -23,9 +23,10 @@ class Labelled:
     @property
     def dataset(self) -> xr.Dataset:
         """All variables, labelled; made when they are first asked for."""
-        if not isinstance(self._dataset, xr.Dataset):
-            self._dataset = self._dataset()
-        return self._dataset
+        found = self._dataset
+        if not isinstance(found, xr.Dataset):
+            found = self._dataset = found()  # another thread may do the same
+        return found
 
     @property
     def views(self) -> tuple[str, ...]:

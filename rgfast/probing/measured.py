@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -205,12 +205,15 @@ def spread(parts: Sequence[Measured], streams: Sequence[tuple[int, ...]], layers
     return out
 
 
-def baselines(counts: NDArray[np.int64], widths: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:
-    """Isotropic baselines ``[L, P]`` of the ranks that have one, for ``counts[L, P]`` samples; NaN below two.
+def baselines(
+    counts: NDArray[np.int64], widths: tuple[int, ...], measures: Iterable[Measure]
+) -> dict[str, NDArray[np.float64]]:
+    """Isotropic baselines ``[L, P]`` of those ``measures`` that have one, for ``counts[L, P]`` samples; NaN
+    below two.
 
     Many different sample numbers are interpolated in 1/n between a few.
     """
-    known = {m.name: m.baseline for m in MEASURES.values() if m.baseline is not None}
+    known = {m.name: m.baseline for m in measures if m.baseline is not None}
     out = {name: np.full(counts.shape, np.nan) for name in known}
     sizes = np.unique(counts[counts >= 2])
     if not len(sizes):

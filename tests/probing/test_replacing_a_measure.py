@@ -1,5 +1,6 @@
 """A rank measure that takes the place of a built-in one is the one that is measured, on a GPU as well."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from rgfast.runtime import measured, waiting
 RATIO = MEASURES["participation_ratio"]
 
 
-def found():
+def result():
     model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
     made = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -25,7 +26,11 @@ def found():
             weight.copy_(torch.randn(weight.shape, generator=made))
     x = torch.randn(50, 3, 5, generator=made)
     options = {"layers": ["0", "2"], "route": "moments", "views": ["position", "pooled"], "refine": False}
-    return rgfast.probe(model, [x], progress=False, **options).dataset
+    return rgfast.probe(model, [x], progress=False, **options)
+
+
+def found():
+    return result().dataset
 
 
 @pytest.fixture
@@ -78,3 +83,12 @@ def test_fewer_or_other_measures_are_not_the_built_in_ones(monkeypatch):
     monkeypatch.setattr(measures, "MEASURES", fewer)
     assert not are_built_in("rank")
     assert are_built_in("drift")
+
+
+def test_a_dataset_that_is_made_later_has_the_measures_of_then(monkeypatch):
+    want, later, pickled = found(), result(), result()
+    rank = MEASURES["effective_rank"]
+    monkeypatch.setitem(MEASURES, rank.name, replace(rank, label="another", baseline=None, bound=None))
+    monkeypatch.setitem(MEASURES, "new", replace(rank, name="new"))
+    for got in (later.dataset, pickle.loads(pickle.dumps(pickled)).dataset):
+        assert got.drop_attrs(deep=False).identical(want.drop_attrs(deep=False))
