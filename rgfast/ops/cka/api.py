@@ -103,15 +103,15 @@ def cka(
     level of a CKA is what is read) uses the U-centred ones, the ratio of HSIC_1 of Song et al. 2012: it is 0
     in the mean for independent data, and negative values stay. Biased values of independent noise are not 0:
     see :func:`cka_null`. Any of fp64, fp32, bf16, fp16; every sum is fp64. A layer without variance gives
-    NaN, with zero gradient. Differentiable.
+    NaN, with zero gradient. Differentiable, in forward mode too.
 
     ``kernel="rbf"`` takes exp(−‖x_i − x_j‖²/(2σ²)), σ² = ``threshold``² times the median squared distance (as
     Kornblith's notebook), or σ = ``bandwidth`` in the units of the data; it holds two n×n kernels, and is NaN
     where that median is 0.
 
-    Raises TypeError for anything but floating tensors or arrays, ValueError for shapes that do not fit, NaN
-    or Inf, fewer than 4 samples if ``debiased``, a threshold or bandwidth that is not positive, or that comes
-    with a linear kernel.
+    Raises TypeError for anything but dense floating tensors or arrays, and under ``torch.vmap``; ValueError
+    for shapes that do not fit, NaN or Inf, a ``debiased`` that is neither True nor False, fewer than 4
+    samples if it is True, and a threshold or bandwidth that is not positive or comes with a linear kernel.
 
     >>> import numpy as np, rgfast
     >>> np.random.seed(1337)

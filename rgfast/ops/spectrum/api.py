@@ -99,9 +99,10 @@ def singular_values(
     architectures where they were measured. The host is told once whether all is finite and which matrices
     are to be solved again. Those are refined there in batches, by torch's products and `eigh`.
 
-    Raises TypeError for anything but a floating tensor or array; ValueError for fewer than two dimensions, no
-    samples or features, NaN or infinity (naming the matrix and the count), or an unknown option;
-    `rgfast.ImplUnavailable` where `impl` names an implementation that cannot run this input.
+    Raises TypeError for anything but a dense floating tensor or array, and under transforms of `torch.func`
+    and forward-mode autograd; ValueError for fewer than two dimensions, no samples or features, NaN or
+    infinity (naming the matrix and the count), or an unknown option; `rgfast.ImplUnavailable` where `impl`
+    names an implementation that cannot run this input.
 
     >>> import rgfast, torch
     >>> rgfast.singular_values(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]]))
@@ -296,8 +297,9 @@ def eigvalsh(a: Any, *, impl: str = "auto") -> Tensor:
     architectures where they were measured. The host reads once whether all are finite. Before torch
     2.12, which solves batches there, `"auto"` has the CPU solve what it is faster at.
 
-    Raises TypeError for another dtype; ValueError for matrices that are not square, NaN or infinity (naming
-    the matrix and the count); `rgfast.ImplUnavailable` where `impl` cannot run this input.
+    Raises TypeError for another dtype, and under transforms of `torch.func` and forward-mode autograd;
+    ValueError for matrices that are not square, NaN or infinity (naming the matrix and the count);
+    `rgfast.ImplUnavailable` where `impl` cannot run this input.
 
     >>> import rgfast, torch
     >>> rgfast.eigvalsh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))

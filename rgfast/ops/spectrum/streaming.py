@@ -27,7 +27,8 @@ class SecondMoments:
     moments of all samples to 1e-12 of their trace. Rows wait until a block of 128 per position (fewer where
     `pending_bytes` does not hold that many) is full, and blocks begin at fixed sample indices: the bits
     depend neither on how the samples were cut into batches nor on the number of threads. This is
-    `rgfast.streaming.MomentAccumulator` without cross moments.
+    `rgfast.streaming.MomentAccumulator` without cross moments. Reading raises ValueError before the first
+    `update`, and for a layer that there is not.
 
     >>> import rgfast, torch
     >>> x = torch.randn(2, 5, 300, 8)  # layers, positions, samples, features
@@ -85,7 +86,7 @@ class SecondMoments:
     ) -> RankMeasures:
         """Every rank measure `[*]` of a layer, as `rank_measures_from_moment` gives them, with its bound.
 
-        Measures are NaN where nothing was counted. Raises ValueError before the first `update`.
+        Measures are NaN where nothing was counted.
         """
         check_choice(centering, "centering", ("mean", "none"))
         self._check_layer(layer)
