@@ -224,7 +224,8 @@ def sanitize(limit: float, out: Path, tool: str) -> dict[str, Any]:
     if summary is None or answered is None:
         return {"errors": None, "told": f"it did not run: {_last_line(done)}"}
     told = f"{summary[0]}; {answered[0].strip()}"
-    flagged = len(re.findall(rf"Race reported .*{_FLAGGED}", done.stdout)) if tool == "racecheck" else 0
+    races = re.findall(rf"Error: Race reported .*{_FLAGGED}", done.stdout)
+    flagged = len(races) if tool == "racecheck" else 0
     if flagged:
         told = f"{told}; {flagged} of {_FLAGGED}, whose flags it does not follow, are left out"
     # Of kernels that were refused nothing is known, and tests say why.

@@ -279,9 +279,9 @@ def _pair(
 ) -> Call:
     check_choice(kernel, "kernel", ("linear", "rbf"))
     first, second = as_pair(x, y)
+    check_choice(debiased, "debiased", (True, False))
     check_rows(first.shape[-2], "x", debiased)
     call = Call("cka" if normalized else "hsic", ("x", "y"), first, second, (("debiased", debiased),))
-    check_choice(debiased, "debiased", (True, False))
     if kernel == "linear":
         for name, value, usual in (("threshold", threshold, 1.0), ("bandwidth", bandwidth, None)):
             if value != usual:
