@@ -162,16 +162,23 @@ def _side(a: Tensor, width: int) -> int:
 
 @contextlib.contextmanager
 def launches_alone() -> Iterator[None]:
-    """Sums about means and of all positions, both spectra and rank measures go the way of the package's
-    kernels, whose launches do nothing but fill what the host reads: what is left is the host's part. To be
-    entered in :func:`as_on_a_gpu`."""
+    """Means and what is not finite, sums about means and of all positions, both spectra and rank measures go
+    the way of the package's kernels, whose launches do nothing but fill what the host reads: what is left is
+    the host's part. To be entered in :func:`as_on_a_gpu`."""
 
     def launch(kernel: str, *arguments: Any, device: torch.device) -> None:
         # Whatever is in memory may be numbers that take the host many times as long.
         if kernel in (KERNEL, CENTERING):
             arguments[-1 if kernel == KERNEL else -3].fill_(1.0)
 
+    def survey(call: Batch) -> Survey:
+        found: Survey = kernels.SURVEY.run(call)
+        if found.means:
+            torch._foreach_zero_(found.means)
+        return found
+
     ops = (CENTERED, kernels.CENTERED), (POOLED, kernels.POOLED), (BOTH, eigen.BOTH), (TABLE, eigen.TABLE)
+    ops += ((SURVEY, Impl("cuda", survey)),)
     with contextlib.ExitStack() as stack:
         for where, name, value in (
             (cuda, "launch", launch),
