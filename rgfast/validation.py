@@ -105,9 +105,7 @@ def ordinary(value: Tensor) -> bool:
     """Whether neither a transform of ``torch.func`` nor forward-mode autograd has to do with ``value``."""
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return False
-    if forward_ad._current_level < 0:
-        return True
-    tangent = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]  # torch's own
+    tangent = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]
     return tangent is None
 
 

@@ -136,7 +136,7 @@ def in_parallel(jobs: int | None, tasks: Sequence[Any]) -> Iterator[Any]:
         # Workers need both trackers, and starting one lifts the shield from what is started after it.
         loky_tracker.ensure_running()
         resource_tracker.ensure_running()
-    atexit.unregister(_join_feeders)
+    atexit.unregister(_join_feeders)  # so that it is there once
     atexit.register(_join_feeders)
     results: Any = None
     try:

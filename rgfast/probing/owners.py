@@ -30,7 +30,7 @@ from rgfast.probing.estimators.moments import Moments
 from rgfast.probing.exchange import Exchange
 from rgfast.probing.measured import Measured, on_host, spread
 from rgfast.probing.packing import packed, packed_measures, unpacked, unpacked_measures
-from rgfast.probing.partitioned import PartitionedPlan
+from rgfast.probing.partitioned_plan import PartitionedPlan
 from rgfast.probing.plan import Plan
 from rgfast.probing.ranks import Ranks
 from rgfast.probing.unread import Unread

@@ -27,7 +27,7 @@ from rgfast.probing.foreseeing import rows_or_moments
 from rgfast.probing.later import bring
 from rgfast.probing.offloaded import runs_on
 from rgfast.probing.owners import Gathered, Owners
-from rgfast.probing.partitioned import first_number, plan_of_ranks
+from rgfast.probing.partitioned_plan import first_number, plan_of_ranks
 from rgfast.probing.plan import Plan
 from rgfast.probing.planning import plan_of, room, unbounded_plan, why_no_samples
 from rgfast.probing.predict import Foreseen

@@ -18,7 +18,7 @@ from rgfast.probing.coordinated_checkpoints import before
 from rgfast.probing.first import FirstBatch
 from rgfast.probing.packing import packed, unpacked
 from rgfast.probing.partition import held_layers, transit_budget
-from rgfast.probing.partitioned import PartitionedPlan, partitioned_plan, plan_of_ranks
+from rgfast.probing.partitioned_plan import PartitionedPlan, partitioned_plan, plan_of_ranks
 from rgfast.probing.spec import ProbeSpec
 
 SIZES = ["2", "4"]

@@ -299,7 +299,8 @@ def survey(
     hold anything. ``means=False`` leaves the means out. Nothing is read on the host. A mean is the same
     whatever else is in the call, but sums of one implementation have another order than those of another.
 
-    Raises ValueError for layers that differ in B or T, and for masks of another shape or dtype.
+    Raises ValueError for no layers, layers that are not [B, T, d_l] or differ in B or T, and for masks of
+    another shape or dtype.
 
     >>> import torch
     >>> from rgfast.ops.moments import survey
@@ -308,12 +309,15 @@ def survey(
     >>> found.bad, found.means[0][:, 0]
     (tensor([[0, 0]]), tensor([2.5000, 2.0000], dtype=torch.float64))
     """
-    if not len(layers) or len(keeps) != len(layers):
+    if not len(layers):
+        raise ValueError("layers must hold at least one layer, got none")
+    if len(keeps) != len(layers):
         raise ValueError(f"keeps must be one per layer, got {len(keeps)} for {len(layers)} layers")
-    lead = tuple(layers[0].shape[:-1])
+    lead = tuple(layers[0].shape[:2])
     for k, (x, keep) in enumerate(zip(layers, keeps, strict=True)):
         if x.dim() != 3 or tuple(x.shape[:2]) != lead:
-            raise ValueError(f"layers[{k}] must be [{', '.join(map(str, lead))}, d], got {tuple(x.shape)}")
+            wanted = "[B, T, d]" if k == 0 else f"[{lead[0]}, {lead[1]}, d]"
+            raise ValueError(f"layers[{k}] must be {wanted}, got shape {tuple(x.shape)}")
         if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != lead):
             raise ValueError(f"keeps[{k}] must be bool {lead}, got {keep.dtype} {tuple(keep.shape)}")
     found: Survey = SURVEY(impl, Batch(layers, keeps, means))

@@ -132,7 +132,11 @@ def test_layers_and_masks_that_do_not_fit():
     x = drawn(2, 3, 4)
     with pytest.raises(ValueError, match="keeps must be one per layer, got 0 for 1 layers"):
         survey([x], [])
-    with pytest.raises(ValueError, match=r"layers\[1\] must be \[2, 3, d\], got \(2, 2, 4\)"):
+    with pytest.raises(ValueError, match="layers must hold at least one layer, got none"):
+        survey([], [])
+    with pytest.raises(ValueError, match=r"layers\[0\] must be \[B, T, d\], got shape \(2, 3\)"):
+        survey([x[..., 0]], [None])
+    with pytest.raises(ValueError, match=r"layers\[1\] must be \[2, 3, d\], got shape \(2, 2, 4\)"):
         survey([x, x[:, :2]], [None, None])
     with pytest.raises(ValueError, match=r"keeps\[0\] must be bool \(2, 3\), got torch.float64 \(2, 3\)"):
         survey([x], [x[..., 0]])

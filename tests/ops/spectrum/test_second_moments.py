@@ -136,7 +136,7 @@ def test_refusals():
 def test_layers_that_are_not_there_and_streams_of_another_kind():
     empty, begun = rgfast.SecondMoments(), rgfast.SecondMoments().update([torch.ones(9, 3)])
     with pytest.raises(ValueError, match="the stream must have had at least one update, got none"):
-        empty.count  # noqa: B018
+        _ = empty.count
     for read in ("mean", "scatter", "singular_values", "rank_measures"):
         with pytest.raises(ValueError, match="the stream must have had at least one update, got none"):
             getattr(empty, read)(0)

@@ -334,9 +334,11 @@ def _survey(call: Batch) -> Survey:
         for x, keep in zip(call.layers, call.keeps, strict=True):
             dropped = None if keep is None else ~keep[..., None]
             bad.append(_nonfinite(x, dropped))
-            if call.means and keep is None:
+            if not call.means:
+                continue
+            if keep is None or dropped is None:
                 means.append(x.mean(1, dtype=torch.float64))
-            elif call.means and keep is not None and dropped is not None:
+            else:
                 total = x.masked_fill(dropped, 0.0).sum(1, dtype=torch.float64)  # widened on the way
                 means.append(total / keep.sum(1, keepdim=True).clamp_min(1))
         return Survey(torch.stack(bad).to(torch.int64), means)
